@@ -1,0 +1,39 @@
+"""Logit distillation in JAX: LDRLD (ICCV 2025), a sharded Flax train step, and the runs around them.
+
+Importing the package loads jax and the losses alone; what needs flax is loaded when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
+
+if TYPE_CHECKING:
+    from ldrld_jax.models import MODELS, create_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "MODELS",
+    "LDRLDConfig",
+    "LDRLDTerms",
+    "UserError",
+    "create_model",
+    "ldrld_loss",
+    "ldrld_terms",
+    "rank_weights",
+]
+
+_LAZY = {"MODELS": "ldrld_jax.models", "create_model": "ldrld_jax.models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

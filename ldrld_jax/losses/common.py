@@ -1,0 +1,132 @@
+"""What every loss shares: validated configs, checked logits, the mean over what a mask keeps."""
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+
+Positive = Annotated[float, "positive"]
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or a ValueError that says what is allowed."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+        return value
+    if isinstance(value, bool | str):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if kind is int:
+        if int(value) != value:
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        return int(value)
+    value = float(value)
+    positive = kind is Positive
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        allowed = "finite and above 0" if positive else "finite and not negative"
+        raise ValueError(f"{name} must be {allowed}, got {value}.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of the methods' configs: every field is coerced to its annotated type and checked.
+
+    Floats are finite and not negative (`Positive`: above 0), so that a typo fails here and not as
+    a NaN thousands of steps later. Subclasses are registered static: they pass through `jax.jit`
+    and `jax.vmap` as arguments and cannot be traced.
+
+    Raises:
+      ValueError: if a field is out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _coerce(field.name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
+
+
+def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
+    """Raises a ValueError unless both are floating arrays of one shape `[..., C]`."""
+    for side, logits in (("teacher", teacher_logits), ("student", student_logits)):
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ValueError(f"{side}_logits must be floating, got {logits.dtype}. Pass logits, not labels.")
+        if logits.ndim == 0:
+            raise ValueError(f"{side}_logits must have shape [..., classes], got a scalar.")
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            "teacher_logits and student_logits must have one shape [..., classes], "
+            f"got {teacher_logits.shape} and {student_logits.shape}."
+        )
+
+
+def prepare_logits(
+    teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Checked logits, ready to compute with: float32 at least, no gradient into the teacher.
+
+    Rows that `where` leaves out are set to 0, so that a NaN there reaches neither the value nor
+    the gradient.
+
+    Raises:
+      ValueError: if the shapes differ or a dtype is not floating.
+    """
+    teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
+    check_logits(teacher, student)
+    dtype = jnp.float64 if jnp.float64 in (teacher.dtype, student.dtype) else jnp.float32
+    teacher, student = jax.lax.stop_gradient(teacher).astype(dtype), student.astype(dtype)
+    if where is not None:
+        kept = check_rows("where", where, student.shape[:-1])[..., None]
+        teacher, student = (jnp.where(kept, z, jnp.zeros((), dtype)) for z in (teacher, student))
+    return teacher, student
+
+
+def check_rows(name: str, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`rows` as an array, or a ValueError unless it has one entry per row of logits, `shape`."""
+    rows = jnp.asarray(rows)
+    if rows.shape != shape:
+        raise ValueError(f"{name} must have the shape of the logits without classes, {shape}, got {rows.shape}.")
+    if name == "where" and rows.dtype != jnp.bool_:
+        raise ValueError(f"where must be boolean, got {rows.dtype}. Compare it with 0, or pass it as weights.")
+    return rows
+
+
+def mean_over_rows(
+    values: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> jax.Array:
+    r"""The weighted mean of per-example values over all rows that a mask keeps.
+
+    .. math:: \sum_i w_i v_i / \sum_i w_i
+
+    Args:
+      values: `[...]`, floating.
+      where: `[...]` bool; rows left out count as weight 0.
+      weights: `[...]`, not negative.
+      axis_name: mapped axes (`pmap`, `shard_map`) over which both sums run as well.
+
+    Returns:
+      A scalar of the dtype of `values`; 0 if nothing is kept.
+
+    Raises:
+      ValueError: if the shape of `weights` is not that of `values`.
+    """
+    kept = jnp.ones_like(values)
+    if weights is not None:
+        kept = check_rows("weights", weights, values.shape).astype(values.dtype)
+    if where is not None:
+        kept = jnp.where(where, kept, jnp.zeros((), values.dtype))
+    total, count = jnp.sum(values * kept), jnp.sum(kept)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    # The inner where keeps the division finite, so that the gradient of an empty mask is 0 and not NaN.
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, jnp.ones_like(count)), jnp.zeros_like(total))

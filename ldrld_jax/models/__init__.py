@@ -1,0 +1,49 @@
+"""Flax NNX models under the names of the published zoo."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ldrld_jax.errors import unknown
+from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
+from ldrld_jax.models.layers import Dtype
+
+__all__ = ["MODELS", "create_model"]
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {**CIFAR_RESNETS}
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    *,
+    rngs: nnx.Rngs,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+) -> nnx.Module:
+    """A freshly initialised model: `model(x, train=False)` gives logits `[N, num_classes]`.
+
+    `x` is `[N, height, width, in_channels]`, normalised as the training data were; `train` is
+    required, since a forgotten mode is the commonest silent error with BatchNorm.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: C >= 1.
+      in_channels: channels of the images.
+      rngs: the "params" stream initialises.
+      dtype: of the computation and the logits.
+      param_dtype: of the parameters; BatchNorm's statistics are float32 at least.
+
+    Raises:
+      UserError: if no model has this name.
+
+    Example:
+      >>> model = create_model("resnet8", 10, in_channels=1, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 8, 8, 1)), train=False).shape
+      (2, 10)
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    return MODELS[name](num_classes, in_channels, rngs=rngs, dtype=dtype, param_dtype=param_dtype)

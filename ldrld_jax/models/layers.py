@@ -1,0 +1,123 @@
+"""The layers that the families share, with PyTorch's padding, initialisation and statistics."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = jax.typing.DTypeLike
+
+# N(0, 2 / (k^2 C_out)), PyTorch's kaiming_normal_(mode="fan_out").
+kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Mode(NamedTuple):
+    """How a forward pass is run: `train` uses batch statistics; `where` `[N]` leaves out padded examples."""
+
+    train: bool
+    where: jax.Array | None = None
+
+
+def torch_uniform(fan_in: int) -> nnx.Initializer:
+    """PyTorch's default initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of weights and biases alike."""
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    use_bias: bool = False,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    rngs: nnx.Rngs,
+    kernel_init: nnx.Initializer = kaiming_normal_fan_out,
+    bias_init: nnx.Initializer = nnx.initializers.zeros,
+) -> nnx.Conv:
+    """A square convolution over `[N, H, W, C]`, padded by kernel // 2 on both sides as in PyTorch.
+
+    Flax's "SAME" would pad (0, 1) at stride 2.
+    """
+    pad = (kernel // 2, kernel // 2)
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (kernel, kernel),
+        strides=stride,
+        padding=(pad, pad),
+        feature_group_count=groups,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def linear(in_features: int, out_features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer with PyTorch's default initialisation."""
+    init = torch_uniform(in_features)
+    return nnx.Linear(
+        in_features, out_features, kernel_init=init, bias_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation as in PyTorch: eps 1e-5, momentum .9, unbiased running variance.
+
+    Not `nnx.BatchNorm`, which keeps the biased running variance and promotes dtypes on the way.
+    Statistics are float32 at least and taken in two passes, which loses nothing where the mean is
+    large. Examples that `mode.where` leaves out count in no statistic, so that a padded batch
+    trains exactly as the batch without its padding. Under jit over a mesh the batch is the global one.
+    """
+
+    def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype):
+        stats_dtype = jnp.float64 if param_dtype == jnp.float64 else jnp.float32
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(features, stats_dtype))
+        self.var = nnx.BatchStat(jnp.ones(features, stats_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        """`[N, ..., C]` to the same shape in the module's dtype."""
+        stats_dtype = self.mean[...].dtype
+        x = x.astype(stats_dtype)
+        if mode.train:
+            mean, var = self._batch_statistics(x, mode.where)
+        else:
+            mean, var = self.mean[...], self.var[...]
+        factor = jax.lax.rsqrt(var + 1e-5) * self.scale[...].astype(stats_dtype)
+        lead = (1,) * (x.ndim - 1)
+        y = (x - mean.reshape(*lead, -1)) * factor.reshape(*lead, -1)
+        return (y + self.bias[...].astype(stats_dtype).reshape(*lead, -1)).astype(self.dtype)
+
+    def _batch_statistics(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Mean and biased variance `[C]` of the batch; the running ones move a tenth of the way."""
+        axes = tuple(range(x.ndim - 1))
+        kept = None if where is None else where.reshape(-1, *(1,) * (x.ndim - 1))
+        mean = jnp.mean(x, axes, where=kept, keepdims=True)
+        var = jnp.mean((x - mean) ** 2, axes, where=kept)
+        examples = x.shape[0] if where is None else jnp.sum(where, dtype=var.dtype)
+        count = examples * (x.size // x.shape[0] // x.shape[-1])
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
+        mean = mean.reshape(-1)
+        for running, batch in ((self.mean, mean), (self.var, unbiased)):
+            running[...] = 0.9 * running[...] + 0.1 * jax.lax.stop_gradient(batch)
+        return mean, var
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """`[N, H, W, C]` to `[N, C]`: the published fixed windows at native size, and right at any other."""
+    return jnp.mean(x, axis=(1, 2))
