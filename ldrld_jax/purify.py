@@ -39,6 +39,20 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     return apply, _str_keys(nnx.to_pure_dict(params)), _str_keys(nnx.to_pure_dict(batch_stats))
 
 
+def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Module:
+    """A copy of `model`, which may be abstract (`nnx.eval_shape`), that holds these variables: purify's inverse.
+
+    Example:
+      >>> from ldrld_jax.models import create_model
+      >>> model = create_model("resnet8", 10, rngs=nnx.Rngs(0))
+      >>> _, params, stats = purify(model)
+      >>> with_variables(model, params, stats)(jax.numpy.zeros((1, 32, 32, 3)), train=False).shape
+      (1, 10)
+    """
+    graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))
+
+
 def _str_keys(tree: Any) -> Any:
     """List positions are integer keys in NNX; checkpoints and paths want strings."""
     return {str(key): _str_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

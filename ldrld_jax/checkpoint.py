@@ -1,0 +1,108 @@
+"""Checkpoints: the only file that touches orbax."""
+
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from ldrld_jax.errors import UserError
+
+Json = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, `<directory>/<step>`: the best by `top1` and the last are kept.
+
+    Saving copies the arrays, then writes in the background; a checkpoint appears under its name
+    only when it is whole.
+
+    Args:
+      directory: created if it is missing.
+      clean: remove what a killed run left half written; not for somebody who only reads.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, clean: bool = True):
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            epath.Path(directory).resolve(),  # tensorstore takes absolute paths only
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(1),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics["top1"], n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=clean,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the highest top-1, of ties the latest; None before the first evaluation."""
+        rated = [(c.metrics["top1"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        return max(rated)[1] if rated else None
+
+    def save(self, step: int, trees: dict[str, Any], host: Json, top1: float | None = None) -> None:
+        """Saves unless this step is saved already; returns when the arrays may be donated again.
+
+        Args:
+          step: the number of steps done.
+          trees: trees of arrays, each of which can be restored alone.
+          host: what else belongs to the run, JSON.
+          top1: the evaluation's, if there was one at this step.
+        """
+        if self.latest_step == step:
+            return
+        metrics = None if top1 is None else {"top1": top1}
+        self._checkpointer.save_checkpointables_async(step, trees, force=True, metrics=metrics, custom_metadata=host)
+
+    def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """The trees of `step` that `like` names, in its shapes, dtypes and shardings.
+
+        Raises:
+          UserError: if they do not fit.
+        """
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            return self._checkpointer.load_checkpointables(step, abstract)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {self._checkpointer.directory / str(step)} does not fit: {reason}") from error
+
+    def host(self, step: int) -> Json:
+        """What was saved as `host` at `step`."""
+        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        self._checkpointer.close()
+
+
+def load_model(directory: epath.PathLike, like: dict[str, Any], *, best: bool = True) -> dict[str, Any]:
+    """The weights in a run's best (or last) checkpoint.
+
+    Args:
+      directory: the run's `checkpoints` folder.
+      like: `{"params": ..., "batch_stats": ...}`, arrays whose shapes, dtypes and shardings are wanted.
+      best: the best evaluated one, if any; else the last.
+
+    Raises:
+      UserError: if there is no checkpoint, or it does not fit.
+    """
+    directory = epath.Path(directory)
+    none = UserError(f"there is no checkpoint in {directory}. Give the workdir of a run that has saved one.")
+    if not directory.is_dir():
+        raise none
+    checkpoints = Checkpoints(directory, clean=False)
+    step = (checkpoints.best_step if best else None) or checkpoints.latest_step
+    if step is None:
+        raise none
+    model = checkpoints.restore(step, {"model": like})["model"]
+    checkpoints.close()
+    return model

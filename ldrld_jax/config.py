@@ -1,0 +1,333 @@
+"""Configs: every key with its default, the files and flags that override them, and a run's identity.
+
+A file in `configs/` defines `get_config(arg="")` and gives an `ml_collections.ConfigDict` that holds
+only what differs from `default()`. `--config` executes that file: it is Python, trust it as such.
+"""
+
+import ast
+import copy
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args, get_origin
+
+from ml_collections import ConfigDict, config_dict
+
+from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.losses import METHODS
+
+# What surrounds a method's term where the config leaves it unset: the published settings.
+_SURROUNDINGS: dict[str, dict[str, float]] = {
+    "kd": dict(ce_weight=0.1, kd_weight=0.9),
+    "dist": dict(kd_weight=2.0),
+    "ttm": dict(kd_weight=45.0),
+    "wttm": dict(kd_weight=4.0),
+    "dkd": dict(kd_warmup_epochs=20),
+    "rld": dict(kd_warmup_epochs=20),
+}
+
+
+def default() -> ConfigDict:
+    """Every config key with its default; a key that may stay unset is a typed placeholder.
+
+    Example:
+      >>> default().teacher.min_top1 is None, default().optim.momentum
+      (True, 0.9)
+    """
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, order and augmentation
+    config.epochs = 1
+    config.batch_size = 64  # global, whatever the number of devices
+    config.eval_batch_size = 256
+    config.precision = "float32"  # of the computation: float32 | bfloat16 | float64; parameters are never below float32
+    config.method = "ldrld"  # a key of METHODS, several as "ldrld+kd", or "ce" for plain training
+    config.ce_weight = config_dict.placeholder(float)  # unset: the method's published one, else 1
+    config.kd_weight = config_dict.placeholder(float)  # times the sum of the distillation terms; likewise
+    config.kd_warmup_epochs = config_dict.placeholder(int)  # these terms times min(epoch / this, 1); likewise, else 0
+    config.label_smoothing = 0.0  # of the cross-entropy
+    config.loss = ConfigDict({name: _method_block(name) for name in METHODS})  # unset: the method's default
+    config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
+    config.data = _data()
+    config.student = ConfigDict()
+    config.student.model = "resnet8"
+    config.student.checkpoint = config_dict.placeholder(str)  # weights to start from
+    config.optim = _optim()
+    config.teacher = ConfigDict()
+    config.teacher.model = config_dict.placeholder(str)
+    config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; or else a recipe:
+    config.teacher.epochs = config_dict.placeholder(int)
+    config.teacher.workdir = config_dict.placeholder(str)  # unset: WORKDIR/teacher; set it to share one teacher
+    config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
+    config.teacher.seed = 0
+    config.teacher.batch_size = config_dict.placeholder(int)
+    # The teacher's own data and recipe; unset: the student's.
+    config.teacher.data = _placeholders(config.data)
+    config.teacher.optim = _placeholders(config.optim)
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
+    config.mesh.model = 1
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    config.log.tensorboard = True
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = config_dict.placeholder(int)  # beside those after each evaluation
+    config.eval_every_epochs = 1
+    return config
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.name = "digits"  # any TFDS image classification dataset, or the digits that ship with scikit-learn
+    data.data_dir = config_dict.placeholder(str)  # unset: TFDS's own default, ~/tensorflow_datasets
+    data.train_split = "train"
+    data.eval_split = "test"
+    data.loader = "stream"
+    data.threads = 4  # that prepare batches ahead of the step
+    data.remainder = "keep"  # the last partial batch of an epoch: keep | drop
+    data.pad = 0  # random crop of the image padded with this many zeros on each side
+    data.flip = False  # horizontally, every other image
+    data.mean = (0.5,)  # per channel, of pixels scaled to 0..1
+    data.std = (0.5,)
+    data.image_size = config_dict.placeholder(int)  # resize to a square before the model; unset: as stored
+    return data
+
+
+def _optim() -> ConfigDict:
+    optim = ConfigDict()
+    optim.name = "sgd"  # sgd | adamw
+    optim.learning_rate = 0.05
+    optim.momentum = 0.9  # sgd; adamw takes it as b1
+    optim.nesterov = False
+    optim.weight_decay = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
+    optim.schedule = "step"  # step | cosine | constant
+    optim.decay_epochs = (150, 180, 210)  # step: after these epochs
+    optim.decay_rate = 0.1
+    optim.warmup = "none"  # official | linear | none
+    optim.warmup_epochs = 20
+    return optim
+
+
+def _placeholders(block: ConfigDict) -> ConfigDict:
+    return ConfigDict({key: config_dict.placeholder(block.get_type(key)) for key in block})
+
+
+def _method_block(name: str) -> ConfigDict:
+    fields = dataclasses.fields(METHODS[name].config)
+    return ConfigDict({field.name: config_dict.placeholder(_plain_type(field.type)) for field in fields})
+
+
+def _plain_type(kind: Any) -> type:
+    """Of an annotation: float of `Annotated[float, ...]`, str of `Literal["a", "b"]`."""
+    while get_origin(kind) is not None:
+        kind = get_args(kind)[0]
+    return kind if isinstance(kind, type) else type(kind)
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of a file over the defaults, then `overrides` over both.
+
+    Args:
+      path: `configs/cifar100.py` or `configs/cifar100.py:arg`; looked up in the working directory,
+        then in the installed package.
+      overrides: `key=value` strings, `optim.learning_rate=.1`.
+
+    Raises:
+      UserError: if the file is not found or fails, or a key or value is not allowed.
+    """
+    file, _, arg = path.partition(":")
+    found = _find(file)
+    spec = importlib.util.spec_from_file_location("ldrld_jax_config_file", found)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        changes = module.get_config(arg) if arg else module.get_config()
+    except Exception as error:
+        raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from error
+    config = default()
+    for key, value in _leaves(changes):
+        _set(config, key, value, source=file)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"an override is key=value, got {override!r}.")
+        _set(config, key, _parse(config, key, text), source=f"--config.{override}")
+    return config
+
+
+def _find(file: str) -> pathlib.Path:
+    package = pathlib.Path(__file__).parent
+    places = [pathlib.Path(file), package / file, package.parent / file]
+    for place in places:
+        if place.is_file():
+            return place
+    known = sorted(p.name for place in {p.parent for p in places} if place.is_dir() for p in place.glob("*.py"))
+    raise UserError(f"there is no config file {file!r}, here or in the package. Known: {', '.join(known) or 'none'}.")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from _leaves(config[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", config[key]
+
+
+def _block(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """The block that holds a dotted key, and the key's last part."""
+    *path, last = key.split(".")
+    block = config
+    for depth, part in enumerate([*path, last]):
+        if not isinstance(block, ConfigDict) or part not in block:
+            raise unknown("config key", key, _nearby(config, path[:depth]))
+        if depth < len(path):
+            block = block[part]
+    if isinstance(block[last], ConfigDict):
+        raise UserError(f"{key} is a block: set one of {', '.join(f'{key}.{name}' for name in block[last])}.")
+    return block, last
+
+
+def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
+    """The keys of the deepest block that exists on the way to a wrong key; all for a wrong first part."""
+    prefix = ""
+    for part in path:
+        config, prefix = config[part], f"{prefix}{part}."
+    return [prefix + key for key in config]
+
+
+def _parse(config: ConfigDict, key: str, text: str) -> Any:
+    block, last = _block(config, key)
+    kind = block.get_type(last)
+    if text == "None" and block[last] is None:
+        return None
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{key} must be a {kind.__name__}, got {text!r}.") from None
+
+
+def _set(config: ConfigDict, key: str, value: Any, source: str) -> None:
+    block, last = _block(config, key)
+    kind = block.get_type(last)
+    if kind is tuple and isinstance(value, list | int | float):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    wrong_bool = isinstance(value, bool) != (kind is bool) and value is not None
+    try:
+        if wrong_bool:
+            raise TypeError
+        block[last] = value
+    except TypeError:
+        raise UserError(f"{key} must be a {kind.__name__}, got {value!r} ({source}).") from None
+
+
+def method_names(config: ConfigDict) -> list[str]:
+    """The methods of `config.method` ("ldrld+kd"), checked; none for "ce".
+
+    Raises:
+      UserError: if a name is not in METHODS, or stands there twice.
+    """
+    names = [] if config.method == "ce" else config.method.split("+")
+    for name in names:
+        if name not in METHODS:
+            raise unknown("method", name, ["ce", *METHODS])
+    if len(set(names)) < len(names):
+        raise UserError(f"method {config.method!r} names a method twice. Weight it with loss_weight instead.")
+    return names
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A copy in which everything that the run uses stands as a number, and nothing that it does not.
+
+    Unset fields of the selected methods get their defaults, blocks of other methods are removed, the
+    weights around the term are the method's, and the teacher's unset data and recipe the student's.
+    What a run writes to `config.json`, and what its identity is taken from.
+
+    Raises:
+      UserError: if a method's field is out of range, or a teacher is needed and not given.
+    """
+    config = copy.deepcopy(config)
+    names = method_names(config)
+    surroundings = _SURROUNDINGS.get(config.method, {})
+    for key, fallback in (("ce_weight", 1.0), ("kd_weight", 1.0), ("kd_warmup_epochs", 0)):
+        if config[key] is None:
+            config[key] = surroundings.get(key, fallback)
+    losses = {name: dataclasses.asdict(method_config(config, name)) for name in names}
+    config.loss = ConfigDict(losses)
+    config.loss_weight = ConfigDict({name: config.loss_weight[name] for name in names})
+    for key in ("data", "optim"):
+        for name in config[key]:
+            if config.teacher[key][name] is None:
+                config.teacher[key][name] = config[key][name]
+    if config.teacher.batch_size is None:
+        config.teacher.batch_size = config.batch_size
+    if names and (config.teacher.checkpoint is None) == (config.teacher.epochs is None):
+        raise UserError(
+            f"method {config.method!r} needs a teacher: set either teacher.checkpoint or teacher.epochs (a recipe), "
+            f"got checkpoint={config.teacher.checkpoint!r}, epochs={config.teacher.epochs}. Or set method=ce."
+        )
+    if names and config.teacher.model is None:
+        raise UserError("a teacher needs its teacher.model, got None. Set it to a model's name.")
+    if not names:
+        config.teacher = ConfigDict()
+    return config
+
+
+def method_config(config: ConfigDict, name: str) -> Any:
+    """The config object of one method, from its block; unset fields keep the method's defaults.
+
+    Raises:
+      UserError: if a field is out of its range.
+    """
+    given = {key: value for key, value in config.loss[name].items() if value is not None}
+    try:
+        return METHODS[name].config(**given)
+    except ValueError as error:
+        raise UserError(f"loss.{name}: {error}") from error
+
+
+def teacher_recipe(config: ConfigDict) -> ConfigDict:
+    """The plain training run that makes the teacher of a resolved config: a config to `resolve`."""
+    teacher, recipe = config.teacher, default()
+    for key in ("eval_batch_size", "precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
+        recipe[key] = copy.deepcopy(config[key])
+    recipe.method = "ce"
+    recipe.seed, recipe.epochs, recipe.batch_size = teacher.seed, teacher.epochs, teacher.batch_size
+    recipe.student.model = teacher.model
+    recipe.data, recipe.optim = copy.deepcopy(teacher.data), copy.deepcopy(teacher.optim)
+    return recipe
+
+
+# Where and how fast a run runs, not what it computes.
+_NOT_IDENTITY = (
+    "data.data_dir",
+    "data.loader",
+    "data.threads",
+    "teacher.workdir",
+    "teacher.data.data_dir",
+    "teacher.data.loader",
+    "teacher.data.threads",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+)
+
+
+def identity(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+    """Of a resolved config: the keys that two runs must share to be the same run, dotted and flat."""
+    flat = _flat(config.to_dict() if isinstance(config, ConfigDict) else config)
+    return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,53 @@
+"""What a person sees: the progress bar, a line per evaluation, the table at the end."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """A line on standard output, above the progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class ProgressBar:
+    """Loss, top-1, examples/s and time left on standard error; nothing where that is no terminal."""
+
+    def __init__(self, start: int, total: int, name: str):
+        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, float], best: float) -> str:
+    """One evaluation in one line.
+
+    Example:
+      >>> evaluation_line("student", 2.0, 30, {"top1": 91.5, "top5": 99.0, "ce": 0.3}, best=92.0)
+      'student epoch 2/30  top-1 91.50  top-5 99.00  cross-entropy 0.3000  (best top-1 92.00)'
+    """
+    return (
+        f"{name} epoch {epoch:g}/{epochs}  top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}  "
+        f"cross-entropy {values['ce']:.4f}  (best top-1 {best:.2f})"
+    )
+
+
+def summary_table(summary: Mapping[str, Any], workdir: str) -> str:
+    """The end of a run: who scored what, and where things lie."""
+    rows = [("", "top-1 %", "top-5 %")]
+    if summary["teacher_top1"] is not None:
+        rows.append((f"teacher {summary['teacher']}", f"{summary['teacher_top1']:.2f}", ""))
+    for when in ("best", "last"):
+        name = f"student {summary['student']}, {when} (epoch {summary[f'{when}_epoch']:g})"
+        rows.append((name, f"{summary[f'{when}_top1']:.2f}", f"{summary[f'{when}_top5']:.2f}"))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {top1:>7}  {top5:>7}".rstrip() for name, top1, top5 in rows]
+    return "\n".join([*lines, "", f"{summary['method']}, seed {summary['seed']}, {summary['steps']} steps: {workdir}"])

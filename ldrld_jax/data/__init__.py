@@ -1,0 +1,1 @@
+"""Data: a source of records, what is done to an image, and the loaders that make batches of both."""

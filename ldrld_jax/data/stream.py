@@ -1,0 +1,109 @@
+"""The streaming loader: batches read, decoded and augmented by threads ahead of the step."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from ldrld_jax.data.augment import draw, pad_crop_flip
+from ldrld_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+    """The batches of a training run by step: `batches[step]` is a pure function of (seed, step).
+
+    A loader's state is therefore the number of the next step: it resumes anywhere, and every host
+    can make its own share of a batch.
+
+    Attributes:
+      source: what to read.
+      batch_size: of the whole batch, over all hosts.
+      seed: of order and augmentation.
+      pad, flip: see `augment.draw`.
+      drop_remainder: leave out an epoch's last partial batch.
+      divisor: batches are padded to a multiple of this, the devices they are split over.
+      host, hosts: which share of each batch to make.
+    """
+
+    source: Source
+    batch_size: int
+    seed: int
+    pad: int = 0
+    flip: bool = False
+    drop_remainder: bool = False
+    divisor: int = 1
+    host: int = 0
+    hosts: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        batches = len(self.source) / self.batch_size
+        return math.floor(batches) if self.drop_remainder else math.ceil(batches)
+
+    def __len__(self) -> int:
+        return 2**62  # without end: the trainer stops
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        draws = _draws(self.seed, epoch, len(self.source), self.pad, self.flip)
+        indices = draws.order[position * self.batch_size : (position + 1) * self.batch_size]
+        kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts)
+        images, labels = self.source.read(kept.indices)
+        return kept.batch(pad_crop_flip(images, draws.at(kept.indices), pad=self.pad), labels)
+
+    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
+        """The batches from step `start` on, prepared by `threads` threads ahead of their use."""
+        dataset = grain.MapDataset.source(self)[start:]
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+
+
+@functools.lru_cache(maxsize=2)  # this epoch and, ahead of the step, the next
+def _draws(seed, epoch, examples, pad, flip):
+    return draw(seed, epoch, examples, pad=pad, flip=flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One host's rows of a batch: `indices` of real examples, padded to `rows` rows."""
+
+    indices: np.ndarray
+    rows: int
+    masked: bool
+
+    def batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
+        """`image`, `label` and, if the whole batch has padding anywhere, `mask`: True for real examples."""
+        missing = self.rows - len(labels)
+        batch = {
+            "image": np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1))),
+            "label": np.pad(labels, (0, missing)),
+        }
+        return batch | {"mask": np.arange(self.rows) < len(labels)} if self.masked else batch
+
+
+def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int) -> Share:
+    """The rows of one host, of a batch of `indices` padded to the full size rounded up to `divisor`.
+
+    A partial batch is padded to the full size: one shape for all of them, whatever the devices.
+    """
+    total = -(-batch_size // divisor) * divisor
+    rows = total // hosts
+    return Share(indices[host * rows : (host + 1) * rows], rows, masked=len(indices) < total)
+
+
+def eval_batches(
+    source: Source, batch_size: int, *, divisor: int = 1, host: int = 0, hosts: int = 1, threads: int = 4
+) -> Iterator[Batch]:
+    """Every example once, in order; always with a `mask`, so that the step is traced once."""
+
+    def batch(start: int) -> Batch:
+        kept = share(np.arange(start, min(start + batch_size, len(source))), batch_size, divisor, host, hosts)
+        return dataclasses.replace(kept, masked=True).batch(*source.read(kept.indices))
+
+    dataset = grain.MapDataset.source(range(0, len(source), batch_size)).map(batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))

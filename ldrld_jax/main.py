@@ -1,0 +1,83 @@
+"""The command line: flags, and one line for what a person can mend.
+
+python -m ldrld_jax.main --config configs/cifar100.py:resnet32x4-resnet8x4 --workdir DIR --config.seed=1
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.errors import UserError
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the `--config.key=value` overrides among them as `key=value`.
+
+    Raises:
+      UserError: if a flag is unknown or lacks its value.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m ldrld_jax.main",
+        allow_abbrev=False,
+        exit_on_error=False,
+        description="Distils a student from a teacher.",
+        epilog="Any config key can be overridden: --config.seed=1 --config.optim.learning_rate=.1",
+    )
+    parser.add_argument("--config", default="configs/digits.py", metavar="FILE[:ARG]", help="%(default)s")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
+    parser.add_argument("--mode", default="train", choices=["train", "eval"], help="%(default)s")
+    try:
+        args, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(args.config.partition(":")[0]).stem)
+    overrides = []
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UserError(
+                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --help."
+            )
+        override = flag.removeprefix("--config.")
+        if "=" not in override:
+            if not rest:
+                raise UserError(f"{flag} needs a value: {flag}=VALUE.")
+            override = f"{override}={rest.pop(0)}"
+        overrides.append(override)
+    return args, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit status: 0, 2 for wrong input, 128 + signal for an interruption."""
+    try:
+        args, overrides = parse(sys.argv[1:] if argv is None else argv)
+        config = config_lib.load(args.config, overrides)
+        from ldrld_jax import trainer  # after the flags: a typo is answered at once
+
+        if args.mode == "eval":
+            for name, value in trainer.evaluate(config, args.workdir).items():
+                print(f"{name} {value:.4f}")
+        else:
+            trainer.train(config, args.workdir)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        return _fail(str(error), code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ldrld_jax: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The device mesh, and the two ways in which arrays lie on it."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ldrld_jax.errors import UserError
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+    """A mesh `("data", "model")` over all devices, or over the first `data * model` of them.
+
+    Args:
+      data: devices over which the batch is split; -1 for all that `model` leaves.
+      model: devices over which a model is split.
+
+    Raises:
+      UserError: if there are not as many devices.
+
+    Example:
+      >>> dict(make_mesh(data=1).shape)
+      {'data': 1, 'model': 1}
+    """
+    available = jax.device_count()
+    data = available // model if data == -1 and model >= 1 else data
+    if data < 1 or model < 1 or data * model > available:
+        raise UserError(
+            f"mesh.data x mesh.model must be between 1 and the number of devices ({available}), got {data} x {model}."
+        )
+    devices = jax.devices()[: data * model]
+    # Auto: shardings are hints for the partitioner. jax.make_mesh's default, Explicit, puts them in the types.
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the data axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(batches: Iterable[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Batches as arrays split over the data axis, one transfer ahead of their use."""
+    sharding = batch_sharding(mesh)
+    ahead = None
+    for batch in batches:
+        following = {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+        if ahead is not None:
+            yield ahead
+        ahead = following
+    if ahead is not None:
+        yield ahead

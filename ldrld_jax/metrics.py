@@ -1,0 +1,156 @@
+"""What is measured: means as (sum, count) pairs, and the files they are written to."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+
+class Mean(NamedTuple):
+    """A mean that can still be added to: over steps, devices and hosts alike."""
+
+    total: Any
+    count: Any
+
+    def __add__(self, other: "Mean") -> "Mean":  # type: ignore[override]
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if self.count else math.nan
+
+
+Means = dict[str, Mean]
+
+
+def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
+    """The mean of `values` `[n]` over the rows that `where` `[n]` keeps."""
+    values = values.astype(jnp.float32)
+    kept = jnp.ones(values.shape, jnp.float32) if where is None else where.astype(jnp.float32)
+    return Mean(jnp.sum(values * kept), jnp.sum(kept))
+
+
+def add(left: Means, right: Means) -> Means:
+    """The sums of two sets of means; a name that only one has is kept.
+
+    Example:
+      >>> add({"loss": Mean(1.0, 1)}, {"loss": Mean(3.0, 1)})["loss"].value
+      2.0
+    """
+    return {name: left[name] + right[name] if name in left and name in right else (left | right)[name]
+            for name in left | right}  # fmt: skip
+
+
+def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether the label is among the k largest logits, `[n]` bool; of ties the lower class counts first.
+
+    Counts the logits above the label's, which needs no sort.
+
+    Example:
+      >>> in_top(jnp.array([[0.1, 0.7, 0.2]]), jnp.array([2]), 2).tolist()
+      [True]
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    before = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[-1])[None, :] < labels[:, None]))
+    return jnp.sum(before, axis=-1) < k
+
+
+def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None = None) -> Means:
+    """Cross-entropy in nats, top-1 and top-5 in percent."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    tops = {f"top{k}": mean_of(100.0 * in_top(logits, labels, k), where) for k in (1, 5)}
+    return {"ce": mean_of(nll, where), **tops}
+
+
+def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array, depth: int, where: jax.Array | None) -> Means:
+    """How student and teacher compare, in percent.
+
+    `agreement`: both have one first class. `top_d_overlap`: the share of the student's `depth`
+    largest classes that are among the teacher's. `label_in_top_d`: the label is among the student's.
+    """
+    same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
+    both = _top_mask(teacher, depth) & _top_mask(student, depth)
+    return {
+        "agreement": mean_of(100.0 * same, where),
+        "top_d_overlap": mean_of(100.0 * jnp.sum(both, axis=-1) / depth, where),
+        "label_in_top_d": mean_of(100.0 * in_top(student, labels, depth), where),
+    }
+
+
+def _top_mask(logits: jax.Array, k: int) -> jax.Array:
+    """`[n, C]` bool, True for the k largest; repeated argmax, which does not gather a sharded batch."""
+    classes = jnp.arange(logits.shape[-1])[None, :]
+    mask = jnp.zeros(logits.shape, bool)
+    for _ in range(k):
+        best = jnp.argmax(jnp.where(mask, -jnp.inf, logits), axis=-1)
+        mask = mask | (classes == best[:, None])
+    return mask
+
+
+class Writer:
+    """`metrics.jsonl`, and TensorBoard events beside it.
+
+    A line is `{"step": int, "epoch": float, "split": str, "values": {name: float}}`.
+
+    Args:
+      workdir: where both lie; `gs://` and the like are written whole at each line.
+      step: of the checkpoint that the run resumes from: later lines and a torn last one are cut off.
+      tensorboard: False leaves out the events.
+    """
+
+    def __init__(self, workdir: epath.Path, *, step: int, tensorboard: bool = True):
+        self._path = workdir / "metrics.jsonl"
+        self._lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        text = "".join(_dump(line) for line in self._lines)
+        if not self._path.exists() or self._path.read_text() != text:
+            replace_text(self._path, text)
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+
+    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
+        self._lines.append(line)
+        if "://" in str(self._path):
+            self._path.write_text("".join(_dump(line) for line in self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write(_dump(line))
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def _dump(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, in order; none if there is no file. A torn last line is left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old one or the new one, never half of either."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)

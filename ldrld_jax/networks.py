@@ -1,0 +1,88 @@
+"""Networks with their weights: fresh, from a run of ours, or from a PyTorch checkpoint."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+
+from ldrld_jax.checkpoint import load_model
+from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.models import create_model
+from ldrld_jax.purify import purify
+from ldrld_jax.train_step import Network, Variables
+
+# precision: dtype of the computation, dtype of the parameters
+_DTYPES = {
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.float32),
+    "float64": (jnp.float64, jnp.float64),
+}
+
+
+def dtypes(precision: str) -> dict[str, Any]:
+    """`dtype` and `param_dtype` of a precision.
+
+    Raises:
+      UserError: if there is no such precision.
+    """
+    if precision not in _DTYPES:
+        raise unknown("precision", precision, _DTYPES)
+    return dict(zip(("dtype", "param_dtype"), _DTYPES[precision], strict=True))
+
+
+def create_network(
+    model: str, data: ConfigDict, *, num_classes: int, channels: int, precision: str, seed: int
+) -> tuple[Network, Variables]:
+    """A freshly initialised model, fed as `data` says (mean, std, image_size).
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    module = create_model(model, num_classes, channels, rngs=nnx.Rngs(seed), **dtypes(precision))
+    return _network(module, data, channels, precision)
+
+
+def load_network(
+    path: str, model: str, data: ConfigDict, *, num_classes: int, channels: int, precision: str
+) -> tuple[Network, Variables]:
+    """A model with the weights of a run (its best checkpoint), fed as that run was, or of a file, fed as `data` says.
+
+    Args:
+      path: a workdir of ours, or a PyTorch checkpoint.
+      model: its name.
+
+    Raises:
+      UserError: if there is nothing at `path`, or it holds another model.
+    """
+    place = epath.Path(path)
+    if not (place / "config.json").exists():
+        raise UserError(f"there is no checkpoint at {path}. Give the workdir of a run (it holds a config.json).")
+    run = ConfigDict(json.loads((place / "config.json").read_text()))
+    if run.student.model != model:
+        raise UserError(f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run.")
+    network, variables = create_network(
+        model, run.data, num_classes=num_classes, channels=channels, precision=precision, seed=0
+    )
+    return network, Variables(**load_model(place / "checkpoints", variables._asdict()))
+
+
+def _network(module: nnx.Module, data: ConfigDict, channels: int, precision: str) -> tuple[Network, Variables]:
+    apply, params, batch_stats = purify(module)
+    network = Network(
+        apply,
+        mean=_per_channel("mean", data.mean, channels),
+        std=_per_channel("std", data.std, channels),
+        image_size=data.image_size,
+        dtype=dtypes(precision)["dtype"],
+    )
+    return network, Variables(params, batch_stats)
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise UserError(f"data.{name} must have 1 or {channels} numbers (the image's channels), got {len(values)}.")
+    return tuple(values)

@@ -1,0 +1,97 @@
+"""The learning rate by step and the optimizer, from a config's `optim` block."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ldrld_jax.errors import UserError, unknown
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Schedule:
+    r"""The learning rate at a step, float32, counted from 0.
+
+    `step` multiplies by `decay_rate` after each of `decay_epochs`; `cosine` falls to 0 over
+    `epochs`; `constant` stays. The warm-up multiplies this, W = `warmup_epochs`:
+
+    - `official`, as the published LDRLD code does it: with e = 1, 2, .. the epoch, e / W while
+      e < W, constant within the epoch; then the full rate is never applied and (W - 1) / W stays
+      until the first decay, after which it is exact;
+    - `linear`: (step + 1) / (W * steps_per_epoch), up to 1;
+    - `none`.
+
+    Raises:
+      UserError: if a name is unknown or a number out of its range.
+
+    Example:
+      >>> from ldrld_jax.config import default
+      >>> rate = make_schedule(default().optim, steps_per_epoch=10, epochs=240)
+      >>> [round(float(rate(step)), 5) for step in (0, 1499, 1500, 2100)]
+      [0.05, 0.05, 0.005, 5e-05]
+    """
+    if optim.schedule not in ("step", "cosine", "constant"):
+        raise unknown("optim.schedule", optim.schedule, ("step", "cosine", "constant"))
+    if optim.warmup not in ("official", "linear", "none"):
+        raise unknown("optim.warmup", optim.warmup, ("official", "linear", "none"))
+    if optim.learning_rate < 0 or optim.warmup_epochs < 1:
+        raise UserError(
+            "optim.learning_rate must not be negative and optim.warmup_epochs at least 1, "
+            f"got {optim.learning_rate} and {optim.warmup_epochs}."
+        )
+    boundaries = jnp.asarray(optim.decay_epochs, jnp.int32)
+
+    def decay(step: jax.Array) -> jax.Array:
+        if optim.schedule == "constant":
+            return jnp.ones((), jnp.float32)
+        if optim.schedule == "cosine":
+            done = step.astype(jnp.float32) / (epochs * steps_per_epoch)
+            return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0)))
+        decays = jnp.sum(step // steps_per_epoch >= boundaries)
+        return jnp.float32(optim.decay_rate) ** decays.astype(jnp.float32)
+
+    def warmup(step: jax.Array) -> jax.Array:
+        if optim.warmup == "none":
+            return jnp.ones((), jnp.float32)
+        if optim.warmup == "linear":
+            return jnp.minimum((step + 1).astype(jnp.float32) / (optim.warmup_epochs * steps_per_epoch), 1.0)
+        epoch = (step // steps_per_epoch + 1).astype(jnp.float32)
+        before_decay = jnp.minimum(epoch, optim.warmup_epochs - 1.0) / optim.warmup_epochs
+        decayed = (decay(step) < 1) & (optim.schedule == "step")
+        return jnp.where(decayed, jnp.ones((), jnp.float32), before_decay)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.int32)
+        return jnp.float32(optim.learning_rate) * decay(step) * warmup(step)
+
+    return schedule
+
+
+def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+    """SGD with momentum as PyTorch writes it, or AdamW.
+
+    SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
+    the parameters themselves.
+
+    Raises:
+      UserError: if the name is unknown.
+    """
+    if optim.name == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(optim.weight_decay),
+            optax.trace(decay=optim.momentum, nesterov=optim.nesterov),
+            optax.scale_by_learning_rate(schedule),
+        )
+    if optim.name == "adamw":
+        return optax.adamw(schedule, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+    raise unknown("optim.name", optim.name, ("sgd", "adamw"))
+
+
+def first_decay_epoch(optim: ConfigDict) -> float:
+    """The epoch up to which the learning rate does not depend on how many epochs a run has; may be inf."""
+    decays = {"cosine": [0], "step": optim.decay_epochs, "constant": []}[optim.schedule]
+    return min(decays, default=math.inf)

@@ -1,0 +1,173 @@
+"""Reads the tensors of checkpoint files that strangers wrote, and runs no code of theirs."""
+
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from typing import IO, Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from ldrld_jax.errors import UserError
+
+# Where training scripts put the state_dict in what they save.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+
+_SAFETENSORS_DTYPES = {
+    "F64": jnp.float64,
+    "F32": jnp.float32,
+    "F16": jnp.float16,
+    "BF16": jnp.bfloat16,
+    "I64": jnp.int64,
+    "I32": jnp.int32,
+    "I16": jnp.int16,
+    "I8": jnp.int8,
+    "U8": jnp.uint8,
+    "BOOL": jnp.bool_,
+}
+
+
+def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
+    """The tensors of a `.pth` or `.safetensors` file or of one in a tar archive, under the keys in the file.
+
+    Args:
+      path: of the file, or `archive::member`. Nothing is unpacked to disk.
+      model_name: chooses the member of an archive.
+
+    Raises:
+      UserError: if there is no such file or member, or it is not a checkpoint that can be read safely.
+    """
+    name, _, member = str(path).partition("::")
+    file = epath.Path(name)
+    if not file.exists():
+        raise UserError(f"there is no checkpoint {name}. Check the path.")
+    if file.is_dir():
+        raise UserError(f"{name} is a folder, not a PyTorch checkpoint. Give a .pth, .safetensors or .tar file.")
+    with file.open("rb") as stream:
+        if _is_tar(stream):
+            name, data = _read_member(stream, name, member, model_name)
+        elif member:
+            raise UserError(f"{name} is no tar archive, so it has no member {member!r}. Give the path alone.")
+        else:
+            data = stream.read()
+    return _parse(name, data)
+
+
+def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one file, marked as PyTorch's, as readers of that library expect."""
+    epath.Path(path).write_bytes(safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
+
+
+def _is_tar(stream: IO[bytes]) -> bool:
+    """By content: `.pth.tar` is what some scripts call a plain torch file."""
+    head = stream.read(512)
+    stream.seek(0)
+    return head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b"
+
+
+def _read_member(stream: IO[bytes], archive: str, member: str, model_name: str) -> tuple[str, bytes]:
+    """The name and the bytes of the member asked for, or of the only one whose path names the model."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r:*") as tar:
+            files = {info.name: info for info in tar.getmembers() if info.isreg()}
+            chosen = [member] if member else [name for name in files if _names(name, model_name)]
+            if len(chosen) == 1 and chosen[0] in files:
+                content = tar.extractfile(files[chosen[0]])
+                assert content is not None  # only regular files are listed
+                return f"{archive}::{chosen[0]}", content.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{archive} is a damaged archive ({error}). Download it again.") from None
+    wanted = f"no member {member!r}" if member else f"{len(chosen) or 'no'} members for {model_name}"
+    listed = ", ".join(chosen if len(chosen) > 1 else list(files)[:20]) or "nothing"
+    raise UserError(f"{archive} has {wanted}. Choose one as {archive}::MEMBER from: {listed}.")
+
+
+def _names(member: str, model_name: str) -> bool:
+    """Whether a folder or the file in the path is called after the model, such as `resnet56_vanilla`."""
+    if not member.endswith((".pth", ".pt", ".safetensors")):
+        return False
+    return re.search(rf"(^|/){re.escape(model_name)}([_./-]|$)", member) is not None
+
+
+def _parse(name: str, data: bytes) -> dict[str, np.ndarray]:
+    if not data:
+        raise UserError(f"{name} is empty. Download it again.")
+    if data[8:9] == b"{" or name.endswith(".safetensors"):
+        return _parse_safetensors(name, data)
+    start = data[:64]
+    if start.isascii() and all(chr(byte).isprintable() or chr(byte).isspace() for byte in start):
+        raise UserError(
+            f"{name} is text that begins {start.decode()[:24]!r}, not a checkpoint: perhaps the page around the "
+            "download, or a pointer to the file. Download the file itself."
+        )
+    return _parse_torch(name, data)
+
+
+def _parse_safetensors(name: str, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        return {
+            key: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            for key, tensor in safetensors.deserialize(data)
+        }
+    except KeyError as error:
+        raise UserError(f"{name} holds tensors of type {error}. Convert them to float32.") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{name} is truncated or damaged ({error}). Download it again.") from None
+
+
+def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{name} is a PyTorch file, which needs torch to be read: pip install 'ldrld_jax[torch]'. "
+            "A .safetensors file needs nothing."
+        ) from None
+    try:
+        # Counters and options that training scripts save beside the weights; building them runs nothing.
+        with torch.serialization.safe_globals(_harmless_globals()):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, and each means that the file is unusable
+        raise _unreadable(name, error) from None
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    tensors = content.items() if isinstance(content, dict) else []
+    arrays = {key: _as_numpy(value) for key, value in tensors if isinstance(value, torch.Tensor)}
+    if not arrays:
+        held = f"the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content)
+        raise UserError(
+            f"{name} holds no state_dict but {held}. It may be bare or under one of: {', '.join(_WRAPPERS)}."
+        )
+    return arrays
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _harmless_globals() -> list[Any]:
+    import argparse
+
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")]
+    old = (scalar, "numpy.core.multiarray.scalar")  # numpy 1 called it so
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, old]
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    wanted = re.search(r"GLOBAL (\S+)", str(error))
+    if wanted is None:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return UserError(f"{name} is truncated or no PyTorch checkpoint ({reason[:120]}). Download it again.")
+    return UserError(
+        f"{name} asks to run {wanted[1]!r} on loading, which is refused: only tensors are read. "
+        "If you trust it, save model.state_dict() from it with PyTorch and give that."
+    )

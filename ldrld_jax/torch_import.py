@@ -1,0 +1,198 @@
+"""PyTorch checkpoints in and out: the names, the layouts and what does not fit.
+
+A parameter's path is PyTorch's key but for the last name, so that one rule serves every model:
+`layer1/0/conv1/kernel` is `layer1.0.conv1.weight`, transposed.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.models import create_model
+from ldrld_jax.models.layers import Dtype
+from ldrld_jax.purify import Tree, purify, with_variables
+from ldrld_jax.torch_files import read_tensors, write_safetensors
+
+__all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", "to_state_dict"]
+
+_TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_COUNTER = "num_batches_tracked"
+
+# What wrappers put before the names: DataParallel, torch.compile, a distiller that holds both networks.
+_PREFIX = re.compile(r"((module|_orig_mod)\.)*((?P<role>student|teacher)\.)?((module|_orig_mod)\.)*")
+
+
+def load_torch_checkpoint(
+    path: Any,
+    model_name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+) -> nnx.Module:
+    """The model with the weights of a PyTorch checkpoint; no code in the file is ever run.
+
+    Args:
+      path: a `.pth` file as `torch.save` writes it (needs the `torch` extra), `.safetensors` (needs
+        nothing), or a tar archive of these, of which the member is taken whose path names the model
+        (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56) or that `path.tar::member` gives.
+        Recognised by content, not by name; `gs://` and the like work. The tensors may lie under
+        `model`, `state_dict`, `model_state_dict` or `net` and have the prefixes `module.`,
+        `student.`, `teacher.`; of a file that holds a student and a teacher, the one that fits is
+        taken, the student if both do.
+      model_name: a key of `MODELS`.
+      num_classes: C, as the checkpoint was trained.
+      in_channels: channels of the images.
+      dtype: of the computation and the logits.
+      param_dtype: to which the weights are converted.
+
+    Raises:
+      UserError: if the file cannot be read safely or does not fit the model; every missing, unexpected
+        and misshapen key is counted, the first ones named.
+
+    Example:
+      >>> model = load_torch_checkpoint("ckpt_epoch_240.pth", "resnet32x4", num_classes=100)  # doctest: +SKIP
+      >>> model(images, train=False).shape  # doctest: +SKIP
+      (64, 100)
+    """
+    model = nnx.eval_shape(
+        lambda: create_model(
+            model_name, num_classes, in_channels, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype
+        )
+    )
+    _, params, batch_stats = purify(model)
+    networks = _networks(read_tensors(path, model_name))
+    misfits = {role: _misfits(tensors, _expected(params, batch_stats)) for role, tensors in networks.items()}
+    role = min(networks, key=lambda role: sum(map(len, misfits[role].values())))
+    if any(misfits[role].values()):
+        raise UserError(
+            f"{path} does not fit {model_name} with {num_classes} classes and {in_channels} channels: "
+            f"{_report(misfits[role])}. Give the model and the number of classes that it was trained with."
+        )
+    return with_variables(model, *from_state_dict(networks[role], params, batch_stats))
+
+
+def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:
+    """Writes the variables as a PyTorch state_dict in safetensors, under the published keys.
+
+    `safetensors.torch.load_file` gives PyTorch users the dict for `load_state_dict`. Loading it
+    again with the same `param_dtype` gives the same bits. BatchNorm's counters are 0, as nothing
+    here counts batches; PyTorch reads them only when its momentum is None.
+
+    Args:
+      path: of the file; `.safetensors` by convention.
+      params: nested dicts as of `purify`.
+      batch_stats: likewise.
+
+    Example:
+      >>> _, params, batch_stats = purify(model)  # doctest: +SKIP
+      >>> save_torch_checkpoint("student.safetensors", params, batch_stats)  # doctest: +SKIP
+    """
+    write_safetensors(path, to_state_dict(params, batch_stats))
+
+
+def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
+    """The variables under PyTorch's keys and in its layouts (kernels `[out, in, height, width]`).
+
+    Example:
+      >>> model = create_model("resnet8", 10, rngs=nnx.Rngs(0))
+      >>> state = to_state_dict(*purify(model)[1:])
+      >>> state["conv1.weight"].shape, state["bn1.num_batches_tracked"].dtype
+      ((16, 3, 3, 3), dtype('int64'))
+    """
+    state = {}
+    for path, value in _flat(params, batch_stats).items():
+        key = _torch_key(path)
+        state[key] = np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
+        if path[-1] == "var":
+            state[key.replace("running_var", _COUNTER)] = np.zeros((), np.int64)
+    return state
+
+
+def from_state_dict(state: Mapping[str, Any], params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
+    """`(params, batch_stats)` in the form and dtypes of the given ones, arrays or shapes, from a state_dict that fits.
+
+    Args:
+      state: numpy arrays under PyTorch's keys, without prefixes.
+      params: nested dicts as of `purify`, of which only shapes and dtypes are read.
+      batch_stats: likewise.
+    """
+
+    def fill(tree: Tree) -> Tree:
+        flat = {
+            path: jnp.asarray(_from_torch_layout(path, state[_torch_key(path)]), like.dtype)
+            for path, like in flatten_dict(tree).items()
+        }
+        return unflatten_dict(flat)
+
+    return fill(params), fill(batch_stats)
+
+
+def _flat(params: Tree, batch_stats: Tree) -> dict[tuple[str, ...], Any]:
+    return flatten_dict(params) | flatten_dict(batch_stats)
+
+
+def _torch_key(path: tuple[str, ...]) -> str:
+    return ".".join((*path[:-1], _TORCH_NAMES.get(path[-1], path[-1])))
+
+
+def _to_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    if path[-1] != "kernel":
+        return value
+    return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+
+
+def _from_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    if path[-1] != "kernel":
+        return value
+    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+
+
+def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors by the network they belong to, without prefixes; the student comes before the teacher."""
+    networks: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in tensors.items():
+        prefix = _PREFIX.match(key)
+        assert prefix is not None  # it matches the empty string
+        networks.setdefault(prefix["role"] or "", {})[key[prefix.end() :]] = value
+    return dict(sorted(networks.items()))
+
+
+def _expected(params: Tree, batch_stats: Tree) -> dict[str, tuple[int, ...]]:
+    """The shape that each key should have in PyTorch's layout."""
+    return {
+        _torch_key(path): jax.eval_shape(lambda x, path=path: _to_torch_layout(path, x), like).shape
+        for path, like in _flat(params, batch_stats).items()
+    }
+
+
+def _misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    misfits: dict[str, list[str]] = {
+        "missing": [key for key in expected if key not in tensors],
+        "unexpected": [key for key in tensors if key not in expected and not key.endswith(_COUNTER)],
+        "of another shape or type": [],
+    }
+    for key in expected.keys() & tensors.keys():
+        value = tensors[key]
+        if value.shape != expected[key] or not jnp.issubdtype(value.dtype, jnp.floating):
+            misfits["of another shape or type"].append(
+                f"{key} is {value.dtype}{list(value.shape)}, the model's is {list(expected[key])}"
+            )
+    return misfits
+
+
+def _report(misfits: Mapping[str, list[str]], shown: int = 4) -> str:
+    parts = []
+    for kind, keys in misfits.items():
+        if keys:
+            more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+            parts.append(f"{len(keys)} {kind} ({', '.join(keys[:shown])}{more})")
+    return "; ".join(parts)
