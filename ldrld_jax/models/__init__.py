@@ -7,11 +7,31 @@ from flax import nnx
 
 from ldrld_jax.errors import unknown
 from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
+from ldrld_jax.models.cifar_resnet50 import CIFAR_RESNET50
+from ldrld_jax.models.imagenet_resnet import IMAGENET_RESNETS
 from ldrld_jax.models.layers import Dtype
+from ldrld_jax.models.mobilenet_v1 import MOBILENETS_V1
+from ldrld_jax.models.mobilenet_v2 import MOBILENETS_V2
+from ldrld_jax.models.shufflenet_v1 import SHUFFLENETS_V1
+from ldrld_jax.models.shufflenet_v2 import SHUFFLENETS_V2
+from ldrld_jax.models.vgg import VGGS
+from ldrld_jax.models.vit import VISION_TRANSFORMERS
+from ldrld_jax.models.wrn import WIDE_RESNETS
 
 __all__ = ["MODELS", "create_model"]
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {**CIFAR_RESNETS}
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    **CIFAR_RESNETS,
+    **CIFAR_RESNET50,
+    **WIDE_RESNETS,
+    **VGGS,
+    **MOBILENETS_V2,
+    **SHUFFLENETS_V1,
+    **SHUFFLENETS_V2,
+    **IMAGENET_RESNETS,
+    **MOBILENETS_V1,
+    **VISION_TRANSFORMERS,
+}
 
 
 def create_model(

@@ -1,9 +1,10 @@
 """The layers that the families share, with PyTorch's padding, initialisation and statistics."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Dtype = jax.typing.DTypeLike
@@ -19,8 +20,17 @@ class Mode(NamedTuple):
     where: jax.Array | None = None
 
 
+def at_least_float32(*dtypes: Dtype) -> Dtype:
+    """Of sums that bfloat16 cannot hold: float64 if any of the dtypes is, otherwise float32."""
+    return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
+
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for weights; `torch_uniform` is the same for biases.
+torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 def torch_uniform(fan_in: int) -> nnx.Initializer:
-    """PyTorch's default initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of weights and biases alike."""
+    """PyTorch's default initialisation of a bias, which only the weight's fan-in bounds."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         del out_sharding
@@ -65,11 +75,25 @@ def conv(
     )
 
 
-def linear(in_features: int, out_features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with PyTorch's default initialisation."""
-    init = torch_uniform(in_features)
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    rngs: nnx.Rngs,
+    kernel_init: nnx.Initializer = torch_default,
+    bias_init: nnx.Initializer | None = None,
+) -> nnx.Linear:
+    """A linear layer, initialised as PyTorch does unless told otherwise."""
     return nnx.Linear(
-        in_features, out_features, kernel_init=init, bias_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        in_features,
+        out_features,
+        kernel_init=kernel_init,
+        bias_init=bias_init or torch_uniform(in_features),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
@@ -82,8 +106,9 @@ class BatchNorm(nnx.Module):
     trains exactly as the batch without its padding. Under jit over a mesh the batch is the global one.
     """
 
-    def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype):
-        stats_dtype = jnp.float64 if param_dtype == jnp.float64 else jnp.float32
+    def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs | None = None):
+        del rngs  # nothing here is random: accepted so that all layers are made with the same arguments
+        stats_dtype = at_least_float32(dtype, param_dtype)
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
         self.mean = nnx.BatchStat(jnp.zeros(features, stats_dtype))
@@ -118,6 +143,47 @@ class BatchNorm(nnx.Module):
         return mean, var
 
 
+class Sequential(nnx.List):
+    """Layers one after another; with none, the identity.
+
+    Functions such as `nnx.relu` take a place in the list, so that the positions, which are part of
+    every parameter's path, are PyTorch's.
+    """
+
+    def __init__(self, *layers: Any):
+        super().__init__(layers)
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        for layer in self:
+            modeless = isinstance(layer, nnx.Conv) or not isinstance(layer, nnx.Module)
+            x = layer(x) if modeless else layer(x, mode)
+        return x
+
+
 def global_average_pool(x: jax.Array) -> jax.Array:
     """`[N, H, W, C]` to `[N, C]`: the published fixed windows at native size, and right at any other."""
     return jnp.mean(x, axis=(1, 2))
+
+
+def max_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:
+    """`[N, H, W, C]` by square windows, padded on both sides as in PyTorch."""
+    pad = (padding, padding)
+    return nnx.max_pool(x, (window, window), strides=(stride, stride), padding=(pad, pad))
+
+
+def average_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:
+    """`[N, H, W, C]` by square windows; padding counts as zeros, PyTorch's default.
+
+    Not `nnx.avg_pool`, which promotes dtypes on the way.
+    """
+    pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    total = jax.lax.reduce_window(
+        x, np.zeros((), x.dtype), jax.lax.add, (1, window, window, 1), (1, stride, stride, 1), pad
+    )
+    return total / window**2
+
+
+def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
+    """Deals the channels of `[N, H, W, C]` round the groups: C as groups x C / groups, transposed."""
+    *lead, channels = x.shape
+    return x.reshape(*lead, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)

@@ -1,0 +1,45 @@
+"""The ResNet-50 for CIFAR of RepDistiller and mdistiller: bottlenecks behind a stem that keeps the resolution."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ldrld_jax.models.layers import BatchNorm, Mode, conv, global_average_pool, linear
+from ldrld_jax.models.residual import Bottleneck, stage
+
+
+class CifarResNet50(nnx.Module):
+    """Four stages of bottlenecks behind a 3x3 stem of stride 1, without max-pool; any height and width.
+
+    Args:
+      num_classes: C, the number of logits.
+      in_channels: channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
+        "params" stream initialises.
+
+    References:
+      He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016; RepDistiller's form.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
+        self.conv1 = conv(in_channels, 64, 3, **common)
+        self.bn1 = BatchNorm(64, **common)
+        make = functools.partial(stage, Bottleneck, shortcut="shortcut", **common)
+        self.layer1 = make(64, 64, 3, stride=1)
+        self.layer2 = make(256, 128, 4, stride=2)
+        self.layer3 = make(512, 256, 6, stride=2)
+        self.layer4 = make(1024, 512, 3, stride=2)
+        self.linear = linear(2048, num_classes, **common)
+
+    def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
+        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        mode = Mode(train, where)
+        x = nnx.relu(self.bn1(self.conv1(x), mode))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x, mode)
+        return self.linear(global_average_pool(x))
+
+
+CIFAR_RESNET50 = {"ResNet50": CifarResNet50}

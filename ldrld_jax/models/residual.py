@@ -1,0 +1,74 @@
+"""The residual blocks that the ResNet families share, post-activation and with the stride on a 3x3."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions beside a shortcut: `[N, H, W, in_features]` to `[N, H', W', features]`."""
+
+    expansion = 1
+
+    def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
+        self.conv1 = conv(in_features, features, 3, stride=stride, **common)
+        self.bn1 = BatchNorm(features, **common)
+        self.conv2 = conv(features, features, 3, **common)
+        self.bn2 = BatchNorm(features, **common)
+        self.downsample = projection(in_features, features, stride=stride, **common)
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), mode))
+        y = self.bn2(self.conv2(y), mode)
+        return nnx.relu(self.downsample(x, mode) + y)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3, 1x1 beside a shortcut; four times `features` come out.
+
+    `shortcut` names the attribute that holds the projection, since the published keys differ in it.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_features: int, features: int, *, stride: int, shortcut: str = "downsample", **common: Any):
+        out_features = self.expansion * features
+        self.conv1 = conv(in_features, features, 1, **common)
+        self.bn1 = BatchNorm(features, **common)
+        self.conv2 = conv(features, features, 3, stride=stride, **common)
+        self.bn2 = BatchNorm(features, **common)
+        self.conv3 = conv(features, out_features, 1, **common)
+        self.bn3 = BatchNorm(out_features, **common)
+        self.shortcut_name = shortcut
+        setattr(self, shortcut, projection(in_features, out_features, stride=stride, **common))
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), mode))
+        y = nnx.relu(self.bn2(self.conv2(y), mode))
+        y = self.bn3(self.conv3(y), mode)
+        return nnx.relu(getattr(self, self.shortcut_name)(x, mode) + y)
+
+
+def projection(in_features: int, features: int, *, stride: int, **common: Any) -> Sequential:
+    """A 1x1 convolution and its norm where the shape changes, otherwise the identity."""
+    if stride == 1 and in_features == features:
+        return Sequential()
+    return Sequential(conv(in_features, features, 1, stride=stride, **common), BatchNorm(features, **common))
+
+
+def stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_features: int,
+    features: int,
+    count: int,
+    *,
+    stride: int,
+    **common: Any,
+) -> Sequential:
+    """`count` blocks of one width, of which the first may stride and widen."""
+    first = block(in_features, features, stride=stride, **common)
+    width = block.expansion * features
+    return Sequential(first, *(block(width, features, stride=1, **common) for _ in range(count - 1)))

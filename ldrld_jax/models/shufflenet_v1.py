@@ -1,0 +1,92 @@
+"""ShuffleNetV1 for CIFAR with three groups, of RepDistiller and mdistiller."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ldrld_jax.models.layers import (
+    BatchNorm,
+    Mode,
+    Sequential,
+    average_pool,
+    conv,
+    global_average_pool,
+    linear,
+    shuffle_channels,
+    torch_default,
+)
+
+_GROUPS = 3
+_STEM = 24
+
+
+class ShuffleUnit(nnx.Module):
+    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; joined to the input.
+
+    A unit of stride 2 concatenates the pooled input behind the branch, the others add it.
+    """
+
+    def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
+        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
+        branch = features - in_features if stride == 2 else features
+        hidden = branch // 4
+        # The stem has too few channels to be grouped; what is not grouped needs no shuffle.
+        self.groups = 1 if in_features == _STEM else _GROUPS
+        self.stride = stride
+        self.conv1 = make_conv(in_features, hidden, 1, groups=self.groups)
+        self.bn1 = BatchNorm(hidden, **common)
+        self.conv2 = make_conv(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.bn2 = BatchNorm(hidden, **common)
+        self.conv3 = make_conv(hidden, branch, 1, groups=_GROUPS)
+        self.bn3 = BatchNorm(branch, **common)
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        y = nnx.relu(self.bn1(self.conv1(x), mode))
+        y = shuffle_channels(y, self.groups)
+        y = nnx.relu(self.bn2(self.conv2(y), mode))
+        y = self.bn3(self.conv3(y), mode)
+        if self.stride == 1:
+            return nnx.relu(y + x)
+        return nnx.relu(jnp.concatenate([y, average_pool(x, 3, stride=2, padding=1)], axis=-1))
+
+
+class ShuffleNetV1(nnx.Module):
+    """Three stages of 4, 8 and 4 units behind a 1x1 stem, 1/8 of any height and width.
+
+    Args:
+      num_classes: C, the number of logits.
+      in_channels: channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
+        "params" stream initialises.
+
+    References:
+      Zhang, Zhou, Lin, Sun, "ShuffleNet: An Extremely Efficient Convolutional Neural Network for
+      Mobile Devices", 2018; RepDistiller's form, with a ReLU after the depthwise convolution.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
+        self.conv1 = conv(in_channels, _STEM, 1, kernel_init=torch_default, **common)
+        self.bn1 = BatchNorm(_STEM, **common)
+        self.layer1 = _stage(_STEM, 240, 4, **common)
+        self.layer2 = _stage(240, 480, 8, **common)
+        self.layer3 = _stage(480, 960, 4, **common)
+        self.linear = linear(960, num_classes, **common)
+
+    def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
+        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        mode = Mode(train, where)
+        x = nnx.relu(self.bn1(self.conv1(x), mode))
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = layer(x, mode)
+        return self.linear(global_average_pool(x))
+
+
+def _stage(in_features: int, features: int, count: int, **common: Any) -> Sequential:
+    first = ShuffleUnit(in_features, features, stride=2, **common)
+    return Sequential(first, *(ShuffleUnit(features, features, stride=1, **common) for _ in range(count - 1)))
+
+
+SHUFFLENETS_V1 = {"ShuffleV1": ShuffleNetV1}

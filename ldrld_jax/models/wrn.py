@@ -1,0 +1,78 @@
+"""The wide ResNets for CIFAR: pre-activation blocks, without dropout."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
+
+
+class PreActivationBlock(nnx.Module):
+    """BN, ReLU and a 3x3 convolution, twice, beside a shortcut.
+
+    Where the width changes, the shortcut is a bare 1x1 convolution of the activated input;
+    elsewhere it is the input itself.
+    """
+
+    def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
+        self.bn1 = BatchNorm(in_features, **common)
+        self.conv1 = conv(in_features, features, 3, stride=stride, **common)
+        self.bn2 = BatchNorm(features, **common)
+        self.conv2 = conv(features, features, 3, **common)
+        self.convShortcut = conv(in_features, features, 1, stride=stride, **common) if in_features != features else None
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        active = nnx.relu(self.bn1(x, mode))
+        y = nnx.relu(self.bn2(self.conv1(active), mode))
+        shortcut = x if self.convShortcut is None else self.convShortcut(active)
+        return shortcut + self.conv2(y)
+
+
+class WideResNet(nnx.Module):
+    """A wide ResNet of depth 6 n + 4 for small images, any height and width.
+
+    Args:
+      num_classes: C, the number of logits.
+      in_channels: channels of the input.
+      depth: 6 n + 4 with n >= 1.
+      widen: the factor k on the stage widths 16, 32, 64.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
+        "params" stream initialises.
+
+    References:
+      Zagoruyko, Komodakis, "Wide Residual Networks", 2016.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, *, depth: int, widen: int, **common: Any):
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        blocks = (depth - 4) // 6
+        self.conv1 = conv(in_channels, 16, 3, **common)
+        self.block1 = _stage(widths[0], widths[1], blocks, stride=1, **common)
+        self.block2 = _stage(widths[1], widths[2], blocks, stride=2, **common)
+        self.block3 = _stage(widths[2], widths[3], blocks, stride=2, **common)
+        self.bn1 = BatchNorm(widths[3], **common)
+        self.fc = linear(widths[3], num_classes, bias_init=nnx.initializers.zeros, **common)
+
+    def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
+        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        mode = Mode(train, where)
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block.layer(x, mode)
+        return self.fc(global_average_pool(nnx.relu(self.bn1(x, mode))))
+
+
+def _stage(in_features: int, features: int, count: int, *, stride: int, **common: Any) -> nnx.Dict:
+    first = PreActivationBlock(in_features, features, stride=stride, **common)
+    rest = (PreActivationBlock(features, features, stride=1, **common) for _ in range(count - 1))
+    return nnx.Dict(layer=Sequential(first, *rest))
+
+
+def _wrn(depth: int, widen: int) -> Callable[..., WideResNet]:
+    return functools.partial(WideResNet, depth=depth, widen=widen)
+
+
+WIDE_RESNETS = {f"wrn_{depth}_{widen}": _wrn(depth, widen) for depth in (16, 40) for widen in (1, 2)}
