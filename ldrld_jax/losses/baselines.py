@@ -1,10 +1,14 @@
-"""The other logit-distillation losses, each the bare term: no cross-entropy, no warm-up, no outer weight."""
+"""Losses that compare whole softmaxes: kd, ctkd, ttm, wttm; and the standardisation of logits.
+
+Each is the bare term: no cross-entropy, no warm-up, no outer weight.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
 
 
@@ -17,12 +21,44 @@ class KDConfig(MethodConfig):
     standardize: bool = False
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CTKDConfig(MethodConfig):
+    """Curriculum temperature: nothing to set; the temperature is learnt."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TTMConfig(MethodConfig):
+    """Transformed teacher matching: gamma >= 0 is the power of the teacher's probabilities, 1/T of kd."""
+
+    gamma: float = 0.1
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WTTMConfig(MethodConfig):
+    """Weighted transformed teacher matching: gamma >= 0 is the power of the teacher's probabilities."""
+
+    gamma: float = 0.2
+
+
 def standardize_logits(logits: jax.Array) -> jax.Array:
     r"""Logit standardisation: zero mean and unit deviation per example, `[..., C]` to `[..., C]`.
 
     .. math:: z \leftarrow (z - \bar z) / (\mathrm{std}(z) + 10^{-7})
 
-    The deviation is the sample one (ddof = 1); equal logits give 0 with gradient 0.
+    The deviation is the sample one (ddof = 1). Equal logits give 0; the gradient there is finite
+    but as large as the formula has it, 10^7 times what arrives: do not start a student at 0.
+
+    It is a transform of both sides, not a loss: `ldrld_jax.losses.standardized` puts it before any method.
+    It is published with temperature 2.
+
+    Args:
+      logits: `[..., C]`, any float dtype.
+
+    Returns:
+      The same shape, float32 (float64 for float64 logits).
 
     Example:
       >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0]])).round(3).tolist()
@@ -31,12 +67,10 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     References:
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
+    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
     variance = jnp.sum(centred**2, axis=-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
-    spread = variance > 0
-    # sqrt has an infinite slope at 0: take it of 1 there, and multiply by 0 instead.
-    std = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, jnp.ones_like(variance))), jnp.zeros_like(variance))
-    return centred / (std + 1e-7)
+    return centred / (numerics.sqrt(variance) + 1e-7)
 
 
 def kd_terms(
@@ -70,6 +104,151 @@ def kd_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     if cfg.standardize:
         teacher, student = standardize_logits(teacher), standardize_logits(student)
-    log_p = jax.nn.log_softmax(teacher / cfg.temperature)
-    log_q = jax.nn.log_softmax(student / cfg.temperature)
-    return cfg.temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return cfg.temperature**2 * numerics.kl(teacher / cfg.temperature, student / cfg.temperature)
+
+
+def ctkd_init(cfg: CTKDConfig) -> dict[str, jax.Array]:
+    """The learnt parameter of ctkd: a scalar theta = 1, which is T = 15.6, in the default float dtype."""
+    del cfg
+    return {"theta": jnp.ones(())}
+
+
+def ctkd_temperature(params: dict[str, jax.Array]) -> jax.Array:
+    r"""The learnt temperature, between 1 and 21.
+
+    .. math:: T = 1 + 20 \, \mathrm{sigmoid}(\theta)
+
+    Example:
+      >>> print(f"{ctkd_temperature(ctkd_init(CTKDConfig())):.2f}")
+      15.62
+    """
+    return 1 + 20 * jax.nn.sigmoid(params["theta"])
+
+
+def ctkd_gradient_scale(epoch: float | jax.Array) -> jax.Array:
+    r"""What theta's gradient is multiplied by: negative, so that the temperature makes the task harder.
+
+    .. math:: -\big(1 - \cos(\pi \min(e, 10) / 10)\big) / 2
+
+    From 0 at the start it falls to -1 at epoch 10 and stays. It depends on the epoch and not on the
+    logits, so `ctkd_terms` has the plain gradient and whoever owns the optimizer scales it.
+
+    Args:
+      epoch: e >= 0, whole or with a fraction, a number or a scalar array.
+
+    Example:
+      >>> [round(float(ctkd_gradient_scale(e)), 3) for e in (0, 5, 10, 99)]
+      [-0.0, -0.5, -1.0, -1.0]
+    """
+    return -(1 - jnp.cos(jnp.pi * jnp.minimum(epoch, 10) / 10)) / 2
+
+
+def ctkd_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    cfg: CTKDConfig,
+    *,
+    params: dict[str, jax.Array] | None = None,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    r"""Curriculum temperature distillation, per example: kd at a learnt temperature.
+
+    .. math:: T^2 \, \mathrm{KL}\big(\sigma(z^t / T) \,\|\, \sigma(z^s / T)\big), \quad
+              T = 1 + 20 \, \mathrm{sigmoid}(\theta)
+
+    The gradient flows into the student and, through T on both sides and through T^2, into theta.
+    It is the plain one: multiply theta's by `ctkd_gradient_scale(epoch)` before it is applied, by
+    which the temperature ascends the loss that the student descends.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      cfg: a `CTKDConfig`.
+      params: as `ctkd_init` gives them, which is also what None stands for.
+      where: `[...]` bool; rows left out give 0 and may hold NaN.
+
+    Returns:
+      `[...]`, float32 (float64 for float64 logits), in nats times T^2.
+
+    Raises:
+      ValueError: if the shapes differ or a dtype is not floating.
+
+    Example:
+      >>> teacher, student = jnp.array([[2.0, 0.0, -2.0]]), jnp.array([[0.0, 0.0, 0.0]])
+      >>> print(f"{ctkd_terms(teacher, student, CTKDConfig())[0]:.3f}")
+      1.328
+
+    References:
+      Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, the global temperature.
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    params = ctkd_init(cfg) if params is None else params
+    temperature = ctkd_temperature(params).astype(student.dtype)
+    return temperature**2 * numerics.kl(teacher / temperature, student / temperature)
+
+
+def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
+    """KL(norm(p_t^gamma) || p_s) and the log of that norm, log sum p_t^gamma; both `[...]`."""
+    power = gamma * jax.nn.log_softmax(teacher)
+    log_mass = jax.nn.logsumexp(power, axis=-1, keepdims=True)
+    log_p, log_q = power - log_mass, jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), log_mass[..., 0]
+
+
+def ttm_terms(
+    teacher_logits: jax.Array, student_logits: jax.Array, cfg: TTMConfig, *, where: jax.Array | None = None
+) -> jax.Array:
+    r"""Transformed teacher matching, per example: a temperature for the teacher alone.
+
+    .. math:: \mathrm{KL}\Big(\frac{p_t^\gamma}{\sum_c p_{t,c}^\gamma} \,\Big\|\, p_s\Big)
+
+    with both probabilities at temperature 1; gamma plays 1/T, and there is no T^2.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      cfg: a `TTMConfig`.
+      where: `[...]` bool; rows left out give the value of equal logits, 0, and may hold NaN.
+
+    Returns:
+      `[...]`, float32 (float64 for float64 logits), in nats.
+
+    Raises:
+      ValueError: if the shapes differ or a dtype is not floating.
+
+    Example:
+      >>> teacher, student = jnp.array([[20.0, 0.0, -20.0]]), jnp.array([[2.0, 0.0, -2.0]])
+      >>> float(ttm_terms(teacher, student, TTMConfig(gamma=0.1))[0])
+      0.0
+
+    References:
+      Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024;
+      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    return _power_matching(teacher, student, cfg.gamma)[0]
+
+
+def wttm_terms(
+    teacher_logits: jax.Array, student_logits: jax.Array, cfg: WTTMConfig, *, where: jax.Array | None = None
+) -> jax.Array:
+    r"""Weighted transformed teacher matching, per example: ttm, more of it where the teacher is unsure.
+
+    .. math:: \Big(\sum_c p_{t,c}^\gamma\Big) \,
+              \mathrm{KL}\Big(\frac{p_t^\gamma}{\sum_c p_{t,c}^\gamma} \,\Big\|\, p_s\Big)
+
+    Arguments, errors and source as in `ttm_terms`, with a `WTTMConfig`. For gamma <= 1 the factor
+    is between 1 (a teacher that is sure) and C^(1 - gamma).
+
+    Returns:
+      `[...]`, float32 (float64 for float64 logits).
+
+    Example:
+      >>> teacher, student = jnp.zeros((1, 4)), jnp.array([[2.0, 0.0, 0.0, 0.0]])
+      >>> ttm = ttm_terms(teacher, student, TTMConfig(gamma=0.5))
+      >>> print(f"{(wttm_terms(teacher, student, WTTMConfig(gamma=0.5)) / ttm)[0]:.3f}")
+      2.000
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    divergence, log_mass = _power_matching(teacher, student, cfg.gamma)
+    return jnp.exp(log_mass) * divergence

@@ -1,0 +1,274 @@
+"""Losses that treat the label's class apart from the others: dkd, nkd, wsld, rld.
+
+Each is the bare term: no cross-entropy, no warm-up, no outer weight. Two of their summands are
+logged apart, so `*_terms` gives a dict of per-example arrays, weights included, whose means add
+up to the loss.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ldrld_jax.losses.baselines import standardize_logits
+from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.numerics import bernoulli_kl, check_classes, expectation, kl, label_mask, log_ratio, pick
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DKDConfig(MethodConfig):
+    """Decoupled distillation.
+
+    Attributes:
+      alpha: weight of the target part.
+      beta: weight of the non-target part; 8 for most CIFAR-100 pairs, 2 where the teacher is small.
+      temperature: T > 0 of both parts.
+      standardize: whether both sides' logits are standardised first.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: Positive = 4.0
+    standardize: bool = False
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NKDConfig(MethodConfig):
+    """Normalised distillation: temperature T > 0 and weight gamma of the non-target part."""
+
+    temperature: Positive = 3.0
+    gamma: float = 3.5
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WSLDConfig(MethodConfig):
+    """Weighted soft labels: temperature T > 0 and weight alpha."""
+
+    temperature: Positive = 4.0
+    alpha: float = 2.25
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLDConfig(MethodConfig):
+    """Refined logit distillation.
+
+    Attributes:
+      alpha: weight of the confidence part.
+      beta: weight of the masked part.
+      alpha_temperature: T_a > 0 of the confidence part.
+      temperature: T > 0 of the masked part.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    alpha_temperature: Positive = 1.0
+    temperature: Positive = 4.0
+
+
+def dkd_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    labels: jax.Array,
+    cfg: DKDConfig,
+    *,
+    where: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    r"""Decoupled knowledge distillation, per example.
+
+    .. math:: \alpha T^2 \, \mathrm{KL}(b_t \| b_s) + \beta T^2 \, \mathrm{KL}(q_t \| q_s), \quad
+              b = [p_y, 1 - p_y], \quad q = \sigma(z_{c \ne y} / T)
+
+    with p the softmax at T: whether it is the label, and which of the others it is.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      labels: `[...]` integer classes.
+      cfg: a `DKDConfig`.
+      where: `[...]` bool; rows left out give 0 and may hold NaN and any label.
+
+    Returns:
+      "target" and "non_target": `[...]`, float32 (float64 for float64 logits), in nats times T^2
+      and their weights.
+
+    Raises:
+      ValueError: if C < 3, the shapes differ, a dtype is not floating or the labels are not integers.
+
+    Example:
+      >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[5.0, 1.0, 0.0]])
+      >>> terms = dkd_terms(teacher, student, jnp.array([0]), DKDConfig(beta=8.0))
+      >>> print(f"{terms['target'][0]:.3f} {terms['non_target'][0]:.3f}")
+      1.115 0.000
+
+    References:
+      Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7;
+      agrees with mdistiller's DKD to 1e-12 (tests/losses/baselines_test.py).
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    check_classes("dkd", student, 3)
+    if cfg.standardize:
+        teacher, student = standardize_logits(teacher), standardize_logits(student)
+    target = label_mask(labels, student)
+    log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
+    return {
+        "target": cfg.alpha * cfg.temperature**2 * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
+        "non_target": cfg.beta * cfg.temperature**2 * expectation(log_p, log_p - log_q, ~target),
+    }
+
+
+def nkd_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    labels: jax.Array,
+    cfg: NKDConfig,
+    *,
+    where: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    r"""Normalised knowledge distillation, per example.
+
+    .. math:: -p_{t,y} \log p_{s,y} - \gamma T^2 \sum_{c \ne y} q_{t,c} \log q_{s,c}, \quad
+              q = \sigma(z_{c \ne y} / T)
+
+    with p the softmax at temperature 1. These are cross-entropies: equal logits do not give 0. The
+    label is taken out of q, as in the authors' present code; copies that leave it in compute another loss.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      labels: `[...]` integer classes.
+      cfg: an `NKDConfig`.
+      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+
+    Returns:
+      "target" and "non_target": `[...]`, float32 (float64 for float64 logits), in nats, the latter
+      times its weight and T^2.
+
+    Raises:
+      ValueError: if C < 3, the shapes differ, a dtype is not floating or the labels are not integers.
+
+    Example:
+      >>> terms = nkd_terms(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.array([0]), NKDConfig(temperature=1, gamma=1))
+      >>> print(f"{terms['target'][0]:.3f} {terms['non_target'][0]:.3f}")  # log(3) / 3 and log(2)
+      0.366 0.693
+
+    References:
+      Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+      Normalized Loss and Customized Soft Labels", ICCV 2023;
+      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    check_classes("nkd", student, 3)
+    target = label_mask(labels, student)
+    teacher_odds, student_odds = (pick(log_ratio(z, ~target), target) for z in (teacher, student))
+    log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
+    return {
+        "target": -jax.nn.sigmoid(teacher_odds) * jax.nn.log_sigmoid(student_odds),
+        "non_target": -cfg.gamma * cfg.temperature**2 * expectation(log_p, log_q, ~target),
+    }
+
+
+def wsld_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    labels: jax.Array,
+    cfg: WSLDConfig,
+    *,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    r"""Weighted soft labels, per example: distil more where the student is worse than the teacher.
+
+    .. math:: \alpha T^2 \Big(1 - \exp\Big(-\frac{\mathrm{CE}_s}{\mathrm{CE}_t + 10^{-7}}\Big)\Big) H, \quad
+              H = -\sum_c p_{t,c} \log p_{s,c}
+
+    with p the softmax at T, CE the cross-entropy with the label at temperature 1, and no gradient
+    through the bracket.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      labels: `[...]` integer classes.
+      cfg: a `WSLDConfig`.
+      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+
+    Returns:
+      `[...]`, float32 (float64 for float64 logits), in nats times T^2 and alpha.
+
+    Raises:
+      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers.
+
+    Example:
+      >>> z = jnp.zeros((1, 2))
+      >>> value = wsld_terms(z, z, jnp.array([0]), WSLDConfig(temperature=1, alpha=1))[0]
+      >>> print(f"{value:.3f}")  # (1 - 1/e) log(2)
+      0.438
+
+    References:
+      Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
+      Perspective", ICLR 2021; agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    check_classes("wsld", student, 2)
+    target = label_mask(labels, student)
+    # By the log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
+    teacher_ce, student_ce = (-jax.nn.log_sigmoid(pick(log_ratio(z, ~target), target)) for z in (teacher, student))
+    bracket = jax.lax.stop_gradient(-jnp.expm1(-student_ce / (teacher_ce + 1e-7)))
+    p, log_q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.log_softmax(student / cfg.temperature)
+    return -cfg.alpha * cfg.temperature**2 * bracket * jnp.sum(p * log_q, axis=-1)
+
+
+def rld_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    labels: jax.Array,
+    cfg: RLDConfig,
+    *,
+    where: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    r"""Refined logit distillation, per example: what survives of a teacher that may be wrong.
+
+    .. math:: \alpha T_a^2 \, \mathrm{KL}\big([m, 1 - m] \,\|\, [p_{s,y}, 1 - p_{s,y}]\big)
+              + \beta T^2 \, \mathrm{KL}_K, \quad K = \{c : z^t_c < z^t_y\}
+
+    The student's probability of the label learns the teacher's confidence m, its largest
+    probability, both at T_a; the softmaxes at T over K are those of the classes that the teacher
+    ranks below the label. Classes tied with the label are not in K; if K is empty its term is 0.
+
+    Args:
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
+      student_logits: `[..., C]`, the same shape.
+      labels: `[...]` integer classes.
+      cfg: an `RLDConfig`.
+      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+
+    Returns:
+      "confidence" and "masked": `[...]`, float32 (float64 for float64 logits), in nats times T^2
+      and their weights.
+
+    Raises:
+      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers.
+
+    Example:
+      >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[1.0, 2.0, 0.0]])
+      >>> terms = rld_terms(teacher, student, jnp.array([1]), RLDConfig())  # the teacher is wrong, the student as sure
+      >>> print(f"{terms['confidence'][0]:.3f} {terms['masked'][0]:.3f}")
+      0.000 0.000
+
+    References:
+      Sun et al., "Knowledge Distillation with Refined Logits", ICCV 2025;
+      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    check_classes("rld", student, 2)
+    target, best = label_mask(labels, student), label_mask(jnp.argmax(teacher, axis=-1), teacher)
+    confidence = pick(log_ratio(teacher / cfg.alpha_temperature, ~best), best)
+    student_odds = pick(log_ratio(student / cfg.alpha_temperature, ~target), target)
+    below = teacher < pick(teacher, target)[..., None]
+    masked = kl(teacher / cfg.temperature, student / cfg.temperature, keep=below)
+    return {
+        "confidence": cfg.alpha * cfg.alpha_temperature**2 * bernoulli_kl(confidence, student_odds),
+        "masked": cfg.beta * cfg.temperature**2 * masked,
+    }

@@ -1,0 +1,90 @@
+"""What the label-aware and correlation losses are made of; nothing here can turn a finite input into NaN."""
+
+import jax
+import jax.numpy as jnp
+
+
+def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Where each label is: `[...]` integers to `[..., C]` bool, all False for a label such as -100.
+
+    A comparison with the class index, which XLA fuses into whatever uses it: no one-hot array is
+    written, and no gather has to be turned into a scatter for the gradient.
+
+    Raises:
+      ValueError: if there is not one integer for each row of logits.
+    """
+    labels = jnp.asarray(labels)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of the logits without classes, {logits.shape[:-1]}, got {labels.shape}."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integer classes, got {labels.dtype}.")
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return classes == labels.astype(jnp.int32)[..., None]
+
+
+def pick(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The value at the one class that `mask` marks, `[..., C]` to `[...]`; 0 where it marks none."""
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
+
+
+def log_ratio(logits: jax.Array, keep: jax.Array) -> jax.Array:
+    r"""Every class against a set of classes K, `[..., C]`.
+
+    .. math:: z_c - \log \sum_{k \in K} e^{z_k}
+
+    Within K this is the log-softmax over K. If K is all classes but one, it is that one's log-odds,
+    :math:`\log (p_c / (1 - p_c))`: one log-sum-exp serves both, and no probability is subtracted from 1.
+
+    Args:
+      logits: `[..., C]`, floating.
+      keep: `[..., C]` bool, the set K; at least one class of each row.
+    """
+    kept = jnp.where(keep, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(kept, axis=-1, keepdims=True))
+    return logits - peak - jnp.log(jnp.sum(jnp.exp(kept - peak), axis=-1, keepdims=True))
+
+
+def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
+    """The sum of `exp(log_p) * values` over the classes that `keep` marks, `[..., C]` to `[...]`.
+
+    Both factors are masked: a dropped class may have any log_p, and its exp must not overflow.
+    """
+    return jnp.sum(jnp.exp(jnp.where(keep, log_p, -jnp.inf)) * jnp.where(keep, values, 0.0), axis=-1)
+
+
+def kl(teacher: jax.Array, student: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    """KL(softmax(teacher) || softmax(student)), `[..., C]` to `[...]`, in nats.
+
+    Args:
+      teacher: `[..., C]` logits, divided by their temperature.
+      student: the same.
+      keep: `[..., C]` bool, the classes to which both softmaxes are confined; of none the KL is 0.
+    """
+    if keep is None:
+        log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    # An empty set has no log-sum-exp: take that of all classes, and sum over none.
+    domain = keep | ~jnp.any(keep, axis=-1, keepdims=True)
+    log_p, log_q = log_ratio(teacher, domain), log_ratio(student, domain)
+    return expectation(log_p, log_p - log_q, keep)
+
+
+def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
+    """KL of two Bernoulli distributions given by their log-odds, elementwise, in nats."""
+    hit = jax.nn.log_sigmoid(teacher_odds) - jax.nn.log_sigmoid(student_odds)
+    miss = jax.nn.log_sigmoid(-teacher_odds) - jax.nn.log_sigmoid(-student_odds)
+    return jax.nn.sigmoid(teacher_odds) * hit + jax.nn.sigmoid(-teacher_odds) * miss
+
+
+def sqrt(x: jax.Array) -> jax.Array:
+    """The square root of x >= 0 with slope 0 at 0, where the true one is infinite and 0 times it NaN."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def check_classes(method: str, logits: jax.Array, least: int) -> None:
+    """Raises a ValueError if there are fewer classes than a method can work with."""
+    if logits.shape[-1] < least:
+        raise ValueError(f"{method} needs at least {least} classes, got {logits.shape[-1]}. Use kd instead.")

@@ -1,0 +1,405 @@
+"""Every method against the published code's numbers and against NumPy, written anew from the formulas."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from ldrld_jax.losses import METHODS, standardized
+
+GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "baselines_official.npz")
+
+
+@functools.cache
+def compiled(method, cfg):
+    """Value and gradient with respect to the student, compiled once a shape."""
+    loss = lambda student, teacher, labels, rows: method.loss(teacher, student, labels, cfg, **rows)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def loss_and_gradient(method, cfg, teacher, student, labels, **rows):
+    return compiled(method, cfg)(student, teacher, labels, rows)
+
+
+def error(got, want):
+    """Max-norm relative."""
+    return np.max(np.abs(np.asarray(got, np.float64) - want)) / np.max(np.abs(want))
+
+
+# --- the published code ---------------------------------------------------------------------------------------------
+
+GOLDEN_CONFIGS = {
+    "kd": lambda t, a, b, g: dict(temperature=t),
+    "kd_logit_standardized": lambda t, a, b, g: dict(temperature=t, standardize=True),
+    "dkd": lambda t, a, b, g: dict(temperature=t, alpha=a, beta=b),
+    "rld": lambda t, a, b, g: dict(temperature=t, alpha=a, beta=b, alpha_temperature=1.0),
+    "nkd": lambda t, a, b, g: dict(temperature=t, gamma=g),
+    "ttm": lambda t, a, b, g: dict(gamma=g / 10),
+    "wttm": lambda t, a, b, g: dict(gamma=g / 10),
+    "wsld": lambda t, a, b, g: dict(temperature=t, alpha=g),
+    "dist": lambda t, a, b, g: dict(temperature=t, beta=a, gamma=b),
+}
+
+
+def test_every_golden_method_is_checked():
+    stored = {key.split("/")[1] for key in GOLDEN.files if key.endswith("/grad")}
+    assert stored == set(GOLDEN_CONFIGS)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 2e-5)])
+@pytest.mark.parametrize("case", ["0", "1"])
+@pytest.mark.parametrize("name", sorted(GOLDEN_CONFIGS))
+def test_value_and_gradient_are_those_of_the_published_code(name, case, dtype, tolerance, x64):
+    method = METHODS[name.removesuffix("_logit_standardized")]
+    cfg = method.config(**GOLDEN_CONFIGS[name](*GOLDEN[f"{case}/T_alpha_beta_gamma"]))
+    teacher, student = (GOLDEN[f"{case}/{side}"].astype(dtype) for side in ("teacher", "student"))
+    loss, gradient = loss_and_gradient(method, cfg, teacher, student, GOLDEN[f"{case}/labels"])
+    assert loss.dtype == gradient.dtype == dtype
+    assert error(loss, GOLDEN[f"{case}/{name}/loss"]) < tolerance
+    assert error(gradient, GOLDEN[f"{case}/{name}/grad"]) < tolerance
+
+
+# --- the formulas, in NumPy -----------------------------------------------------------------------------------------
+# reference(t, s, y, w, cfg): logits [B, C], labels [B], weights [B], to a scalar. `s` may be complex, for the
+# derivative by a step in the imaginary direction, which has no cancellation: the real part decides and shifts.
+
+
+def log_softmax(z):
+    z = z - np.max(z.real, axis=-1, keepdims=True)
+    return z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True))
+
+
+def softmax(z):
+    return np.exp(log_softmax(z))
+
+
+def kl_of_one(t, s):
+    """Of two rows of logits."""
+    p, log_p, log_q = softmax(t), log_softmax(t), log_softmax(s)
+    return sum(p[c] * (log_p[c] - log_q[c]) for c in range(len(t)))
+
+
+def lse(z):
+    peak = np.max(z.real)
+    return peak + np.log(np.sum(np.exp(z - peak)))
+
+
+def two_way(z, c):
+    """Log of [p_c, 1 - p_c], the second from the sum over the others."""
+    z = z - np.max(z.real)
+    return np.array([z[c] - lse(z), lse(np.delete(z, c)) - lse(z)])
+
+
+def kl_two_way(log_p, log_q):
+    return np.sum(np.exp(log_p) * (log_p - log_q))
+
+
+def by_example(term):
+    """The weighted mean of `term(t, s, y, cfg)` over the rows."""
+
+    def reference(t, s, y, w, cfg):
+        return sum(w[i] * term(t[i], s[i], y[i], cfg) for i in range(len(y))) / np.sum(w)
+
+    return reference
+
+
+def standardize(z):
+    centred = z - np.sum(z) / len(z)
+    return centred / (np.sqrt(np.sum(centred * centred) / (len(z) - 1)) + 1e-7)
+
+
+def kd(t, s, y, cfg):
+    if cfg.standardize:
+        t, s = standardize(t), standardize(s)
+    return cfg.temperature**2 * kl_of_one(t / cfg.temperature, s / cfg.temperature)
+
+
+def dkd(t, s, y, cfg):
+    t, s = t / cfg.temperature, s / cfg.temperature
+    target = kl_two_way(two_way(t, y), two_way(s, y))
+    return cfg.temperature**2 * (cfg.alpha * target + cfg.beta * kl_of_one(np.delete(t, y), np.delete(s, y)))
+
+
+def nkd(t, s, y, cfg):
+    q_t = softmax(np.delete(t, y) / cfg.temperature)
+    log_q_s = log_softmax(np.delete(s, y) / cfg.temperature)
+    return -softmax(t)[y] * log_softmax(s)[y] - cfg.gamma * cfg.temperature**2 * np.sum(q_t * log_q_s)
+
+
+def wsld(t, s, y, cfg):
+    bracket = 1 - np.exp(log_softmax(s.real)[y] / (-log_softmax(t)[y] + 1e-7))
+    entropy = -np.sum(softmax(t / cfg.temperature) * log_softmax(s / cfg.temperature))
+    return cfg.alpha * cfg.temperature**2 * bracket * entropy
+
+
+def ttm(t, s, y, cfg):
+    return kl_of_one(cfg.gamma * log_softmax(t), s)  # norm(p^gamma) = softmax(gamma log p)
+
+
+def wttm(t, s, y, cfg):
+    return np.sum(softmax(t) ** cfg.gamma) * ttm(t, s, y, cfg)
+
+
+def rld(t, s, y, cfg):
+    log_m = two_way(t / cfg.alpha_temperature, np.argmax(t))
+    confidence = kl_two_way(log_m, two_way(s / cfg.alpha_temperature, y))
+    keep = t < t[y]
+    masked = kl_of_one(t[keep] / cfg.temperature, s[keep] / cfg.temperature) if keep.any() else 0.0
+    return cfg.alpha * cfg.alpha_temperature**2 * confidence + cfg.beta * cfg.temperature**2 * masked
+
+
+def ctkd(t, s, y, cfg, theta=1.0):
+    temperature = 1 + 20 / (1 + np.exp(-theta))
+    return temperature**2 * kl_of_one(t / temperature, s / temperature)
+
+
+def dist(t, s, y, w, cfg):
+    p, q = softmax(t / cfg.temperature), softmax(s / cfg.temperature)
+    w = w * len(w) / np.sum(w)
+
+    def rho(a, b, w):
+        a, b = a - np.sum(w * a) / np.sum(w), b - np.sum(w * b) / np.sum(w)
+        return np.sum(w * a * b) / (np.sqrt(np.sum(w * a * a)) * np.sqrt(np.sum(w * b * b)) + 1e-8)
+
+    rows = [w[i] * rho(p[i], q[i], np.ones(p.shape[1])) for i in range(len(p))]
+    columns = [rho(p[:, c], q[:, c], w) for c in range(p.shape[1])]
+    return cfg.temperature**2 * (cfg.beta * (1 - sum(rows) / len(rows)) + cfg.gamma * (1 - sum(columns) / len(columns)))
+
+
+def mlkd(t, s, y, w, cfg):
+    """The clean form: the published code drops, masks and mixes up views, which one view does not show."""
+    rows, classes = t.shape
+    w = w * rows / np.sum(w)
+    total = 0
+    for temperature in (2, 3, 4, 5, 6):
+        p, q = softmax(t / temperature), softmax(s / temperature)
+        by_class = p.T @ np.diag(w) @ p - q.T @ np.diag(w) @ q
+        by_row = np.diag(np.sqrt(w)) @ (p @ p.T - q @ q.T) @ np.diag(np.sqrt(w))
+        divergence = sum(w[i] * kl_of_one(t[i] / temperature, s[i] / temperature) for i in range(rows)) / rows
+        total += temperature**2 * divergence + np.sum(by_class**2) / classes + np.sum(by_row**2) / rows
+    return total
+
+
+REFERENCES = {term.__name__: by_example(term) for term in (kd, dkd, nkd, wsld, ttm, wttm, rld, ctkd)}
+REFERENCES |= {"dist": dist, "mlkd": mlkd}
+FIELDS = {
+    "kd": dict(standardize=True),
+    "dkd": dict(alpha=0.7, beta=3.0),
+    "nkd": dict(gamma=1.3),
+    "wsld": dict(alpha=1.7),
+    "ttm": dict(gamma=0.3),
+    "wttm": dict(gamma=0.6),
+    "rld": dict(alpha=0.7, beta=3.0, alpha_temperature=1.5),
+    "dist": dict(beta=0.7, gamma=1.9),
+    "mlkd": {},
+    "ctkd": {},
+}
+
+
+def reference_loss_and_gradient(reference, t, s, y, w, cfg):
+    gradient = np.zeros(s.shape)
+    for index in np.ndindex(s.shape):
+        stepped = s.astype(complex)
+        stepped[index] += 1e-30j
+        gradient[index] = np.imag(reference(t, stepped, y, w, cfg)) / 1e-30
+    return np.real(reference(t, s.astype(complex), y, w, cfg)), gradient
+
+
+def worst(teacher, rng):
+    return np.argmin(teacher, axis=-1)
+
+
+def best(teacher, rng):
+    return np.argmax(teacher, axis=-1)
+
+
+def any_label(teacher, rng):
+    return rng.integers(teacher.shape[-1], size=len(teacher))
+
+
+DATA = {
+    "plain": (lambda n: (2 * n(), 2 * n()), any_label),
+    "spread": (lambda n: (30 * n(), 30 * n()), any_label),
+    "the label is the teacher's worst class": (lambda n: (2 * n(), 2 * n()), worst),
+    "the label is the teacher's best class": (lambda n: (2 * n(), 2 * n()), best),
+    "ties": (lambda n: (np.round(n()), np.round(n())), any_label),
+    "huge": (lambda n: (1e4 * n(), 1e4 * n()), any_label),
+    "near": (lambda n: (lambda z: (z, z + 1e-3 * n()))(2 * n()), any_label),
+    "equal student": (lambda n: (2 * n(), 0 * n() + 3), any_label),
+    "equal teacher": (lambda n: (0 * n() - 2, 2 * n()), any_label),
+    "equal both": (lambda n: (0 * n(), 0 * n() + 1), any_label),
+}
+
+
+def check_against_reference(name, rows, classes, temperature, fields, seed):
+    method = METHODS[name]
+    fields = fields | ({"temperature": temperature} if hasattr(method.config(), "temperature") else {})
+    cfg, rng = method.config(**fields), np.random.default_rng(seed)
+    # Two rows are masked out, wherever they fall; they hold NaN and no label.
+    where = rng.permutation(np.arange(rows + 2) < rows)
+    weights = np.full(rows + 2, np.nan)
+    weights[where] = w = rng.uniform(0.5, 2.0, rows)
+    for kind, (draw, choose) in DATA.items():
+        if name == "dist" and kind.startswith("equal"):
+            continue  # there rho divides rounding by 1e-8; test_equal_logits holds what can be held
+        t, s = draw(lambda: rng.normal(size=(rows, classes)))
+        y = choose(t, rng)
+        teacher, student = np.full((2, rows + 2, classes), np.nan)
+        labels = np.full(rows + 2, -100)
+        teacher[where], student[where], labels[where] = t, s, y
+        loss, gradient = loss_and_gradient(method, cfg, teacher, student, labels, where=where, weights=weights)
+        want, want_gradient = reference_loss_and_gradient(REFERENCES[name], t, s, y, w, cfg)
+        largest = max(1.0, np.max(np.abs([t, s])))
+        assert abs(loss - want) <= 1e-10 * abs(want) + 1e-12 * largest, (kind, cfg, float(loss), want)
+        # Standardisation multiplies the rounding of equal logits by 1e7, as it does their gradient.
+        floor = 1e-9 if getattr(cfg, "standardize", False) and kind.startswith("equal") else 1e-12
+        close = np.max(np.abs(gradient[where] - want_gradient)) <= 1e-10 * np.max(np.abs(want_gradient)) + floor
+        assert close, (kind, cfg, gradient[where], want_gradient)
+        assert not np.any(gradient[~where]), (kind, cfg)
+
+
+def test_every_method_has_a_reference():
+    assert set(REFERENCES) == set(FIELDS) == set(METHODS) - {"ldrld"}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_defaults_agree_with_numpy_at_three_classes(name, rows, x64):
+    check_against_reference(name, rows, 3, METHODS[name].config().__dict__.get("temperature"), {}, seed=rows)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a smaller failing shape is not worth the compilations to find it
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    rows=st.integers(1, 5),
+    classes=st.integers(3, 8),
+    temperature=st.sampled_from([1.0, 2.5, 4.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_agrees_with_numpy(name, x64, rows, classes, temperature, seed):
+    check_against_reference(name, rows, classes, temperature, FIELDS[name], seed)
+
+
+# --- what is special to one method ----------------------------------------------------------------------------------
+
+
+def test_ctkd_temperature_has_the_gradient_of_the_formula(rng, x64):
+    teacher, student = 3 * rng.normal(size=(2, 4, 6))
+    method = METHODS["ctkd"]
+    cfg = method.config()
+    loss = lambda params: method.loss(  # noqa: E731
+        jnp.asarray(teacher), jnp.asarray(student), jnp.zeros(4, int), cfg, params=params
+    )
+    for theta in (1.0, -3.0, 40.0):
+        gradient = jax.grad(loss)({"theta": jnp.asarray(theta)})["theta"]
+        want = np.mean([ctkd(t, s, None, cfg, theta=theta + 1e-30j) for t, s in zip(teacher, student, strict=True)])
+        np.testing.assert_allclose(gradient, want.imag / 1e-30, rtol=1e-10, atol=1e-14)
+
+
+def test_ctkd_starts_at_a_temperature_of_15_6(rng, x64):
+    teacher, student = jnp.asarray(rng.normal(size=(2, 4, 6)))
+    method, labels = METHODS["ctkd"], jnp.zeros(4, int)
+    params = method.init(method.config())
+    assert params["theta"].shape == () and params["theta"] == 1
+    loss = method.loss(teacher, student, labels, method.config(), params=params)
+    fixed = METHODS["kd"].config(temperature=1 + 20 / (1 + np.exp(-1)))
+    np.testing.assert_allclose(loss, METHODS["kd"].loss(teacher, student, labels, fixed), rtol=1e-12)
+    np.testing.assert_allclose(loss, method.loss(teacher, student, labels, method.config()), rtol=0)
+    assert fixed.temperature == pytest.approx(15.6, abs=0.03)
+
+
+def test_ctkd_gradient_turns_adversarial_over_ten_epochs(strict_dtypes):
+    scale = METHODS["ctkd"].gradient_scale
+    want = [-(1 - np.cos(np.pi * min(e, 10) / 10)) / 2 for e in range(13)]
+    np.testing.assert_allclose([scale(e) for e in range(13)], want, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(scale)(jnp.float32(2.5)), -(1 - np.cos(np.pi / 4)) / 2, atol=1e-7)
+    assert want[0] == 0 and want[10] == want[12] == -1
+
+
+def test_ctkd_climbs_the_loss_in_theta(rng):
+    """One descent step on the scaled gradient raises the loss: the task grows harder."""
+    teacher, student = jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)
+    method = METHODS["ctkd"]
+    loss = lambda p: method.loss(teacher, student, jnp.zeros(4, int), method.config(), params=p)  # noqa: E731
+    params = method.init(method.config())
+    stepped = jax.tree.map(lambda p, g: p - 5 * method.gradient_scale(10) * g, params, jax.grad(loss)(params))
+    assert loss(stepped) > loss(params)
+
+
+def test_mlkd_of_two_views_is_the_mean_of_each(rng, x64):
+    teacher, student = jnp.asarray(rng.normal(size=(2, 2, 5, 4)))
+    where, weights = jnp.asarray(rng.random((2, 5)) < 0.7), jnp.asarray(rng.uniform(0.5, 2.0, (2, 5)))
+    method, labels = METHODS["mlkd"], jnp.zeros(5, int)
+    one, two = method.config(), method.config(views=2)
+    assert (method.views(one), method.views(two), METHODS["kd"].views(METHODS["kd"].config())) == (1, 2, 1)
+    apart = [method.loss(teacher[v], student[v], labels, one, where=where[v], weights=weights[v]) for v in (0, 1)]
+    assert abs(apart[0] - apart[1]) > 1e-3
+    both = method.loss(teacher, student, labels, two, where=where, weights=weights)
+    np.testing.assert_allclose(both, (apart[0] + apart[1]) / 2, rtol=1e-12)
+
+
+def test_mlkd_of_two_views_needs_two():
+    cfg = METHODS["mlkd"].config(views=2)
+    z = jnp.zeros((3, 4, 5))
+    with pytest.raises(ValueError, match=r"first axis of 2, got shape \(3, 4, 5\)"):
+        METHODS["mlkd"].loss(z, z, jnp.zeros(4, int), cfg)
+    with pytest.raises(ValueError, match="needs where with a first axis of 2"):
+        METHODS["mlkd"].loss(z[:2], z[:2], jnp.zeros(4, int), cfg, where=jnp.ones(4, bool))
+    with pytest.raises(ValueError, match="views must be 1 or 2, got 3"):
+        METHODS["mlkd"].config(views=3)
+
+
+def test_rld_without_classes_below_the_label_is_its_confidence_alone(x64):
+    teacher, student = jnp.array([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]]), jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+    method, labels = METHODS["rld"], jnp.array([1, 0])  # a class tied with the worst one, and three tied
+    parts = method.parts(teacher, student, labels, method.config())
+    assert parts["masked"] == 0 and parts["confidence"] > 0.1
+    masked = jax.grad(lambda s: method.parts(teacher, s, labels, method.config())["masked"])(student)
+    assert not np.any(masked)
+
+
+@pytest.mark.parametrize("transform", [lambda method: method, standardized], ids=["plain", "standardized"])
+@pytest.mark.parametrize("name", sorted(REFERENCES))
+def test_equal_logits_and_one_row_give_finite_values_and_gradients(name, transform):
+    method, labels, rising = transform(METHODS[name]), np.zeros(3, int), np.tile(np.arange(4, dtype=np.float32), (3, 1))
+    for value in (0.0, 0.1, -1e4):
+        equal = np.full((3, 4), value, np.float32)
+        for teacher, student in ((equal, equal), (rising, equal), (equal, rising), (rising, rising)):
+            for where in (np.array([True, True, True]), np.array([False, True, False])):
+                loss, gradient = loss_and_gradient(method, method.config(), teacher, student, labels, where=where)
+                assert np.isfinite(loss) and np.all(np.isfinite(gradient)), (value, where)
+                assert not np.any(gradient[~where])
+
+
+def test_equal_logits_are_uncorrelated(x64):
+    """rho is 0 where either side is constant, so dist is T^2 (beta + gamma) with no gradient if the teacher is."""
+    method = METHODS["dist"]
+    cfg = method.config(beta=0.5, gamma=2.0, temperature=3.0)
+    rising = np.arange(12.0).reshape(3, 4) ** 1.5
+    loss, gradient = loss_and_gradient(method, cfg, np.zeros((3, 4)), rising, np.zeros(3, int))
+    np.testing.assert_allclose(loss, 9 * 2.5, rtol=1e-7)
+    assert np.max(np.abs(gradient)) < 1e-6
+    loss, gradient = loss_and_gradient(method, cfg, rising, np.zeros((3, 4)), np.zeros(3, int))
+    np.testing.assert_allclose(loss, 9 * 2.5, rtol=1e-7)
+    assert np.max(np.abs(gradient)) > 1e5  # the slope |b| / 1e-8 that the docstring warns of
+
+
+def test_one_row_has_no_correlation_over_the_batch(rng, x64):
+    method = METHODS["dist"]
+    cfg = method.config(beta=0.5, gamma=2.0, temperature=3.0)
+    teacher, student = jnp.asarray(rng.normal(size=(2, 1, 4)))
+    parts = method.parts(teacher, student, jnp.zeros(1, int), cfg)
+    assert parts["intra"] == 18
+    assert not np.any(jax.grad(lambda s: method.parts(teacher, s, jnp.zeros(1, int), cfg)["intra"])(student))
+    assert 0 < parts["inter"] < 9
