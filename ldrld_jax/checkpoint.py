@@ -1,5 +1,6 @@
 """Checkpoints: the only file that touches orbax."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -63,17 +64,13 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(step, trees, force=True, metrics=metrics, custom_metadata=host)
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """The trees of `step` that `like` names, in its shapes, dtypes and shardings.
-
-        Raises:
-          UserError: if they do not fit.
-        """
+        """The trees of `step` that `like` names, in its shapes, dtypes and shardings."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        try:
-            return self._checkpointer.load_checkpointables(step, abstract)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"checkpoint {self._checkpointer.directory / str(step)} does not fit: {reason}") from error
+        return self._checkpointer.load_checkpointables(step, abstract)
+
+    def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tree saved as `name` at `step`, by path."""
+        return _shapes(self._checkpointer.checkpointables_metadata(step).metadata[name])
 
     def host(self, step: int) -> Json:
         """What was saved as `host` at `step`."""
@@ -99,10 +96,22 @@ def load_model(directory: epath.PathLike, like: dict[str, Any], *, best: bool = 
     none = UserError(f"there is no checkpoint in {directory}. Give the workdir of a run that has saved one.")
     if not directory.is_dir():
         raise none
-    checkpoints = Checkpoints(directory, clean=False)
-    step = (checkpoints.best_step if best else None) or checkpoints.latest_step
-    if step is None:
-        raise none
-    model = checkpoints.restore(step, {"model": like})["model"]
-    checkpoints.close()
-    return model
+    with contextlib.closing(Checkpoints(directory, clean=False)) as checkpoints:
+        step = (checkpoints.best_step if best else None) or checkpoints.latest_step
+        if step is None:
+            raise none
+        saved, wanted = checkpoints.shapes(step, "model"), _shapes(like)
+        differing = sorted(path for path in saved | wanted if saved.get(path) != wanted.get(path))
+        if differing:
+            path = differing[0]
+            raise UserError(
+                f"the checkpoint in {directory} does not fit the model: {path} has shape {saved.get(path)} there and "
+                f"{wanted.get(path)} here, {len(differing)} of {len(saved | wanted)} arrays differ. "
+                "Check the model's name, the number of classes and the images' channels."
+            )
+        return checkpoints.restore(step, {"model": like})["model"]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

@@ -55,7 +55,7 @@ def default() -> ConfigDict:
     config.optim = _optim()
     config.teacher = ConfigDict()
     config.teacher.model = config_dict.placeholder(str)
-    config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; or else a recipe:
+    config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; if unset, a recipe:
     config.teacher.epochs = config_dict.placeholder(int)
     config.teacher.workdir = config_dict.placeholder(str)  # unset: WORKDIR/teacher; set it to share one teacher
     config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
@@ -265,15 +265,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
                 config.teacher[key][name] = config[key][name]
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
-    if names and (config.teacher.checkpoint is None) == (config.teacher.epochs is None):
-        raise UserError(
-            f"method {config.method!r} needs a teacher: set either teacher.checkpoint or teacher.epochs (a recipe), "
-            f"got checkpoint={config.teacher.checkpoint!r}, epochs={config.teacher.epochs}. Or set method=ce."
-        )
-    if names and config.teacher.model is None:
-        raise UserError("a teacher needs its teacher.model, got None. Set it to a model's name.")
     if not names:
         config.teacher = ConfigDict()
+        return config
+    if config.teacher.model is None or (config.teacher.checkpoint is None and config.teacher.epochs is None):
+        raise UserError(
+            f"method {config.method!r} needs a teacher: teacher.model with teacher.checkpoint, or with teacher.epochs "
+            "to train it first. Set them, or method=ce."
+        )
+    if config.teacher.checkpoint is not None:
+        config.teacher.epochs = None  # weights at hand go before a recipe
     return config
 
 

@@ -34,6 +34,11 @@ def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
     return Mean(jnp.sum(values * kept), jnp.sum(kept))
 
 
+def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
+    """The mean of `[n]` shares or booleans, in percent."""
+    return mean_of(100 * shares.astype(jnp.float32), where)
+
+
 def add(left: Means, right: Means) -> Means:
     """The sums of two sets of means; a name that only one has is kept.
 
@@ -61,10 +66,10 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None = None) -> Means:
     """Cross-entropy in nats, top-1 and top-5 in percent."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
-    tops = {f"top{k}": mean_of(100.0 * in_top(logits, labels, k), where) for k in (1, 5)}
+    tops = {f"top{k}": _percent(in_top(logits, labels, k), where) for k in (1, 5)}
     return {"ce": mean_of(nll, where), **tops}
 
 
@@ -77,9 +82,9 @@ def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array, depth: 
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
     both = _top_mask(teacher, depth) & _top_mask(student, depth)
     return {
-        "agreement": mean_of(100.0 * same, where),
-        "top_d_overlap": mean_of(100.0 * jnp.sum(both, axis=-1) / depth, where),
-        "label_in_top_d": mean_of(100.0 * in_top(student, labels, depth), where),
+        "agreement": _percent(same, where),
+        "top_d_overlap": _percent(jnp.mean(both, axis=-1) * (both.shape[-1] / depth), where),
+        "label_in_top_d": _percent(in_top(student, labels, depth), where),
     }
 
 

@@ -72,8 +72,13 @@ def precision_scope(precision: str) -> Iterator[None]:
     Raises:
       UserError: if there is no such precision.
     """
-    with jax.enable_x64(dtypes(precision)["param_dtype"] == jnp.float64):
+    before = jax.config.jax_enable_x64
+    # Not the context manager, which holds for one thread: orbax would restore float32 in its own.
+    jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
+    try:
         yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str) -> dict[str, Any]:
@@ -82,7 +87,8 @@ def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str)
     if (summary := run.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
     else:
-        summary = run.fit(run.obtain_teacher(signals), signals, role)
+        student = run.create()  # first: a wrong student.checkpoint must not wait for a teacher
+        summary = run.fit(student, run.obtain_teacher(signals), signals, role)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
@@ -124,7 +130,7 @@ class Run:
         objective = _objective(config, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
-        jax.eval_shape(lambda: run.create(seed=0)[1])
+        jax.eval_shape(lambda: create_network(config.student.model, config.data, seed=0, **run._like_data)[1])
         return run
 
     @property
@@ -143,13 +149,18 @@ class Run:
             num_classes=len(source.class_names), channels=source.image_shape[-1], precision=self.config.precision
         )
 
-    def create(self, seed: int) -> tuple[Network, Variables]:
-        """The student, freshly initialised."""
-        return create_network(self.config.student.model, self.config.data, seed=seed, **self._like_data)
+    def create(self) -> tuple[Network, Variables]:
+        """The student before its first step: freshly initialised, or from `student.checkpoint`."""
+        config = self.config
+        network, variables = create_network(config.student.model, config.data, seed=config.seed, **self._like_data)
+        if config.student.checkpoint is not None:
+            _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
+        return network, variables
 
     def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
-        """A network from a checkpoint."""
-        return load_network(path, model, data, **self._like_data)
+        """A network from a checkpoint, its weights on all devices."""
+        network, variables = load_network(path, model, data, **self._like_data)
+        return network, jax.device_put(variables, replicated(self.mesh))
 
     def check_identity(self) -> None:
         """Raises a UserError unless the workdir is new or holds an earlier part of this very run."""
@@ -197,7 +208,6 @@ class Run:
             path = config.workdir or str(self.workdir / "teacher")
             _train(config_lib.teacher_recipe(self.config), epath.Path(path), signals, role="teacher")
         network, variables = self.load(path, config.model, config.data)
-        variables = jax.device_put(variables, replicated(self.mesh))
         top1 = Evaluator(network, self.eval_source, self.config, self.mesh)(variables)["top1"]
         if top1 < config.min_top1:
             raise UserError(
@@ -207,12 +217,11 @@ class Run:
         say(f"teacher {config.model} from {path}  top-1 {top1:.2f}")
         return Teacher(network, variables, top1)
 
-    def fit(self, teacher: Teacher | None, signals: Signals, role: str) -> dict[str, Any]:
-        """Trains from the last checkpoint, or from the start, to the end; gives the summary."""
-        config = self.config
-        network, variables = self.create(config.seed)
-        if config.student.checkpoint is not None:
-            _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
+    def fit(
+        self, student: tuple[Network, Variables], teacher: Teacher | None, signals: Signals, role: str
+    ) -> dict[str, Any]:
+        """Trains from the last checkpoint, or from `student`, to the end; gives the summary."""
+        config, (network, variables) = self.config, student
         optimizer = make_optimizer(config.optim, self.schedule)
         state = TrainState(jnp.zeros((), jnp.int32), *variables, optimizer.init(variables.params))
         state = jax.device_put(state, replicated(self.mesh))

@@ -1,16 +1,27 @@
 """Strict numerics for the whole suite: rank promotion raises, warnings are errors, eight fake devices."""
 
+import json
 import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
-# Before jax starts its backend. Runs started as subprocesses inherit it.
+# Before jax starts its backend. Runs started as subprocesses inherit all of it. Compiled programs
+# are shared between tests, workers and subprocesses: most of the suite's time would be compilation.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ldrld_jax_compiled_"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture
@@ -30,3 +41,74 @@ def strict_dtypes():
     """Implicit dtype promotion raises, as it must never happen in our own losses, metrics and models."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """Where the digits are prepared, once a worker."""
+    from ldrld_jax.data.sources import open_source
+
+    path = str(tmp_path_factory.mktemp("datasets"))
+    open_source("digits", "train", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cifar100_dir() -> str:
+    """The real CIFAR-100, as TFDS prepares it."""
+    path = SHARED / "tensorflow_datasets"
+    if not (path / "cifar100").is_dir():
+        pytest.skip(f"CIFAR-100 is not there: prepare it with tfds build cifar100 --data_dir {path}")
+    return str(path)
+
+
+@pytest.fixture
+def tiny(data_dir):
+    """`tiny(*overrides)`: the digits config cut to seconds, a plain resnet8 unless overridden."""
+    from ldrld_jax import config as config_lib
+
+    def make(*overrides: str):
+        return config_lib.load("configs/digits.py", [*tiny_overrides(data_dir), *overrides])
+
+    return make
+
+
+def tiny_overrides(data_dir: str) -> list[str]:
+    return [
+        f"data.data_dir={data_dir}",
+        "data.train_split=train[:90]",
+        "data.eval_split=test[:50]",
+        "batch_size=40",  # two full batches and a remainder of ten
+        "eval_batch_size=24",
+        "epochs=2",
+        "method=ce",
+        "log.every_steps=1",
+        "log.tensorboard=False",
+        "teacher.model=resnet8",
+        "teacher.min_top1=0.",
+    ]
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(data_dir, tmp_path_factory) -> str:
+    """The workdir of a plain resnet8 run, once a worker."""
+    from ldrld_jax import config as config_lib
+    from ldrld_jax import trainer
+
+    workdir = tmp_path_factory.mktemp("teacher")
+    trainer.train(config_lib.load("configs/digits.py", tiny_overrides(data_dir)), workdir)
+    return str(workdir)
+
+
+def run_main(*args: str, timeout: float = 300, cwd: pathlib.Path | None = None) -> subprocess.CompletedProcess:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "ldrld_jax.main", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT)
+
+
+def comparable_lines(workdir: pathlib.Path | str) -> list[dict]:
+    """The lines of `metrics.jsonl` without the values that measure time."""
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["values"] = {k: v for k, v in line["values"].items() if not k.endswith(("_per_second", "_seconds"))}
+    return lines

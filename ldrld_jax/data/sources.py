@@ -68,7 +68,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     if not builder.is_prepared():
         where = f" --data_dir {data_dir}" if data_dir else ""
         raise UserError(
-            f"dataset {name} is not prepared in {builder.data_root}. Set data.data_dir to where it lies, or prepare "
+            f"dataset {name} is not prepared in {builder.data_dir}. Set data.data_dir to where it lies, or prepare "
             f"it: pip install 'ldrld_jax[tf]' && tfds build {name} --file_format array_record{where}"
         )
     features = builder.info.features

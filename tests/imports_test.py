@@ -1,0 +1,71 @@
+"""Imports run one way, and the public package is light."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "ldrld_jax"
+
+# module or subpackage: what it may import of ours
+ALLOWED = {
+    "errors": set(),
+    "losses": {"errors"},
+    "models": {"errors"},
+    "data": {"errors"},
+    "metrics": set(),
+    "optim": {"errors"},
+    "mesh": {"errors"},
+    "signals": set(),
+    "console": set(),
+    "purify": set(),
+    "checkpoint": {"errors"},
+    "torch_import": {"errors", "models", "purify"},
+    "config": {"errors", "losses"},
+    "train_step": {"losses", "metrics"},
+    "networks": {"errors", "checkpoint", "models", "purify", "torch_import", "train_step"},
+    "trainer": {
+        *("config", "errors", "losses", "metrics", "optim", "mesh", "signals", "console", "data", "checkpoint"),
+        *("networks", "train_step"),
+    },
+    "main": {"config", "errors", "trainer"},
+}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "ldrld_jax":
+            names = [f"ldrld_jax.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name and name.startswith("ldrld_jax."))
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_run_one_way(part):
+    files = (PACKAGE / part).rglob("*.py") if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
+    imported = {name for path in files if path.exists() for name in imports_of(path)}
+    assert imported - {part} <= ALLOWED[part]
+
+
+def test_every_module_is_in_the_table():
+    assert {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")} <= set(ALLOWED)
+
+
+def test_importing_the_package_loads_neither_flax_nor_the_data_libraries():
+    code = "import sys, ldrld_jax; print([m for m in sys.modules if '.' not in m])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    heavy = {"flax", "orbax", "tensorflow_datasets", "tensorflow", "grain", "matplotlib", "torch", "optax", "sklearn"}
+    assert not heavy & set(ast.literal_eval(loaded))
+
+
+def test_every_public_name_resolves():
+    import ldrld_jax
+
+    for name in ldrld_jax.__all__:
+        assert getattr(ldrld_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ldrld_jax.nothing

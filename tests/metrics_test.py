@@ -1,0 +1,69 @@
+"""Means that add up, top-k by its definition, and a metrics file that survives being torn."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from ldrld_jax.metrics import Mean, Writer, add, agreement, classification, in_top, mean_of, read_metrics
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def test_a_mean_over_parts_is_the_mean_of_the_whole(rng):
+    values = rng.normal(size=10).astype(np.float32)
+    mask = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1, 1], bool)
+    parts = [mean_of(jnp.asarray(values[i : i + 5]), jnp.asarray(mask[i : i + 5])) for i in (0, 5)]
+    np.testing.assert_allclose((parts[0] + parts[1]).value, values[mask].mean(), rtol=1e-6)
+
+
+def test_the_mean_of_nothing_is_nan_on_the_host():
+    assert np.isnan(Mean(0.0, 0.0).value)
+
+
+def test_adding_keeps_a_name_that_one_side_has():
+    total = add({"a": Mean(1.0, 1.0)}, {"b": Mean(4.0, 2.0)})
+    assert (total["a"].value, total["b"].value) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_in_top_is_a_stable_sort(rng, k):
+    logits = rng.integers(0, 4, (200, 9)).astype(np.float32)  # many ties
+    labels = rng.integers(0, 9, 200).astype(np.int32)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    expected = (order[:, :k] == labels[:, None]).any(axis=-1)
+    np.testing.assert_array_equal(in_top(jnp.asarray(logits), jnp.asarray(labels), k), expected)
+
+
+def test_classification_by_hand_leaves_out_masked_rows():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.25, 0.25]]))
+    means = classification(logits, jnp.array([0, 1, 0]), jnp.array([True, True, False]))
+    np.testing.assert_allclose(means["ce"].value, -(np.log(0.7) + np.log(0.3)) / 2, rtol=1e-6)
+    assert means["top1"].value == 50.0
+    assert means["top5"].value == 100.0
+    assert float(means["top1"].count) == 2
+
+
+def test_agreement_by_hand():
+    teacher = jnp.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    student = jnp.array([[4.0, 1.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
+    means = agreement(teacher, student, jnp.array([2, 3]), 2, None)
+    assert means["agreement"].value == 50.0  # 0 = 0, 3 != 0
+    assert means["top_d_overlap"].value == 25.0  # {0, 1} and {0, 2} share one of two, {3, 2} and {0, 1} none
+    assert means["label_in_top_d"].value == 50.0
+
+
+def test_a_line_can_be_read_back(tmp_path):
+    writer = Writer(epath.Path(tmp_path), step=0, tensorboard=False)
+    writer.write(3, 1.5, "train", {"loss": 0.1 + 0.2})
+    assert read_metrics(tmp_path) == [{"step": 3, "epoch": 1.5, "split": "train", "values": {"loss": 0.1 + 0.2}}]
+
+
+def test_on_resume_later_lines_and_a_torn_one_are_cut_off(tmp_path):
+    lines = [json.dumps({"step": step, "epoch": 0.0, "split": "train", "values": {}}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+    Writer(epath.Path(tmp_path), step=2, tensorboard=False)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
