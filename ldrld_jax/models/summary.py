@@ -1,0 +1,87 @@
+"""What every model costs: parameters and the FLOPs of a forward pass at its native size."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ldrld_jax.models import MODELS, create_model
+from ldrld_jax.purify import purify
+
+
+class ModelSummary(NamedTuple):
+    """One model at its native size.
+
+    Attributes:
+      name: key of `MODELS`.
+      image_size: height and width, 32 for CIFAR's models and 224 for ImageNet's.
+      num_classes: 100 or 1000.
+      parameters: numbers that are trained; running statistics are not.
+      flops: of the forward pass of one image, two a multiply-add, of convolutions and matrix
+        products alone. Papers that count multiply-adds, as torchvision does, give half of it.
+    """
+
+    name: str
+    image_size: int
+    num_classes: int
+    parameters: int
+    flops: int
+
+
+def summarize(name: str) -> ModelSummary:
+    """Parameters and FLOPs, counted in shapes: nothing is computed.
+
+    Raises:
+      UserError: if no model has this name.
+
+    Example:
+      >>> summarize("resnet8")
+      ModelSummary(name='resnet8', image_size=32, num_classes=100, parameters=83892, flops=25014784)
+    """
+    image_size, num_classes = (224, 1000) if name.startswith(("imagenet_", "vit_")) else (32, 100)
+    apply, params, batch_stats = purify(nnx.eval_shape(lambda: create_model(name, num_classes, rngs=nnx.Rngs(0))))
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda *args: apply(*args, train=False)[0])(params, batch_stats, image)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return ModelSummary(name, image_size, num_classes, parameters, _flops(jaxpr))
+
+
+def model_table(names: Iterable[str] = MODELS) -> str:
+    """A line for every model, for people to read; all of them take some ten seconds.
+
+    Example:
+      >>> print(model_table(["resnet8", "resnet8x4"]))
+      model      image  classes  parameters  forward MFLOPs
+      resnet8       32      100      83,892            25.0
+      resnet8x4     32      100   1,233,540           354.1
+    """
+    header = ("model", "image", "classes", "parameters", "forward MFLOPs")
+    rows = [header] + [
+        (row.name, f"{row.image_size}", f"{row.num_classes}", f"{row.parameters:,}", f"{row.flops / 1e6:,.1f}")
+        for row in map(summarize, names)
+    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    )
+
+
+def _flops(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_axis = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * equation.outvars[0].aval.size * int(np.prod(kernel)) // kernel[out_axis]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
+        else:
+            inner = jax.tree.leaves(list(equation.params.values()))
+            total += sum(_flops(leaf) for leaf in inner if hasattr(leaf, "eqns"))
+    return total

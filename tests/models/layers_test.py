@@ -1,0 +1,136 @@
+"""The shared layers against PyTorch's definitions."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ldrld_jax.models.layers import (
+    BatchNorm,
+    Mode,
+    Sequential,
+    average_pool,
+    conv,
+    global_average_pool,
+    max_pool,
+    shuffle_channels,
+    torch_default,
+)
+
+FLOAT32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+def images(rng, n=6, size=5, channels=4, dtype=np.float32):
+    return jnp.asarray(rng.standard_normal((n, size, size, channels)), dtype)
+
+
+def test_batch_norm_trains_as_pytorchs(rng, strict_dtypes):
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    x = images(rng)
+    ours, theirs = BatchNorm(4, **FLOAT32), torch.nn.BatchNorm2d(4)
+    for step in range(3):
+        batch = x * (step + 1) + step
+        output = ours(batch, Mode(train=True))
+        expected = theirs(torch.tensor(np.asarray(batch).transpose(0, 3, 1, 2)))
+        np.testing.assert_allclose(output, expected.detach().numpy().transpose(0, 2, 3, 1), atol=2e-6)
+    np.testing.assert_allclose(ours.mean[...], theirs.running_mean.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-5)
+
+
+def test_batch_norm_keeps_the_unbiased_variance(rng):
+    x, norm = images(rng), BatchNorm(4, **FLOAT32)
+    norm(x, Mode(train=True))
+    flat = np.asarray(x, np.float64).reshape(-1, 4)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * flat.mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-6)
+
+
+def test_batch_norm_does_not_lose_a_small_variance_beside_a_large_mean(rng):
+    x = 100 + 0.01 * images(rng, n=64)
+    output = BatchNorm(4, **FLOAT32)(x, Mode(train=True))
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-5)
+    np.testing.assert_allclose(output, exact, atol=2e-2)  # half a float32 step at 100 is 4e-4 standard deviations
+
+
+def test_batch_norm_evaluates_with_the_running_statistics(rng):
+    x, norm = images(rng), BatchNorm(4, **FLOAT32)
+    norm.mean[...], norm.var[...] = jnp.arange(4.0), jnp.arange(1.0, 5.0)
+    expected = (np.asarray(x) - np.arange(4)) / np.sqrt(np.arange(1, 5) + 1e-5)
+    np.testing.assert_allclose(norm(x, Mode(train=False)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(norm.mean[...], np.arange(4))
+
+
+def test_a_padded_batch_trains_as_the_batch_without_its_padding(rng, x64):
+    x = images(rng, dtype=np.float64)
+    padded = jnp.concatenate([x, 1e3 * x[:3]])
+    where = jnp.arange(9) < 6
+
+    def loss(x, where):
+        norm = BatchNorm(4, dtype="float64", param_dtype="float64")
+        output = norm(x, Mode(train=True, where=where))[:6]
+        return jnp.sum(jnp.sin(output)), (output, norm.mean[...], norm.var[...])
+
+    (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(x, None)
+    (_, aux_padded), gradient_padded = jax.value_and_grad(loss, has_aux=True)(padded, where)
+    chex.assert_trees_all_close(aux_padded, aux, rtol=1e-12)
+    np.testing.assert_allclose(gradient_padded[:6], gradient, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(gradient_padded[6:], 0)
+
+
+def test_batch_norm_computes_bfloat16_in_float32(rng):
+    x = images(rng)
+    norm = BatchNorm(4, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    output = norm(x.astype(jnp.bfloat16), Mode(train=True))
+    assert output.dtype == jnp.bfloat16
+    assert norm.mean.dtype == norm.var.dtype == jnp.float32
+    exact = BatchNorm(4, **FLOAT32)(x, Mode(train=True))
+    np.testing.assert_allclose(output.astype(np.float32), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_conv_and_pools_pad_as_pytorch(kernel, stride, rng, strict_dtypes):
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    x = images(rng, size=8)
+    nchw = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+    layer = conv(4, 6, kernel, stride=stride, groups=2, rngs=nnx.Rngs(0), **FLOAT32)
+    weight = torch.tensor(np.asarray(layer.kernel[...]).transpose(3, 2, 0, 1))
+    pad = kernel // 2
+    pairs = [
+        (layer(x), torch.nn.functional.conv2d(nchw, weight, stride=stride, padding=pad, groups=2)),
+        (max_pool(x, kernel, stride=stride, padding=pad), torch.nn.functional.max_pool2d(nchw, kernel, stride, pad)),
+        (
+            average_pool(x, kernel, stride=stride, padding=pad),
+            torch.nn.functional.avg_pool2d(nchw, kernel, stride, pad),
+        ),
+    ]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_shuffle_deals_the_groups_in_turn():
+    x = jnp.arange(6).reshape(1, 1, 1, 6)
+    np.testing.assert_array_equal(shuffle_channels(x, 3).ravel(), [0, 2, 4, 1, 3, 5])
+    np.testing.assert_array_equal(shuffle_channels(x, 1), x)
+
+
+def test_sequential_is_the_identity_when_empty_and_counts_functions_in_its_positions(rng):
+    x = images(rng)
+    assert Sequential()(x, Mode(train=True)) is x
+    layers = Sequential(conv(4, 4, 1, rngs=nnx.Rngs(0), **FLOAT32), nnx.relu, BatchNorm(4, **FLOAT32))
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(layers, nnx.Param))} == {0, 2}
+    np.testing.assert_allclose(layers(x, Mode(train=False)), np.maximum(layers[0](x), 0) / np.sqrt(1 + 1e-5), rtol=1e-5)
+
+
+def test_global_average_pool_takes_any_size(rng):
+    x = images(rng, size=3)
+    np.testing.assert_allclose(global_average_pool(x), np.asarray(x).mean((1, 2)), rtol=1e-5, atol=1e-7)
+
+
+def test_the_default_initialisation_is_pytorchs():
+    kernel = torch_default(jax.random.key(0), (3, 3, 20, 60))
+    bound = (3 * 3 * 20) ** -0.5
+    assert 0.99 * bound < jnp.abs(kernel).max() <= bound
+    np.testing.assert_allclose(kernel.std(), bound / 3**0.5, rtol=0.02)
