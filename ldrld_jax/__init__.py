@@ -11,6 +11,7 @@ from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld
 
 if TYPE_CHECKING:
     from ldrld_jax.models import MODELS, create_model
+    from ldrld_jax.torch_import import load_torch_checkpoint
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,15 @@ __all__ = [
     "create_model",
     "ldrld_loss",
     "ldrld_terms",
+    "load_torch_checkpoint",
     "rank_weights",
 ]
 
-_LAZY = {"MODELS": "ldrld_jax.models", "create_model": "ldrld_jax.models"}
+_LAZY = {
+    "MODELS": "ldrld_jax.models",
+    "create_model": "ldrld_jax.models",
+    "load_torch_checkpoint": "ldrld_jax.torch_import",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,15 +28,15 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
       >>> logits.shape, params["layer1"]["0"]["conv1"]["kernel"].shape
       ((1, 10), (3, 3, 16, 16))
     """
-    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
 
     def apply(params, batch_stats, images, *, train, where=None):
-        states = [_int_keys(tree) for tree in (params, batch_stats)]
-        live = nnx.merge(graph, *states)
+        live = nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))
         logits = live(images, train=train, where=where)
         return logits, _str_keys(nnx.to_pure_dict(nnx.state(live, nnx.BatchStat)))
 
-    return apply, _str_keys(nnx.to_pure_dict(params)), _str_keys(nnx.to_pure_dict(batch_stats))
+    params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in states)
+    return apply, params, batch_stats
 
 
 def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Module:

@@ -96,14 +96,14 @@ def _names(member: str, model_name: str) -> bool:
 def _parse(name: str, data: bytes) -> dict[str, np.ndarray]:
     if not data:
         raise UserError(f"{name} is empty. Download it again.")
+    start = data[:64]
+    if len(start) > 16 and start.isascii() and all(char.isprintable() or char.isspace() for char in start.decode()):
+        raise UserError(
+            f"{name} is text that begins {start.decode()[:24]!r}, not a checkpoint: perhaps the page around "
+            "the download, or a pointer to the file. Download the file itself."
+        )
     if data[8:9] == b"{" or name.endswith(".safetensors"):
         return _parse_safetensors(name, data)
-    start = data[:64]
-    if start.isascii() and all(chr(byte).isprintable() or chr(byte).isspace() for byte in start):
-        raise UserError(
-            f"{name} is text that begins {start.decode()[:24]!r}, not a checkpoint: perhaps the page around the "
-            "download, or a pointer to the file. Download the file itself."
-        )
     return _parse_torch(name, data)
 
 
@@ -131,13 +131,13 @@ def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
         # Counters and options that training scripts save beside the weights; building them runs nothing.
         with torch.serialization.safe_globals(_harmless_globals()):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        for wrapper in _WRAPPERS:
+            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+                content = content[wrapper]
+        entries = content.items() if isinstance(content, dict) else ()
+        arrays = {str(key): _as_numpy(value) for key, value in entries if isinstance(value, torch.Tensor)}
     except Exception as error:  # torch raises a dozen kinds, and each means that the file is unusable
         raise _unreadable(name, error) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = content.items() if isinstance(content, dict) else []
-    arrays = {key: _as_numpy(value) for key, value in tensors if isinstance(value, torch.Tensor)}
     if not arrays:
         held = f"the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content)
         raise UserError(
@@ -147,10 +147,9 @@ def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """Narrow floats, of which NumPy lacks some, become float32, which holds them exactly."""
+    narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
+    return (tensor.float() if narrow else tensor).detach().numpy()
 
 
 def _harmless_globals() -> list[Any]:

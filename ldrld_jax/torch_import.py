@@ -93,8 +93,12 @@ def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:
       batch_stats: likewise.
 
     Example:
-      >>> _, params, batch_stats = purify(model)  # doctest: +SKIP
-      >>> save_torch_checkpoint("student.safetensors", params, batch_stats)  # doctest: +SKIP
+      >>> import pathlib, tempfile
+      >>> from safetensors.numpy import load_file
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "student.safetensors")
+      >>> save_torch_checkpoint(path, {"fc": {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}}, {})
+      >>> load_file(path)["fc.weight"].shape
+      (10, 64)
     """
     write_safetensors(path, to_state_dict(params, batch_stats))
 
@@ -103,10 +107,9 @@ def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
     """The variables under PyTorch's keys and in its layouts (kernels `[out, in, height, width]`).
 
     Example:
-      >>> model = create_model("resnet8", 10, rngs=nnx.Rngs(0))
-      >>> state = to_state_dict(*purify(model)[1:])
-      >>> state["conv1.weight"].shape, state["bn1.num_batches_tracked"].dtype
-      ((16, 3, 3, 3), dtype('int64'))
+      >>> state = to_state_dict({"conv1": {"kernel": jnp.zeros((3, 3, 8, 16))}}, {"bn1": {"var": jnp.ones(16)}})
+      >>> {key: value.shape for key, value in state.items()}
+      {'conv1.weight': (16, 8, 3, 3), 'bn1.running_var': (16,), 'bn1.num_batches_tracked': ()}
     """
     state = {}
     for path, value in _flat(params, batch_stats).items():
@@ -163,7 +166,7 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarr
         prefix = _PREFIX.match(key)
         assert prefix is not None  # it matches the empty string
         networks.setdefault(prefix["role"] or "", {})[key[prefix.end() :]] = value
-    return dict(sorted(networks.items()))
+    return dict(sorted(networks.items())) or {"": {}}
 
 
 def _expected(params: Tree, batch_stats: Tree) -> dict[str, tuple[int, ...]]:

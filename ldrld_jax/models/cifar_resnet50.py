@@ -9,6 +9,8 @@ from flax import nnx
 from ldrld_jax.models.layers import BatchNorm, Mode, conv, global_average_pool, linear
 from ldrld_jax.models.residual import Bottleneck, stage
 
+_stage = functools.partial(stage, Bottleneck, shortcut="shortcut")
+
 
 class CifarResNet50(nnx.Module):
     """Four stages of bottlenecks behind a 3x3 stem of stride 1, without max-pool; any height and width.
@@ -26,11 +28,10 @@ class CifarResNet50(nnx.Module):
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
         self.conv1 = conv(in_channels, 64, 3, **common)
         self.bn1 = BatchNorm(64, **common)
-        make = functools.partial(stage, Bottleneck, shortcut="shortcut", **common)
-        self.layer1 = make(64, 64, 3, stride=1)
-        self.layer2 = make(256, 128, 4, stride=2)
-        self.layer3 = make(512, 256, 6, stride=2)
-        self.layer4 = make(1024, 512, 3, stride=2)
+        self.layer1 = _stage(64, 64, 3, stride=1, **common)
+        self.layer2 = _stage(256, 128, 4, stride=2, **common)
+        self.layer3 = _stage(512, 256, 6, stride=2, **common)
+        self.layer4 = _stage(1024, 512, 3, stride=2, **common)
         self.linear = linear(2048, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:

@@ -16,6 +16,8 @@ from ldrld_jax.models.layers import (
     torch_default,
 )
 
+_conv = functools.partial(conv, kernel_init=torch_default)
+
 # Width and stride of the thirteen depthwise-separable pairs.
 _PAIRS = (
     (64, 1),
@@ -45,16 +47,15 @@ class MobileNetV1(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
-        layers = [Sequential(make_conv(in_channels, 32, 3, stride=2), BatchNorm(32, **common), nnx.relu)]
+        layers = [Sequential(_conv(in_channels, 32, 3, stride=2, **common), BatchNorm(32, **common), nnx.relu)]
         features = 32
         for width, stride in _PAIRS:
             layers.append(
                 Sequential(
-                    make_conv(features, features, 3, stride=stride, groups=features),
+                    _conv(features, features, 3, stride=stride, groups=features, **common),
                     BatchNorm(features, **common),
                     nnx.relu,
-                    make_conv(features, width, 1),
+                    _conv(features, width, 1, **common),
                     BatchNorm(width, **common),
                     nnx.relu,
                 )

@@ -19,6 +19,7 @@ from ldrld_jax.models.layers import (
     torch_default,
 )
 
+_conv = functools.partial(conv, kernel_init=torch_default)
 _GROUPS = 3
 _STEM = 24
 
@@ -30,17 +31,16 @@ class ShuffleUnit(nnx.Module):
     """
 
     def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
-        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
         branch = features - in_features if stride == 2 else features
         hidden = branch // 4
         # The stem has too few channels to be grouped; what is not grouped needs no shuffle.
         self.groups = 1 if in_features == _STEM else _GROUPS
         self.stride = stride
-        self.conv1 = make_conv(in_features, hidden, 1, groups=self.groups)
+        self.conv1 = _conv(in_features, hidden, 1, groups=self.groups, **common)
         self.bn1 = BatchNorm(hidden, **common)
-        self.conv2 = make_conv(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.conv2 = _conv(hidden, hidden, 3, stride=stride, groups=hidden, **common)
         self.bn2 = BatchNorm(hidden, **common)
-        self.conv3 = make_conv(hidden, branch, 1, groups=_GROUPS)
+        self.conv3 = _conv(hidden, branch, 1, groups=_GROUPS, **common)
         self.bn3 = BatchNorm(branch, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -68,7 +68,7 @@ class ShuffleNetV1(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        self.conv1 = conv(in_channels, _STEM, 1, kernel_init=torch_default, **common)
+        self.conv1 = _conv(in_channels, _STEM, 1, **common)
         self.bn1 = BatchNorm(_STEM, **common)
         self.layer1 = _stage(_STEM, 240, 4, **common)
         self.layer2 = _stage(240, 480, 8, **common)

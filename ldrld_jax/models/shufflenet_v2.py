@@ -18,18 +18,19 @@ from ldrld_jax.models.layers import (
     torch_default,
 )
 
+_conv = functools.partial(conv, kernel_init=torch_default)
+
 
 class ShuffleUnit(nnx.Module):
     """Half of the channels pass; the others go through 1x1, 3x3 depthwise, 1x1; then both are shuffled."""
 
     def __init__(self, features: int, **common: Any):
-        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
         half = features // 2
-        self.conv1 = make_conv(half, half, 1)
+        self.conv1 = _conv(half, half, 1, **common)
         self.bn1 = BatchNorm(half, **common)
-        self.conv2 = make_conv(half, half, 3, groups=half)
+        self.conv2 = _conv(half, half, 3, groups=half, **common)
         self.bn2 = BatchNorm(half, **common)
-        self.conv3 = make_conv(half, half, 1)
+        self.conv3 = _conv(half, half, 1, **common)
         self.bn3 = BatchNorm(half, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -44,17 +45,16 @@ class DownUnit(nnx.Module):
     """Both branches take all channels at stride 2: 3x3 depthwise, 1x1 beside 1x1, 3x3 depthwise, 1x1."""
 
     def __init__(self, in_features: int, features: int, **common: Any):
-        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
         half = features // 2
-        self.conv1 = make_conv(in_features, in_features, 3, stride=2, groups=in_features)
+        self.conv1 = _conv(in_features, in_features, 3, stride=2, groups=in_features, **common)
         self.bn1 = BatchNorm(in_features, **common)
-        self.conv2 = make_conv(in_features, half, 1)
+        self.conv2 = _conv(in_features, half, 1, **common)
         self.bn2 = BatchNorm(half, **common)
-        self.conv3 = make_conv(in_features, half, 1)
+        self.conv3 = _conv(in_features, half, 1, **common)
         self.bn3 = BatchNorm(half, **common)
-        self.conv4 = make_conv(half, half, 3, stride=2, groups=half)
+        self.conv4 = _conv(half, half, 3, stride=2, groups=half, **common)
         self.bn4 = BatchNorm(half, **common)
-        self.conv5 = make_conv(half, half, 1)
+        self.conv5 = _conv(half, half, 1, **common)
         self.bn5 = BatchNorm(half, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -81,13 +81,12 @@ class ShuffleNetV2(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        make_conv = functools.partial(conv, kernel_init=torch_default, **common)
-        self.conv1 = make_conv(in_channels, 24, 1)
+        self.conv1 = _conv(in_channels, 24, 1, **common)
         self.bn1 = BatchNorm(24, **common)
         self.layer1 = _stage(24, 116, 4, **common)
         self.layer2 = _stage(116, 232, 8, **common)
         self.layer3 = _stage(232, 464, 4, **common)
-        self.conv2 = make_conv(464, 1024, 1)
+        self.conv2 = _conv(464, 1024, 1, **common)
         self.bn2 = BatchNorm(1024, **common)
         self.linear = linear(1024, num_classes, **common)
 
