@@ -158,17 +158,18 @@ def _mlkd_view(
 ) -> dict[str, jax.Array]:
     """The parts of mlkd for one view, `[..., C]`."""
     teacher, student, kept, count = _rows(teacher_logits, student_logits, where, weights)
-    zero = jnp.zeros((), student.dtype)
-    parts = {"instance": zero, "class": zero, "batch": zero}
-    for temperature in _MLKD_TEMPERATURES:
+
+    def at(temperature: jax.Array) -> dict[str, jax.Array]:
         log_p, log_q = jax.nn.log_softmax(teacher / temperature), jax.nn.log_softmax(student / temperature)
         p = jnp.exp(log_p)
         classes, batch = _gram_distance(p, jnp.exp(log_q), kept)
-        divergence = mean_over_rows(jnp.sum(p * (log_p - log_q), axis=-1), weights=kept)
-        parts["instance"] += temperature**2 * divergence
-        parts["class"] += classes / student.shape[-1]
-        parts["batch"] += batch / jnp.maximum(count, 1.0)
-    return parts
+        return {
+            "instance": temperature**2 * mean_over_rows(jnp.sum(p * (log_p - log_q), axis=-1), weights=kept),
+            "class": classes / student.shape[-1],
+            "batch": batch / jnp.maximum(count, 1.0),
+        }
+
+    return jax.tree.map(jnp.sum, jax.vmap(at)(jnp.asarray(_MLKD_TEMPERATURES, student.dtype)))
 
 
 def mlkd_parts(
@@ -210,7 +211,7 @@ def mlkd_parts(
     Example:
       >>> z = jnp.array([[2.0, 0.0, -2.0], [0.0, 1.0, 0.0]])
       >>> {name: float(part) for name, part in mlkd_parts(z, z, MLKDConfig()).items()}
-      {'instance': 0.0, 'class': 0.0, 'batch': 0.0}
+      {'batch': 0.0, 'class': 0.0, 'instance': 0.0}
 
     References:
       Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
@@ -224,5 +225,9 @@ def mlkd_parts(
                 f"mlkd with views=2 needs {name} with a first axis of 2, got shape {jnp.shape(array)}. "
                 "Stack the two views, or set loss.mlkd.views=1."
             )
-    view = lambda i: _mlkd_view(*(None if a is None else jnp.asarray(a)[i] for a in arrays.values()))  # noqa: E731
+
+    def view(i: int) -> dict[str, jax.Array]:
+        rows = (None if array is None else jnp.asarray(array)[i] for array in (where, weights))
+        return _mlkd_view(jnp.asarray(teacher_logits)[i], jnp.asarray(student_logits)[i], *rows)
+
     return jax.tree.map(lambda a, b: (a + b) / 2, view(0), view(1))

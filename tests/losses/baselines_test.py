@@ -257,7 +257,7 @@ def check_against_reference(name, rows, classes, temperature, fields, seed):
         largest = max(1.0, np.max(np.abs([t, s])))
         assert abs(loss - want) <= 1e-10 * abs(want) + 1e-12 * largest, (kind, cfg, float(loss), want)
         # Standardisation multiplies the rounding of equal logits by 1e7, as it does their gradient.
-        floor = 1e-9 if getattr(cfg, "standardize", False) and kind.startswith("equal") else 1e-12
+        floor = 1e-8 if getattr(cfg, "standardize", False) and kind.startswith("equal") else 1e-12
         close = np.max(np.abs(gradient[where] - want_gradient)) <= 1e-10 * np.max(np.abs(want_gradient)) + floor
         assert close, (kind, cfg, gradient[where], want_gradient)
         assert not np.any(gradient[~where]), (kind, cfg)
@@ -267,22 +267,21 @@ def test_every_method_has_a_reference():
     assert set(REFERENCES) == set(FIELDS) == set(METHODS) - {"ldrld"}
 
 
-@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", sorted(REFERENCES))
-def test_defaults_agree_with_numpy_at_three_classes(name, rows, x64):
-    check_against_reference(name, rows, 3, METHODS[name].config().__dict__.get("temperature"), {}, seed=rows)
+def test_one_row_of_three_classes_agrees_with_numpy(name, x64):
+    check_against_reference(name, 1, 3, getattr(METHODS[name].config(), "temperature", None), {}, seed=1)
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 @settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # a smaller failing shape is not worth the compilations to find it
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    rows=st.integers(1, 5),
+    rows=st.integers(2, 5),
     classes=st.integers(3, 8),
     temperature=st.sampled_from([1.0, 2.5, 4.0]),
     seed=st.integers(0, 2**32 - 1),
@@ -301,22 +300,25 @@ def test_ctkd_temperature_has_the_gradient_of_the_formula(rng, x64):
     loss = lambda params: method.loss(  # noqa: E731
         jnp.asarray(teacher), jnp.asarray(student), jnp.zeros(4, int), cfg, params=params
     )
+    gradient_at = jax.jit(jax.grad(loss))
     for theta in (1.0, -3.0, 40.0):
-        gradient = jax.grad(loss)({"theta": jnp.asarray(theta)})["theta"]
+        gradient = gradient_at({"theta": jnp.asarray(theta)})["theta"]
         want = np.mean([ctkd(t, s, None, cfg, theta=theta + 1e-30j) for t, s in zip(teacher, student, strict=True)])
         np.testing.assert_allclose(gradient, want.imag / 1e-30, rtol=1e-10, atol=1e-14)
 
 
 def test_ctkd_starts_at_a_temperature_of_15_6(rng, x64):
-    teacher, student = jnp.asarray(rng.normal(size=(2, 4, 6)))
-    method, labels = METHODS["ctkd"], jnp.zeros(4, int)
-    params = method.init(method.config())
+    (teacher, student), labels = rng.normal(size=(2, 4, 6)), np.zeros(4, int)
+    method, cfg = METHODS["ctkd"], METHODS["ctkd"].config()
+    params = method.init(cfg)
     assert params["theta"].shape == () and params["theta"] == 1
-    loss = method.loss(teacher, student, labels, method.config(), params=params)
     fixed = METHODS["kd"].config(temperature=1 + 20 / (1 + np.exp(-1)))
-    np.testing.assert_allclose(loss, METHODS["kd"].loss(teacher, student, labels, fixed), rtol=1e-12)
-    np.testing.assert_allclose(loss, method.loss(teacher, student, labels, method.config()), rtol=0)
     assert fixed.temperature == pytest.approx(15.6, abs=0.03)
+    loss, gradient = loss_and_gradient(method, cfg, teacher, student, labels, params=params)
+    without, _ = loss_and_gradient(method, cfg, teacher, student, labels)
+    want, want_gradient = loss_and_gradient(METHODS["kd"], fixed, teacher, student, labels)
+    np.testing.assert_allclose([loss, without], want, rtol=1e-12)
+    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-10, atol=1e-16)
 
 
 def test_ctkd_gradient_turns_adversarial_over_ten_epochs(strict_dtypes):
@@ -328,24 +330,31 @@ def test_ctkd_gradient_turns_adversarial_over_ten_epochs(strict_dtypes):
 
 
 def test_ctkd_climbs_the_loss_in_theta(rng):
-    """One descent step on the scaled gradient raises the loss: the task grows harder."""
-    teacher, student = jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)
+    """A descent step on the scaled gradient raises the loss: the task grows harder."""
+    teacher, student = rng.normal(size=(2, 4, 6)).astype(np.float32)
     method = METHODS["ctkd"]
-    loss = lambda p: method.loss(teacher, student, jnp.zeros(4, int), method.config(), params=p)  # noqa: E731
     params = method.init(method.config())
-    stepped = jax.tree.map(lambda p, g: p - 5 * method.gradient_scale(10) * g, params, jax.grad(loss)(params))
-    assert loss(stepped) > loss(params)
+    loss = lambda p: method.loss(teacher, student, np.zeros(4, int), method.config(), params=p)  # noqa: E731
+
+    @jax.jit
+    def before_and_after(params):
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, loss(jax.tree.map(lambda p, g: p - 5 * method.gradient_scale(10) * g, params, gradient))
+
+    before, after = before_and_after(params)
+    assert after > before * (1 + 1e-5)
 
 
 def test_mlkd_of_two_views_is_the_mean_of_each(rng, x64):
-    teacher, student = jnp.asarray(rng.normal(size=(2, 2, 5, 4)))
-    where, weights = jnp.asarray(rng.random((2, 5)) < 0.7), jnp.asarray(rng.uniform(0.5, 2.0, (2, 5)))
-    method, labels = METHODS["mlkd"], jnp.zeros(5, int)
+    teacher, student = rng.normal(size=(2, 2, 5, 4))
+    where, weights = rng.random((2, 5)) < 0.7, rng.uniform(0.5, 2.0, (2, 5))
+    method, labels = METHODS["mlkd"], np.zeros(5, int)
     one, two = method.config(), method.config(views=2)
     assert (method.views(one), method.views(two), METHODS["kd"].views(METHODS["kd"].config())) == (1, 2, 1)
-    apart = [method.loss(teacher[v], student[v], labels, one, where=where[v], weights=weights[v]) for v in (0, 1)]
+    rows = lambda v: dict(where=where[v], weights=weights[v])  # noqa: E731
+    apart = [loss_and_gradient(method, one, teacher[v], student[v], labels, **rows(v))[0] for v in (0, 1)]
     assert abs(apart[0] - apart[1]) > 1e-3
-    both = method.loss(teacher, student, labels, two, where=where, weights=weights)
+    both, _ = loss_and_gradient(method, two, teacher, student, labels, where=where, weights=weights)
     np.testing.assert_allclose(both, (apart[0] + apart[1]) / 2, rtol=1e-12)
 
 
@@ -361,12 +370,12 @@ def test_mlkd_of_two_views_needs_two():
 
 
 def test_rld_without_classes_below_the_label_is_its_confidence_alone(x64):
-    teacher, student = jnp.array([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]]), jnp.array([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
-    method, labels = METHODS["rld"], jnp.array([1, 0])  # a class tied with the worst one, and three tied
-    parts = method.parts(teacher, student, labels, method.config())
-    assert parts["masked"] == 0 and parts["confidence"] > 0.1
-    masked = jax.grad(lambda s: method.parts(teacher, s, labels, method.config())["masked"])(student)
-    assert not np.any(masked)
+    teacher, student = np.array([[3.0, 1.0, 1.0], [2.0, 2.0, 2.0]]), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]])
+    method, labels = METHODS["rld"], np.array([1, 0])  # a class tied with the worst one, and three tied
+    loss, gradient = loss_and_gradient(method, method.config(), teacher, student, labels)
+    confidence, confidence_gradient = loss_and_gradient(method, method.config(beta=0), teacher, student, labels)
+    assert loss == confidence > 0.1
+    assert np.array_equal(gradient, confidence_gradient)
 
 
 @pytest.mark.parametrize("transform", [lambda method: method, standardized], ids=["plain", "standardized"])
@@ -397,9 +406,7 @@ def test_equal_logits_are_uncorrelated(x64):
 
 def test_one_row_has_no_correlation_over_the_batch(rng, x64):
     method = METHODS["dist"]
-    cfg = method.config(beta=0.5, gamma=2.0, temperature=3.0)
-    teacher, student = jnp.asarray(rng.normal(size=(2, 1, 4)))
-    parts = method.parts(teacher, student, jnp.zeros(1, int), cfg)
-    assert parts["intra"] == 18
-    assert not np.any(jax.grad(lambda s: method.parts(teacher, s, jnp.zeros(1, int), cfg)["intra"])(student))
-    assert 0 < parts["inter"] < 9
+    teacher, student = rng.normal(size=(2, 1, 4))
+    cfg = method.config(beta=0, gamma=2.0, temperature=3.0)
+    loss, gradient = loss_and_gradient(method, cfg, teacher, student, np.zeros(1, int))
+    assert loss == 18 and not np.any(gradient)

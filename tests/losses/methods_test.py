@@ -1,8 +1,8 @@
 """What every method of the table keeps: shapes, masks, weights, dtypes, errors; and what composes with each."""
 
 import dataclasses
+import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,10 +37,36 @@ def batch(rng, *shape, dtype=np.float64):
     return teacher, student, rng.integers(5, size=shape)
 
 
-def value_and_grad(name, teacher, student, labels, method=None, cfg=None, **rows):
-    method, cfg = method or METHODS[name], cfg or default(name)
-    loss = lambda s: method.loss(jnp.asarray(teacher), s, jnp.asarray(labels), cfg, **rows)  # noqa: E731
-    return jax.value_and_grad(loss)(jnp.asarray(student))
+@functools.cache
+def compiled(method, cfg):
+    loss = lambda student, teacher, labels, rows: method.loss(teacher, student, labels, cfg, **rows)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+def evaluate(name, teacher, student, labels, transform=lambda method: method, **rows):
+    """The default loss and its gradients with respect to the student and the teacher; compiled once a shape."""
+    value, gradients = compiled(transform(METHODS[name]), default(name))(student, teacher, labels, rows)
+    return value, *gradients
+
+
+def shapes(name, teacher, student, labels, **rows):
+    """What value and gradient would be, from tracing alone; enough for dtypes and errors."""
+    loss = lambda s, t, y, rows: METHODS[name].loss(t, s, y, default(name), **rows)  # noqa: E731
+    # Not through grad for what is no float: the loss itself has to complain.
+    function = jax.value_and_grad(loss) if jnp.issubdtype(student.dtype, jnp.floating) else loss
+    return jax.eval_shape(function, student, teacher, labels, rows)
+
+
+# Six rows, four of them kept: with weights, and compared to the four alone.
+KEPT = np.array([True, False, True, True, False, True])
+ONES = np.ones(6)
+
+
+def six_of_four(teacher, student, labels):
+    """Four rows among six; the other two hold NaN and no label."""
+    rows, padded = np.full((2, 6, 5), np.nan), np.full(6, -100)
+    rows[0, KEPT], rows[1, KEPT], padded[KEPT] = teacher, student, labels
+    return *rows, padded
 
 
 def test_the_table_has_the_published_fields_and_defaults():
@@ -57,42 +83,40 @@ def test_the_table_has_the_published_fields_and_defaults():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_axes_are_rows(name, rng, x64):
-    teacher, student, labels = batch(rng, 2, 3)
-    value, gradient = value_and_grad(name, teacher, student, labels)
-    flat, flat_gradient = value_and_grad(name, teacher.reshape(6, 5), student.reshape(6, 5), labels.reshape(6))
+    teacher, student, labels = batch(rng, 2, 2)
+    value, gradient, _ = evaluate(name, teacher, student, labels)
+    flat, flat_gradient, _ = evaluate(name, teacher.reshape(4, 5), student.reshape(4, 5), labels.reshape(4))
     assert value.shape == () and value > 0.01
     np.testing.assert_allclose(value, flat, rtol=1e-12)
-    np.testing.assert_allclose(gradient.reshape(6, 5), flat_gradient, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(gradient.reshape(4, 5), flat_gradient, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_rows_are_as_good_as_absent(name, rng, x64):
-    teacher, student, labels = batch(rng, 2, 3)
-    where = np.array([[True, False, True], [False, True, True]])
-    want, want_gradient = value_and_grad(name, teacher[where], student[where], labels[where])
-    teacher[~where], student[~where], labels[~where] = np.nan, np.nan, -100
-    value, gradient = value_and_grad(name, teacher, student, labels, where=jnp.asarray(where))
+    arrays = batch(rng, 4)
+    want, want_gradient, _ = evaluate(name, *arrays)
+    value, gradient, _ = evaluate(name, *six_of_four(*arrays), where=KEPT, weights=ONES)
     np.testing.assert_allclose(value, want, rtol=1e-12)
-    np.testing.assert_allclose(gradient[where], want_gradient, rtol=1e-10, atol=1e-14)
-    assert not np.any(gradient[~where]) and np.any(gradient)
+    np.testing.assert_allclose(gradient[KEPT], want_gradient, rtol=1e-10, atol=1e-14)
+    assert not np.any(gradient[~KEPT]) and np.any(gradient)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_empty_mask_gives_0(name, rng):
-    teacher, student, _ = batch(rng, 3, dtype=np.float32)
-    value, gradient = value_and_grad(name, teacher * np.nan, student * np.nan, [-100] * 3, where=jnp.zeros(3, bool))
+def test_an_empty_mask_gives_0(name, x64):
+    nothing = np.full((6, 5), np.nan)
+    value, gradient, _ = evaluate(name, nothing, nothing, np.full(6, -100), where=np.zeros(6, bool), weights=ONES)
     assert value == 0 and not np.any(gradient)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_shares_and_weight_0_is_a_mask(name, rng, x64):
-    teacher, student, labels = batch(rng, 4)
-    weights = jnp.array([0.5, 0.0, 2.0, 3.0])
-    value, gradient = value_and_grad(name, teacher, student, labels, weights=weights)
-    scaled, _ = value_and_grad(name, teacher, student, labels, weights=7 * weights)
-    masked, masked_gradient = value_and_grad(name, teacher, student, labels, weights=weights, where=weights > 0)
-    alike, _ = value_and_grad(name, teacher, student, labels, weights=jnp.full(4, 3.0))
-    plain, _ = value_and_grad(name, teacher, student, labels)
+    arrays, everywhere = batch(rng, 6), np.ones(6, bool)
+    weights = np.where(KEPT, rng.uniform(0.5, 3.0, 6), 0.0)
+    value, gradient, _ = evaluate(name, *arrays, where=everywhere, weights=weights)
+    scaled, _, _ = evaluate(name, *arrays, where=everywhere, weights=7 * weights)
+    masked, masked_gradient, _ = evaluate(name, *arrays, where=KEPT, weights=weights)
+    alike, _, _ = evaluate(name, *arrays, where=KEPT, weights=3 * ONES)
+    plain, _, _ = evaluate(name, *(array[KEPT] for array in arrays))
     np.testing.assert_allclose(scaled, value, rtol=1e-12)
     np.testing.assert_allclose(masked, value, rtol=1e-12)
     np.testing.assert_allclose(masked_gradient, gradient, rtol=1e-10, atol=1e-14)
@@ -102,63 +126,59 @@ def test_weights_are_shares_and_weight_0_is_a_mask(name, rng, x64):
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {*BATCH}))
 def test_the_mean_is_weighted(name, rng, x64):
-    teacher, student, labels = batch(rng, 3)
-    weights = np.array([0.5, 2.0, 1.0])
-    rows = [value_and_grad(name, teacher[[i]], student[[i]], labels[[i]])[0] for i in range(3)]
-    value, _ = value_and_grad(name, teacher, student, labels, weights=jnp.asarray(weights))
-    np.testing.assert_allclose(value, np.dot(weights, rows) / 3.5, rtol=1e-12)
+    arrays, weights = batch(rng, 6), rng.uniform(0.5, 3.0, 6)
+    rows = [evaluate(name, *arrays, where=np.arange(6) == i, weights=ONES)[0] for i in range(6)]
+    value, _, _ = evaluate(name, *arrays, where=np.ones(6, bool), weights=weights)
+    np.testing.assert_allclose(value, np.dot(weights, rows) / np.sum(weights), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dist"])
-def test_a_row_of_weight_two_is_two_rows(name, rng, x64):
+def test_in_dist_a_row_of_weight_two_is_two_rows(rng, x64):
     """Up to the 1e-8 in rho, which has no unit."""
-    teacher, student, labels = batch(rng, 4)
-    twice = np.array([0, 1, 1, 2, 3])
-    value, _ = value_and_grad(name, teacher, student, labels, weights=jnp.array([1.0, 2.0, 1.0, 1.0]))
-    want, _ = value_and_grad(name, teacher[twice], student[twice], labels[twice])
-    np.testing.assert_allclose(value, want, rtol=1e-7)
+    arrays, twice = batch(rng, 6), np.array([0, 2, 3, 3])
+    weights = np.array([1.0, 0.0, 1.0, 2.0, 0.0, 0.0])
+    value, _, _ = evaluate("dist", *arrays, where=np.ones(6, bool), weights=weights)
+    want, _, _ = evaluate("dist", *(array[twice] for array in arrays))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_gets_no_gradient_and_the_student_one_that_sums_to_0(name, rng, x64):
-    teacher, student, labels = batch(rng, 4)
-    loss = lambda t, s: METHODS[name].loss(t, s, jnp.asarray(labels), default(name))  # noqa: E731
-    of_teacher, of_student = jax.grad(loss, argnums=(0, 1))(jnp.asarray(teacher), jnp.asarray(student))
+    _, of_student, of_teacher = evaluate(name, *batch(rng, 4))
     assert not np.any(of_teacher)
     assert np.max(np.abs(of_student)) > 1e-3  # a shift of a row changes nothing, hence:
     assert np.max(np.abs(np.sum(of_student, axis=-1))) < 1e-14
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_inside_whatever_comes_in(name, rng, strict_dtypes):
-    teacher, student, labels = batch(rng, 4, dtype=np.float32)
-    for dtype in (jnp.bfloat16, jnp.float16):
-        t, s = jnp.asarray(teacher, dtype), jnp.asarray(student, dtype)
-        value, gradient = value_and_grad(name, t, s, labels)
-        raised, raised_gradient = value_and_grad(name, t.astype(jnp.float32), s.astype(jnp.float32), labels)
-        assert value.dtype == jnp.float32 and value == raised
-        chex.assert_trees_all_equal(gradient, raised_gradient.astype(dtype))
+def test_half_precision_is_raised_to_float32_first(name, rng, x64):
+    teacher, student, labels = batch(rng, 4)
+    half = jnp.asarray(teacher, jnp.bfloat16), jnp.asarray(student, jnp.bfloat16)
+    value, gradient, _ = evaluate(name, *half, labels)
+    exact, exact_gradient, _ = evaluate(name, *(np.asarray(z, np.float64) for z in half), labels)
+    assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, exact, rtol=1e-5)  # bfloat16 itself has 4e-3
+    largest = np.max(np.abs(exact_gradient))
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), exact_gradient, rtol=2**-8, atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float64_stays_float64(name, rng, x64, strict_dtypes):
-    teacher, student, labels = batch(rng, 4)
-    params = METHODS[name].init(default(name)) if METHODS[name].init else None
-    value, gradient = value_and_grad(name, teacher, student, labels.astype(np.int8), params=params)
-    assert value.dtype == gradient.dtype == jnp.float64
-    lower, _ = value_and_grad(name, teacher.astype(np.float32), student.astype(np.float32), labels)
-    assert lower.dtype == jnp.float32 and 0 < abs(float(lower) - float(value)) < 1e-5 * value
+def test_dtypes_are_never_promoted_by_accident(name, x64, strict_dtypes):
+    labels, where, weights = jnp.zeros(4, jnp.int8), jnp.ones(4, bool), jnp.ones(4, jnp.float32)
+    learnt = {"params": METHODS[name].init(default(name))} if METHODS[name].init else {}
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        z = jnp.zeros((4, 5), dtype)
+        for rows in ({}, {"where": where, "weights": weights, **learnt}):
+            value, gradient = shapes(name, z, z, labels, **rows)
+            assert value.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32) and gradient.dtype == dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_add_up_and_configs_pass_through_transformations(name, rng, x64):
-    teacher, student, labels = map(jnp.asarray, batch(rng, 2, 4))
-    method = METHODS[name]
-    parts = jax.jit(method.parts)(teacher[0], student[0], labels[0], default(name))
-    assert all(part.shape == () for part in parts.values())
-    apart = jax.vmap(method.loss, in_axes=(0, 0, 0, None))(teacher, student, labels, default(name))
-    np.testing.assert_allclose(sum(parts.values()), apart[0], rtol=1e-12)
-    np.testing.assert_allclose(method.loss(teacher[1], student[1], labels[1], default(name)), apart[1], rtol=1e-12)
+    arrays, method = batch(rng, 2, 4), METHODS[name]
+    parts = jax.jit(jax.vmap(method.parts, in_axes=(0, 0, 0, None)))(*arrays, default(name))
+    for i in (0, 1):
+        value, _, _ = evaluate(name, *(array[i] for array in arrays))
+        np.testing.assert_allclose(sum(part[i] for part in parts.values()), value, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +196,13 @@ def test_parts_add_up_and_configs_pass_through_transformations(name, rng, x64):
 )
 def test_each_weight_multiplies_its_part_alone(name, field, part, rng, x64):
     arrays, method = batch(rng, 4), METHODS[name]
-    none, one, three = (method.parts(*arrays, method.config(**{field: weight})) for weight in (0, 1, 3))
+    configs = [method.config(**{field: weight}) for weight in (0, 1, 3)]
+    none, one, three = jax.jit(lambda *arrays: [method.parts(*arrays, cfg) for cfg in configs])(*arrays)
     assert none[part] == 0 and one[part] > 1e-3
     np.testing.assert_allclose(three[part], 3 * one[part], rtol=1e-12)
-    assert {k: v for k, v in none.items() if k != part} == {k: v for k, v in three.items() if k != part}
+    for other in {*one} - {part}:
+        assert one[other] > 1e-3
+        np.testing.assert_allclose([none[other], three[other]], one[other], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -206,36 +229,34 @@ def test_standardized_logits_have_mean_0_and_deviation_1(rng, x64):
 @pytest.mark.parametrize("name", NAMES)
 def test_standardisation_composes_with_every_method(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
-    method = standardized(METHODS[name])
     z = lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-7)  # noqa: E731
-    value, gradient = value_and_grad(name, teacher, student, labels, method=method)
-    np.testing.assert_allclose(value, METHODS[name].loss(z(teacher), z(student), labels, default(name)), rtol=1e-12)
-    affine, _ = value_and_grad(name, 3 * teacher + 1, 0.2 * student - 5, labels, method=method)
-    np.testing.assert_allclose(affine, value, rtol=1e-5)  # up to the 1e-7 in the denominator
-    assert abs(value - METHODS[name].loss(teacher, student, labels, default(name))) > 1e-3 * value
-    along = np.sum(gradient * student, axis=-1)  # the loss does not depend on the scale
-    assert np.max(np.abs(along)) < 1e-5 * np.max(np.abs(gradient))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
-    teacher, student, labels = batch(rng, 4)
-    where = np.array([True, False, True, True])
-    method = standardized(METHODS[name])
-    want, want_gradient = value_and_grad(name, teacher[where], student[where], labels[where], method=method)
-    teacher[1], student[1], labels[1] = np.nan, np.nan, -100
-    value, gradient = value_and_grad(name, teacher, student, labels, method=method, where=jnp.asarray(where))
+    value, gradient, of_teacher = evaluate(name, teacher, student, labels, transform=standardized)
+    want, _, _ = evaluate(name, z(teacher), z(student), labels)
     np.testing.assert_allclose(value, want, rtol=1e-12)
-    np.testing.assert_allclose(gradient[where], want_gradient, rtol=1e-9, atol=1e-14)
-    assert not np.any(gradient[1])
+    affine, _, _ = evaluate(name, 3 * teacher + 1, 0.2 * student - 5, labels, transform=standardized)
+    np.testing.assert_allclose(affine, value, rtol=1e-5)  # up to the 1e-7 in the denominator
+    assert abs(value - evaluate(name, teacher, student, labels)[0]) > 1e-3 * value
+    along = np.sum(gradient * student, axis=-1)  # the loss does not depend on the scale
+    assert np.max(np.abs(along)) < 1e-5 * np.max(np.abs(gradient)) and not np.any(of_teacher)
+
+
+@pytest.mark.parametrize("name", ["dist", "rld"])  # one of either kind: the transform is the same before all
+def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
+    arrays = batch(rng, 4)
+    want, want_gradient, _ = evaluate(name, *arrays, transform=standardized)
+    value, gradient, _ = evaluate(name, *six_of_four(*arrays), transform=standardized, where=KEPT, weights=ONES)
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    np.testing.assert_allclose(gradient[KEPT], want_gradient, rtol=1e-9, atol=1e-14)
+    assert not np.any(gradient[~KEPT])
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd"])
 def test_the_standardize_field_is_the_transform(name, rng, x64):
-    arrays, method = batch(rng, 4), METHODS[name]
-    with_field = method.loss(*arrays, method.config(standardize=True))
-    np.testing.assert_allclose(with_field, standardized(method).loss(*arrays, method.config()), rtol=1e-12)
-    assert abs(with_field - method.loss(*arrays, method.config())) > 1e-3
+    teacher, student, labels = batch(rng, 4)
+    with_field, _ = compiled(METHODS[name], METHODS[name].config(standardize=True))(student, teacher, labels, {})
+    want, _, _ = evaluate(name, teacher, student, labels, transform=standardized)
+    np.testing.assert_allclose(with_field, want, rtol=1e-12)
+    assert abs(with_field - evaluate(name, teacher, student, labels)[0]) > 1e-3
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -243,35 +264,37 @@ def test_the_standardize_field_is_the_transform(name, rng, x64):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_logits_are_named(name):
-    loss, z, labels = METHODS[name].loss, jnp.zeros((2, 5)), jnp.zeros(2, int)
+    z, labels = jnp.zeros((2, 5)), jnp.zeros(2, int)
     with pytest.raises(ValueError, match=r"one shape .* got \(2, 5\) and \(2, 4\)"):
-        loss(z, z[:, :4], labels, default(name))
+        shapes(name, z, z[:, :4], labels)
+    with pytest.raises(ValueError, match="teacher_logits must be floating, got int32"):
+        shapes(name, z.astype(jnp.int32), z, labels)
     with pytest.raises(ValueError, match="student_logits must be floating, got int32"):
-        loss(z, z.astype(jnp.int32), labels, default(name))
+        shapes(name, z, z.astype(jnp.int32), labels)
     with pytest.raises(ValueError, match=r"where must have the shape .* got \(3,\)"):
-        loss(z, z, labels, default(name), where=jnp.ones(3, bool))
+        shapes(name, z, z, labels, where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match="where must be boolean"):
-        loss(z, z, labels, default(name), where=jnp.ones(2))
+        shapes(name, z, z, labels, where=jnp.ones(2))
     with pytest.raises(ValueError, match=r"weights must have the shape .* got \(2, 5\)"):
-        loss(z, z, labels, default(name), weights=z)
+        shapes(name, z, z, labels, weights=z)
 
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_wrong_labels_are_named(name):
     z = jnp.zeros((2, 5))
     with pytest.raises(ValueError, match=r"labels must have the shape .* \(2,\), got \(3,\)"):
-        METHODS[name].loss(z, z, jnp.zeros(3, int), default(name))
+        shapes(name, z, z, jnp.zeros(3, int))
     with pytest.raises(ValueError, match="labels must be integer classes, got float32"):
-        METHODS[name].loss(z, z, jnp.zeros(2), default(name))
+        shapes(name, z, z, jnp.zeros(2))
 
 
 @pytest.mark.parametrize(("name", "least"), [("dkd", 3), ("nkd", 3), ("rld", 2), ("wsld", 2)])
 def test_too_few_classes_are_named(name, least):
-    z, labels = jnp.zeros((2, least - 1)), jnp.zeros(2, int)
+    few, enough, labels = jnp.zeros((2, least - 1)), jnp.zeros((2, least)), jnp.zeros(2, int)
     with pytest.raises(ValueError, match=f"{name} needs at least {least} classes, got {least - 1}"):
-        METHODS[name].loss(z, z, labels, default(name))
-    enough = jnp.zeros((2, least))
-    assert np.isfinite(METHODS[name].loss(enough, enough, labels, default(name)))
+        shapes(name, few, few, labels)
+    value, gradient, _ = evaluate(name, enough, enough, labels)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
 @pytest.mark.parametrize(
