@@ -78,12 +78,14 @@ def masked_kl(
       A scalar in nats, not times T^2.
     """
     p, _, p_sum, q_sum = _exponentials(teacher, student, kept, teacher_max, student_max, temperature, class_axis_name)
-    # p is 0 outside the mask, and RULED_OUT keeps the difference finite there. Written with the
-    # subtractions inside: XLA then fuses it all into the sum, where a common _finite(z) or a
-    # constant bound would be arrays of size C of their own.
-    difference = jnp.maximum(teacher - teacher_max, RULED_OUT - teacher_max) - jnp.maximum(
-        student - student_max, RULED_OUT - student_max
-    )
+    # p is 0 outside the mask, and RULED_OUT keeps the difference finite there. Written so that no
+    # array is shared with _exponentials, not even a broadcast maximum: XLA fuses what is not
+    # shared into the sum and writes the rest to memory (3.4 arrays instead of 1.4 on CPU).
+    shifted = [
+        jnp.maximum(z + minus_max, RULED_OUT + minus_max)
+        for z, minus_max in ((teacher, -teacher_max), (student, -student_max))
+    ]
+    difference = shifted[0] - shifted[1]
     mean_difference = _sum(p * difference, class_axis_name) / (p_sum * temperature)
     return mean_difference - jnp.log(p_sum) + jnp.log(q_sum)
 
@@ -97,19 +99,12 @@ def _(temperature, class_axis_name, primals, tangents):
 
 def _exponentials(teacher, student, kept, teacher_max, student_max, temperature, class_axis_name):
     """exp((z - max) / T) of both sides, 0 where `kept` is False, and their sums."""
-    # Scaling before subtracting, unlike `difference` above, keeps XLA from sharing a common [C]
-    # intermediate between the two, which it would have to write to memory (1.25 arrays of
-    # temporaries become 3.25 on CPU).
-    scale = 1 / temperature
+    floor = jnp.asarray(RULED_OUT, teacher.dtype)
     p, q = (
-        jnp.exp(jnp.where(kept, _finite(z) * scale - z_max * scale, jnp.asarray(RULED_OUT, z.dtype)))
+        jnp.exp(jnp.where(kept, jnp.maximum(z, floor) - z_max, floor) * (1 / temperature))
         for z, z_max in ((teacher, teacher_max), (student, student_max))
     )
     return p, q, _sum(p, class_axis_name), _sum(q, class_axis_name)
-
-
-def _finite(logits: jax.Array) -> jax.Array:
-    return jnp.maximum(logits, jnp.asarray(RULED_OUT, logits.dtype))
 
 
 def _sum(values: jax.Array, axis_name: str | tuple[str, ...] | None) -> jax.Array:

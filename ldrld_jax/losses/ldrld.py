@@ -145,13 +145,16 @@ def _terms_of_rows(
     # One more than d: the next is the largest of the rest.
     top = jax.vmap(lambda z: top_classes(z, min(cfg.depth + 1, classes), class_axis_name))(ranking)
 
-    def at_top(z, top):
-        chosen = jax.tree.map(lambda z: z[: cfg.depth], top)
-        return jnp.maximum(take(z, chosen, class_axis_name), RULED_OUT) / cfg.temperature
+    def at_top_of_row(z, top):
+        chosen = take(z, jax.tree.map(lambda z: z[: cfg.depth], top), class_axis_name)
+        chosen = jnp.maximum(chosen, RULED_OUT)
+        # Only differences matter; taken before the division by T they are exact for close logits.
+        return (chosen - jax.lax.stop_gradient(chosen[0])) / cfg.temperature
 
-    pairs, integrity = _local_terms(*(jax.vmap(at_top, out_axes=-1)(z, top) for z in (teacher, student)), cfg)
+    at_top = jax.vmap(at_top_of_row, out_axes=-1)
+    pairs, integrity = _local_terms(at_top(teacher, top), at_top(student, top), cfg)
     if classes - cfg.depth > 1:
-        remainder = jax.vmap(lambda *row: _remainder(*row, cfg, class_axis_name))(teacher, student, top)
+        remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)
     else:  # Over one class or none the KL is 0.
         remainder = jnp.zeros_like(pairs)
     return LDRLDTerms(*(cfg.temperature**2 * term for term in (pairs, integrity, remainder)))

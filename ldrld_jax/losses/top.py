@@ -52,7 +52,9 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
         if whole < logits.size:
             maxima = jnp.append(maxima, jnp.max(logits[whole:]))
         blocks = _largest(maxima, jnp.arange(maxima.size, dtype=logits.dtype), depth).classes
-        candidates = (blocks.astype(jnp.int32)[:, None] * block + jnp.arange(block)[None, :]).reshape(-1)
+        candidates = (blocks.astype(jnp.int32)[:, None] * block + jnp.arange(block, dtype=jnp.int32)[None, :]).reshape(
+            -1
+        )
         # The last block may reach past the end.
         values = logits.at[candidates].get(mode="fill", fill_value=-jnp.inf)
         top = _largest(values, candidates.astype(logits.dtype), depth)
@@ -60,7 +62,7 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
         return top
     shard = jax.lax.axis_index(axis_name)
     top = top._replace(classes=top.classes + (shard * logits.size).astype(logits.dtype))
-    return _largest(*(_concatenate(z, axis_name) for z in top), depth)
+    return _largest(_concatenate(top.values, axis_name), _concatenate(top.classes, axis_name), depth)
 
 
 def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
