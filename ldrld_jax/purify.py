@@ -23,10 +23,10 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
 
     Example:
       >>> from ldrld_jax.models import create_model
-      >>> apply, params, stats = purify(create_model("resnet8", 10, rngs=nnx.Rngs(0)))
-      >>> logits, _ = apply(params, stats, jax.numpy.zeros((1, 32, 32, 3)), train=False)
+      >>> apply, params, stats = purify(create_model("resnet8", 10, in_channels=1, rngs=nnx.Rngs(0)))
+      >>> logits, _ = apply(params, stats, jax.numpy.zeros((2, 8, 8, 1)), train=False)
       >>> logits.shape, params["layer1"]["0"]["conv1"]["kernel"].shape
-      ((1, 10), (3, 3, 16, 16))
+      ((2, 10), (3, 3, 16, 16))
     """
     graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
 
@@ -44,10 +44,10 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
 
     Example:
       >>> from ldrld_jax.models import create_model
-      >>> model = create_model("resnet8", 10, rngs=nnx.Rngs(0))
+      >>> model = create_model("resnet8", 10, in_channels=1, rngs=nnx.Rngs(0))
       >>> _, params, stats = purify(model)
-      >>> with_variables(model, params, stats)(jax.numpy.zeros((1, 32, 32, 3)), train=False).shape
-      (1, 10)
+      >>> with_variables(model, params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
+      (2, 10)
     """
     graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
     return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))

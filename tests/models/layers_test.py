@@ -129,6 +129,12 @@ def test_global_average_pool_takes_any_size(rng):
     np.testing.assert_allclose(global_average_pool(x), np.asarray(x).mean((1, 2)), rtol=1e-5, atol=1e-7)
 
 
+def test_a_depthwise_convolution_starts_by_all_its_channels():
+    kernel = conv(512, 512, 3, groups=512, rngs=nnx.Rngs(0), **FLOAT32).kernel[...]
+    assert kernel.shape == (3, 3, 1, 512)
+    np.testing.assert_allclose(kernel.std(), (2 / (3 * 3 * 512)) ** 0.5, rtol=0.05)
+
+
 def test_the_default_initialisation_is_pytorchs():
     kernel = torch_default(jax.random.key(0), (3, 3, 20, 60))
     bound = (3 * 3 * 20) ** -0.5

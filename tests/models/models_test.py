@@ -1,7 +1,6 @@
 """What holds for every model of the table."""
 
 import ast
-import functools
 import pathlib
 
 import jax
@@ -16,23 +15,11 @@ from ldrld_jax.models.summary import summarize
 from ldrld_jax.purify import purify
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
-QUICK = {"xla_backend_optimization_level": 0}
 SHARED_FILES = ("layers", "residual")
 
 
 def abstract(name, num_classes=7, in_channels=3, **dtypes):
     return purify(nnx.eval_shape(lambda: create_model(name, num_classes, in_channels, rngs=nnx.Rngs(0), **dtypes)))
-
-
-@functools.cache
-def real(name):
-    """Parameters and statistics, initialised in one program that is quick to compile."""
-
-    def init():
-        rngs = nnx.Rngs(params=jax.random.key(0, impl="rbg"))
-        return purify(create_model(name, 10, rngs=rngs))[1:]
-
-    return jax.jit(init, compiler_options=QUICK)()
 
 
 def images(n, size, channels=3, dtype=jnp.float32):
@@ -63,39 +50,44 @@ def test_every_norm_is_told_the_mode_and_the_padding(name, monkeypatch):
     assert all(mode.train and mode.where is not None for mode in modes)
 
 
-NORMAL = ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2"]
-UNIFORM = ["ShuffleV1", "imagenet_mobilenetv1"]
+@pytest.fixture
+def initializers(monkeypatch):
+    """`initializers(name)`: those of every convolution's kernel, and of the head's kernel and bias."""
+
+    def collect(name):
+        found = {nnx.Conv: [], nnx.Linear: []}
+        for layer, calls in found.items():
+            make = layer.__init__
+
+            def record(self, *args, make=make, calls=calls, **kwargs):
+                calls.append((args, kwargs))
+                make(self, *args, **kwargs)
+
+            monkeypatch.setattr(layer, "__init__", record)
+        nnx.eval_shape(lambda: create_model(name, 7, rngs=nnx.Rngs(0)))
+        (fan_in, _), head = found[nnx.Linear][-1]
+        return {kwargs["kernel_init"] for _, kwargs in found[nnx.Conv]}, fan_in, head["kernel_init"], head["bias_init"]
+
+    return collect
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NORMAL + UNIFORM)
-def test_convolutions_start_as_the_published_code_starts_them(name):
-    params, _ = real(name)
-    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4 and leaf.size > 2000]
-    assert kernels
-    for kernel in kernels:
-        height, width, fan_in, features = kernel.shape
-        if name in NORMAL:
-            std = (2 / (height * width * features)) ** 0.5
-            assert jnp.abs(kernel).max() > 2.5 * std
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_start_as_the_published_code_starts_them(name, initializers):
+    key, kernel_shape = jax.random.key(0), (3, 3, 20, 60)
+    convs, fan_in, head_kernel, head_bias = initializers(name)
+    for init in convs:
+        kernel = init(key, kernel_shape, jnp.float32)
+        if name.startswith(("Shuffle", "imagenet_mobilenet", "vit")):
+            assert jnp.abs(kernel).max() <= (3 * 3 * 20) ** -0.5
+            np.testing.assert_allclose(kernel.std(), (3 * 3 * 3 * 20) ** -0.5, rtol=0.03)
         else:
-            std = (3 * height * width * fan_in) ** -0.5
-            assert jnp.abs(kernel).max() <= 3**0.5 * std
-        np.testing.assert_allclose(kernel.std(), std, rtol=0.08)
-
-
-@pytest.mark.parametrize(
-    ("name", "head", "std", "bias"),
-    [
-        ("resnet8", "fc", (3 * 64) ** -0.5, True),
-        ("wrn_16_1", "fc", (3 * 64) ** -0.5, False),
-        ("vgg8", "classifier", 0.01, False),
-    ],
-)
-def test_the_head_starts_as_the_published_code_starts_it(name, head, std, bias):
-    linear = real(name)[0][head]
-    np.testing.assert_allclose(linear["kernel"].std(), std, rtol=0.1)
-    assert bool(jnp.any(linear["bias"])) is bias
+            assert jnp.abs(kernel).max() > 3 * kernel.std()  # normal, not uniform
+            np.testing.assert_allclose(kernel.std(), (2 / (3 * 3 * 60)) ** 0.5, rtol=0.03)
+    default = (3 * fan_in) ** -0.5
+    std = {"vgg": 0.01, "Mob": 0.01, "vit": 0.02}.get(name[:3], (3 * 200) ** -0.5)
+    np.testing.assert_allclose(head_kernel(key, (200, 50), jnp.float32).std(), std, rtol=0.03)
+    bias_std = 0 if name.startswith(("vgg", "MobileNetV2", "wrn", "vit")) else default
+    np.testing.assert_allclose(head_bias(key, (10_000,), jnp.float32).std(), bias_std, rtol=0.03)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

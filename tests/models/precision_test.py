@@ -9,13 +9,11 @@ import pytest
 from flax import nnx
 
 from ldrld_jax.models.cifar_resnet import CifarResNet
-from ldrld_jax.models.vgg import VGG
 from ldrld_jax.models.vit import VisionTransformer
 
 QUICK = {"xla_backend_optimization_level": 0}
 SMALL = {
     "resnet": functools.partial(CifarResNet, depth=8, widths=(8, 8, 16, 16)),
-    "vgg": functools.partial(VGG, counts=(1, 1, 1, 1, 1)),
     "vit": functools.partial(VisionTransformer, width=128, depth=2),
 }
 
