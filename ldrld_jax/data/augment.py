@@ -1,4 +1,4 @@
-"""What training does to an image, as a pure function of (seed, epoch, index)."""
+"""What training draws at random, and the crops and mirrors made of it: pure functions of (seed, epoch, index)."""
 
 from typing import NamedTuple
 
@@ -31,6 +31,16 @@ def draw(seed: int, epoch: int, examples: int, *, pad: int = 0, flip: bool = Fal
     return Draws(order, top, left, (rng.random(examples) < 0.5) & flip)
 
 
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one image in one epoch, for views whose draws depend on the image's size.
+
+    Example:
+      >>> generator(0, 3, 5).random() == generator(0, 3, 5).random()
+      True
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, index))))
+
+
 def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
     """Crops of the zero-padded images, some mirrored; the offsets and mirrors are those of `draws`.
 
@@ -48,8 +58,11 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
       >>> pad_crop_flip(image, moved, pad=1)[0, ..., 0].tolist()
       [[0, 2], [0, 4]]
     """
-    n, height, width, _ = images.shape
-    rows = draws.top[:, None] + np.arange(height)
-    columns = np.where(draws.flip[:, None], np.arange(width)[::-1], np.arange(width)) + draws.left[:, None]
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    _, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else images
+    out = np.empty_like(images)
+    # Slices copy whole rows: more than twice as fast as one gather of all pixels.
+    for row, image, top, left, flip in zip(out, padded, draws.top, draws.left, draws.flip, strict=True):
+        crop = image[top : top + height, left : left + width]
+        row[...] = crop[:, ::-1] if flip else crop
+    return out

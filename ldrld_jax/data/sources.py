@@ -1,17 +1,41 @@
 """Where records come from: random access to encoded images and labels."""
 
-import contextlib
 import dataclasses
-import io
 import logging
-from typing import Any
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
 
-from ldrld_jax.data.digits import Digits
+from ldrld_jax.data import folders, tfds_records
+from ldrld_jax.data.augment import generator
+from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.views import AsStored, View
 from ldrld_jax.errors import UserError, unknown
+
+logger = logging.getLogger("ldrld_jax")
+
+
+class Record(TypedDict):
+    image: bytes
+    label: int
+
+
+class Records(Protocol):
+    """Random access to encoded images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]: ...
+
+    def name(self, index: int) -> str:
+        """What a person would call the record: its file, or its number."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """`[n]` int32, without decoding any image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,65 +43,134 @@ class Source:
     """A split of a dataset.
 
     Attributes:
-      records: random access by index or by list of indices (`__getitems__`) to `{"image": bytes, "label": int}`.
+      records: the encoded images and their labels.
       class_names: the name of each label.
-      image_shape: `(height, width, channels)`, all images alike.
+      image_shape: `(height, width, channels)`; the first two are None where images may have many sizes.
+      view: what is done to each image, by default nothing: all must have `image_shape`.
+      on_error: a broken image or label out of range stops the run ("raise"), or gets the label -1 and
+        is named once ("skip").
     """
 
     records: Any
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[Any, Any, int]
+    view: View = None  # type: ignore[assignment]  # set below
+    on_error: str = "raise"
+    broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise unknown("data.on_error", self.on_error, ("raise", "skip"))
+        if self.view is None:
+            object.__setattr__(self, "view", AsStored(self.image_shape))
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded images `[n, height, width, channels]` uint8 and labels `[n]` int32 at `indices`."""
+    def of(self, records: Records, view: View) -> "Source":
+        """Other records of the dataset, as another view shows them."""
+        return dataclasses.replace(self, records=records, view=view, image_shape=view.shape, broken=set())
+
+    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+        """The images `[n, height, width, channels]` uint8 and labels `[n]` int32 at `indices`.
+
+        Args:
+          indices: `[n]`.
+          key: seed and epoch; with an image's index they fix what a random view draws for it.
+
+        Raises:
+          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0, its label -1.
+        """
+        view = self.view
         records = self.records.__getitems__(indices.tolist())
-        height, width, channels = self.image_shape
-        images = np.empty((len(records), height, width, channels), np.uint8)
-        for row, record in zip(images, records, strict=True):
-            row[...] = np.asarray(Image.open(io.BytesIO(record["image"]))).reshape(row.shape)
-        return images, np.array([record["label"] for record in records], np.int32)
+        images = np.zeros((len(records), *view.shape), np.uint8)
+        labels = np.full(len(records), -1, np.int32)
+        for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
+            try:
+                label = self._checked(record["label"])
+                images[row] = view(record["image"], generator(*key, index) if view.random else None)
+                labels[row] = label
+            except BrokenImageError as error:
+                self._report(index, error)
+        return images, labels
+
+    def _checked(self, label: int) -> int:
+        if not 0 <= label < len(self.class_names):
+            raise BrokenImageError(f"its label is {label}, and there are {len(self.class_names)} classes")
+        return label
+
+    def _report(self, index: int, error: BrokenImageError) -> None:
+        name = self.records.name(index)
+        if self.on_error == "raise":
+            raise UserError(f"{name} is broken: {error}. Repair or remove it, or set data.on_error=skip.") from error
+        if index not in self.broken:
+            self.broken.add(index)
+            logger.warning("skipped %s: %s (%d skipped so far)", name, error, len(self.broken))
 
 
-def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
-    """A split of a TFDS image classification dataset, read without TensorFlow.
+class InMemory:
+    """A source whose images are kept once they have been decoded; for views that are not random."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
+        self._images = np.zeros((len(source), *source.image_shape), np.uint8)  # the system gives pages as they fill
+        self._labels = np.zeros(len(source), np.int32)
+        self._known = np.zeros(len(source), bool)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+        """As `Source.read`."""
+        missing = indices[~self._known[indices]]
+        if len(missing):
+            images, labels = self._source.read(missing, key)
+            with self._lock:  # an example is known only after it is there
+                self._images[missing], self._labels[missing] = images, labels
+                self._known[missing] = True
+        return self._images[indices], self._labels[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Some of the records, by index, perhaps under other labels."""
+
+    records: Records
+    indices: np.ndarray
+    relabelled: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        records = self.records.__getitems__(self.indices[indices].tolist())
+        if self.relabelled is None:
+            return records
+        return [{**record, "label": int(self.relabelled[i])} for i, record in zip(indices, records, strict=True)]
+
+    def name(self, index: int) -> str:
+        return self.records.name(int(self.indices[index]))
+
+    def labels(self) -> np.ndarray:
+        return self.records.labels()[self.indices] if self.relabelled is None else self.relabelled
+
+
+def open_source(name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise") -> Source:
+    """A split of an image classification dataset, read without TensorFlow.
 
     Args:
-      name: `digits`, which is prepared on first use, or any dataset name that TFDS knows.
-      split: a split of it, or a slice such as `train[:90%]`.
-      data_dir: where datasets lie; None for TFDS's own default.
+      name: `tiny_imagenet` or `image_folder` for folders; `digits`, which is prepared on first use; or any
+        dataset name that TFDS knows.
+      split: a split of it; of a TFDS dataset also a slice such as `train[:90%]`.
+      data_dir: the folder itself, or where TFDS datasets lie; None for TFDS's own default.
+      on_error: see `Source`.
 
     Raises:
-      UserError: if the name or the split is unknown, or the dataset is not prepared in `data_dir`.
+      UserError: if the name or the split is unknown, or the dataset is not there; the message has the
+        command that prepares it.
     """
-    # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        if name == "digits":
-            builder = Digits(data_dir=data_dir, file_format="array_record")
-            if not builder.is_prepared():
-                tfds.disable_progress_bar()
-                with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
-                    builder.download_and_prepare()
-        else:
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise unknown("dataset", name, ["digits", *tfds.list_builders(with_community_datasets=False)]) from None
-    if not builder.is_prepared():
-        where = f" --data_dir {data_dir}" if data_dir else ""
-        raise UserError(
-            f"dataset {name} is not prepared in {builder.data_dir}. Set data.data_dir to where it lies, or prepare "
-            f"it: pip install 'ldrld_jax[tf]' && tfds build {name} --file_format array_record{where}"
-        )
-    features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(
-            f"dataset {name} has no image and label, but {', '.join(features)}. Choose a classification one."
-        )
-    try:
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except (KeyError, ValueError):
-        raise unknown(f"split of {name}", split, builder.info.splits) from None
-    return Source(records, tuple(features["label"].names), features["image"].shape)
+    if name in folders.FOLDERS:
+        return Source(*folders.open_folder(name, split, data_dir, on_error=on_error), on_error=on_error)
+    return Source(*tfds_records.open_tfds(name, split, data_dir), on_error=on_error)

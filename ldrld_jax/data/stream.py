@@ -4,14 +4,31 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from ldrld_jax.data.augment import draw, pad_crop_flip
-from ldrld_jax.data.sources import Source
+from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
 
 Batch = dict[str, np.ndarray]
+
+# Batches that wait to be used are kept below this, whatever the size of an image.
+_AHEAD_BYTES = 256 * 2**20
+
+
+class Readable(Protocol):
+    """What the loader asks of a source: see `sources.Source`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def image_shape(self) -> tuple[Any, Any, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +39,17 @@ class TrainBatches:
     can make its own share of a batch.
 
     Attributes:
-      source: what to read.
+      source: what to read, as its view shows it.
       batch_size: of the whole batch, over all hosts.
       seed: of order and augmentation.
       pad, flip: see `augment.draw`.
       drop_remainder: leave out an epoch's last partial batch.
       divisor: batches are padded to a multiple of this, the devices they are split over.
       host, hosts: which share of each batch to make.
+      masked: give every batch a mask, since examples may be skipped.
     """
 
-    source: Source
+    source: Readable
     batch_size: int
     seed: int
     pad: int = 0
@@ -40,6 +58,7 @@ class TrainBatches:
     divisor: int = 1
     host: int = 0
     hosts: int = 1
+    masked: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,16 +70,25 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        draws = _draws(self.seed, epoch, len(self.source), self.pad, self.flip)
+        draws = self.draws(epoch)
         indices = draws.order[position * self.batch_size : (position + 1) * self.batch_size]
-        kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts)
-        images, labels = self.source.read(kept.indices)
+        kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=self.masked)
+        images, labels = self.source.read(kept.indices, (self.seed, epoch))
         return kept.batch(pad_crop_flip(images, draws.at(kept.indices), pad=self.pad), labels)
+
+    def draws(self, epoch: int) -> Draws:
+        """The order, crops and mirrors of an epoch, whichever loader makes its batches."""
+        return _draws(self.seed, epoch, len(self.source), self.pad, self.flip)
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
         """The batches from step `start` on, prepared by `threads` threads ahead of their use."""
         dataset = grain.MapDataset.source(self)[start:]
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+        return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
+
+
+def _read_options(threads: int, batch_size: int, image_shape: tuple[int, ...]) -> grain.ReadOptions:
+    fit = _AHEAD_BYTES // (batch_size * math.prod(image_shape))
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
 
 
 @functools.lru_cache(maxsize=2)  # this epoch and, ahead of the step, the next
@@ -77,33 +105,38 @@ class Share:
     masked: bool
 
     def batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-        """`image`, `label` and, if the whole batch has padding anywhere, `mask`: True for real examples."""
+        """`image`, `label` and, if the whole batch may have padding, `mask`: True for real examples.
+
+        A label of -1 marks an example that was skipped: it becomes padding.
+        """
         missing = self.rows - len(labels)
         batch = {
-            "image": np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1))),
-            "label": np.pad(labels, (0, missing)),
+            "image": np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1))) if missing else images,
+            "label": np.pad(np.maximum(labels, 0), (0, missing)),
         }
-        return batch | {"mask": np.arange(self.rows) < len(labels)} if self.masked else batch
+        return batch | {"mask": np.pad(labels >= 0, (0, missing))} if self.masked else batch
 
 
-def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int) -> Share:
+def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int, *, masked: bool = False) -> Share:
     """The rows of one host, of a batch of `indices` padded to the full size rounded up to `divisor`.
 
     A partial batch is padded to the full size: one shape for all of them, whatever the devices.
     """
     total = -(-batch_size // divisor) * divisor
     rows = total // hosts
-    return Share(indices[host * rows : (host + 1) * rows], rows, masked=len(indices) < total)
+    return Share(indices[host * rows : (host + 1) * rows], rows, masked or len(indices) < total)
 
 
 def eval_batches(
-    source: Source, batch_size: int, *, divisor: int = 1, host: int = 0, hosts: int = 1, threads: int = 4
+    source: Readable, batch_size: int, *, divisor: int = 1, host: int = 0, hosts: int = 1, threads: int = 4
 ) -> Iterator[Batch]:
     """Every example once, in order; always with a `mask`, so that the step is traced once."""
 
     def batch(start: int) -> Batch:
-        kept = share(np.arange(start, min(start + batch_size, len(source))), batch_size, divisor, host, hosts)
-        return dataclasses.replace(kept, masked=True).batch(*source.read(kept.indices))
+        kept = share(
+            np.arange(start, min(start + batch_size, len(source))), batch_size, divisor, host, hosts, masked=True
+        )
+        return kept.batch(*source.read(kept.indices))
 
     dataset = grain.MapDataset.source(range(0, len(source), batch_size)).map(batch)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    return iter(dataset.to_iter_dataset(_read_options(threads, batch_size, source.image_shape)))

@@ -22,7 +22,7 @@ class Counting:
     def __len__(self):
         return self.examples
 
-    def read(self, indices):
+    def read(self, indices, key=(0, 0)):
         images = np.tile(np.asarray(indices, np.uint8)[:, None, None, None], (1, *self.image_shape))
         return images, np.asarray(indices, np.int32) % 2
 

@@ -1,0 +1,75 @@
+"""Encoded images to pixels: upright, of the wanted number of channels, or an error that says what is wrong."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
+
+
+class BrokenImageError(ValueError):
+    """Bytes that do not hold the image they should; the message says why, the caller says which."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The header of an encoded image; its pixels are not decoded yet.
+
+    Raises:
+      BrokenImageError: if the bytes begin like no image format that Pillow knows.
+
+    Example:
+      >>> open_image(b"hello")
+      Traceback (most recent call last):
+        ...
+      ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
+    """
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow's own message for an unknown format is the address of the buffer.
+        why = str(error) if "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
+        raise BrokenImageError(why) from error
+
+
+def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
+    """Width and height as `pixels` will give them."""
+    width, height = image.size
+    turned = exif and image.getexif().get(_ORIENTATION, 1) >= 5
+    return (height, width) if turned else (width, height)
+
+
+def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
+    """The decoded image, in mode "L" or "RGB".
+
+    Grey and colour are converted into each other, palettes and CMYK into either; what is transparent
+    lies on white; 16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white).
+
+    Args:
+      image: of `open_image`.
+      channels: 1 or 3.
+      exif: turn the image as its EXIF orientation says.
+
+    Raises:
+      BrokenImageError: if the image is truncated or corrupt, or has pixels that have no 8-bit equivalent.
+    """
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
+        raise BrokenImageError(str(error)) from error
+    if exif and image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+    mode = {1: "L", 3: "RGB"}[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
+        raise BrokenImageError(f"mode {image.mode}: only 8-bit and 16-bit integer pixels are known")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

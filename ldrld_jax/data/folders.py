@@ -1,0 +1,131 @@
+"""Folders of images: one folder a class, and Tiny-ImageNet-200 as its zip unpacks."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from ldrld_jax.errors import UserError, unknown
+
+logger = logging.getLogger("ldrld_jax")
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderRecords:
+    """Image files and their labels `[n]` int32."""
+
+    paths: Sequence[str]  # strings: a million path objects take half a gigabyte
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        return [{"image": epath.Path(self.paths[i]).read_bytes(), "label": int(self.targets[i])} for i in indices]
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def labels(self) -> np.ndarray:
+        return self.targets
+
+
+def open_folder(
+    name: str, split: str, data_dir: str | None, *, on_error: str = "raise"
+) -> tuple[FolderRecords, tuple[str, ...], tuple]:
+    """The images of a split and the class names, both sorted by the folders' names, and the images' shape.
+
+    Args:
+      name: a key of `FOLDERS`.
+      split: "train" or "val".
+      data_dir: the folder that holds both.
+      on_error: a class without images stops the run ("raise") or is named once ("skip").
+
+    Raises:
+      UserError: if there is no such folder, or it is not laid out as it should be.
+    """
+    if data_dir is None:
+        raise UserError(f"{name} needs a folder. Set data.data_dir to the one that holds train and val.")
+    files, class_names = FOLDERS[name](epath.Path(data_dir), split)
+    empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == "train" else []
+    if not files:
+        raise UserError(f"there is no image in {data_dir}/{split}. Known are {', '.join(SUFFIXES)}.")
+    if empty:
+        message = f"there is no image of {', '.join(class_names[i] for i in empty)} in {data_dir}/{split}"
+        if on_error == "raise":
+            raise UserError(f"{message}. Remove what is empty, or set data.on_error=skip.")
+        logger.warning("%s: no such image will be seen in training", message)
+    paths, labels = zip(*files, strict=True)
+    side = 64 if name == "tiny_imagenet" else None
+    return FolderRecords(paths, np.array(labels, np.int32)), class_names, (side, side, 3)
+
+
+def _image_folder(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    for folder in (root / "train", root / split):
+        if not folder.is_dir():
+            raise UserError(
+                f"there is no folder {folder}. Lay images out as {root}/train/CLASS/*.jpg and {root}/{split}/CLASS/"
+                "*.jpg, and set data.data_dir, data.train_split and data.eval_split to match."
+            )
+    class_names = _folders(root / "train")
+    strangers = sorted(set(_folders(root / split)) - set(class_names))
+    if strangers:
+        raise unknown("class of the training images", strangers[0], class_names)
+    return list(_by_class(root / split, class_names)), class_names
+
+
+def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    if split not in ("train", "val"):
+        raise unknown("split of tiny_imagenet", split, ("train", "val"))
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    if not (root / "wnids.txt").exists():
+        raise UserError(
+            f"there is no Tiny-ImageNet in {root} (no wnids.txt). Get it: curl -LO "
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip && unzip -q tiny-imagenet-200.zip, then set "
+            "data.data_dir=tiny-imagenet-200."
+        )
+    # Sorted, as a reader of plain folders numbers them: so do the checkpoints that people have.
+    wnids = sorted((root / "wnids.txt").read_text().split())
+    words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
+    class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
+    annotations = root / "val" / "val_annotations.txt"
+    if split == "train" or not annotations.exists():  # some tools sort val into folders by class
+        return list(_by_class(root / split, wnids)), class_names
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    files = []
+    for line in annotations.read_text().splitlines():
+        file, wnid = line.split("\t")[:2]
+        if wnid not in label_of:
+            raise UserError(f"{annotations} gives {file} the class {wnid}, which is not in wnids.txt.")
+        files.append((str(root / "val" / "images" / file), label_of[wnid]))
+    return sorted(files), class_names
+
+
+FOLDERS: dict[str, Callable[[epath.Path, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
+    "image_folder": _image_folder,
+    "tiny_imagenet": _tiny_imagenet,
+}
+
+
+def _folders(folder: epath.Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    for label, name in enumerate(class_names):
+        if (folder / name).is_dir():
+            yield from ((path, label) for path in _images(folder / name))
+
+
+def _images(folder: epath.Path) -> Iterator[str]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in SUFFIXES:
+            yield str(path)
+        elif path.is_dir():
+            yield from _images(path)

@@ -1,0 +1,125 @@
+"""Harder training sets from an easy one: fewer images, a long tail, wrong labels, some held out.
+
+All are functions of the labels and a seed, so that they are the same wherever the run is.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldrld_jax.data.sources import Records, Selected
+from ldrld_jax.errors import UserError, unknown
+
+
+def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool = False) -> Records:
+    """The part of the training records that the config's `data` block asks for.
+
+    First `held_out` of each class is put aside, unspoilt; of the rest `fraction` stays, then its tail
+    is thinned by `imbalance`, then labels are changed at `label_noise_rate`.
+
+    Args:
+      records: the whole training split.
+      data: with `held_out`, `fraction`, `imbalance`, `label_noise`, `label_noise_rate` and `seed`.
+      classes: C.
+      held_out: give what was put aside instead.
+
+    Raises:
+      UserError: if a number is out of its range, or nothing is left.
+    """
+    check(data)
+    noisy = data.label_noise != "none"
+    if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
+        return records  # labels are not even read
+    labels = records.labels()
+    aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
+    if held_out:
+        return Selected(records, aside)
+    kept = np.setdiff1d(np.arange(len(labels)), aside)
+    kept = kept[stratified(labels[kept], data.fraction, classes, _rng(data.seed, 1))]
+    kept = kept[long_tail(labels[kept], data.imbalance, classes, _rng(data.seed, 2))]
+    if not len(kept):
+        raise UserError("no training image is left. Raise data.fraction, or lower data.held_out or data.imbalance.")
+    if not noisy:
+        return Selected(records, kept)
+    rng = _rng(data.seed, 3)
+    return Selected(records, kept, with_noise(labels[kept], data.label_noise, data.label_noise_rate, classes, rng))
+
+
+def check(data: ConfigDict) -> None:
+    """Raises a UserError for a number out of its range."""
+    if data.label_noise not in ("none", "symmetric", "asymmetric"):
+        raise unknown("data.label_noise", data.label_noise, ("none", "symmetric", "asymmetric"))
+    if not (0 <= data.held_out < 1 and 0 < data.fraction <= 1 and 0 <= data.label_noise_rate <= 1):
+        raise UserError(
+            "data.held_out must be in [0, 1), data.fraction in (0, 1] and data.label_noise_rate in [0, 1], "
+            f"got {data.held_out}, {data.fraction} and {data.label_noise_rate}."
+        )
+    if data.imbalance < 1:
+        raise UserError(f"data.imbalance is the largest class over the smallest, at least 1, got {data.imbalance}.")
+
+
+def stratified(labels: np.ndarray, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """The sorted positions of a random `share` of each class, rounded to whole images.
+
+    Example:
+      >>> labels = np.repeat([0, 1], [10, 20])
+      >>> np.bincount(labels[stratified(labels, 0.1, 2, np.random.default_rng(0))]).tolist()
+      [1, 2]
+    """
+    return _first(labels, [round(share * count) for count in _counts(labels, classes)], rng)
+
+
+def long_tail(labels: np.ndarray, imbalance: float, classes: int, rng: np.random.Generator) -> np.ndarray:
+    r"""The sorted positions of a subset whose class sizes fall exponentially.
+
+    .. math:: n_c = n_{\max} \, \mathrm{imbalance}^{-c / (C - 1)}
+
+    A class that has fewer images keeps them all, and each keeps one.
+
+    References:
+      Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, section 5.1.
+
+    Example:
+      >>> labels = np.repeat([0, 1, 2], 100)
+      >>> np.bincount(labels[long_tail(labels, 100, 3, np.random.default_rng(0))]).tolist()
+      [100, 10, 1]
+    """
+    counts = _counts(labels, classes)
+    wanted = max(counts) * imbalance ** -(np.arange(classes) / max(classes - 1, 1))
+    return _first(labels, [min(n, max(1, round(w))) for n, w in zip(counts, wanted.tolist(), strict=True)], rng)
+
+
+def with_noise(labels: np.ndarray, kind: str, rate: float, classes: int, rng: np.random.Generator) -> np.ndarray:
+    """The labels with `rate` of them wrong, rounded to whole images.
+
+    Args:
+      labels: `[n]` int32.
+      kind: "symmetric", any other class with equal chance; "asymmetric", the next class, the first after the last.
+      rate: 0..1.
+      classes: C.
+      rng: which ones, and to what.
+
+    Example:
+      >>> labels = np.repeat([0, 1], 50)
+      >>> int((with_noise(labels, "symmetric", 0.2, 2, np.random.default_rng(0)) != labels).sum())
+      20
+    """
+    chosen = rng.permutation(len(labels))[: round(rate * len(labels))]
+    offsets = rng.integers(1, classes, len(chosen)) if kind == "symmetric" else 1
+    noisy = labels.copy()
+    noisy[chosen] = (labels[chosen] + offsets) % classes
+    return noisy
+
+
+def _counts(labels: np.ndarray, classes: int) -> list[int]:
+    return [int((labels == c).sum()) for c in range(classes)]
+
+
+def _first(labels: np.ndarray, counts: list[int], rng: np.random.Generator) -> np.ndarray:
+    """The sorted positions of `counts[c]` random examples of each class c; labels out of range are in none."""
+    shuffled = rng.permutation(len(labels))
+    chosen = [shuffled[labels[shuffled] == c][:count] for c, count in enumerate(counts)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _rng(seed: int, use: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use))))

@@ -1,0 +1,135 @@
+"""The data of a run from the `data` block of its config: the one place that the trainer asks."""
+
+import math
+from typing import Any
+
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from ldrld_jax.data import hard
+from ldrld_jax.data.resident import ResidentBatches
+from ldrld_jax.data.sources import InMemory, Source, open_source
+from ldrld_jax.data.stream import Readable, TrainBatches
+from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, View
+from ldrld_jax.errors import UserError, unknown
+
+
+def make_train_batches(
+    data: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    divisor: int = 1,
+    host: int = 0,
+    hosts: int = 1,
+    sharding: NamedSharding | None = None,
+) -> TrainBatches:
+    """The training batches, by step.
+
+    Args:
+      data: the block of a config, see `ldrld_jax.config`.
+      batch_size: of the whole batch, over all hosts.
+      seed: of order and augmentation.
+      divisor, host, hosts: see `stream.TrainBatches`.
+      sharding: how a batch lies on the devices, for the resident loader.
+
+    Raises:
+      UserError: the first thing that is wrong with the block or the data.
+    """
+    check(data)
+    source = open_source(data.name, data.train_split, data.data_dir, on_error=data.on_error)
+    records = hard.select(source.records, data, classes=len(source.class_names))
+    source = source.of(records, _train_view(source.image_shape, data))
+    common: dict[str, Any] = dict(
+        batch_size=batch_size,
+        seed=seed,
+        pad=data.pad if data.augment == "pad_crop" else 0,
+        flip=data.flip,
+        drop_remainder=data.remainder == "drop",
+        divisor=divisor,
+        host=host,
+        hosts=hosts,
+        masked=data.on_error == "skip",
+    )
+    if data.loader == "resident":
+        if source.view.random:
+            raise UserError(
+                f"data.loader=resident keeps decoded images on the devices, and data.augment={data.augment} needs "
+                "encoded ones. Set data.augment=pad_crop or data.loader=stream."
+            )
+        batches: TrainBatches = ResidentBatches(source, **common, sharding=sharding)
+    else:
+        batches = TrainBatches(_remembered(source, data), **common)
+    if batches.steps_per_epoch == 0:
+        raise UserError(
+            f"batch_size must be at most the number of training images ({len(source)}) when the remainder is "
+            f"dropped, got {batch_size}. Lower it, or set data.remainder=keep."
+        )
+    return batches
+
+
+def make_eval_source(data: ConfigDict) -> Readable:
+    """What is evaluated on: `data.eval_split`, or what `data.held_out` puts aside of the training split.
+
+    Raises:
+      UserError: as `make_train_batches`.
+    """
+    check(data)
+    split = data.train_split if data.held_out else data.eval_split
+    source = open_source(data.name, split, data.data_dir, on_error=data.on_error)
+    records = source.records
+    if data.held_out:
+        records = hard.select(records, data, classes=len(source.class_names), held_out=True)
+        if not len(records):
+            raise UserError(f"data.held_out={data.held_out} holds out less than half an image a class. Raise it.")
+    return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
+
+
+def check(data: ConfigDict) -> None:
+    """Raises a UserError for a value that is out of its range or a name that is unknown."""
+    for key, known in _NAMES.items():
+        if data[key] not in known:
+            raise unknown(f"data.{key}", data[key], known)
+    if data.pad < 0 or data.threads < 1:
+        raise UserError(
+            f"data.pad must not be negative and data.threads at least 1, got {data.pad} and {data.threads}."
+        )
+    if data.crop_size is not None and not 1 <= data.crop_size <= (data.resize_size or data.crop_size):
+        raise UserError(
+            f"data.crop_size must be between 1 and data.resize_size, got {data.crop_size} and {data.resize_size}."
+        )
+    low, high = data.crop_area if len(data.crop_area) == 2 else (1, 0)
+    if not 0 < low <= high <= 1:
+        raise UserError(f"data.crop_area must be two numbers, 0 < low <= high <= 1, got {tuple(data.crop_area)}.")
+    hard.check(data)
+
+
+_NAMES = {
+    "loader": ("stream", "resident"),
+    "remainder": ("keep", "drop"),
+    "augment": ("pad_crop", "random_resized_crop", "rotate"),
+    "on_error": ("raise", "skip"),
+}
+
+
+def _train_view(stored: tuple[Any, Any, int], data: ConfigDict) -> View:
+    if data.augment == "random_resized_crop":
+        if data.crop_size is None:
+            raise UserError("data.augment=random_resized_crop needs a size. Set data.crop_size, to 224 for example.")
+        return RandomResizedCrop(data.crop_size, stored[-1], area=tuple(data.crop_area), exif=data.exif)
+    base = _eval_view(stored, data)
+    return RandomRotation(base, data.rotate_degrees) if data.augment == "rotate" else base
+
+
+def _eval_view(stored: tuple[Any, Any, int], data: ConfigDict) -> AsStored | CentreCrop:
+    if data.crop_size is not None:
+        return CentreCrop(data.resize_size or data.crop_size, data.crop_size, stored[-1], data.exif)
+    if None in stored:
+        raise UserError(f"the images of {data.name} may have many sizes. Set data.crop_size, to 224 for example.")
+    return AsStored(stored, data.exif)
+
+
+def _remembered(source: Source, data: ConfigDict) -> Readable:
+    """The source, with its decoded images kept if they are always the same and fit into `data.cache_mb`."""
+    fits = len(source) * math.prod(source.image_shape) <= data.cache_mb * 2**20
+    return InMemory(source) if fits and not source.view.random else source

@@ -1,0 +1,96 @@
+"""The resident loader: all images on the devices as uint8, order, crop and mirror applied there."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ldrld_jax.data.augment import Draws
+from ldrld_jax.data.stream import TrainBatches
+from ldrld_jax.errors import UserError
+
+DeviceBatch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentBatches(TrainBatches):
+    """The very batches of `TrainBatches`, made on the devices: for sets that fit in each one's memory.
+
+    Attributes:
+      sharding: how a batch lies on the devices; None for the default device.
+    """
+
+    sharding: NamedSharding | None = None
+
+    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
+        """The batches from step `start` on, dispatched one by one; `threads` is not needed.
+
+        Raises:
+          UserError: with more than one host.
+        """
+        if self.hosts > 1:
+            raise UserError("data.loader=resident works on one host. Set data.loader=stream.")
+        images, labels = self.source.read(np.arange(len(self.source)))
+        padded = np.pad(images, ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+        stored = self._put((padded, labels))
+        rows = -(-self.batch_size // self.divisor) * self.divisor
+        make = make_batch(self.batch_size, rows, images.shape[1:3], self.sharding)
+        step = start
+        while True:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            draws = self._put(Draws(*(values.astype(np.int32) for values in self.draws(epoch))))
+            for at in range(position, self.steps_per_epoch):
+                count = min(len(self.source) - at * self.batch_size, self.batch_size)
+                batch = make(stored, draws, np.int32(at * self.batch_size), np.int32(count))
+                if count == rows and not self.masked:
+                    del batch["mask"]
+                yield batch
+            step += self.steps_per_epoch - position
+
+    def _put(self, tree: Any) -> Any:
+        replicated = self.sharding and NamedSharding(self.sharding.mesh, PartitionSpec())
+        return jax.device_put(tree, replicated)
+
+
+@functools.lru_cache(maxsize=4)
+def make_batch(
+    batch_size: int, rows: int, crop: tuple[int, int], sharding: NamedSharding | None
+) -> Callable[[tuple[jax.Array, jax.Array], Draws, np.int32, np.int32], DeviceBatch]:
+    """`make(stored, draws, start, count)`: the `count` examples from place `start` of an epoch's order.
+
+    Args:
+      batch_size: examples of a whole batch.
+      rows: `batch_size` rounded up to the devices.
+      crop: height and width of an image; those that are `stored` have their padding.
+      sharding: of the batch.
+
+    Returns:
+      A jitted function; `image` `[rows, height, width, channels]` uint8, `label` `[rows]` and `mask`
+      `[rows]`, of which the last `rows - count` are 0 and False.
+    """
+
+    def make(stored, draws, start, count):
+        images, labels = stored
+        place = jnp.arange(rows, dtype=jnp.int32)
+        if sharding is not None:  # each device gathers its own rows, from its own copy
+            place = jax.lax.with_sharding_constraint(place, sharding)
+        index = draws.order[jnp.minimum(start + place, draws.order.shape[0] - 1)]
+        mask = (place < count) & (labels[index] >= 0)
+        crops = _crops(images, draws.at(index), crop)
+        batch = {"image": jnp.where(mask[:, None, None, None], crops, 0), "label": jnp.where(mask, labels[index], 0)}
+        return batch | {"mask": mask}
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def _crops(images: jax.Array, draws: Draws, crop: tuple[int, int]) -> jax.Array:
+    def one(index, top, left, flip):
+        image = jax.lax.dynamic_slice(images, (index, top, left, 0), (1, *crop, images.shape[-1]))[0]
+        return jnp.where(flip, image[:, ::-1], image)
+
+    return jax.vmap(one)(*draws)

@@ -1,0 +1,90 @@
+"""TFDS classification datasets as random access to encoded images, without TensorFlow."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ldrld_jax.data.digits import Digits
+from ldrld_jax.errors import UserError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsRecords:
+    """A split of a TFDS dataset; `title` is what errors call it."""
+
+    records: Any
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        return self.records.__getitems__(list(indices))
+
+    def name(self, index: int) -> str:
+        record = self.records.__getitems__([index])[0]
+        file = record.get("file_name", b"")
+        return f"record {index} of {self.title}" + (f" ({file.decode()})" if isinstance(file, bytes) and file else "")
+
+    def labels(self) -> np.ndarray:
+        """Reads every record, some hundreds at a time: TFDS stores labels beside the images."""
+        spans = (range(start, min(start + 256, len(self))) for start in range(0, len(self), 256))
+        return np.array([record["label"] for span in spans for record in self.__getitems__(span)], np.int32)
+
+
+def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
+    """The records of a split, the class names, and the images' shape with None where it varies.
+
+    Raises:
+      UserError: see `sources.open_source`.
+    """
+    # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        if name == "digits":
+            builder = Digits(data_dir=data_dir, file_format="array_record")
+            if not builder.is_prepared():
+                tfds.disable_progress_bar()
+                with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
+                    builder.download_and_prepare()
+        else:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        known = ["digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
+        raise unknown("dataset", name, known) from None
+    if not any(builder.data_path.glob("*.array_record*")):
+        raise _not_prepared(name, data_dir, builder)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise UserError(
+            f"dataset {name} has no image and label, but {', '.join(features)}. Choose a classification one."
+        )
+    shape = features["image"].shape
+    if shape[-1] not in (1, 3):
+        raise UserError(f"dataset {name} has images of {shape[-1]} channels, and 1 or 3 are known. Choose another.")
+    try:
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (KeyError, ValueError):
+        raise unknown(f"split of {name}", split, builder.info.splits) from None
+    return TfdsRecords(records, f"{name}, {split}"), tuple(features["label"].names), shape
+
+
+def _not_prepared(name: str, data_dir: str | None, builder: Any) -> UserError:
+    where = f" --data_dir {data_dir}" if data_dir else ""
+    path = builder.data_path
+    if any(path.glob("*.tfrecord*")):
+        command = f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
+        return UserError(
+            f"dataset {name} in {path} is there as TFRecord files, and they give no random access. Convert them: "
+            f"pip install 'ldrld_jax[tf]' && {command}"
+        )
+    return UserError(
+        f"dataset {name} is not prepared in {path}. Set data.data_dir to where it lies, or prepare "
+        f"it: pip install 'ldrld_jax[tf]' && tfds build {name} --file_format array_record{where}"
+    )

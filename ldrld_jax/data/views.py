@@ -1,0 +1,163 @@
+"""What is done to one encoded image: how training and evaluation look at it.
+
+A view is called with the bytes of an image and, where it is random, a generator of that image's own
+(`augment.generator`); it gives uint8 pixels of the one shape that it names. Resizing is Pillow's
+antialiased bilinear, as it was when torchvision's teachers were trained.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ldrld_jax.data.decode import BrokenImageError, open_image, pixels, upright_size
+
+Shape = tuple[int, int, int]
+BILINEAR = Image.Resampling.BILINEAR
+
+
+class View(Protocol):
+    """`view(data, rng)` gives an array of `view.shape`; without `random`, `rng` is not looked at."""
+
+    random: ClassVar[bool]
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray: ...
+
+
+def _as_array(image: Image.Image, shape: Shape) -> np.ndarray:
+    return np.asarray(image).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsStored:
+    """Images that all have one size, untouched."""
+
+    shape: Shape
+    exif: bool = True
+    random: ClassVar[bool] = False
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        height, width, channels = self.shape
+        image = pixels(open_image(data), channels=channels, exif=self.exif)
+        if image.size != (width, height):
+            raise BrokenImageError(f"{image.width}x{image.height} pixels, the others have {width}x{height}")
+        return _as_array(image, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class CentreCrop:
+    """The shorter side resized to `resize`, then the middle square of `size`: torchvision's evaluation.
+
+    Example:
+      >>> CentreCrop(resize=256, size=224).shape
+      (224, 224, 3)
+    """
+
+    resize: int
+    size: int
+    channels: int = 3
+    exif: bool = True
+    random: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> Shape:
+        return (self.size, self.size, self.channels)
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        image = pixels(open_image(data), channels=self.channels, exif=self.exif)
+        width, height = image.size
+        short = min(width, height)
+        # The longer side is rounded down, the crop's corner to the nearest even: both as torchvision does.
+        scaled = (self.resize * width // short, self.resize * height // short)
+        left, top = (round((side - self.size) / 2) for side in scaled)
+        image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
+        return _as_array(image, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the image, `crop_box`, resized to a square of `size`.
+
+    A JPEG that is far larger than the crop needs is decoded at a half, a quarter or an eighth of its size.
+    """
+
+    size: int
+    channels: int = 3
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    exif: bool = True
+    random: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> Shape:
+        return (self.size, self.size, self.channels)
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        assert rng is not None
+        image = open_image(data)
+        width, height = upright_size(image, exif=self.exif)
+        left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)
+        # draft() takes the smallest scaled decode that is no smaller than what it is asked for.
+        enough = self.size / min(wide, high)
+        if enough <= 0.5 and image.format == "JPEG":
+            image.draft(None, (math.ceil(image.width * enough), math.ceil(image.height * enough)))
+        image = pixels(image, channels=self.channels, exif=self.exif)
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, (left + wide) * scale_x, (top + high) * scale_y)
+        if (scale_x, scale_y) == (1, 1):
+            # Cropped first: with box=, resize would blend in the pixels around the crop.
+            image, box = image.crop((left, top, left + wide, top + high)), (0, 0, wide, high)
+        return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
+
+
+def crop_box(
+    rng: np.random.Generator, width: int, height: int, *, area: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random box `(left, top, width, height)` inside an image.
+
+    Its share of the image's area is uniform in `area` and the logarithm of width / height uniform in
+    `ratio`. What does not fit is drawn again, ten times; then it is the largest box in the middle.
+
+    References:
+      Szegedy et al., "Going Deeper with Convolutions", 2015, section 6; the numbers of tries and the
+      fallback are torchvision's RandomResizedCrop.
+    """
+    shares = rng.uniform(*area, 10)
+    ratios = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), 10))
+    corner = rng.random(2)
+    for share, aspect in zip(shares.tolist(), ratios.tolist(), strict=True):
+        wide = round(math.sqrt(width * height * share * aspect))
+        high = round(math.sqrt(width * height * share / aspect))
+        if 0 < wide <= width and 0 < high <= height:
+            return int(corner[0] * (width - wide + 1)), int(corner[1] * (height - high + 1)), wide, high
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    wide, high = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomRotation:
+    """What `base` shows, turned about its middle by up to `degrees` either way; the corners become black.
+
+    Nearest pixels are taken, as torchvision's RandomRotation does by default.
+    """
+
+    base: AsStored | CentreCrop
+    degrees: float
+    random: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> Shape:
+        return self.base.shape
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        assert rng is not None
+        image = self.base(data)
+        image = image[..., 0] if self.shape[-1] == 1 else image
+        turned = Image.fromarray(image).rotate(rng.uniform(-self.degrees, self.degrees))
+        return _as_array(turned, self.shape)

@@ -1,0 +1,78 @@
+"""The resident loader: bit for bit the batches of the stream, on one device and on eight."""
+
+import itertools
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from ldrld_jax.data.resident import ResidentBatches
+from ldrld_jax.data.sources import open_source
+from ldrld_jax.data.stream import TrainBatches
+from ldrld_jax.errors import UserError
+from ldrld_jax.mesh import batch_sharding, make_mesh
+
+
+class Noise:
+    """A source of random images, some of them broken."""
+
+    image_shape, class_names = (6, 5, 3), tuple("abc")
+
+    def __init__(self, examples: int, broken: tuple[int, ...] = ()):
+        rng = np.random.default_rng(0)
+        self.images = rng.integers(0, 256, (examples, *self.image_shape), np.uint8)
+        self.labels = rng.integers(0, 3, examples, np.int32)
+        self.labels[list(broken)], self.images[list(broken)] = -1, 0
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, indices, key=(0, 0)):
+        return self.images[indices], self.labels[indices]
+
+
+def both(source, steps, *, start=0, devices=1, **options):
+    options = dict(seed=3, pad=2, flip=True, divisor=devices) | options
+    sharding = batch_sharding(make_mesh(data=devices))
+    resident = ResidentBatches(source, **options, sharding=sharding).iterate(start)
+    stream = TrainBatches(source, **options).iterate(start)
+    return list(itertools.islice(resident, steps)), list(itertools.islice(stream, steps))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [8, 13])
+def test_the_batches_are_those_of_the_stream_over_epochs(devices, batch_size):
+    """Of 50 images: full batches, remainders, and on eight devices 13 rows padded to 16."""
+    resident, stream = both(Noise(50), 20, devices=devices, batch_size=batch_size)
+    chex.assert_trees_all_equal(jax.device_get(resident), stream)
+    assert {batch["image"].dtype for batch in resident} == {np.dtype(np.uint8)}
+
+
+def test_a_dropped_remainder_and_a_start_in_the_middle_of_an_epoch():
+    resident, stream = both(Noise(50), 12, start=9, batch_size=8, drop_remainder=True)
+    chex.assert_trees_all_equal(jax.device_get(resident), stream)
+    assert all("mask" not in batch for batch in resident)
+
+
+def test_skipped_examples_are_masked_in_both():
+    resident, stream = both(Noise(50, broken=(3, 17)), 7, batch_size=8, masked=True)
+    chex.assert_trees_all_equal(jax.device_get(resident), stream)
+    assert sum(int(batch["mask"].sum()) for batch in resident) == 48
+
+
+def test_each_device_holds_its_rows_of_a_batch():
+    (batch,), _ = both(Noise(50), 1, devices=8, batch_size=16)
+    assert batch["image"].sharding == batch_sharding(make_mesh(data=8))
+    assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 6, 5, 3)}
+
+
+def test_it_is_for_one_host():
+    with pytest.raises(UserError, match="resident works on one host"):
+        next(ResidentBatches(Noise(8), batch_size=4, seed=0, hosts=2).iterate())
+
+
+def test_cifar_crops_are_bitwise_equal(cifar100_dir):
+    source = open_source("cifar100", "train[:1000]", cifar100_dir)
+    resident, stream = both(source, 18, batch_size=64, pad=4)
+    chex.assert_trees_all_equal(jax.device_get(resident), stream)
