@@ -82,11 +82,25 @@ def _data() -> ConfigDict:
     data.data_dir = config_dict.placeholder(str)  # unset: TFDS's own default, ~/tensorflow_datasets
     data.train_split = "train"
     data.eval_split = "test"
-    data.loader = "stream"
+    data.loader = "stream"  # stream | resident: all images decoded in each device's memory, batches made there
     data.threads = 4  # that prepare batches ahead of the step
+    data.cache_mb = 1024  # decoded images that are always the same are kept in host memory up to this
     data.remainder = "keep"  # the last partial batch of an epoch: keep | drop
-    data.pad = 0  # random crop of the image padded with this many zeros on each side
-    data.flip = False  # horizontally, every other image
+    data.on_error = "raise"  # at an image that does not decode or a label out of range: raise | skip
+    data.exif = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
+    data.augment = "pad_crop"  # pad_crop | random_resized_crop (to crop_size) | rotate
+    data.pad = 0  # pad_crop: of the image padded with this many zeros on each side
+    data.crop_area = (0.08, 1.0)  # random_resized_crop: the share of the image, from and to
+    data.rotate_degrees = 20.0  # rotate: by up to this, either way
+    data.flip = False  # horizontally, every other image, with any of them
+    data.resize_size = config_dict.placeholder(int)  # evaluation: the shorter side is resized to this; unset: crop_size
+    data.crop_size = config_dict.placeholder(int)  # evaluation: then the middle square of this size; unset: as stored
+    data.seed = 0  # of the choices that follow, so that runs of many seeds share one training set
+    data.held_out = 0.0  # this share of each training class is kept out, and evaluated on instead of eval_split
+    data.fraction = 1.0  # of each class that is trained on
+    data.imbalance = 1.0  # largest class over smallest, sizes falling exponentially with the label
+    data.label_noise = "none"  # none | symmetric (to any other class) | asymmetric (to the next class)
+    data.label_noise_rate = 0.0
     data.mean = (0.5,)  # per channel, of pixels scaled to 0..1
     data.std = (0.5,)
     data.image_size = config_dict.placeholder(int)  # resize to a square before the model; unset: as stored
@@ -308,10 +322,12 @@ _NOT_IDENTITY = (
     "data.data_dir",
     "data.loader",
     "data.threads",
+    "data.cache_mb",
     "teacher.workdir",
     "teacher.data.data_dir",
     "teacher.data.loader",
     "teacher.data.threads",
+    "teacher.data.cache_mb",
     "mesh.",
     "log.",
     "checkpoint.",

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.console import ProgressBar, evaluation_line, say, summary_table
-from ldrld_jax.data.sources import Source, open_source
-from ldrld_jax.data.stream import TrainBatches, eval_batches
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.stream import Readable, TrainBatches, eval_batches
+from ldrld_jax.errors import UserError
 from ldrld_jax.losses import LDRLDConfig
-from ldrld_jax.mesh import make_mesh, replicated, to_devices
+from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, to_devices
 from ldrld_jax.metrics import Mean, Means, Writer, add, replace_text
 from ldrld_jax.networks import create_network, dtypes, load_network
 from ldrld_jax.optim import first_decay_epoch, make_optimizer, make_schedule
@@ -110,7 +110,7 @@ class Run:
     config: ConfigDict
     workdir: epath.Path
     mesh: Mesh
-    eval_source: Source
+    eval_source: Readable
     batches: TrainBatches
     objective: Objective
 
@@ -126,7 +126,7 @@ class Run:
                 raise UserError(f"{key} must be at least 1, got {config[key]}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         batches = _train_batches(config, mesh)
-        eval_source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+        eval_source = make_eval_source(config.data)
         objective = _objective(config, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
@@ -303,7 +303,7 @@ class Run:
 class Evaluator:
     """Evaluates a network on every example of a source, once each."""
 
-    def __init__(self, network: Network, source: Source, config: ConfigDict, mesh: Mesh):
+    def __init__(self, network: Network, source: Readable, config: ConfigDict, mesh: Mesh):
         self._step = jax.jit(make_eval_step(network), out_shardings=replicated(mesh))
         self._source, self._config, self._mesh = source, config, mesh
 
@@ -396,30 +396,13 @@ def _on_host(means: Means) -> Means:
 
 
 def _train_batches(config: ConfigDict, mesh: Mesh) -> TrainBatches:
-    data = config.data
-    if data.loader != "stream":
-        raise unknown("data.loader", data.loader, ("stream",))
-    if data.remainder not in ("keep", "drop"):
-        raise unknown("data.remainder", data.remainder, ("keep", "drop"))
-    if data.pad < 0 or data.threads < 1:
-        raise UserError(
-            f"data.pad must not be negative and data.threads at least 1, got {data.pad} and {data.threads}."
-        )
-    batches = TrainBatches(
-        open_source(data.name, data.train_split, data.data_dir),
-        config.batch_size,
-        config.seed,
-        pad=data.pad,
-        flip=data.flip,
-        drop_remainder=data.remainder == "drop",
+    return make_train_batches(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        sharding=batch_sharding(mesh),
         **_shares(mesh),
     )
-    if batches.steps_per_epoch == 0:
-        raise UserError(
-            f"batch_size must be at most the number of training images ({len(batches.source)}) when the remainder is "
-            f"dropped, got {config.batch_size}. Lower it, or set data.remainder=keep."
-        )
-    return batches
 
 
 def _shares(mesh: Mesh) -> dict[str, int]:
