@@ -1,0 +1,46 @@
+"""ImageNet-1K: `configs/imagenet.py:TEACHER-STUDENT`, by default the pair that every paper reports.
+
+python -m ldrld_jax.main --config configs/imagenet.py --workdir runs/r34-r18 \
+    --config.data.data_dir DIR --config.teacher.checkpoint resnet34-b627a593.pth
+python -m ldrld_jax.main --config configs/imagenet.py:imagenet_resnet50-imagenet_mobilenetv1 ...
+
+published  71.88 (LDRLD, ICCV 2025; ResNet34 73.31 -> ResNet18 69.75), 73.12 (ResNet50 76.13 -> MobileNetV1)
+ours       not yet run
+time       not yet measured
+The 100-epoch recipe of torchvision's and the distillation papers' ResNets. The teacher is torchvision's
+IMAGENET1K_V1 file; the newer V2 weights of ResNet50 (80.86) would be another benchmark.
+A laptop sees it run with --config.data.fraction=.001 --config.batch_size=16 --config.epochs=1.
+"""
+
+from ml_collections import ConfigDict
+
+# torchvision's top-1 less the point that a wrong resize, normalisation or file costs.
+_MIN_TOP1 = {"imagenet_resnet18": 69.0, "imagenet_resnet34": 72.5, "imagenet_resnet50": 75.5}
+
+
+def get_config(pair: str = "imagenet_resnet34-imagenet_resnet18") -> ConfigDict:
+    teacher, _, student = pair.partition("-")
+    config = ConfigDict()
+    config.epochs = 100
+    config.batch_size = 512
+    config.data = ConfigDict(
+        {
+            "name": "imagenet2012",
+            "eval_split": "validation",
+            "threads": 16,
+            "augment": "random_resized_crop",
+            "flip": True,
+            "resize_size": 256,
+            "crop_size": 224,
+            "exif": False,  # torchvision does not turn images either
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        }
+    )
+    config.optim = ConfigDict(
+        {"learning_rate": 0.2, "weight_decay": 1e-4, "decay_epochs": (30, 60, 90), "decay_rate": 0.1}
+    )
+    config.student = ConfigDict({"model": student})
+    # Without teacher.checkpoint the teacher is trained first, by the same recipe.
+    config.teacher = ConfigDict({"model": teacher, "epochs": 100, "min_top1": _MIN_TOP1.get(teacher, 0.0)})
+    return config
