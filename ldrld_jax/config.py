@@ -17,6 +17,8 @@ from ml_collections import ConfigDict, config_dict
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.losses import METHODS
 
+SELF = "ema"  # as teacher.model: the student's own moving average teaches it
+
 # What surrounds a method's term where the config leaves it unset: the published settings.
 _SURROUNDINGS: dict[str, dict[str, float]] = {
     "kd": dict(ce_weight=0.1, kd_weight=0.9),
@@ -45,7 +47,9 @@ def default() -> ConfigDict:
     config.ce_weight = config_dict.placeholder(float)  # unset: the method's published one, else 1
     config.kd_weight = config_dict.placeholder(float)  # times the sum of the distillation terms; likewise
     config.kd_warmup_epochs = config_dict.placeholder(int)  # these terms times min(epoch / this, 1); likewise, else 0
+    config.standardize = False  # logit standardisation of both sides before every method
     config.label_smoothing = 0.0  # of the cross-entropy
+    config.ema_decay = config_dict.placeholder(float)  # evaluate a moving average of the student; unset: the student
     config.loss = ConfigDict({name: _method_block(name) for name in METHODS})  # unset: the method's default
     config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
     config.data = _data()
@@ -54,10 +58,11 @@ def default() -> ConfigDict:
     config.student.checkpoint = config_dict.placeholder(str)  # weights to start from
     config.optim = _optim()
     config.teacher = ConfigDict()
-    config.teacher.model = config_dict.placeholder(str)
-    config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; if unset, a recipe:
-    config.teacher.epochs = config_dict.placeholder(int)
+    config.teacher.model = config_dict.placeholder(str)  # "a,b" for an ensemble, "ema" for the student's own average
+    config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; "x,y" for "a,b"
+    config.teacher.epochs = config_dict.placeholder(int)  # if there is no checkpoint: train it first, into
     config.teacher.workdir = config_dict.placeholder(str)  # unset: WORKDIR/teacher; set it to share one teacher
+    config.teacher.ensemble = "logits"  # what an ensemble averages: logits | probabilities
     config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
     config.teacher.seed = 0
     config.teacher.batch_size = config_dict.placeholder(int)
@@ -282,6 +287,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if not names:
         config.teacher = ConfigDict()
         return config
+    if config.teacher.model == SELF:
+        config.teacher.checkpoint = config.teacher.epochs = None
+        if config.ema_decay is None:
+            raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
+        return config
     if config.teacher.model is None or (config.teacher.checkpoint is None and config.teacher.epochs is None):
         raise UserError(
             f"method {config.method!r} needs a teacher: teacher.model with teacher.checkpoint, or with teacher.epochs "
@@ -305,14 +315,19 @@ def method_config(config: ConfigDict, name: str) -> Any:
         raise UserError(f"loss.{name}: {error}") from error
 
 
-def teacher_recipe(config: ConfigDict) -> ConfigDict:
-    """The plain training run that makes the teacher of a resolved config: a config to `resolve`."""
+def teacher_models(config: ConfigDict) -> list[str]:
+    """The names in `teacher.model`, several for an ensemble."""
+    return config.teacher.model.split(",")
+
+
+def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
+    """The plain training run that makes one teacher of a resolved config: a config to `resolve`."""
     teacher, recipe = config.teacher, default()
     for key in ("eval_batch_size", "precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
         recipe[key] = copy.deepcopy(config[key])
     recipe.method = "ce"
     recipe.seed, recipe.epochs, recipe.batch_size = teacher.seed, teacher.epochs, teacher.batch_size
-    recipe.student.model = teacher.model
+    recipe.student.model = model
     recipe.data, recipe.optim = copy.deepcopy(teacher.data), copy.deepcopy(teacher.optim)
     return recipe
 

@@ -50,6 +50,11 @@ def add(left: Means, right: Means) -> Means:
             for name in left | right}  # fmt: skip
 
 
+def on_host(means: Means) -> Means:
+    """The same as Python floats; waits for the device."""
+    return {name: Mean(float(mean.total), float(mean.count)) for name, mean in jax.device_get(means).items()}
+
+
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether the label is among the k largest logits, `[n]` bool; of ties the lower class counts first.
 

@@ -13,6 +13,7 @@ from ldrld_jax.checkpoint import load_model
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.models import create_model
 from ldrld_jax.purify import purify
+from ldrld_jax.torch_import import load_torch_checkpoint
 from ldrld_jax.train_step import Network, Variables
 
 # precision: dtype of the computation, dtype of the parameters
@@ -60,7 +61,10 @@ def load_network(
     """
     place = epath.Path(path)
     if not (place / "config.json").exists():
-        raise UserError(f"there is no checkpoint at {path}. Give the workdir of a run (it holds a config.json).")
+        if place.is_dir():
+            raise UserError(f"{path} holds no run (no config.json). Give a run's workdir, or a PyTorch checkpoint.")
+        module = load_torch_checkpoint(path, model, num_classes, in_channels=channels, **dtypes(precision))
+        return _network(module, data, channels, precision)
     run = ConfigDict(json.loads((place / "config.json").read_text()))
     if run.student.model != model:
         raise UserError(f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run.")

@@ -1,14 +1,16 @@
 """The training and evaluation steps: pure functions of state, teacher and batch."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ldrld_jax.losses import METHODS
+from ldrld_jax.losses import Method
 from ldrld_jax.losses.common import mean_over_rows
 from ldrld_jax.metrics import Mean, Means, agreement, classification
 
@@ -16,20 +18,34 @@ Tree = Any
 Batch = Mapping[str, jax.Array]
 
 
+class Variables(NamedTuple):
+    """A model's weights."""
+
+    params: Tree
+    batch_stats: Tree
+
+
 class TrainState(NamedTuple):
-    """All that training changes. Order and augmentation are functions of the seed and the step."""
+    """All that training changes. Order and augmentation are functions of the seed and the step.
+
+    Attributes:
+      step: steps done, a scalar int32.
+      student: the weights.
+      method_params: what the methods learn, by method.
+      opt_state: the optimizer's, over the student's parameters and `method_params` together.
+      ema: the exponential moving average of the student's weights; None without one.
+    """
 
     step: jax.Array
-    params: Tree
-    batch_stats: Tree
+    student: Variables
+    method_params: dict[str, Tree]
     opt_state: Tree
+    ema: Variables | None = None
 
-
-class Variables(NamedTuple):
-    """A model's weights, for inference."""
-
-    params: Tree
-    batch_stats: Tree
+    @property
+    def evaluated(self) -> Variables:
+        """The weights that evaluation, and whoever loads the run, takes."""
+        return self.student if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +78,41 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Several networks as one teacher; its variables are a tuple of theirs.
+
+    Attributes:
+      networks: each fed with the same images in its own way.
+      average: of their "logits", or of their "probabilities": the log of the mean softmax.
+    """
+
+    networks: tuple[Network, ...]
+    average: str = "logits"
+
+    def __call__(
+        self, variables: tuple[Variables, ...], images: jax.Array, *, train: bool, where: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        """Logits `[n, C]`, float32 at least, and nothing beside them."""
+        outputs = [n(v, images, train=train, where=where)[0] for n, v in zip(self.networks, variables, strict=True)]
+        logits = jnp.stack([at_least_float32(output) for output in outputs])
+        if self.average == "probabilities":
+            log_p = jax.nn.log_softmax(logits)
+            return jax.nn.logsumexp(log_p, axis=0) - math.log(len(outputs)), ()
+        return jnp.mean(logits, axis=0), ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """ce_weight * cross-entropy + kd_weight * warm-up * sum of loss_weight * distillation term.
 
     Attributes:
-      methods: the distillation terms: name to (config, weight).
+      methods: the distillation terms: name to (method, config, weight).
       ce_weight, kd_weight: see the formula.
       kd_warmup_epochs: the distillation terms grow linearly over these epochs.
       label_smoothing: of the cross-entropy, 0 <= s < 1.
     """
 
-    methods: Mapping[str, tuple[Any, float]]
+    methods: Mapping[str, tuple[Method, Any, float]]
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     kd_warmup_epochs: int = 0
@@ -86,22 +126,42 @@ class Objective:
         *,
         epoch: jax.Array,
         where: jax.Array | None = None,
+        method_params: Mapping[str, Tree] = MappingProxyType({}),
+        views: int = 1,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, a scalar, and its terms by name as they are before the weights around them.
 
         A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`.
+
+        Args:
+          teacher_logits: `[n, C]`; None without methods.
+          student_logits: `[n, C]`.
+          labels: `[n]`.
+          epoch: from 1.
+          where: `[n]` bool; rows left out count in nothing.
+          method_params: what the methods learn, by method.
+          views: how many rows in sequence are views of one image.
         """
         terms = {"ce": cross_entropy(student_logits, labels, smoothing=self.label_smoothing, where=where)}
         loss = self.ce_weight * terms["ce"]
         scale = jnp.asarray(self.kd_weight, loss.dtype)
         if self.kd_warmup_epochs:
             scale = scale * jnp.minimum(epoch.astype(loss.dtype) / self.kd_warmup_epochs, 1.0)
-        for name, (cfg, weight) in self.methods.items():
-            parts = METHODS[name].parts(teacher_logits, student_logits, labels, cfg, where=where)
+        for name, (method, cfg, weight) in self.methods.items():
+            # Most methods take a view as an image of its own; one that compares views has them first.
+            rows = [teacher_logits, student_logits, labels, where]
+            if method.views(cfg) > 1:
+                rows = [None if x is None else jnp.moveaxis(x.reshape(-1, views, *x.shape[1:]), 1, 0) for x in rows]
+            parts = method.parts(*rows[:3], cfg, params=method_params.get(name), where=rows[3])
             terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
             loss = loss + scale * weight * terms[name]
         return loss, terms
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """float64 stays, anything else becomes float32."""
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def cross_entropy(
@@ -121,44 +181,64 @@ def cross_entropy(
       >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))), 4)
       1.3863
     """
-    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
-    log_p = jax.nn.log_softmax(logits)
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
     own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
 
 
 def make_train_step(
     student: Network,
-    teacher: Network | None,
+    teacher: Network | Ensemble | None,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     schedule: Callable[[jax.Array], jax.Array],
     steps_per_epoch: int,
     depth: int,
-) -> Callable[[TrainState, Variables | None, Batch], tuple[TrainState, Means]]:
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    `batch` has `image` `[n, height, width, channels]` uint8, `label` `[n]` and, where it is padded,
-    `mask` `[n]`, False for padding, which then counts in nothing. `depth` is that of the diagnostics.
+    `batch` has `image` `[n, height, width, channels]` uint8 (`[n, views, ...]` for several views of
+    each), `label` `[n]` and, where it is padded, `mask` `[n]`, False for padding, which then counts in
+    nothing. With teacher variables of None the teacher's are the moving average of the student's.
+
+    Args:
+      student: trained.
+      teacher: only ever evaluated; None for plain training.
+      objective: what is minimised.
+      optimizer: over `(student parameters, method parameters)`, see `trainable`.
+      schedule: the learning rate by step, to be logged.
+      steps_per_epoch: of the run.
+      depth: of the diagnostics.
+      ema_decay: of the moving average in the state; None without one.
     """
 
-    def step(state: TrainState, teacher_variables: Variables | None, batch: Batch) -> tuple[TrainState, Means]:
-        images, labels, where = batch["image"], batch["label"], batch.get("mask")
+    def step(state: TrainState, teacher_variables: Any, batch: Batch) -> tuple[TrainState, Means]:
+        images, labels, where, views = _rows(batch)
         epoch = state.step // steps_per_epoch + 1
         teacher_logits = None
         if teacher is not None:
-            teacher_logits, _ = teacher(teacher_variables, images, train=False)
+            frozen: Any = state.ema if teacher_variables is None else teacher_variables
+            teacher_logits, _ = teacher(frozen, images, train=False)
 
         def loss_of(params):
-            variables = Variables(params, state.batch_stats)
-            logits, batch_stats = student(variables, images, train=True, where=where)
-            loss, terms = objective(teacher_logits, logits, labels, epoch=epoch, where=where)
+            params, method_params = params
+            logits, batch_stats = student(Variables(params, state.student.batch_stats), images, train=True, where=where)
+            loss, terms = objective(
+                teacher_logits, logits, labels, epoch=epoch, where=where, method_params=method_params, views=views
+            )
             return loss, (terms, logits, batch_stats)
 
-        (loss, (terms, logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = trainable(state.student, state.method_params)
+        (loss, (terms, logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        gradients = gradients[0], _scaled(objective, gradients[1], epoch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params, method_params = optax.apply_updates(trained, updates)
+        after = Variables(params, batch_stats)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
 
         metrics = classification(logits, labels, where)
         if teacher_logits is not None:
@@ -167,15 +247,42 @@ def make_train_step(
         means = {**terms, "loss": loss, "learning_rate": schedule(state.step)}
         # In float64 runs the losses are compared to 1e-9: they keep their dtype.
         metrics |= {name: Mean(value * count.astype(value.dtype), count) for name, value in means.items()}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, after, method_params, opt_state, ema), metrics
 
     return step
 
 
-def make_eval_step(network: Network) -> Callable[[Variables, Batch], Means]:
+def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
+    """What the optimizer is initialised with and updates."""
+    return student.params, method_params
+
+
+def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None, int]:
+    """Images, labels and mask with a row per view, and the number of views."""
+    images, labels, where = batch["image"], batch["label"], batch.get("mask")
+    if images.ndim == 4:
+        return images, labels, where, 1
+    views = images.shape[1]
+    repeated = [
+        None if x is None else jnp.repeat(x, views, total_repeat_length=views * len(x)) for x in (labels, where)
+    ]
+    return images.reshape(-1, *images.shape[2:]), repeated[0], repeated[1], views
+
+
+def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:
+    """The gradients of the methods' own parameters, as each method wants them applied."""
+    scaled = {}
+    for name, gradient in gradients.items():
+        scale = objective.methods[name][0].gradient_scale
+        factor = 1.0 if scale is None else scale(epoch)
+        scaled[name] = jax.tree.map(lambda g, factor=factor: g * factor, gradient)
+    return scaled
+
+
+def make_eval_step(network: Network | Ensemble) -> Callable[[Any, Batch], Means]:
     """`step(variables, batch) -> metrics` over the real examples of a padded batch."""
 
-    def step(variables: Variables, batch: Batch) -> Means:
+    def step(variables: Any, batch: Batch) -> Means:
         logits, _ = network(variables, batch["image"], train=False)
         return classification(logits, batch["label"], batch["mask"])
 

@@ -3,35 +3,39 @@
 import contextlib
 import dataclasses
 import json
-import math
-import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint import Checkpoints
-from ldrld_jax.console import ProgressBar, evaluation_line, say, summary_table
+from ldrld_jax.console import say, summary_table
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.stream import Readable, TrainBatches, eval_batches
 from ldrld_jax.errors import UserError
-from ldrld_jax.losses import LDRLDConfig
+from ldrld_jax.losses import METHODS, LDRLDConfig, Method, standardized
 from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, to_devices
-from ldrld_jax.metrics import Mean, Means, Writer, add, replace_text
+from ldrld_jax.metrics import Means, add, on_host, replace_text
 from ldrld_jax.networks import create_network, dtypes, load_network
 from ldrld_jax.optim import first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.recorder import Recorder
 from ldrld_jax.signals import Interrupted, Signals, catch_signals
-from ldrld_jax.train_step import Network, Objective, TrainState, Variables, make_eval_step, make_train_step
-
-
-class NonFiniteError(RuntimeError):
-    """A term of the loss is not finite any more; the message says which, and since which step."""
+from ldrld_jax.train_step import (
+    Ensemble,
+    Network,
+    Objective,
+    TrainState,
+    Variables,
+    make_eval_step,
+    make_train_step,
+    trainable,
+)
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def precision_scope(precision: str) -> Iterator[None]:
     Raises:
       UserError: if there is no such precision.
     """
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     # Not the context manager, which holds for one thread: orbax would restore float32 in its own.
     jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
     try:
@@ -88,7 +92,7 @@ def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str)
         say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
     else:
         student = run.create()  # first: a wrong student.checkpoint must not wait for a teacher
-        summary = run.fit(student, run.obtain_teacher(signals), signals, role)
+        summary = run.fit(student, run.obtain_teacher(student[0], signals), signals, role)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
@@ -96,11 +100,17 @@ def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str)
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen network and its top-1 in percent on the evaluation split."""
+    """Who teaches.
 
-    network: Network
-    variables: Variables
-    top1: float
+    Attributes:
+      network: frozen, in evaluation mode.
+      variables: its weights; None for the student's own moving average.
+      top1: in percent on the evaluation split; None likewise.
+    """
+
+    network: Network | Ensemble
+    variables: Any = None
+    top1: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,28 +204,63 @@ class Run:
         summary = json.loads(path.read_text()) if path.exists() else None
         return summary if summary and summary["steps"] == self.steps else None
 
-    def obtain_teacher(self, signals: Signals) -> Teacher | None:
+    def obtain_teacher(self, student: Network, signals: Signals) -> Teacher | None:
         """The teacher, loaded or trained, and measured; None for plain training.
 
         Raises:
           UserError: if it does not load, or scores less than `teacher.min_top1`.
         """
+        config = self.config.teacher
         if not self.objective.methods:
             return None
-        config = self.config.teacher
-        path = config.checkpoint
-        if path is None:
-            path = config.workdir or str(self.workdir / "teacher")
-            _train(config_lib.teacher_recipe(self.config), epath.Path(path), signals, role="teacher")
-        network, variables = self.load(path, config.model, config.data)
-        top1 = Evaluator(network, self.eval_source, self.config, self.mesh)(variables)["top1"]
+        if config.model == config_lib.SELF:
+            return Teacher(student)
+        models = config_lib.teacher_models(self.config)
+        paths = config.checkpoint.split(",") if config.checkpoint else self._train_teachers(models, signals)
+        if len(paths) != len(models):
+            raise UserError(
+                f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
+                f"{config.model}), got {len(paths)}. Separate them by commas."
+            )
+        loaded = [self.load(path, model, config.data) for path, model in zip(paths, models, strict=True)]
+        networks, variables = zip(*loaded, strict=True)
+        teacher: tuple[Network | Ensemble, Any] = loaded[0]
+        if len(models) > 1:
+            teacher = Ensemble(networks, config.ensemble), variables
+        network, weights = teacher
+        top1 = Evaluator(network, self.eval_source, self.config, self.mesh)(weights)["top1"]
         if top1 < config.min_top1:
             raise UserError(
-                f"the teacher in {path} has top-1 {top1:.2f} %, and teacher.min_top1 demands {config.min_top1:.2f} %. "
-                "Check its checkpoint and its teacher.data.mean and std, or lower teacher.min_top1."
+                f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
+                f"{config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
+                "teacher.min_top1."
             )
-        say(f"teacher {config.model} from {path}  top-1 {top1:.2f}")
-        return Teacher(network, variables, top1)
+        say(f"teacher {config.model} from {', '.join(paths)}  top-1 {top1:.2f}")
+        return Teacher(network, weights, top1)
+
+    def _train_teachers(self, models: list[str], signals: Signals) -> list[str]:
+        """Trains each teacher in its workdir, or finds it trained; gives the workdirs."""
+        root = epath.Path(self.config.teacher.workdir or self.workdir / "teacher")
+        places = [root] if len(models) == 1 else [root / f"{i}-{model}" for i, model in enumerate(models)]
+        for i, (place, model) in enumerate(zip(places, models, strict=True)):
+            recipe = config_lib.teacher_recipe(self.config, model)
+            recipe.seed += i  # an ensemble of one model is one of several seeds
+            _train(recipe, place, signals, role="teacher")
+        return [str(place) for place in places]
+
+    def initial_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step, on all devices."""
+        methods = self.objective.methods.items()
+        learnt = {name: method.init(cfg) for name, (method, cfg, _) in methods if method.init is not None}
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            student=variables,
+            method_params=learnt,
+            opt_state=optimizer.init(trainable(variables, learnt)),
+            # A copy: the state's buffers are donated, none of them twice.
+            ema=None if self.config.ema_decay is None else jax.tree.map(jnp.copy, variables),
+        )
+        return jax.device_put(state, replicated(self.mesh))
 
     def fit(
         self, student: tuple[Network, Variables], teacher: Teacher | None, signals: Signals, role: str
@@ -223,8 +268,7 @@ class Run:
         """Trains from the last checkpoint, or from `student`, to the end; gives the summary."""
         config, (network, variables) = self.config, student
         optimizer = make_optimizer(config.optim, self.schedule)
-        state = TrainState(jnp.zeros((), jnp.int32), *variables, optimizer.init(variables.params))
-        state = jax.device_put(state, replicated(self.mesh))
+        state = self.initial_state(variables, optimizer)
         step_fn = jax.jit(
             make_train_step(
                 network,
@@ -234,26 +278,27 @@ class Run:
                 schedule=self.schedule,
                 steps_per_epoch=self.batches.steps_per_epoch,
                 depth=_diagnostics_depth(self.objective),
+                ema_decay=config.ema_decay,
             ),
             donate_argnums=0,
             out_shardings=replicated(self.mesh),
         )
-        evaluate_state = Evaluator(network, self.eval_source, config, self.mesh)
+        evaluate_weights = Evaluator(network, self.eval_source, config, self.mesh)
 
         self.workdir.mkdir(parents=True, exist_ok=True)
         replace_text(self.workdir / "config.json", config.to_json(indent=2) + "\n")
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir / "checkpoints")))
             start = checkpoints.latest_step or 0
-            recorder = stack.enter_context(contextlib.closing(Recorder(self, start, role)))
+            span = dict(start=start, steps=self.steps, steps_per_epoch=self.batches.steps_per_epoch)
+            recorder = stack.enter_context(contextlib.closing(Recorder(self.workdir, config, role, **span)))
             if start:
                 state = _state(checkpoints.restore(start, _trees(state)))
                 recorder.restore(checkpoints.host(start))
                 say(f"resuming the {role} at step {start} of {self.steps}")
-            elif teacher:
+            elif teacher and teacher.top1 is not None:
                 recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-            threads = config.data.threads
-            batches = to_devices(self.batches.iterate(start, threads=threads), self.mesh)
+            batches = to_devices(self.batches.iterate(start, threads=config.data.threads), self.mesh)
             frozen = teacher.variables if teacher else None
             pending = None
             for step in range(start + 1, self.steps + 1):
@@ -267,7 +312,7 @@ class Run:
                     recorder.add(*pending)
                     pending = None
                     if rated:
-                        recorder.evaluated(step, evaluate_state(Variables(state.params, state.batch_stats)))
+                        recorder.evaluated(step, evaluate_weights(state.evaluated))
                     top1 = recorder.last["top1"] if rated else None
                     checkpoints.save(step, _trees(state), recorder.to_json(), top1)
                 if signals.received and step < self.steps:
@@ -303,11 +348,11 @@ class Run:
 class Evaluator:
     """Evaluates a network on every example of a source, once each."""
 
-    def __init__(self, network: Network, source: Readable, config: ConfigDict, mesh: Mesh):
+    def __init__(self, network: Network | Ensemble, source: Readable, config: ConfigDict, mesh: Mesh):
         self._step = jax.jit(make_eval_step(network), out_shardings=replicated(mesh))
         self._source, self._config, self._mesh = source, config, mesh
 
-    def __call__(self, variables: Variables) -> dict[str, float]:
+    def __call__(self, variables: Any) -> dict[str, float]:
         """Cross-entropy in nats, top-1 and top-5 in percent."""
         batches = eval_batches(
             self._source, self._config.eval_batch_size, threads=self._config.data.threads, **_shares(self._mesh)
@@ -315,84 +360,8 @@ class Evaluator:
         means = [self._step(variables, batch) for batch in to_devices(batches, self._mesh)]
         total: Means = {}
         for batch_means in jax.device_get(means):
-            total = add(total, _on_host(batch_means))
+            total = add(total, on_host(batch_means))
         return {name: mean.value for name, mean in total.items()}
-
-
-class Recorder:
-    """What a run knows on the host: the means since the last line, the best and the last evaluation.
-
-    It is part of each checkpoint, so that a resumed run writes the same lines as one that never stopped.
-    """
-
-    def __init__(self, run: Run, start: int, role: str):
-        self.best: dict[str, float] = {}
-        self.last: dict[str, float] = {}
-        self._run, self._role = run, role
-        self._window: Means = {}
-        self._step_seconds: list[float] = []
-        self._clock: float | None = None
-        config = run.config
-        self._writer = Writer(run.workdir, step=start, tensorboard=config.log.tensorboard)
-        self._bar = ProgressBar(start, run.steps, f"{role} {config.student.model}")
-
-    def restore(self, host: dict[str, Any]) -> None:
-        self.best, self.last = host["best"], host["last"]
-        self._window = {name: Mean(*pair) for name, pair in host["window"].items()}
-
-    def to_json(self) -> dict[str, Any]:
-        return {"best": self.best, "last": self.last, "window": {name: list(m) for name, m in self._window.items()}}
-
-    @property
-    def examples_per_second(self) -> float:
-        """Of the median step, which leaves out compilation; 0 before there are two steps."""
-        return self._run.config.batch_size / statistics.median(self._step_seconds) if self._step_seconds else 0.0
-
-    def add(self, step: int, metrics: Means) -> None:
-        """Takes in the metrics of a step; raises a NonFiniteError if a term is not finite."""
-        means = _on_host(jax.device_get(metrics))
-        self._tick()
-        bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
-        if bad:
-            raise NonFiniteError(
-                f"{', '.join(bad)} not finite at step {step} (loss {means['loss'].value}). The last checkpoint is "
-                "untouched. Lower optim.learning_rate, or look at the data of that step."
-            )
-        self._window = add(self._window, means)
-        if step % self._run.config.log.every_steps == 0 or step == self._run.steps:
-            values = {name: mean.value for name, mean in self._window.items()}
-            self.write(step, "train", values | {"examples_per_second": self.examples_per_second})
-            self._window = {}
-        shown = {"loss": means["loss"].value, "top1": means["top1"].value, "examples/s": self.examples_per_second}
-        self._bar.update(step, shown)
-
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Takes in an evaluation."""
-        self.write(step, "eval", values)
-        epoch = step / self._run.batches.steps_per_epoch
-        self.last = {**values, "epoch": epoch}
-        if not self.best or values["top1"] >= self.best["top1"]:
-            self.best = self.last
-        say(evaluation_line(self._role, epoch, self._run.config.epochs, values, self.best["top1"]))
-        self._clock = None  # the next interval is not a step's
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        name = f"teacher_{split}" if self._role == "teacher" else split
-        self._writer.write(step, step / self._run.batches.steps_per_epoch, name, values)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        if self._clock is not None:
-            self._step_seconds.append(now - self._clock)
-        self._clock = now
-
-    def close(self) -> None:
-        self._bar.close()
-        self._writer.close()
-
-
-def _on_host(means: Means) -> Means:
-    return {name: Mean(float(mean.total), float(mean.count)) for name, mean in means.items()}
 
 
 def _train_batches(config: ConfigDict, mesh: Mesh) -> TrainBatches:
@@ -422,7 +391,10 @@ def _objective(config: ConfigDict, classes: int) -> Objective:
             raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
     names = config_lib.method_names(config)
     objective = Objective(
-        {name: (config_lib.method_config(config, name), config.loss_weight[name]) for name in names},
+        {
+            name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
+            for name in names
+        },
         config.ce_weight,
         config.kd_weight,
         config.kd_warmup_epochs,
@@ -436,19 +408,31 @@ def _objective(config: ConfigDict, classes: int) -> Objective:
     return objective
 
 
+def _method(config: ConfigDict, name: str) -> Method:
+    return standardized(METHODS[name]) if config.standardize else METHODS[name]
+
+
 def _diagnostics_depth(objective: Objective) -> int:
     """The depth at which student and teacher are compared in the logs: LDRLD's, whatever the method."""
-    cfg, _ = objective.methods.get("ldrld", (LDRLDConfig(), 1.0))
+    _, cfg, _ = objective.methods.get("ldrld", (None, LDRLDConfig(), 1.0))
     return cfg.depth
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """A train state as the trees of a checkpoint: the model can be read without the optimizer."""
-    return {
-        "model": {"params": state.params, "batch_stats": state.batch_stats},
-        "training": {"step": state.step, "opt_state": state.opt_state},
-    }
+    """A train state as the trees of a checkpoint: `model`, which others load, holds the evaluated weights."""
+    training = {"step": state.step, "method_params": state.method_params, "opt_state": state.opt_state}
+    if state.ema is not None:
+        training["student"] = state.student._asdict()
+    return {"model": state.evaluated._asdict(), "training": training}
 
 
 def _state(trees: dict[str, Any]) -> TrainState:
-    return TrainState(**trees["model"], **trees["training"])
+    evaluated, training = Variables(**trees["model"]), trees["training"]
+    averaged = "student" in training
+    return TrainState(
+        step=training["step"],
+        student=Variables(**training["student"]) if averaged else evaluated,
+        method_params=training["method_params"],
+        opt_state=training["opt_state"],
+        ema=evaluated if averaged else None,
+    )

@@ -23,13 +23,15 @@ ALLOWED = {
     "console": set(),
     "purify": set(),
     "checkpoint": {"errors"},
-    "torch_import": {"errors", "models", "purify"},
+    "torch_files": {"errors"},
+    "torch_import": {"errors", "models", "purify", "torch_files"},
     "config": {"errors", "losses"},
     "train_step": {"losses", "metrics"},
+    "recorder": {"console", "metrics"},
     "networks": {"errors", "checkpoint", "models", "purify", "torch_import", "train_step"},
     "trainer": {
         *("config", "errors", "losses", "metrics", "optim", "mesh", "signals", "console", "data", "checkpoint"),
-        *("networks", "train_step"),
+        *("networks", "recorder", "train_step"),
     },
     "main": {"config", "errors", "trainer"},
 }

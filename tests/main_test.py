@@ -59,9 +59,9 @@ WRONG = [
     (["--config.optim.name=sgdd"], "there is no optim.name 'sgdd'. Did you mean 'sgd'?"),
     (["--config.optim.schedule=steps"], "Did you mean 'step'?"),
     (["--config.optim.warmup=oficial"], "Did you mean 'official'?"),
-    (["--config.teacher.checkpoint=/nowhere", "--config.method=kd"], "there is no checkpoint at /nowhere"),
-    (["--config.student.checkpoint=/nowhere"], "there is no checkpoint at /nowhere"),
-    (["--mode=eval"], "there is no checkpoint at"),
+    (["--config.teacher.checkpoint=/nowhere", "--config.method=kd"], "there is no checkpoint /nowhere"),
+    (["--config.student.checkpoint=/nowhere"], "there is no checkpoint /nowhere"),
+    (["--mode=eval"], "there is no checkpoint"),
 ]
 
 

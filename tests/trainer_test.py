@@ -14,6 +14,7 @@ import pytest
 from ldrld_jax import trainer
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.errors import UserError
+from ldrld_jax.recorder import NonFiniteError
 from tests.conftest import comparable_lines
 
 
@@ -64,8 +65,8 @@ def test_the_teacher_is_bitwise_unchanged_by_a_distillation(tiny, teacher_dir, t
     teachers = []
     obtain = trainer.Run.obtain_teacher
 
-    def spy(self, signals):
-        teacher = obtain(self, signals)
+    def spy(self, student, signals):
+        teacher = obtain(self, student, signals)
         if teacher is not None:
             teachers.append((teacher.variables, jax.tree.map(np.array, teacher.variables)))
         return teacher
@@ -195,7 +196,7 @@ def test_epochs_may_grow_before_the_first_decay_only(tiny, tmp_path):
 
 def test_a_non_finite_term_stops_the_run_with_its_step_and_name(tiny, teacher_dir, tmp_path):
     config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "optim.learning_rate=1e30", "optim.warmup=none")
-    with pytest.raises(trainer.NonFiniteError, match=r"^ce, .*ldrld.* not finite at step [23] "):
+    with pytest.raises(NonFiniteError, match=r"^ce, .*ldrld.* not finite at step [23] "):
         trainer.train(config, tmp_path)
 
 

@@ -1,0 +1,158 @@
+"""Every method through the trainer: by its name alone, combined, with what it learns, and one's own."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import main as main_lib
+from ldrld_jax import trainer
+from ldrld_jax.errors import UserError
+from ldrld_jax.losses import METHODS
+from tests.conftest import comparable_lines, tiny_overrides
+from tests.trainer_test import saved, values
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_run_by_its_name_alone(tiny, teacher_dir, tmp_path, method):
+    """A step of learning lowers what it minimises, on the same batch without augmentation."""
+    overrides = [f"method={method}", f"teacher.checkpoint={teacher_dir}", "data.pad=0", "kd_warmup_epochs=0"]
+    overrides += ["data.train_split=train[:40]", "epochs=6", "optim.warmup=none", "optim.schedule=constant"]
+    summary = trainer.train(tiny(*overrides, "optim.learning_rate=.01"), tmp_path)
+    losses = values(tmp_path, "train", "loss")
+    assert summary["method"] == method
+    assert len(losses) == 6
+    assert np.isfinite(values(tmp_path, "train", method)).all()
+    assert losses[-1] < losses[0]
+
+
+def test_ctkds_temperature_is_learnt_saved_and_resumed(tiny, teacher_dir, tmp_path):
+    flags = ["method=ctkd", f"teacher.checkpoint={teacher_dir}", "optim.schedule=constant"]
+    trainer.train(tiny(*flags, "epochs=4"), tmp_path / "straight")
+    for epochs in (2, 4):
+        trainer.train(tiny(*flags, f"epochs={epochs}"), tmp_path / "resumed")
+    thetas = [
+        saved(tmp_path / name, 12)["training"]["method_params"]["ctkd"]["theta"] for name in ("straight", "resumed")
+    ]
+    assert thetas[0] == thetas[1]
+    assert thetas[0] != METHODS["ctkd"].init(METHODS["ctkd"].config())["theta"]
+
+
+def test_a_learnt_parameter_moves_by_its_own_scale(tiny, teacher_dir, tmp_path, monkeypatch):
+    """ctkd's temperature ascends the loss; with a scale of 0 only the weight decay moves it."""
+    monkeypatch.setitem(
+        METHODS, "ctkd", METHODS["ctkd"].__class__(**{**vars(METHODS["ctkd"]), "gradient_scale": lambda epoch: 0.0})
+    )
+    flags = ["method=ctkd", f"teacher.checkpoint={teacher_dir}", "epochs=1", "optim.weight_decay=0."]
+    trainer.train(tiny(*flags), tmp_path)
+    assert saved(tmp_path, 3)["training"]["method_params"]["ctkd"]["theta"] == 1.0
+
+
+def test_standardised_logits_make_the_students_scale_irrelevant(tiny, teacher_dir, tmp_path):
+    """The term at the first step is that of the standardised method on the same logits."""
+    flags = ["method=nkd", f"teacher.checkpoint={teacher_dir}", "epochs=1"]
+    for name, extra in (("plain", []), ("standardized", ["standardize=True"])):
+        trainer.train(tiny(*flags, *extra), tmp_path / name)
+    plain, transformed = (values(tmp_path / name, "train", "nkd")[0] for name in ("plain", "standardized"))
+    assert abs(plain - transformed) > 1e-3
+    kd = ["method=kd", f"teacher.checkpoint={teacher_dir}", "epochs=1"]
+    for name, extra in (("field", "loss.kd.standardize=True"), ("transform", "standardize=True")):
+        trainer.train(tiny(*kd, extra), tmp_path / name)
+    np.testing.assert_allclose(values(tmp_path / "field", "train", "kd"), values(tmp_path / "transform", "train", "kd"))
+
+
+@pytest.mark.parametrize("ensemble", ["logits", "probabilities"])
+def test_an_ensemble_of_one_teacher_twice_is_that_teacher(tiny, teacher_dir, tmp_path, ensemble):
+    one = trainer.train(tiny("method=kd", f"teacher.checkpoint={teacher_dir}", "epochs=1"), tmp_path / "one")
+    twice = ["teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
+    two = trainer.train(tiny("method=kd", *twice, f"teacher.ensemble={ensemble}", "epochs=1"), tmp_path / "two")
+    assert one["teacher_top1"] == two["teacher_top1"]
+    losses = [values(tmp_path / name, "train", "kd") for name in ("one", "two")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_an_ensemble_needs_a_checkpoint_for_each(tiny, teacher_dir, tmp_path):
+    with pytest.raises(UserError, match=r"for each of teacher\.model \(2: resnet8,resnet8\), got 1"):
+        trainer.train(tiny("method=kd", "teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir}"), tmp_path)
+
+
+def test_self_distillation_is_from_the_moving_average(tiny, tmp_path):
+    """At the first step the average is the student in evaluation mode; it moves by 1 - decay of the way."""
+    flags = ["method=kd", "teacher.model=ema", "ema_decay=.75", "epochs=1", "data.train_split=train[:40]"]
+    summary = trainer.train(tiny(*flags), tmp_path)
+    assert summary["teacher_top1"] is None
+    arrays = saved(tmp_path, 1)
+    config = config_lib.resolve(tiny(*flags))
+    _, start = trainer.Run.plan(config, tmp_path).create()
+    after = arrays["training"]["student"]["params"]
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, after)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), arrays["model"]["params"], expected)
+
+
+def test_the_average_is_what_is_evaluated_saved_and_resumed(tiny, tmp_path):
+    flags = ["ema_decay=.9", "optim.schedule=constant"]
+    trainer.train(tiny(*flags, "epochs=4"), tmp_path / "straight")
+    for epochs in (2, 4):
+        trainer.train(tiny(*flags, f"epochs={epochs}"), tmp_path / "resumed")
+    assert comparable_lines(tmp_path / "straight") == comparable_lines(tmp_path / "resumed")
+    best = json.loads((tmp_path / "straight" / "summary.json").read_text())["best_top1"]
+    assert trainer.evaluate(tiny(*flags), tmp_path / "straight")["top1"] == best
+
+
+def test_self_distillation_without_an_average_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="set ema_decay"):
+        trainer.train(tiny("method=kd", "teacher.model=ema"), tmp_path)
+
+
+OWN_METHOD = '''
+import dataclasses
+import jax, jax.numpy as jnp
+from ldrld_jax.losses import METHODS, Method, MethodConfig, mean_parts, without_labels
+from ml_collections import ConfigDict
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchConfig(MethodConfig):
+    """Squared distance of the logits, scaled."""
+    scale: float = 1.0
+
+def match_terms(teacher_logits, student_logits, cfg, *, where=None):
+    distance = student_logits - jax.lax.stop_gradient(teacher_logits)
+    return cfg.scale * jnp.mean(distance**2, axis=-1)
+
+METHODS["match"] = Method(MatchConfig, mean_parts(without_labels(match_terms)))
+
+def get_config():
+    return ConfigDict({"method": "match", "loss": {"match": {"scale": 0.5}}})
+'''
+
+
+@contextlib.contextmanager
+def methods_restored():
+    before = dict(METHODS)
+    try:
+        yield
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+
+
+def test_ones_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
+    path = tmp_path / "match.py"
+    path.write_text(OWN_METHOD)
+    flags = [f"--config.{o}" for o in tiny_overrides(data_dir) if not o.startswith("method=")]
+    flags += [f"--config.teacher.checkpoint={teacher_dir}", "--config.loss.match.scale=.25", "--config.data.mean=.3"]
+    with methods_restored():
+        assert main_lib.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *flags]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["method"], config["loss"]) == ("match", {"match": {"scale": 0.25}})
+    assert all(value > 0 for value in values(tmp_path / "run", "train", "match"))
+
+
+def test_the_readme_shows_the_method_that_is_tested():
+    from tests.conftest import ROOT
+
+    assert OWN_METHOD.strip() in (ROOT / "README.md").read_text()
