@@ -191,8 +191,7 @@ def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tup
     """KL(norm(p_t^gamma) || p_s) and the log of that norm, log sum p_t^gamma; both `[...]`."""
     power = gamma * jax.nn.log_softmax(teacher)
     log_mass = jax.nn.logsumexp(power, axis=-1, keepdims=True)
-    log_p, log_q = power - log_mass, jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), log_mass[..., 0]
+    return numerics.divergence(power - log_mass, jax.nn.log_softmax(student)), log_mass[..., 0]
 
 
 def ttm_terms(

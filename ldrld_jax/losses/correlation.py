@@ -161,10 +161,9 @@ def _mlkd_view(
 
     def at(temperature: jax.Array) -> dict[str, jax.Array]:
         log_p, log_q = jax.nn.log_softmax(teacher / temperature), jax.nn.log_softmax(student / temperature)
-        p = jnp.exp(log_p)
-        classes, batch = _gram_distance(p, jnp.exp(log_q), kept)
+        classes, batch = _gram_distance(jnp.exp(log_p), jnp.exp(log_q), kept)
         return {
-            "instance": temperature**2 * mean_over_rows(jnp.sum(p * (log_p - log_q), axis=-1), weights=kept),
+            "instance": temperature**2 * mean_over_rows(numerics.divergence(log_p, log_q), weights=kept),
             "class": classes / student.shape[-1],
             "batch": batch / jnp.maximum(count, 1.0),
         }

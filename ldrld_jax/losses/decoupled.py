@@ -12,7 +12,16 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses.baselines import standardize_logits
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
-from ldrld_jax.losses.numerics import bernoulli_kl, check_classes, expectation, kl, label_mask, log_ratio, pick
+from ldrld_jax.losses.numerics import (
+    bernoulli_kl,
+    check_classes,
+    divergence,
+    expectation,
+    kl,
+    label_mask,
+    log_ratio,
+    pick,
+)
 
 
 @jax.tree_util.register_static
@@ -116,7 +125,7 @@ def dkd_terms(
     log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
     return {
         "target": cfg.alpha * cfg.temperature**2 * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
-        "non_target": cfg.beta * cfg.temperature**2 * expectation(log_p, log_p - log_q, ~target),
+        "non_target": cfg.beta * cfg.temperature**2 * divergence(log_p, log_q, ~target),
     }
 
 

@@ -54,6 +54,27 @@ def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Arr
     return jnp.sum(jnp.exp(jnp.where(keep, log_p, -jnp.inf)) * jnp.where(keep, values, 0.0), axis=-1)
 
 
+def divergence(log_p: jax.Array, log_q: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    r"""KL of two distributions given by their logarithms, `[..., C]` to `[...]`, in nats.
+
+    .. math:: \sum_c \big(p_c (\log p_c - \log q_c) + q_c - p_c\big)
+
+    The last two sums are 1 each and cancel. With them the rounding of either log-sum-exp, which all
+    classes share, drops out to first order of the value, and equal distributions get a gradient of exactly 0.
+
+    Args:
+      log_p: `[..., C]`.
+      log_q: `[..., C]`.
+      keep: `[..., C]` bool, the classes that the distributions are over; at others both may be anything.
+    """
+    if keep is None:
+        p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
+    else:
+        p, q = (jnp.exp(jnp.where(keep, x, -jnp.inf)) for x in (log_p, log_q))
+        difference = jnp.where(keep, log_p - log_q, 0.0)
+    return jnp.sum(p * difference + (q - p), axis=-1)
+
+
 def kl(teacher: jax.Array, student: jax.Array, keep: jax.Array | None = None) -> jax.Array:
     """KL(softmax(teacher) || softmax(student)), `[..., C]` to `[...]`, in nats.
 
@@ -63,12 +84,10 @@ def kl(teacher: jax.Array, student: jax.Array, keep: jax.Array | None = None) ->
       keep: `[..., C]` bool, the classes to which both softmaxes are confined; of none the KL is 0.
     """
     if keep is None:
-        log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        return divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
     # An empty set has no log-sum-exp: take that of all classes, and sum over none.
     domain = keep | ~jnp.any(keep, axis=-1, keepdims=True)
-    log_p, log_q = log_ratio(teacher, domain), log_ratio(student, domain)
-    return expectation(log_p, log_p - log_q, keep)
+    return divergence(log_ratio(teacher, domain), log_ratio(student, domain), keep)
 
 
 def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:

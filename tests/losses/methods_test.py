@@ -149,6 +149,13 @@ def test_the_teacher_gets_no_gradient_and_the_student_one_that_sums_to_0(name, r
     assert np.max(np.abs(np.sum(of_student, axis=-1))) < 1e-14
 
 
+@pytest.mark.parametrize("name", ["kd", "dkd", "ctkd", "mlkd"])
+def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(name, rng):
+    teacher, _, labels = batch(rng, 4, dtype=np.float32)
+    value, gradient, _ = evaluate(name, teacher, teacher, labels)
+    assert value == 0 and np.max(np.abs(gradient)) < 1e-6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_raised_to_float32_first(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
