@@ -1,0 +1,253 @@
+"""How fast LDRLD is: value and gradient beside plain KD, the plain LDRLD and the published masked form in PyTorch.
+
+python benchmarks/loss.py                                            # the table of docs/loss_speed.md
+python benchmarks/loss.py --sizes 512x262144 --block-rows 16 --contestants copy kd ldrld --repeats 5
+python benchmarks/loss.py --top                                      # ways to find the d + 1 largest classes
+python benchmarks/loss.py --plot docs/loss_speed.svg                 # needs matplotlib
+
+The contestants take turns, so that the load of others disturbs all alike. "least bytes" is what
+nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in JAX
+is the floor. "memory" is what the compiled program holds beside inputs and outputs.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ldrld_jax
+from ldrld_jax.losses import ldrld_reference
+from ldrld_jax.losses.top import top_classes
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch")
+TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
+
+
+@dataclasses.dataclass
+class Entry:
+    """One contestant at one size: `run` waits for the result; `memory` is in bytes, None if unknown."""
+
+    run: Callable[[], object]
+    memory: int | None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def measure(self) -> None:
+        start = time.perf_counter()
+        self.run()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def kd_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Hinton's distillation as everybody writes it, differentiated by JAX."""
+    log_p, log_q = (jax.nn.log_softmax(z / TEMPERATURE) for z in (teacher, student))
+    return TEMPERATURE**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def jax_entry(function: Callable, *arguments: jax.Array) -> Entry:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    return Entry(lambda: jax.block_until_ready(compiled(*arguments)), memory and memory.temp_size_in_bytes)
+
+
+def torch_loss(teacher, student):
+    """The published formulation: a masked softmax over all C classes for each pair, one for all d, one for the rest.
+
+    Classes are hidden by subtracting 1000 from their logits, as published.
+    """
+
+    def kl(hidden):
+        log_p, log_q = (torch.log_softmax(z / TEMPERATURE - 1000.0 * hidden, dim=1) for z in (teacher, student))
+        loss = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return loss * TEMPERATURE**2
+
+    def hidden_but(indices):
+        return torch.ones_like(student).scatter_(1, indices, 0.0)
+
+    top = torch.topk(student.detach(), DEPTH, dim=1).indices
+    weights = np.asarray(ldrld_jax.rank_weights(ldrld_jax.LDRLDConfig(depth=DEPTH)))
+    pairs = list(itertools.combinations(range(DEPTH), 2))
+    local = sum(float(weights[i, j]) * kl(hidden_but(top[:, [i, j]])) for i, j in pairs) + kl(hidden_but(top))
+    rest = kl(1 - hidden_but(top))
+    return ALPHA * local / (len(pairs) + 1) + BETA * rest
+
+
+def torch_entry(teacher: np.ndarray, student: np.ndarray) -> Entry:
+    fixed, trained = torch.from_numpy(teacher), torch.from_numpy(student).requires_grad_()
+
+    def run():
+        loss = torch_loss(fixed, trained)
+        return loss.item(), *torch.autograd.grad(loss, trained)
+
+    return Entry(run, None)
+
+
+def entries(rows: int, classes: int, names: list[str], block_rows: int | None) -> dict[str, Entry]:
+    """The contestants at one size, compiled and run once, on the same logits; their losses agree."""
+    rng = np.random.default_rng(0)
+    teacher, student = (rng.standard_normal((rows, classes), np.float32) * 4 for _ in range(2))
+    cfg = ldrld_jax.LDRLDConfig(depth=DEPTH, temperature=TEMPERATURE, alpha=ALPHA, beta=BETA)
+    losses = {
+        "kd": kd_loss,
+        "ldrld": lambda t, s: ldrld_jax.ldrld_loss(t, s, cfg, block_rows=block_rows),
+        "plain": lambda t, s: ldrld_reference.ldrld_loss(t, s, cfg),
+    }
+    sides = jnp.asarray(teacher), jnp.asarray(student)
+    made = {}
+    for name in names:
+        if name == "copy":
+            made[name] = jax_entry(lambda z: z + 1, sides[0])
+        elif name == "torch":
+            made[name] = torch_entry(teacher, student)
+        else:
+            made[name] = jax_entry(jax.value_and_grad(losses[name], 1), *sides)
+    results = {name: entry.run() for name, entry in made.items()}
+    values = [float(results[name][0]) for name in ("ldrld", "plain", "torch") if name in results]
+    if values and max(values) - min(values) > 1e-4 * values[0]:
+        sys.exit(f"The contestants do not compute the same loss: {values}.")
+    return made
+
+
+def print_top_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
+    """How long the ways to find the d + 1 largest of every row take, in median ms."""
+
+    def argmax(row):
+        chosen = []
+        for _ in range(DEPTH + 1):
+            chosen.append(jnp.argmax(row))
+            row = jnp.where(jnp.arange(row.size) == chosen[-1], -jnp.inf, row)
+        return jnp.stack(chosen)
+
+    ways = {
+        "top_classes": jax.vmap(lambda row: top_classes(row, DEPTH + 1)),
+        "repeated argmax": jax.vmap(argmax),
+        "lax.top_k": lambda z: jax.lax.top_k(z, DEPTH + 1),
+        "lax.approx_max_k": lambda z: jax.lax.approx_max_k(z, DEPTH + 1, recall_target=0.99),
+    }
+    print("| B x C | " + " | ".join(ways) + " |")
+    print("| --- |" + " ---: |" * len(ways))
+    for rows, classes in sizes:
+        logits = jnp.asarray(np.random.default_rng(0).standard_normal((rows, classes), np.float32))
+        made = {name: jax_entry(way, logits) for name, way in ways.items()}
+        measure(made, repeats, seconds)
+        medians = [f"{statistics.median(entry.seconds) * 1e3:.2f}" for entry in made.values()]
+        print(f"| {rows} x {classes} | " + " | ".join(medians) + " |", flush=True)
+
+
+def measure(made: dict[str, Entry], repeats: int, seconds: float) -> None:
+    """Runs the contestants in turn, at least 3 times each, until `repeats` or, slow ones, `seconds` of their own."""
+    for round_ in range(repeats):
+        for entry in made.values():
+            if round_ < 3 or sum(entry.seconds) < seconds:
+                entry.measure()
+
+
+def table(size: tuple[int, int], made: dict[str, Entry]) -> list[str]:
+    """One Markdown line a contestant."""
+    array = 4 * size[0] * size[1]
+    medians = {name: statistics.median(entry.seconds) for name, entry in made.items()}
+    floor = 1.5 * medians["copy"] if "copy" in medians else None  # a copy moves two arrays, value and gradient three
+    lines = []
+    for name, entry in made.items():
+        if name == "copy":
+            continue
+        cells = [
+            f"{size[0]} x {size[1]}",
+            name,
+            f"{medians[name] * 1e3:.2f}",
+            f"{min(entry.seconds) * 1e3:.2f}",
+            f"{medians[name] / medians['kd']:.2f}" if "kd" in medians else "",
+            f"{medians['torch'] / medians[name]:.1f}" if "torch" in medians else "",
+            f"{3 * array / medians[name] / 1e9:.1f}",
+            f"{100 * floor / medians[name]:.0f}" if floor else "",
+            f"{entry.memory / array:.2f}" if entry.memory is not None else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+HEADER = [
+    "| B x C | | median ms | least ms | median / KD's | PyTorch's / median | least bytes GB/s | % of the copy's speed "
+    "| memory, B x C |",
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+]
+
+
+def plot(path: pathlib.Path, results: dict[tuple[int, int], dict[str, Entry]]) -> None:
+    """Median nanoseconds per logit of every contestant at every size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = {"copy": "copy x 1.5 (the floor)", "kd": "KD", "ldrld": "LDRLD", "plain": "LDRLD, plain"}
+    labels["torch"] = "LDRLD as published, PyTorch"
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    names = list(next(iter(results.values())))
+    for place, name in enumerate(names):
+        scale = 1.5 if name == "copy" else 1
+        heights = [scale * 1e9 * statistics.median(made[name].seconds) / (b * c) for (b, c), made in results.items()]
+        axes.bar(np.arange(len(results)) + place / (len(names) + 1), heights, 1 / (len(names) + 1), label=labels[name])
+    axes.set_xticks(np.arange(len(results)) + 0.35, [f"{b}\nx {c}" for b, c in results])
+    axes.set(yscale="log", ylabel="value and gradient, ns per logit", xlabel="B x C")
+    axes.legend(ncols=3, fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    rows, _, classes = text.partition("x")
+    return int(rows), int(classes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_sizes = [(b, c) for c in (100, 1000, 21841) for b in (64, 256, 1024)]
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=default_sizes, metavar="BxC")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--repeats", type=int, default=50, help="runs of each contestant at each size, at most")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each contestant at each size, about")
+    parser.add_argument("--block-rows", type=int, default=None, help="ldrld_loss(..., block_rows=)")
+    parser.add_argument("--top", action="store_true", help="compare the ways to find the largest classes instead")
+    parser.add_argument("--torch-limit", type=int, default=6_000_000, help="most logits that PyTorch is given")
+    parser.add_argument("--torch-threads", type=int, default=None, help="PyTorch's own choice unless given")
+    parser.add_argument("--plot", type=pathlib.Path, default=None, help="also write a picture here")
+    flags = parser.parse_args()
+    if flags.top:
+        print_top_table(flags.sizes, flags.repeats, flags.seconds)
+        return
+    names = list(flags.contestants)
+    if "torch" in names and torch is None:
+        print("PyTorch is not installed: without the published formulation (pip install torch).\n")
+        names.remove("torch")
+    elif flags.torch_threads:
+        torch.set_num_threads(flags.torch_threads)
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__} on {device.platform} ({device.device_kind}); d = {DEPTH}, T = {TEMPERATURE:g}\n")
+    print("\n".join(HEADER))
+    results = {}
+    for size in flags.sizes:
+        fitting = [name for name in names if name != "torch" or size[0] * size[1] <= flags.torch_limit]
+        made = entries(*size, fitting, flags.block_rows)
+        measure(made, flags.repeats, flags.seconds)
+        print("\n".join(table(size, made)), flush=True)
+        results[size] = {
+            name: Entry(lambda: None, None, made[name].seconds if name in made else [float("nan")]) for name in names
+        }
+    if flags.plot:
+        plot(flags.plot, results)
+
+
+if __name__ == "__main__":
+    main()
