@@ -1,6 +1,9 @@
 """Encoded images to pixels: upright, of the wanted number of channels, or an error that says what is wrong."""
 
+import contextlib
 import io
+import struct
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,10 +36,27 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
-    """Width and height as `pixels` will give them."""
+    """Width and height as `pixels` will give them.
+
+    Raises:
+      BrokenImageError: if the image ends before its orientation is known.
+    """
     width, height = image.size
-    turned = exif and image.getexif().get(_ORIENTATION, 1) >= 5
-    return (height, width) if turned else (width, height)
+    return (height, width) if exif and _orientation(image) >= 5 else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    with _as_broken():
+        return image.getexif().get(_ORIENTATION, 1)  # of a PNG this reads the whole file
+
+
+@contextlib.contextmanager
+def _as_broken() -> Iterator[None]:
+    """What Pillow's decoders raise at bytes that are not as they should be, as one error."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error) as error:
+        raise BrokenImageError(str(error)) from error
 
 
 def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
@@ -53,11 +73,9 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
     Raises:
       BrokenImageError: if the image is truncated or corrupt, or has pixels that have no 8-bit equivalent.
     """
-    try:
+    with _as_broken():
         image.load()
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
-        raise BrokenImageError(str(error)) from error
-    if exif and image.getexif().get(_ORIENTATION, 1) != 1:
+    if exif and _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)

@@ -54,7 +54,7 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
                 with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
                     builder.download_and_prepare()
         else:
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder = _builder(name, data_dir)
     except tfds.core.DatasetNotFoundError:
         known = ["digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
         raise unknown("dataset", name, known) from None
@@ -73,6 +73,15 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
     return TfdsRecords(records, f"{name}, {split}"), tuple(features["label"].names), shape
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except ValueError as error:
+        if "File format is already set" not in str(error):
+            raise
+        return tfds.builder(name, data_dir=data_dir)  # a copy in another format; it is refused below
 
 
 def _not_prepared(name: str, data_dir: str | None, builder: Any) -> UserError:

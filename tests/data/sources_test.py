@@ -1,0 +1,133 @@
+"""Where images come from: TFDS, Tiny-ImageNet and plain folders, and what is said when they are not there."""
+
+import numpy as np
+import pytest
+
+from ldrld_jax.data.sources import InMemory, Source, open_source
+from ldrld_jax.data.views import CentreCrop
+from ldrld_jax.errors import UserError
+from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("imagenet")
+    make_imagenet(path, 4)
+    return path
+
+
+def test_an_imagenet_of_tfds_has_images_of_many_sizes_and_the_class_names(imagenet):
+    source = open_source("imagenet2012", "train", str(imagenet))
+    assert (len(source), source.image_shape) == (4, (None, None, 3))
+    assert source.class_names[:2] == ("n01440764", "n01443537")
+    images, labels = source.of(source.records, CentreCrop(32, 24)).read(np.arange(4))
+    assert (images.shape, images.dtype) == ((4, 24, 24, 3), np.uint8)
+    assert labels.tolist() == source.records.labels().tolist()
+    assert source.records.name(2).startswith("record 2 of imagenet2012, train (n0000000")
+
+
+def test_a_copy_in_tfrecords_gets_the_command_that_converts_it(imagenet, tmp_path):
+    version = tmp_path / "imagenet2012" / "5.1.0"
+    version.mkdir(parents=True)
+    for path in (imagenet / "imagenet2012" / "5.1.0").iterdir():
+        text = path.read_bytes().replace(b"array_record", b"tfrecord")
+        (version / path.name.replace("array_record", "tfrecord")).write_bytes(text)
+    with pytest.raises(
+        UserError, match=r"tfds convert_format --dataset_version_dir=\S+5\.1\.0 --out_file_format=array"
+    ):
+        open_source("imagenet2012", "train", str(tmp_path))
+
+
+def test_tiny_imagenet_as_its_zip_unpacks(tmp_path):
+    make_tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    train, val = (open_source("tiny_imagenet", split, str(tmp_path)) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ("thing 7, object", "thing 8, object", "thing 9, object")
+    assert train.records.labels().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [train.records.name(i).split("/")[-3] for i in (0, 11)] == ["n00000007", "n00000009"]
+    # The annotations give val_0 to n00000009, the last class.
+    assert {val.records.name(i).rpartition("/")[2]: int(val.records.labels()[i]) for i in range(3)} == {
+        "val_0.JPEG": 2,
+        "val_1.JPEG": 1,
+        "val_2.JPEG": 0,
+    }
+    assert train.read(np.arange(12))[0].shape == (12, 64, 64, 3)
+
+
+def test_an_image_folder_sorts_classes_and_takes_images_only(tmp_path):
+    make_image_folder(tmp_path, ("dog", "cat", "Ant"))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "cat" / ".hidden.jpg").write_text("no image")
+    source = open_source("image_folder", "train", str(tmp_path))
+    assert (len(source), source.class_names) == (9, ("Ant", "cat", "dog"))
+    assert source.records.labels().tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_what_is_missing_is_said_with_what_to_do(tmp_path):
+    make_image_folder(tmp_path / "mine")
+    (tmp_path / "mine" / "val" / "bird").mkdir()
+    for name, split, folder, expected in [
+        ("image_folder", "train", None, "Set data.data_dir"),
+        ("image_folder", "train", tmp_path, r"no folder \S+train\. Lay images out as \S+train/CLASS/"),
+        ("image_folder", "test", tmp_path / "mine", r"no folder \S+test\. .* data.eval_split"),
+        ("image_folder", "val", tmp_path / "mine", "no class of the training images 'bird'"),
+        ("tiny_imagenet", "train", tmp_path, r"no Tiny-ImageNet in .*unzip -q tiny-imagenet-200\.zip"),
+        ("tiny_imagenet", "test", tmp_path, "no split of tiny_imagenet 'test'"),
+        ("imagenet2012", "train", tmp_path, "tfds build imagenet2012 --file_format array_record --data_dir"),
+        ("image_foldr", "train", tmp_path, "Did you mean 'image_folder'"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            open_source(name, split, folder and str(folder))
+
+
+def test_an_empty_class_folder_is_named_or_tolerated(tmp_path, caplog):
+    make_image_folder(tmp_path)
+    (tmp_path / "train" / "eel").mkdir()
+    with pytest.raises(UserError, match=r"no image of eel in \S+train"):
+        open_source("image_folder", "train", str(tmp_path))
+    assert open_source("image_folder", "train", str(tmp_path), on_error="skip").class_names == ("cat", "dog", "eel")
+    assert "no image of eel" in caplog.text
+
+
+class Counted:
+    """Records that count how often they are read."""
+
+    def __init__(self, images, labels):
+        self.images, self.given, self.reads = images, labels, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        self.reads += len(indices)
+        return [{"image": self.images[i], "label": self.given[i]} for i in indices]
+
+    def name(self, index):
+        return f"record {index}"
+
+
+def test_an_image_is_decoded_once_where_it_is_kept(tmp_path):
+    make_tiny_imagenet(tmp_path / "tiny", each=2)
+    folder = open_source("tiny_imagenet", "train", str(tmp_path / "tiny"))
+    counted = Counted([folder.records.__getitems__([i])[0]["image"] for i in range(6)], [0, 0, 1, 1, 2, 2])
+    source = Source(counted, folder.class_names, (64, 64, 3))
+    kept = InMemory(source)
+    first = kept.read(np.array([4, 1, 1]))
+    np.testing.assert_array_equal(first[0], folder.read(np.array([4, 1, 1]))[0])
+    kept.read(np.array([1, 4, 2]))
+    assert counted.reads == 4  # 4, 1, 1 and then only 2
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_is_an_error(tmp_path, label, caplog):
+    make_tiny_imagenet(tmp_path / "tiny", each=1)
+    folder = open_source("tiny_imagenet", "train", str(tmp_path / "tiny"))
+    image = folder.records.__getitems__([0])[0]["image"]
+    source = Source(Counted([image, image], [1, label]), folder.class_names, (64, 64, 3))
+    with pytest.raises(UserError, match=f"record 1 is broken: its label is {label}, and there are 3 classes"):
+        source.read(np.array([0, 1]))
+    skipping = Source(source.records, folder.class_names, (64, 64, 3), on_error="skip")
+    for _ in range(2):
+        images, labels = skipping.read(np.array([0, 1]))
+    assert labels.tolist() == [1, -1]
+    assert not images[1].any()
+    assert caplog.text.count("skipped record 1") == 1

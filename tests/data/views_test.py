@@ -1,0 +1,157 @@
+"""Pixels, compared with Pillow step by step as torchvision takes it, and every kind of image that is not RGB."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldrld_jax.data.augment import generator
+from ldrld_jax.data.decode import BrokenImageError, open_image, pixels
+from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, crop_box
+from tests.data.images import encoded, jpeg, photograph
+
+BILINEAR = Image.Resampling.BILINEAR
+
+
+def decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (500, 333), (231, 300), (257, 256), (100, 97), (640, 480)])
+def test_evaluation_is_pillows_resize_and_centre_crop(size, rng):
+    """As torchvision's Resize(256) and CenterCrop(224) call Pillow, to the last bit."""
+    data = jpeg(rng, *size)
+    image = decoded(data)
+    width, height = size
+    scaled = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
+    left, top = round((scaled[0] - 224) / 2.0), round((scaled[1] - 224) / 2.0)
+    expected = image.resize(scaled, BILINEAR).crop((left, top, left + 224, top + 224))
+    np.testing.assert_array_equal(CentreCrop(256, 224)(data), np.asarray(expected))
+
+
+def test_a_training_crop_is_pillows_crop_and_resize(rng):
+    view = RandomResizedCrop(64)
+    for index in range(20):
+        data = jpeg(rng, 160, 120)
+        left, top, width, height = crop_box(generator(0, 0, index), 160, 120, area=view.area, ratio=view.ratio)
+        if min(width, height) < 128:  # larger crops are decoded at half the size
+            expected = decoded(data).crop((left, top, left + width, top + height)).resize((64, 64), BILINEAR)
+            np.testing.assert_array_equal(view(data, generator(0, 0, index)), np.asarray(expected))
+
+
+def test_a_large_jpeg_is_decoded_at_part_of_its_size(rng, monkeypatch):
+    """Half the pixels a side, and nearly the same crop."""
+    data = jpeg(rng, 1000, 750)
+    loaded = []
+    monkeypatch.setattr(
+        "ldrld_jax.data.views.pixels", lambda image, **k: loaded.append(image.size) or pixels(image, **k)
+    )
+    view = RandomResizedCrop(96, area=(0.5, 1.0))
+    small = view(data, generator(0, 0, 1)).astype(int)
+    left, top, width, height = crop_box(generator(0, 0, 1), 1000, 750, area=view.area, ratio=view.ratio)
+    full = decoded(data).crop((left, top, left + width, top + height)).resize((96, 96), BILINEAR)
+    assert loaded[0] in ((250, 188), (125, 94), (500, 375))
+    assert np.abs(small - np.asarray(full)).mean() < 3
+
+
+def test_crop_boxes_lie_inside_and_have_the_published_distribution():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(rng, 500, 375, area=(0.08, 1.0), ratio=(3 / 4, 4 / 3)) for _ in range(4000)])
+    left, top, width, height = boxes.T
+    assert (boxes >= 0).all()
+    assert (left + width <= 500).all()
+    assert (top + height <= 375).all()
+    area, ratio = width * height / (500 * 375), width / height
+    assert area.min() > 0.078
+    assert 0.74 < ratio.min() < 0.76
+    assert 1.32 < ratio.max() < 1.35
+    # An area a fits with the ratio r where a <= r * 375 / 500; the mean over log-uniform ratios is .432.
+    assert abs(np.mean(area) - 0.432) < 0.01
+    assert left.min() == 0
+    assert (left + width).max() == 500
+
+
+@pytest.mark.parametrize(("size", "expected"), [((900, 30), (430, 0, 40, 30)), ((30, 900), (0, 430, 30, 40))])
+def test_an_image_too_long_for_any_crop_gives_its_middle(size, expected):
+    assert crop_box(np.random.default_rng(0), *size, area=(0.9, 1.0), ratio=(3 / 4, 4 / 3)) == expected
+
+
+def test_a_random_view_depends_on_seed_epoch_and_index_alone(rng):
+    data, view = jpeg(rng), RandomResizedCrop(32)
+    for key in [(0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        assert (view(data, generator(*key)) != view(data, generator(0, 0, 0))).any()
+        np.testing.assert_array_equal(view(data, generator(*key)), view(data, generator(*key)))
+
+
+def test_a_rotation_is_pillows(rng):
+    data = jpeg(rng, 64, 64)
+    view = RandomRotation(AsStored((64, 64, 3)), 20.0)
+    angle = generator(0, 0, 5).uniform(-20, 20)
+    np.testing.assert_array_equal(view(data, generator(0, 0, 5)), np.asarray(decoded(data).rotate(angle)))
+
+
+@pytest.fixture
+def picture(rng):
+    return photograph(rng, 48, 32)
+
+
+def rgb(data: bytes, **options) -> np.ndarray:
+    return np.asarray(pixels(open_image(data), channels=3, exif=True)).astype(int)
+
+
+def test_grey_palette_and_cmyk_become_colour(picture):
+    colour = np.asarray(picture).astype(int)
+    grey = np.asarray(picture.convert("L")).astype(int)
+    np.testing.assert_array_equal(rgb(encoded(picture.convert("L"), "png")), np.stack([grey] * 3, -1))
+    assert np.abs(rgb(encoded(picture.quantize(256), "png")) - colour).mean() < 6
+    assert np.abs(rgb(encoded(picture.convert("CMYK"), "jpeg", quality=95)) - colour).mean() < 6
+    np.testing.assert_array_equal(pixels(open_image(encoded(picture, "png")), channels=1, exif=True), grey)
+
+
+def test_transparency_lies_on_white(picture):
+    """Not the colour that happens to be stored under a transparent pixel."""
+    transparent = picture.convert("RGBA")
+    alpha = np.full((32, 48), 255, np.uint8)
+    alpha[:, :10] = 0
+    transparent.putalpha(Image.fromarray(alpha))
+    result = rgb(encoded(transparent, "png"))
+    assert (result[:, :10] == 255).all()
+    np.testing.assert_array_equal(result[:, 10:], np.asarray(picture)[:, 10:])
+
+
+def test_sixteen_bits_are_scaled_not_clipped(picture):
+    grey = np.asarray(picture.convert("L"))
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert sixteen.mode.startswith("I;16")
+    np.testing.assert_array_equal(rgb(encoded(sixteen, "png"))[..., 0], grey)
+
+
+def test_floats_have_no_range_and_are_refused(picture):
+    with pytest.raises(BrokenImageError, match="mode F: only 8-bit and 16-bit"):
+        rgb(encoded(picture.convert("F"), "tiff"))
+
+
+def test_exif_turns_the_image_and_its_size(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    data = encoded(picture, "jpeg", quality=95, exif=exif)
+    assert rgb(data).shape == (48, 32, 3)
+    assert np.abs(rgb(data) - np.asarray(picture.rotate(-90, expand=True))).mean() < 6
+    assert AsStored((48, 32, 3))(data).shape == (48, 32, 3)
+    assert AsStored((32, 48, 3), exif=False)(data).shape == (32, 48, 3)
+    assert RandomResizedCrop(8)(data, generator(0, 0, 0)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_truncated_image_is_broken(picture, kind):
+    data = encoded(picture, kind)
+    for view in (CentreCrop(16, 16), AsStored((32, 48, 3)), RandomResizedCrop(16)):
+        for keep in (len(data) * 3 // 4, len(data) // 2, 30, 0):
+            with pytest.raises(BrokenImageError):
+                view(data[:keep], generator(0, 0, 0))
+
+
+def test_another_size_than_the_others_is_broken(picture):
+    with pytest.raises(BrokenImageError, match="48x32 pixels, the others have 32x32"):
+        AsStored((32, 32, 3))(encoded(picture, "png"))
