@@ -112,7 +112,7 @@ class InMemory:
     """A source whose images are kept once they have been decoded; for views that are not random."""
 
     def __init__(self, source: Source):
-        self._source = source
+        self.uncached = source
         self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
         self._images = np.zeros((len(source), *source.image_shape), np.uint8)  # the system gives pages as they fill
         self._labels = np.zeros(len(source), np.int32)
@@ -120,13 +120,13 @@ class InMemory:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.uncached)
 
     def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
         """As `Source.read`."""
         missing = indices[~self._known[indices]]
         if len(missing):
-            images, labels = self._source.read(missing, key)
+            images, labels = self.uncached.read(missing, key)
             with self._lock:  # an example is known only after it is there
                 self._images[missing], self._labels[missing] = images, labels
                 self._known[missing] = True

@@ -1,0 +1,221 @@
+"""How fast training images come: the stream and the resident loader beside a PyTorch DataLoader with two workers.
+
+python benchmarks/data.py --cifar_dir DIR     # the table of docs/data_speed.md; DIR holds cifar100 as TFDS prepares it
+python benchmarks/data.py --memory 5000       # the process's memory while batches of 16 crops stream
+python benchmarks/data.py --threads 1 2 4     # the stream by its number of threads
+
+ImageNet-style: 500x375 JPEGs in a folder, made of the two photographs that scikit-learn ships; random
+resized crop to 224, flip. CIFAR-style: decoded in memory, crop of the image padded by 4, flip. PyTorch's side
+does what torchvision's transforms do (torchvision itself is not needed): Pillow decode, crop, flip, to tensor,
+normalise. Ours hands over uint8 and leaves scaling and normalising to the device, where XLA fuses
+them into the first layer; "normalised" adds them on the host. Contestants take turns, so that the load of others
+disturbs all alike; the median of the turns counts. Batches of 64.
+"""
+
+import argparse
+import io
+import itertools
+import pathlib
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.data.augment import generator
+from ldrld_jax.data.pipeline import make_train_batches
+from ldrld_jax.data.speed import warm_up
+from ldrld_jax.data.views import crop_box
+from ldrld_jax.mesh import batch_sharding, make_mesh
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+BATCH = 64
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def make_folder(root: pathlib.Path, images: int, quality: int) -> None:
+    """`root/train/photo/*.jpg`: parts of two photographs, 500x375."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    (root / "train" / "photo").mkdir(parents=True)
+    pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
+    for i in range(images):
+        left, top = int(rng.integers(0, 90)), int(rng.integers(0, 10))
+        part = pictures[i % 2].crop((left, top, left + 550, top + 412)).resize((500, 375), Image.Resampling.BICUBIC)
+        part.save(root / "train" / "photo" / f"{i}.jpg", quality=quality)
+
+
+def to_tensor(image: Image.Image):
+    """As torchvision: a contiguous float32 [3, h, w] in 0..1, then normalised in place."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    scaled = pixels.to(torch.float32).div(255)
+    return scaled.sub_(torch.from_numpy(MEAN).view(3, 1, 1)).div_(torch.from_numpy(STD).view(3, 1, 1))
+
+
+class Photos:
+    """What a torchvision ImageFolder with its training transforms gives, without end."""
+
+    def __init__(self, root: pathlib.Path):
+        self.paths = sorted(map(str, (root / "train" / "photo").iterdir()))
+
+    def __len__(self):
+        return 10**7
+
+    def __getitem__(self, index):
+        rng = generator(0, 0, index)
+        image = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
+        left, top, width, height = crop_box(rng, *image.size, area=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+        image = image.crop((left, top, left + width, top + height)).resize((224, 224), Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image), 0
+
+
+class Cifar:
+    """What torchvision's CIFAR with RandomCrop(32, padding=4) and a flip gives, without end."""
+
+    def __init__(self, images: np.ndarray):
+        self.images = images
+
+    def __len__(self):
+        return 10**7
+
+    def __getitem__(self, index):
+        image = ImageOps.expand(Image.fromarray(self.images[index % len(self.images)]), 4)
+        top, left, flip = np.random.randint(9), np.random.randint(9), np.random.random() < 0.5
+        image = image.crop((left, top, left + 32, top + 32))
+        return to_tensor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image), 0
+
+
+def torch_batches(dataset, workers: int = 2) -> Iterator:
+    # Not a fork: JAX has threads by now.
+    options = dict(num_workers=workers, multiprocessing_context="forkserver")
+    return iter(torch.utils.data.DataLoader(dataset, BATCH, shuffle=False, **options))
+
+
+def normalised(batches: Iterator) -> Iterator:
+    scale = jax.jit(lambda images: (images.astype(np.float32) / 255 - MEAN) / STD)
+    return (jax.block_until_ready(scale(batch["image"])) for batch in batches)
+
+
+def config_data(**changes):
+    data = config_lib.default().data
+    data.update(on_error="raise", flip=True, **changes)
+    return data
+
+
+def stream(threads: int, **changes) -> Iterator:
+    batches = make_train_batches(config_data(**changes), batch_size=BATCH, seed=0)
+    iterator = batches.iterate(threads=threads)
+    warm_up(iterator, batches)
+    return iterator
+
+
+def resident(**changes) -> Iterator:
+    sharding = batch_sharding(make_mesh(data=1))
+    data = config_data(loader="resident", **changes)
+    batches = make_train_batches(data, batch_size=BATCH, seed=0, sharding=sharding).iterate()
+    return (jax.block_until_ready(batch) for batch in batches)
+
+
+def take_turns(contestants: dict[str, Iterator], turns: int, seconds: float) -> dict[str, list[float]]:
+    """Images per second of each contestant in each turn. What was prefetched while others ran is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, batches in contestants.items():
+            # Whatever waits in the buffers is taken first; then batches come as fast as they are made.
+            for _ in range(24):
+                next(batches)
+            count, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds:
+                next(batches)
+                count += 1
+            rates[name].append(count * BATCH / elapsed)
+    return rates
+
+
+def show(title: str, rates: dict[str, list[float]]) -> None:
+    print(f"\n{title}\n{'':36}images/s   min..max       x")
+    base = statistics.median(rates["PyTorch, 2 workers"]) if "PyTorch, 2 workers" in rates else None
+    for name, values in rates.items():
+        ratio = f"{statistics.median(values) / base:8.2f}" if base else ""
+        print(f"{name:36}{statistics.median(values):8.0f} {min(values):7.0f}..{max(values):.0f} {ratio}")
+
+
+def memory(root: pathlib.Path, batches: int) -> None:
+    data = photos(root)
+    loader = make_train_batches(config_data(**data), batch_size=16, seed=0).iterate(threads=2)
+    for step, _ in enumerate(itertools.islice(loader, batches), start=1):
+        if step in (100, 500) or step % 500 == 0:
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            print(f"{step:6} batches  {pages * resource.getpagesize() / 2**20:8.1f} MiB", flush=True)
+
+
+def photos(root: pathlib.Path) -> dict:
+    return dict(name="image_folder", data_dir=str(root), augment="random_resized_crop", crop_size=224)
+
+
+def decode_share(root: pathlib.Path) -> None:
+    """Where the time of one crop goes, in milliseconds, one thread."""
+    blobs = [path.read_bytes() for path in sorted((root / "train" / "photo").iterdir())[:100]]
+    sizes = f"{len(blobs)} files of {statistics.mean(map(len, blobs)) / 1024:.0f} kB on average"
+    start = time.perf_counter()
+    images = [Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs]
+    decoded = time.perf_counter()
+    for index, image in enumerate(images):
+        left, top, wide, high = crop_box(generator(0, 0, index), 500, 375, area=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+        image.crop((left, top, left + wide, top + high)).resize((224, 224), Image.Resampling.BILINEAR)
+    resized = time.perf_counter()
+    split = (1e3 * (decoded - start) / len(blobs), 1e3 * (resized - decoded) / len(blobs))
+    print(f"{sizes}: decode {split[0]:.2f} ms, crop and resize {split[1]:.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar_dir", help="where TFDS's cifar100 lies")
+    parser.add_argument("--images", type=int, default=256, help="JPEGs in the folder")
+    parser.add_argument("--quality", type=int, default=92, help="of the JPEGs")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
+    parser.add_argument("--threads", type=int, nargs="*", default=[2])
+    parser.add_argument("--memory", type=int, metavar="BATCHES", help="watch the memory instead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        make_folder(root, args.images, args.quality)
+        if args.memory:
+            memory(root, args.memory)
+            return
+        if torch is None:
+            print("torch is missing: ours alone (pip install 'ldrld_jax[torch]')")
+        decode_share(root)
+        contestants = {} if torch is None else {"PyTorch, 2 workers": torch_batches(Photos(root))}
+        contestants |= {f"stream, {n} threads": stream(n, **photos(root)) for n in args.threads}
+        contestants["stream, normalised"] = normalised(stream(args.threads[0], **photos(root)))
+        show("ImageNet-style: 500x375 JPEG to 224x224", take_turns(contestants, args.turns, args.seconds))
+        del contestants
+    if args.cifar_dir is None:
+        print("\nno --cifar_dir: CIFAR is left out")
+        return
+    cifar = dict(name="cifar100", data_dir=args.cifar_dir, pad=4)
+    contestants = {f"stream, {n} threads": stream(n, **cifar) for n in args.threads}
+    contestants["resident"] = resident(**cifar)
+    if torch is not None:
+        batches = make_train_batches(config_data(**cifar), batch_size=BATCH, seed=0)
+        images, _ = batches.source.read(np.arange(10_000))
+        contestants = {"PyTorch, 2 workers": torch_batches(Cifar(images))} | contestants
+    show("CIFAR-style: pad 4, crop 32x32", take_turns(contestants, args.turns, args.seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""How fast the input is: on its own, and whether a run waits for it."""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldrld_jax.data.augment import pad_crop_flip
+from ldrld_jax.data.decode import open_image, pixels
+from ldrld_jax.data.pipeline import make_train_batches
+from ldrld_jax.data.stream import TrainBatches
+
+logger = logging.getLogger("ldrld_jax")
+
+T = TypeVar("T")
+
+
+def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[str, float]:
+    """Images per second of a config's training input, without any training.
+
+    Args:
+      data: the block of a config.
+      batch_size: of a batch.
+      seconds: about how long each measurement takes.
+
+    Returns:
+      With one thread, `read`: encoded images from the disk; `decode`: and decoded, whole; `augment`:
+      and seen as training sees them, which may decode less. Then `pipeline`: batches as a run gets
+      them, with `data.threads` threads, or from the devices.
+
+    Raises:
+      UserError: if the data is not as the block says.
+    """
+    batches = make_train_batches(data, batch_size=batch_size, seed=0)
+    source = getattr(batches.source, "uncached", batches.source)
+    draws, count = batches.draws(0), min(batch_size, len(batches.source))
+
+    def read(at: np.ndarray) -> Any:
+        return source.records.__getitems__(at.tolist())
+
+    def decode(at: np.ndarray) -> Any:
+        return [pixels(open_image(r["image"]), channels=source.image_shape[-1], exif=data.exif) for r in read(at)]
+
+    def augment(at: np.ndarray) -> Any:
+        return pad_crop_flip(source.read(at)[0], draws.at(at), pad=batches.pad)
+
+    rates = {}
+    for name, work in (("read", read), ("decode", decode), ("augment", augment)):
+        spans = (np.take(draws.order, range(i, i + count), mode="wrap") for i in itertools.count(0, count))
+        rates[name] = count * rate(lambda spans=spans, work=work: work(next(spans)), seconds)  # type: ignore[misc]
+    iterator = batches.iterate(threads=data.threads)
+    warm_up(iterator, batches)
+    rates["pipeline"] = count * rate(lambda: jax.block_until_ready(next(iterator)), seconds)
+    return rates
+
+
+def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
+    """`measure` as a table for people."""
+    rates = measure(data, batch_size=batch_size, seconds=seconds)
+    how = {
+        "read": "encoded images from the disk, one thread",
+        "decode": "and decoded, whole, one thread",
+        "augment": "and cropped, resized, mirrored, one thread",
+        "pipeline": f"batches of {batch_size}, loader {data.loader}"
+        + (f", {data.threads} threads" if data.loader == "stream" else ""),
+    }
+    rows = [f"{name:10}{rates[name]:12.0f}  {how[name]}" for name in rates]
+    return "\n".join([f"{data.name}, {data.train_split}: images per second", *rows])
+
+
+def warm_up(iterator: Iterator[Any], batches: TrainBatches) -> None:
+    """Takes an epoch, at most 5 seconds of it: what is decoded once, or compiled, is so afterwards."""
+    until = time.perf_counter() + 5.0
+    for _ in range(batches.steps_per_epoch):
+        next(iterator)
+        if time.perf_counter() > until:
+            return
+
+
+def rate(work: Callable[[], Any], seconds: float) -> float:
+    """Calls per second, over about `seconds`."""
+    work()
+    calls, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        work()
+        calls += 1
+    return calls / elapsed
+
+
+def watched(
+    batches: Iterator[T], *, share: float = 0.1, every: int = 100, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[T]:
+    """The batches; says once if the loop that takes them waits for them for more than `share` of its time.
+
+    The time between two calls is the loop's own, a call's is waiting. The first batch is left out:
+    threads start, and the step compiles. Then every `every` batches are looked at as a whole.
+    """
+    yield from itertools.islice(batches, 1)
+    told, waited, since, taken = False, 0.0, clock(), 0
+    while True:
+        before = clock()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        waited, taken = waited + clock() - before, taken + 1
+        yield batch
+        if taken == every:
+            total = clock() - since
+            if waited > share * total and not told:
+                told = True
+                logger.warning(
+                    "the run waits for its input %.0f %% of the time. Raise data.threads, or see --mode bench_data.",
+                    100 * waited / total,
+                )
+            waited, since, taken = 0.0, clock(), 0

@@ -1,0 +1,55 @@
+"""The measurement of the input alone, and the word about a run that waits for it."""
+
+import itertools
+
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import main as main_lib
+from ldrld_jax.data.speed import measure, watched
+
+
+@pytest.mark.parametrize("loader", ["stream", "resident"])
+def test_every_stage_is_measured(loader, data_dir):
+    data = config_lib.load("configs/digits.py", [f"data.data_dir={data_dir}", f"data.loader={loader}"]).data
+    rates = measure(data, batch_size=16, seconds=0.05)
+    assert list(rates) == ["read", "decode", "augment", "pipeline"]
+    assert rates["read"] > rates["decode"] > 0
+    assert rates["pipeline"] > 0
+
+
+def test_the_command_line_prints_a_table(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ldrld_jax.data.speed.rate", lambda work, seconds: 10.0 * bool(len(work())))
+    argv = ["--mode", "bench_data", f"--config.data.data_dir={data_dir}", "--workdir", str(tmp_path / "run")]
+    assert main_lib.main(argv) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "digits, train: images per second"
+    assert rows[-1].split() == ["pipeline", "640", "batches", "of", "64,", "loader", "stream,", "4", "threads"]
+    assert not (tmp_path / "run").exists()
+
+
+class Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def slow(self, values, seconds):
+        for value in values:
+            self.now += seconds
+            yield value
+
+
+@pytest.mark.parametrize(("input_seconds", "told"), [(0.05, False), (0.2, True)])
+def test_a_run_that_waits_for_its_input_says_so_once(input_seconds, told, caplog):
+    """Steps of one second; the first batch takes long, as it does when threads start."""
+    clock = Clock()
+    batches = itertools.chain(clock.slow(range(1), 60.0), clock.slow(range(1, 1000), input_seconds))
+    for expected, batch in enumerate(watched(batches, clock=clock)):
+        assert batch == expected
+        clock.now += 1.0
+    assert expected == 999
+    assert caplog.text.count("waits for its input 17 % of the time") == int(told)
