@@ -11,13 +11,16 @@ is the floor. "memory" is what the compiled program holds beside inputs and outp
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import itertools
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +30,9 @@ import ldrld_jax
 from ldrld_jax.losses import ldrld_reference
 from ldrld_jax.losses.top import top_classes
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch: Any = None
+with contextlib.suppress(ImportError):
+    torch = importlib.import_module("torch")
 
 CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch")
 TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
@@ -40,7 +42,7 @@ TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
 class Entry:
     """One contestant at one size: `run` waits for the result; `memory` is in bytes, None if unknown."""
 
-    run: Callable[[], object]
+    run: Callable[[], Any]
     memory: int | None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -94,10 +96,10 @@ def torch_entry(teacher: np.ndarray, student: np.ndarray) -> Entry:
     return Entry(run, None)
 
 
-def entries(rows: int, classes: int, names: list[str], block_rows: int | None) -> dict[str, Entry]:
+def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> dict[str, Entry]:
     """The contestants at one size, compiled and run once, on the same logits; their losses agree."""
     rng = np.random.default_rng(0)
-    teacher, student = (rng.standard_normal((rows, classes), np.float32) * 4 for _ in range(2))
+    teacher, student = (rng.standard_normal(size, np.float32) * 4 for _ in range(2))
     cfg = ldrld_jax.LDRLDConfig(depth=DEPTH, temperature=TEMPERATURE, alpha=ALPHA, beta=BETA)
     losses = {
         "kd": kd_loss,
@@ -239,7 +241,7 @@ def main() -> None:
     results = {}
     for size in flags.sizes:
         fitting = [name for name in names if name != "torch" or size[0] * size[1] <= flags.torch_limit]
-        made = entries(*size, fitting, flags.block_rows)
+        made = entries(size, fitting, flags.block_rows)
         measure(made, flags.repeats, flags.seconds)
         print("\n".join(table(size, made)), flush=True)
         results[size] = {
