@@ -64,8 +64,9 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(step, trees, force=True, metrics=metrics, custom_metadata=host)
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """The trees of `step` that `like` names, in its shapes, dtypes and shardings."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        """The trees of `step` that `like` names, in its shapes, dtypes and shardings (if none, on one device)."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like)
         return self._checkpointer.load_checkpointables(step, abstract)
 
     def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
@@ -86,7 +87,7 @@ def load_model(directory: epath.PathLike, like: dict[str, Any], *, best: bool = 
 
     Args:
       directory: the run's `checkpoints` folder.
-      like: `{"params": ..., "batch_stats": ...}`, arrays whose shapes, dtypes and shardings are wanted.
+      like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
       best: the best evaluated one, if any; else the last.
 
     Raises:

@@ -8,10 +8,12 @@ import ast
 import copy
 import dataclasses
 import importlib.util
+import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
+from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
@@ -167,6 +169,25 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = default()
     for key, value in _leaves(changes):
         _set(config, key, value, source=file)
+    return _overridden(config, overrides)
+
+
+def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config that a run in `workdir` was trained with, then `overrides`.
+
+    Raises:
+      UserError: if there is no run, or a key or value is not allowed.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
+    config = default()
+    for key, value in _leaves(ConfigDict(json.loads(path.read_text()))):
+        _set(config, key, value, source=str(path))
+    return _overridden(config, overrides)
+
+
+def _overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 
+DEFAULT_CONFIG = "configs/digits.py"
+
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the `--config.key=value` overrides among them as `key=value`.
@@ -25,14 +27,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Distils a student from a teacher.",
         epilog="Any config key can be overridden: --config.seed=1 --config.optim.learning_rate=.1",
     )
-    parser.add_argument("--config", default="configs/digits.py", metavar="FILE[:ARG]", help="%(default)s")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
-    parser.add_argument("--mode", default="train", choices=["train", "eval"], help="%(default)s")
+    parser.add_argument("--mode", default="train", choices=["train", "eval", "export", "bench_data"], help="%(default)s")
     try:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(args.config.partition(":")[0]).stem)
+    file = (args.config or DEFAULT_CONFIG).partition(":")[0]
+    args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
     overrides = []
     while rest:
         flag = rest.pop(0)
@@ -53,14 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit status: 0, 2 for wrong input, 128 + signal for an interruption."""
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        config = config_lib.load(args.config, overrides)
-        from ldrld_jax import trainer  # after the flags: a typo is answered at once
-
-        if args.mode == "eval":
-            for name, value in trainer.evaluate(config, args.workdir).items():
-                print(f"{name} {value:.4f}")
+        if args.mode in ("train", "bench_data") or args.config:
+            config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
         else:
-            trainer.train(config, args.workdir)
+            config = config_lib.load_run(args.workdir, overrides)
+        from ldrld_jax import trainer  # after the flags: a typo is answered at once
+        from ldrld_jax.data import speed
+
+        match args.mode:
+            case "train":
+                trainer.train(config, args.workdir)
+            case "eval":
+                for name, value in trainer.evaluate(config, args.workdir).items():
+                    print(f"{name} {value:.4f}")
+            case "export":
+                print(trainer.export(config, args.workdir))
+            case "bench_data":
+                print(speed.report(config.data, batch_size=config.batch_size))
     except UserError as error:
         return _fail(str(error), 2)
     except OSError as error:

@@ -53,25 +53,25 @@ def load_network(
     """A model with the weights of a run (its best checkpoint), fed as that run was, or of a file, fed as `data` says.
 
     Args:
-      path: a workdir of ours, or a PyTorch checkpoint.
+      path: a workdir of ours, or what `load_torch_checkpoint` takes.
       model: its name.
 
     Raises:
       UserError: if there is nothing at `path`, or it holds another model.
     """
     place = epath.Path(path)
-    if not (place / "config.json").exists():
-        if place.is_dir():
-            raise UserError(f"{path} holds no run (no config.json). Give a run's workdir, or a PyTorch checkpoint.")
+    if "::" in path or not place.is_dir():  # archive.tar::member, or a file
         module = load_torch_checkpoint(path, model, num_classes, in_channels=channels, **dtypes(precision))
         return _network(module, data, channels, precision)
+    if not (place / "config.json").exists():
+        raise UserError(f"{path} holds no run (no config.json). Give a run's workdir, or a PyTorch checkpoint.")
     run = ConfigDict(json.loads((place / "config.json").read_text()))
     if run.student.model != model:
         raise UserError(f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run.")
-    network, variables = create_network(
-        model, run.data, num_classes=num_classes, channels=channels, precision=precision, seed=0
-    )
-    return network, Variables(**load_model(place / "checkpoints", variables._asdict()))
+    # In shapes alone: the weights are about to be read.
+    module = nnx.eval_shape(lambda: create_model(model, num_classes, channels, rngs=nnx.Rngs(0), **dtypes(precision)))
+    network, like = _network(module, run.data, channels, precision)
+    return network, Variables(**load_model(place / "checkpoints", like._asdict()))
 
 
 def _network(module: nnx.Module, data: ConfigDict, channels: int, precision: str) -> tuple[Network, Variables]:

@@ -263,10 +263,9 @@ def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None, int]:
     if images.ndim == 4:
         return images, labels, where, 1
     views = images.shape[1]
-    repeated = [
-        None if x is None else jnp.repeat(x, views, total_repeat_length=views * len(x)) for x in (labels, where)
-    ]
-    return images.reshape(-1, *images.shape[2:]), repeated[0], repeated[1], views
+    each = lambda x: jnp.repeat(x, views, total_repeat_length=views * len(x))  # noqa: E731
+    images = images.reshape(-1, *images.shape[2:])
+    return images, each(labels), None if where is None else each(where), views
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:

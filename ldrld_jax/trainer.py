@@ -26,6 +26,7 @@ from ldrld_jax.networks import create_network, dtypes, load_network
 from ldrld_jax.optim import first_decay_epoch, make_optimizer, make_schedule
 from ldrld_jax.recorder import Recorder
 from ldrld_jax.signals import Interrupted, Signals, catch_signals
+from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import (
     Ensemble,
     Network,
@@ -67,6 +68,20 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
         network, variables = run.load(str(workdir), config.student.model, config.data)
         return Evaluator(network, run.eval_source, run.config, run.mesh)(variables)
+
+
+def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Writes a run's best student as `student.safetensors`, a PyTorch state_dict under the published names.
+
+    Raises:
+      UserError: if there is no such run, or it trained another model.
+    """
+    path = epath.Path(workdir) / "student.safetensors"
+    with precision_scope(config.precision):
+        run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
+        _, variables = run.load(str(workdir), config.student.model, config.data)
+        save_torch_checkpoint(path, *variables)
+    return path
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ ALLOWED = {
     "console": set(),
     "purify": set(),
     "checkpoint": {"errors"},
+    "model_table": {"models", "purify"},
+    "report": set(),
     "torch_files": {"errors"},
     "torch_import": {"errors", "models", "purify", "torch_files"},
     "config": {"errors", "losses"},
@@ -31,9 +33,9 @@ ALLOWED = {
     "networks": {"errors", "checkpoint", "models", "purify", "torch_import", "train_step"},
     "trainer": {
         *("config", "errors", "losses", "metrics", "optim", "mesh", "signals", "console", "data", "checkpoint"),
-        *("networks", "recorder", "train_step"),
+        *("networks", "recorder", "torch_import", "train_step"),
     },
-    "main": {"config", "errors", "trainer"},
+    "main": {"config", "data", "errors", "trainer"},
 }
 
 

@@ -1,11 +1,18 @@
 """The command line: what wrong input gets is one line that names it, and an untouched disk."""
 
+import json
 import os
 import pathlib
 
+import chex
 import pytest
 
+from ldrld_jax import config as config_lib
+from ldrld_jax import load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
+from ldrld_jax.errors import UserError
+from ldrld_jax.networks import load_network
+from ldrld_jax.purify import purify
 from tests.conftest import run_main, tiny_overrides
 
 
@@ -17,7 +24,8 @@ def test_overrides_are_told_from_flags():
 
 def test_without_flags_it_is_the_digits_run():
     args, overrides = main_lib.parse([])
-    assert (args.config, args.workdir, args.mode, overrides) == ("configs/digits.py", "runs/digits", "train", [])
+    assert (args.config or main_lib.DEFAULT_CONFIG, args.workdir) == ("configs/digits.py", "runs/digits")
+    assert (args.mode, overrides) == ("train", [])
 
 
 # flags, and what the one line must say
@@ -92,10 +100,6 @@ def test_a_teacher_of_another_model_is_refused(teacher_dir, data_dir, tmp_path, 
 
 def test_a_checkpoint_of_other_shapes_is_refused(teacher_dir, data_dir, tmp_path, capsys):
     """A resnet8 for ten classes, asked for as one for three-channel images of a hundred classes."""
-    from ldrld_jax import config as config_lib
-    from ldrld_jax.errors import UserError
-    from ldrld_jax.networks import load_network
-
     data = config_lib.load("configs/digits.py").data
     with pytest.raises(UserError, match="does not fit"):
         load_network(teacher_dir, "resnet8", data, num_classes=100, channels=1, precision="float32")
@@ -107,6 +111,29 @@ def test_a_workdir_that_cannot_be_written_is_one_line(data_dir, capsys):
     assert main_lib.main(["--workdir", "/proc/run", *tiny]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "/proc/run" in line
+
+
+def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, capsys):
+    assert main_lib.main(["--mode=eval", "--workdir", teacher_dir]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    summary = json.loads(pathlib.Path(teacher_dir, "summary.json").read_text())
+    assert printed["top1"] == f"{summary['best_top1']:.4f}"
+    assert main_lib.main(["--mode=export", "--workdir", teacher_dir]) == 0
+    path = capsys.readouterr().out.strip()
+    module = load_torch_checkpoint(path, "resnet8", num_classes=10, in_channels=1)
+    config = config_lib.load_run(teacher_dir)
+    _, ours = load_network(teacher_dir, "resnet8", config.data, num_classes=10, channels=1, precision="float32")
+    _, params, batch_stats = purify(module)
+    chex.assert_trees_all_equal((params, batch_stats), tuple(ours))
+
+
+def test_a_pytorch_file_teaches(teacher_dir, tiny, tmp_path):
+    exported = trainer.export(config_lib.load_run(teacher_dir), teacher_dir)
+    tops = [
+        trainer.train(tiny("method=kd", "epochs=1", f"teacher.checkpoint={path}"), tmp_path / name)["teacher_top1"]
+        for name, path in (("ours", teacher_dir), ("theirs", exported))
+    ]
+    assert tops[0] == tops[1]
 
 
 def test_help_and_a_typo_in_a_process_of_their_own(tmp_path):

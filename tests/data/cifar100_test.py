@@ -3,9 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
+from ldrld_jax import config as config_lib
+from ldrld_jax import trainer
 from ldrld_jax.data.sources import open_source
-from tests.conftest import run_main
+from tests.conftest import SHARED, run_main
 
 
 def test_the_published_statistics_and_counts(cifar100_dir):
@@ -34,3 +37,16 @@ def test_the_cifar100_config_trains_on_the_real_images(cifar100_dir, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["values"]["ce"] for line in lines if line["split"] == "train"]
     assert all(3 < loss < 8 for loss in losses)  # log(100) = 4.6 at chance
+
+
+def test_the_pytorch_teacher_scores_what_it_scored_there(cifar100_dir, tmp_path):
+    """56.93 % of the 10,000 test images in evaluation mode, through our pipeline, before it teaches."""
+    pytest.importorskip("torch", reason="a .pth file needs the torch extra")
+    teacher = SHARED / "teachers" / "resnet20_cifar100.pth"
+    if not teacher.exists():
+        pytest.skip(f"there is no {teacher.name} in {teacher.parent}")
+    overrides = [f"data.data_dir={cifar100_dir}", f"teacher.checkpoint={teacher}", "teacher.min_top1=56."]
+    config = config_lib.resolve(config_lib.load("configs/cifar100.py:resnet20-resnet8", [*overrides, "mesh.data=1"]))
+    run = trainer.Run.plan(config, tmp_path)
+    teacher = run.obtain_teacher(student=None, signals=None)
+    assert abs(teacher.top1 - 56.93) < 0.02

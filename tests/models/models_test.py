@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from ldrld_jax import UserError, models
+from ldrld_jax.model_table import summarize
 from ldrld_jax.models import MODELS, create_model, layers
-from ldrld_jax.models.summary import summarize
 from ldrld_jax.purify import purify
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))

@@ -1,4 +1,7 @@
-"""What every model costs: parameters and the FLOPs of a forward pass at its native size."""
+"""What every model costs: parameters and the FLOPs of a forward pass at its native size.
+
+`python -m ldrld_jax.model_table` lists them all.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -85,3 +88,7 @@ def _flops(jaxpr: Any) -> int:
             inner = jax.tree.leaves(list(equation.params.values()))
             total += sum(_flops(leaf) for leaf in inner if hasattr(leaf, "eqns"))
     return total
+
+
+if __name__ == "__main__":
+    print(model_table())
