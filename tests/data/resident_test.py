@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from ldrld_jax import trainer
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.mesh import batch_sharding, make_mesh
+from tests.conftest import comparable_lines
 
 
 class Noise:
@@ -76,3 +78,16 @@ def test_cifar_crops_are_bitwise_equal(cifar100_dir):
     source = open_source("cifar100", "train[:1000]", cifar100_dir)
     resident, stream = both(source, 18, batch_size=64, pad=4)
     chex.assert_trees_all_equal(jax.device_get(resident), stream)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_is_the_same_with_either_loader(tiny, devices, tmp_path):
+    """Losses and evaluations, bit for bit, and a workdir begun with one is resumed with the other."""
+    lines = {}
+    for loader in ("stream", "resident"):
+        config = tiny(f"data.loader={loader}", f"mesh.data={devices}", "data.flip=True")
+        trainer.train(config, tmp_path / loader)
+        lines[loader] = comparable_lines(tmp_path / loader)
+    assert lines["stream"] == lines["resident"]
+    other = tiny("data.loader=stream", f"mesh.data={devices}", "data.flip=True")
+    assert trainer.train(other, tmp_path / "resident")["steps"] == 6
