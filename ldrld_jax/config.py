@@ -100,6 +100,8 @@ def _data() -> ConfigDict:
     data.crop_area = (0.08, 1.0)  # random_resized_crop: the share of the image, from and to
     data.rotate_degrees = 20.0  # rotate: by up to this, either way
     data.flip = False  # horizontally, every other image, with any of them
+    data.rand_augment = 0  # so many random distortions of each training image
+    data.rand_magnitude = 9  # their strength, 0 to 30
     data.resize_size = config_dict.placeholder(int)  # evaluation: the shorter side is resized to this; unset: crop_size
     data.crop_size = config_dict.placeholder(int)  # evaluation: then the middle square of this size; unset: as stored
     data.seed = 0  # of the choices that follow, so that runs of many seeds share one training set
