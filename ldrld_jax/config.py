@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_dict
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.losses import METHODS
 
+ENSEMBLES = ("logits", "probabilities")
 SELF = "ema"  # as teacher.model: the student's own moving average teaches it
 
 # What surrounds a method's term where the config leaves it unset: the published settings.
@@ -64,7 +65,7 @@ def default() -> ConfigDict:
     config.teacher.checkpoint = config_dict.placeholder(str)  # a workdir of ours or a PyTorch file; "x,y" for "a,b"
     config.teacher.epochs = config_dict.placeholder(int)  # if there is no checkpoint: train it first, into
     config.teacher.workdir = config_dict.placeholder(str)  # unset: WORKDIR/teacher; set it to share one teacher
-    config.teacher.ensemble = "logits"  # what an ensemble averages: logits | probabilities
+    config.teacher.ensemble = ENSEMBLES[0]  # what an ensemble averages: logits | probabilities
     config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
     config.teacher.seed = 0
     config.teacher.batch_size = config_dict.placeholder(int)
@@ -310,6 +311,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if not names:
         config.teacher = ConfigDict()
         return config
+    if config.teacher.ensemble not in ENSEMBLES:
+        raise unknown("teacher.ensemble", config.teacher.ensemble, ENSEMBLES)
     if config.teacher.model == SELF:
         config.teacher.checkpoint = config.teacher.epochs = None
         if config.ema_decay is None:

@@ -149,6 +149,8 @@ class Run:
         for key in ("epochs", "batch_size", "eval_batch_size", "eval_every_epochs"):
             if config[key] < 1:
                 raise UserError(f"{key} must be at least 1, got {config[key]}.")
+        if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+            raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         batches = _train_batches(config, mesh)
         eval_source = make_eval_source(config.data)

@@ -62,6 +62,8 @@ WRONG = [
     (["--config.epochs=0"], "epochs must be at least 1, got 0"),
     (["--config.batch_size=0"], "batch_size must be at least 1, got 0"),
     (["--config.batch_size=100", "--config.data.remainder=drop"], "number of training images (90)"),
+    (["--config.ema_decay=1."], "ema_decay must be at least 0 and below 1, got 1.0"),
+    (["--config.method=kd", "--config.teacher.ensemble=vote"], "there is no teacher.ensemble 'vote'"),
     (["--config.precision=float16"], "there is no precision 'float16'"),
     (["--config.mesh.data=9"], "between 1 and the number of devices (8), got 9 x 1"),
     (["--config.optim.name=sgdd"], "there is no optim.name 'sgdd'. Did you mean 'sgd'?"),

@@ -1,0 +1,96 @@
+"""What each method costs beside KD, and the gradient that each gives the student for one example.
+
+python benchmarks/methods.py                                  # the table of docs/methods.md
+python benchmarks/methods.py --plot docs/method_gradients.svg # its picture; needs matplotlib
+
+The methods take turns, so that the load of others disturbs all alike.
+"""
+
+import argparse
+import pathlib
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from loss import Entry, jax_entry, measure, parse_size  # benchmarks/loss.py
+
+from ldrld_jax.losses import METHODS
+
+
+def entries(rows: int, classes: int) -> dict[str, Entry]:
+    """Value and gradient of every method with its defaults, compiled and run once."""
+    rng = np.random.default_rng(0)
+    teacher, student = (jnp.asarray(rng.standard_normal((rows, classes), np.float32) * 4) for _ in range(2))
+    labels = jnp.asarray(rng.integers(0, classes, rows), jnp.int32)
+    made = {}
+    for name, method in METHODS.items():
+        cfg = method.config()
+        loss = lambda t, s, y, method=method, cfg=cfg: method.loss(t, s, y, cfg)
+        made[name] = jax_entry(jax.value_and_grad(loss, 1), teacher, student, labels)
+        made[name].run()
+    return made
+
+
+def print_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
+    """The median of each method over KD's, by size."""
+    columns = []
+    for rows, classes in sizes:
+        made = entries(rows, classes)
+        measure(made, repeats, seconds)
+        kd = statistics.median(made["kd"].seconds)
+        columns.append({name: statistics.median(entry.seconds) / kd for name, entry in made.items()})
+    print("| | " + " | ".join(f"{rows} x {classes}" for rows, classes in sizes) + " |")
+    print("| --- |" + " ---: |" * len(sizes))
+    for name in METHODS:
+        print(f"| {name} | " + " | ".join(f"{column[name]:.2f}" for column in columns) + " |")
+
+
+def plot(path: pathlib.Path) -> None:
+    """The gradient of each method with respect to the student's logits, in a picture of small bars.
+
+    One example of ten classes, sorted by the teacher; the student has the second and third classes
+    the wrong way round and is too sure of the label, class 0.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    teacher = jnp.asarray([[9.0, 6.5, 5.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0]])
+    student = jnp.asarray([[10.0, 4.5, 6.0, 2.0, 3.0, 0.5, 0.0, -2.0, -1.0, -3.5]])
+    # dist and mlkd compare whole batches: the example beside its mirror image.
+    batch = [jnp.concatenate([z, z[:, ::-1]]) for z in (teacher, student)]
+    labels = jnp.array([0, 9])
+    figure, axes = plt.subplots(4, 3, figsize=(9, 8), sharex=True, layout="constrained")
+    for axis, (name, method) in zip(axes.flat, METHODS.items(), strict=False):
+        gradient = jax.grad(lambda s, method=method: method.loss(batch[0], s, labels, method.config()))(batch[1])[0]
+        axis.bar(range(10), -gradient, color=["tab:red"] + ["tab:blue"] * 9)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(METHODS) :]:
+        axis.bar(np.arange(10) - 0.2, teacher[0], 0.4, label="teacher", color="black")
+        axis.bar(np.arange(10) + 0.2, student[0], 0.4, label="student", color="gray")
+        axis.set_title("logits", fontsize=10)
+        axis.legend(fontsize=7)
+    figure.supxlabel("class, in the teacher's order; 0 is the label", fontsize=9)
+    figure.supylabel("where a step of descent moves the student's logit", fontsize=9)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=[(64, 100), (256, 1000)], metavar="BxC")
+    parser.add_argument("--repeats", type=int, default=100, help="runs of each method at each size, at most")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each method at each size, about")
+    parser.add_argument("--plot", type=pathlib.Path, default=None, help="draw the gradients here instead")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+    else:
+        print_table(args.sizes, args.repeats, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
