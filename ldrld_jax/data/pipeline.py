@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import hard
+from ldrld_jax.data.rand_augment import RandAugment
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.sources import InMemory, Source, open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
@@ -39,7 +40,10 @@ def make_train_batches(
     check(data)
     source = open_source(data.name, data.train_split, data.data_dir, on_error=data.on_error)
     records = hard.select(source.records, data, classes=len(source.class_names))
-    source = source.of(records, _train_view(source.image_shape, data))
+    view = _train_view(source.image_shape, data)
+    if data.rand_augment:
+        view = RandAugment(view, data.rand_augment, data.rand_magnitude)
+    source = source.of(records, view)
     common: dict[str, Any] = dict(
         batch_size=batch_size,
         seed=seed,
@@ -54,8 +58,8 @@ def make_train_batches(
     if data.loader == "resident":
         if source.view.random:
             raise UserError(
-                f"data.loader=resident keeps decoded images on the devices, and data.augment={data.augment} needs "
-                "encoded ones. Set data.augment=pad_crop or data.loader=stream."
+                f"data.loader=resident keeps decoded images on the devices, and data.augment={data.augment} with "
+                f"data.rand_augment={data.rand_augment} needs encoded ones. Set pad_crop and 0, or data.loader=stream."
             )
         batches: TrainBatches = ResidentBatches(source, **common, sharding=sharding)
     else:
@@ -97,6 +101,11 @@ def check(data: ConfigDict) -> None:
     if data.crop_size is not None and not 1 <= data.crop_size <= (data.resize_size or data.crop_size):
         raise UserError(
             f"data.crop_size must be between 1 and data.resize_size, got {data.crop_size} and {data.resize_size}."
+        )
+    if data.rand_augment < 0 or not 0 <= data.rand_magnitude <= 30:
+        raise UserError(
+            "data.rand_augment must not be negative and data.rand_magnitude in [0, 30], "
+            f"got {data.rand_augment} and {data.rand_magnitude}."
         )
     low, high = data.crop_area if len(data.crop_area) == 2 else (1, 0)
     if not 0 < low <= high <= 1:

@@ -23,18 +23,19 @@ class ResidentBatches(TrainBatches):
 
     Attributes:
       sharding: how a batch lies on the devices; None for the default device.
+
+    Raises:
+      UserError: with more than one host.
     """
 
     sharding: NamedSharding | None = None
 
-    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
-        """The batches from step `start` on, dispatched one by one; `threads` is not needed.
-
-        Raises:
-          UserError: with more than one host.
-        """
+    def __post_init__(self) -> None:
         if self.hosts > 1:
             raise UserError("data.loader=resident works on one host. Set data.loader=stream.")
+
+    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
+        """The batches from step `start` on, dispatched one by one; `threads` is not needed."""
         images, labels = self.source.read(np.arange(len(self.source)))
         padded = np.pad(images, ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         stored = self._put((padded, labels))

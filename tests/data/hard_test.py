@@ -107,8 +107,10 @@ def test_choices_depend_on_the_data_seed_alone():
         ({"augment": "random_resized_crop"}, "Set data.crop_size"),
         ({"crop_size": 9, "resize_size": 8}, "between 1 and data.resize_size, got 9 and 8"),
         ({"crop_area": (0.5,)}, "data.crop_area must be two numbers"),
+        ({"loader": "resident", "rand_augment": 2}, "with data.rand_augment=2 needs encoded ones"),
+        ({"rand_magnitude": 31}, r"data.rand_magnitude in \[0, 30\], got 0 and 31"),
         ({"on_error": "ignore"}, "no data.on_error 'ignore'"),
-        ({"loader": "resident", "augment": "rotate"}, "data.augment=rotate needs encoded ones"),
+        ({"loader": "resident", "augment": "rotate"}, "data.augment=rotate with data.rand_augment=0 needs"),
     ],
 )
 def test_wrong_settings_are_one_line(changes, expected, data_dir):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldrld_jax.data.augment import generator
 from ldrld_jax.data.decode import BrokenImageError, open_image, pixels
+from ldrld_jax.data.rand_augment import OPERATIONS, RandAugment
 from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, crop_box
 from tests.data.images import encoded, jpeg, photograph
 
@@ -89,6 +90,30 @@ def test_a_rotation_is_pillows(rng):
     view = RandomRotation(AsStored((64, 64, 3)), 20.0)
     angle = generator(0, 0, 5).uniform(-20, 20)
     np.testing.assert_array_equal(view(data, generator(0, 0, 5)), np.asarray(decoded(data).rotate(angle)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_every_distortion_keeps_size_and_mode_and_grows_with_its_strength(name, mode, rng):
+    image = photograph(rng, 64, 48).convert(mode)
+    results = [OPERATIONS[name](image, strength) for strength in (0.0, 0.3, 0.9, -0.9)]
+    assert {(result.size, result.mode) for result in results} == {((64, 48), mode)}
+    none, little, much, _ = (np.abs(np.asarray(r, int) - np.asarray(image, int)).mean() for r in results)
+    if name in ("auto_contrast", "equalize", "identity"):
+        assert none == little == much
+    else:
+        assert none == 0
+    if name not in ("auto_contrast", "equalize", "identity", "colour") or (name, mode) == ("colour", "RGB"):
+        assert little < much
+
+
+def test_rand_augment_distorts_as_its_generator_says(rng):
+    data, view = jpeg(rng), RandAugment(RandomResizedCrop(32), operations=2, magnitude=9)
+    plain = [RandomResizedCrop(32)(data, generator(0, 0, i)) for i in range(8)]
+    distorted = [view(data, generator(0, 0, i)) for i in range(8)]
+    assert sum((a != b).any() for a, b in zip(plain, distorted, strict=True)) >= 6
+    np.testing.assert_array_equal(view(data, generator(0, 0, 3)), distorted[3])
+    assert view.shape == distorted[0].shape == (32, 32, 3)
 
 
 @pytest.fixture
