@@ -91,7 +91,9 @@ def make_batch(
 
 def _crops(images: jax.Array, draws: Draws, crop: tuple[int, int]) -> jax.Array:
     def one(index, top, left, flip):
-        image = jax.lax.dynamic_slice(images, (index, top, left, 0), (1, *crop, images.shape[-1]))[0]
+        image = jax.lax.dynamic_slice(images, (index, top, left, jnp.zeros_like(index)), (1, *crop, images.shape[-1]))[
+            0
+        ]
         return jnp.where(flip, image[:, ::-1], image)
 
     return jax.vmap(one)(*draws)
