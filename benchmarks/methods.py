@@ -7,6 +7,7 @@ The methods take turns, so that the load of others disturbs all alike.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 
@@ -25,8 +26,7 @@ def entries(rows: int, classes: int) -> dict[str, Entry]:
     labels = jnp.asarray(rng.integers(0, classes, rows), jnp.int32)
     made = {}
     for name, method in METHODS.items():
-        cfg = method.config()
-        loss = lambda t, s, y, method=method, cfg=cfg: method.loss(t, s, y, cfg)
+        loss = functools.partial(method.loss, cfg=method.config())
         made[name] = jax_entry(jax.value_and_grad(loss, 1), teacher, student, labels)
         made[name].run()
     return made

@@ -29,7 +29,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
-    parser.add_argument("--mode", default="train", choices=["train", "eval", "export", "bench_data"], help="%(default)s")
+    modes = ["train", "eval", "export", "bench_data"]
+    parser.add_argument("--mode", default="train", choices=modes, help="%(default)s")
     try:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:

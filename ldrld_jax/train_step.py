@@ -118,6 +118,11 @@ class Objective:
     kd_warmup_epochs: int = 0
     label_smoothing: float = 0.0
 
+    @property
+    def views(self) -> int:
+        """How many augmentations of each image the methods compare."""
+        return max((method.views(cfg) for method, cfg, _ in self.methods.values()), default=1)
+
     def __call__(
         self,
         teacher_logits: jax.Array | None,
@@ -127,7 +132,6 @@ class Objective:
         epoch: jax.Array,
         where: jax.Array | None = None,
         method_params: Mapping[str, Tree] = MappingProxyType({}),
-        views: int = 1,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, a scalar, and its terms by name as they are before the weights around them.
 
@@ -140,7 +144,8 @@ class Objective:
           epoch: from 1.
           where: `[n]` bool; rows left out count in nothing.
           method_params: what the methods learn, by method.
-          views: how many rows in sequence are views of one image.
+
+        With several `views`, so many rows in sequence are views of one image.
         """
         terms = {"ce": cross_entropy(student_logits, labels, smoothing=self.label_smoothing, where=where)}
         loss = self.ce_weight * terms["ce"]
@@ -151,7 +156,9 @@ class Objective:
             # Most methods take a view as an image of its own; one that compares views has them first.
             rows = [teacher_logits, student_logits, labels, where]
             if method.views(cfg) > 1:
-                rows = [None if x is None else jnp.moveaxis(x.reshape(-1, views, *x.shape[1:]), 1, 0) for x in rows]
+                rows = [
+                    None if x is None else jnp.moveaxis(x.reshape(-1, self.views, *x.shape[1:]), 1, 0) for x in rows
+                ]
             parts = method.parts(*rows[:3], cfg, params=method_params.get(name), where=rows[3])
             terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
@@ -215,7 +222,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, teacher_variables: Any, batch: Batch) -> tuple[TrainState, Means]:
-        images, labels, where, views = _rows(batch)
+        images, labels, where = _rows(batch)
         epoch = state.step // steps_per_epoch + 1
         teacher_logits = None
         if teacher is not None:
@@ -226,7 +233,7 @@ def make_train_step(
             params, method_params = params
             logits, batch_stats = student(Variables(params, state.student.batch_stats), images, train=True, where=where)
             loss, terms = objective(
-                teacher_logits, logits, labels, epoch=epoch, where=where, method_params=method_params, views=views
+                teacher_logits, logits, labels, epoch=epoch, where=where, method_params=method_params
             )
             return loss, (terms, logits, batch_stats)
 
@@ -257,15 +264,13 @@ def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree,
     return student.params, method_params
 
 
-def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None, int]:
-    """Images, labels and mask with a row per view, and the number of views."""
+def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Images, labels and mask with a row per view."""
     images, labels, where = batch["image"], batch["label"], batch.get("mask")
     if images.ndim == 4:
-        return images, labels, where, 1
-    views = images.shape[1]
-    each = lambda x: jnp.repeat(x, views, total_repeat_length=views * len(x))  # noqa: E731
-    images = images.reshape(-1, *images.shape[2:])
-    return images, each(labels), None if where is None else each(where), views
+        return images, labels, where
+    each = lambda x: jnp.repeat(x, images.shape[1], total_repeat_length=images.shape[1] * len(x))  # noqa: E731
+    return images.reshape(-1, *images.shape[2:]), each(labels), None if where is None else each(where)
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:

@@ -152,9 +152,17 @@ class Run:
         if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
-        batches = _train_batches(config, mesh)
+        objective = _objective(config)
+        batches = make_train_batches(
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            views=objective.views,
+            sharding=batch_sharding(mesh),
+            **_shares(mesh),
+        )
         eval_source = make_eval_source(config.data)
-        objective = _objective(config, len(batches.source.class_names))
+        _try(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
         jax.eval_shape(lambda: create_network(config.student.model, config.data, seed=0, **run._like_data)[1])
@@ -374,55 +382,46 @@ class Evaluator:
         batches = eval_batches(
             self._source, self._config.eval_batch_size, threads=self._config.data.threads, **_shares(self._mesh)
         )
-        means = [self._step(variables, batch) for batch in to_devices(batches, self._mesh)]
         total: Means = {}
-        for batch_means in jax.device_get(means):
-            total = add(total, on_host(batch_means))
+        pending: Means = {}
+        for batch in to_devices(batches, self._mesh):
+            means = self._step(variables, batch)  # dispatched before the last one is waited for
+            total, pending = add(total, on_host(pending)), means
+        total = add(total, on_host(pending))
         return {name: mean.value for name, mean in total.items()}
-
-
-def _train_batches(config: ConfigDict, mesh: Mesh) -> TrainBatches:
-    return make_train_batches(
-        config.data,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        sharding=batch_sharding(mesh),
-        **_shares(mesh),
-    )
 
 
 def _shares(mesh: Mesh) -> dict[str, int]:
     return dict(divisor=mesh.shape["data"], host=jax.process_index(), hosts=jax.process_count())
 
 
-def _objective(config: ConfigDict, classes: int) -> Objective:
-    """The objective, tried on one row of logits: a depth above the number of classes shows here.
+def _objective(config: ConfigDict) -> Objective:
+    """The objective of a config.
 
     Raises:
       UserError: if a weight or a method's field is not allowed.
     """
     weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
-    weights |= {f"loss_weight.{name}": weight for name, weight in config.loss_weight.items()}
-    for key, value in weights.items():
+    for key, value in (
+        weights | {f"loss_weight.{name}": weight for name, weight in config.loss_weight.items()}
+    ).items():
         if value < 0 or (key == "label_smoothing" and value >= 1):
             raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
-    names = config_lib.method_names(config)
-    objective = Objective(
-        {
-            name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
-            for name in names
-        },
-        config.ce_weight,
-        config.kd_weight,
-        config.kd_warmup_epochs,
-        config.label_smoothing,
-    )
-    logits, labels = jax.ShapeDtypeStruct((2, classes), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    methods = {
+        name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
+        for name in config_lib.method_names(config)
+    }
+    return Objective(methods, **weights)
+
+
+def _try(objective: Objective, classes: int) -> None:
+    """Raises a UserError if the objective refuses logits of so many classes: a depth above them shows here."""
+    rows = 2 * objective.views
+    logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     try:
         jax.eval_shape(lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32)), logits, labels)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return objective
 
 
 def _method(config: ConfigDict, name: str) -> Method:

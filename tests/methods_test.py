@@ -29,6 +29,18 @@ def test_a_method_is_run_by_its_name_alone(tiny, teacher_dir, tmp_path, method):
     assert losses[-1] < losses[0]
 
 
+def test_two_views_of_each_image_are_compared(tiny, teacher_dir, tmp_path):
+    """Without augmentation both views are the image itself, and the loss that of one view."""
+    flags = ["method=mlkd", f"teacher.checkpoint={teacher_dir}", "epochs=1"]
+    for views in (1, 2):
+        for pad in (0, 2):
+            workdir = tmp_path / f"{views}-{pad}"
+            trainer.train(tiny(*flags, f"loss.mlkd.views={views}", f"data.pad={pad}"), workdir)
+    first = {name: values(tmp_path / name, "train", "mlkd") for name in ("1-0", "2-0", "1-2", "2-2")}
+    np.testing.assert_allclose(first["2-0"], first["1-0"], rtol=1e-3)
+    assert abs(first["2-2"][0] / first["1-2"][0] - 1) > 1e-3
+
+
 def test_ctkds_temperature_is_learnt_saved_and_resumed(tiny, teacher_dir, tmp_path):
     flags = ["method=ctkd", f"teacher.checkpoint={teacher_dir}", "optim.schedule=constant"]
     trainer.train(tiny(*flags, "epochs=4"), tmp_path / "straight")

@@ -23,6 +23,7 @@ def make_train_batches(
     divisor: int = 1,
     host: int = 0,
     hosts: int = 1,
+    views: int = 1,
     sharding: NamedSharding | None = None,
 ) -> TrainBatches:
     """The training batches, by step.
@@ -31,7 +32,7 @@ def make_train_batches(
       data: the block of a config, see `ldrld_jax.config`.
       batch_size: of the whole batch, over all hosts.
       seed: of order and augmentation.
-      divisor, host, hosts: see `stream.TrainBatches`.
+      divisor, host, hosts, views: see `stream.TrainBatches`.
       sharding: how a batch lies on the devices, for the resident loader.
 
     Raises:
@@ -54,6 +55,7 @@ def make_train_batches(
         host=host,
         hosts=hosts,
         masked=data.on_error == "skip",
+        views=views,
     )
     if data.loader == "resident":
         if source.view.random:

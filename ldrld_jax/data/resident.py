@@ -25,7 +25,7 @@ class ResidentBatches(TrainBatches):
       sharding: how a batch lies on the devices; None for the default device.
 
     Raises:
-      UserError: with more than one host.
+      UserError: with more than one host, or more than one view.
     """
 
     sharding: NamedSharding | None = None
@@ -33,6 +33,10 @@ class ResidentBatches(TrainBatches):
     def __post_init__(self) -> None:
         if self.hosts > 1:
             raise UserError("data.loader=resident works on one host. Set data.loader=stream.")
+        if self.views > 1:
+            raise UserError(
+                f"data.loader=resident makes one view of an image, not {self.views}. Set data.loader=stream."
+            )
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
         """The batches from step `start` on, dispatched one by one; `threads` is not needed."""

@@ -47,6 +47,7 @@ class TrainBatches:
       divisor: batches are padded to a multiple of this, the devices they are split over.
       host, hosts: which share of each batch to make.
       masked: give every batch a mask, since examples may be skipped.
+      views: how many augmentations of each image; for several, `image` is `[rows, views, ...]`.
     """
 
     source: Readable
@@ -59,6 +60,7 @@ class TrainBatches:
     host: int = 0
     hosts: int = 1
     masked: bool = False
+    views: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,11 +72,19 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
-        draws = self.draws(epoch)
-        indices = draws.order[position * self.batch_size : (position + 1) * self.batch_size]
+        indices = self.draws(epoch).order[position * self.batch_size : (position + 1) * self.batch_size]
         kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=self.masked)
-        images, labels = self.source.read(kept.indices, (self.seed, epoch))
-        return kept.batch(pad_crop_flip(images, draws.at(kept.indices), pad=self.pad), labels)
+        images, labels = self._view(kept.indices, epoch, self.seed)
+        if self.views > 1:  # a further view is what another seed makes of the same images
+            others = [self._view(kept.indices, epoch, self.seed + (view << 32))[0] for view in range(1, self.views)]
+            images = np.stack([images, *others], axis=1)
+        return kept.batch(images, labels)
+
+    def _view(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images at `indices` as `seed` shows them, and their labels."""
+        draws = _draws(seed, epoch, len(self.source), self.pad, self.flip).at(indices)
+        images, labels = self.source.read(indices, (seed, epoch))
+        return pad_crop_flip(images, draws, pad=self.pad), labels
 
     def draws(self, epoch: int) -> Draws:
         """The order, crops and mirrors of an epoch, whichever loader makes its batches."""
@@ -91,7 +101,7 @@ def _read_options(threads: int, batch_size: int, image_shape: tuple[int, ...]) -
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
 
 
-@functools.lru_cache(maxsize=2)  # this epoch and, ahead of the step, the next
+@functools.lru_cache(maxsize=4)  # this epoch and, ahead of the step, the next, in two views
 def _draws(seed, epoch, examples, pad, flip):
     return draw(seed, epoch, examples, pad=pad, flip=flip)
 

@@ -81,6 +81,18 @@ def test_devices_that_do_not_divide_a_batch_change_only_its_padding():
         np.testing.assert_array_equal(one["image"][one.get("mask", np.ones(13, bool))], eight["image"][eight["mask"]])
 
 
+def test_further_views_are_other_augmentations_of_the_same_images():
+    source = Counting(50)
+    one, two = (TrainBatches(source, batch_size=8, seed=5, pad=1, flip=True, views=views) for views in (1, 2))
+    for step in (0, 6, 9):
+        chex.assert_shape(two[step]["image"], (8, 2, 4, 4, 1))
+        np.testing.assert_array_equal(two[step]["image"][:, 0], one[step]["image"])
+        np.testing.assert_array_equal(
+            two[step]["image"].max(axis=(2, 3, 4))[:, 0], two[step]["image"].max(axis=(2, 3, 4))[:, 1]
+        )
+    assert (two[0]["image"][:, 0] != two[0]["image"][:, 1]).any()
+
+
 def test_evaluation_sees_every_example_once_in_order():
     batches = list(eval_batches(Counting(50), 16, divisor=8))
     assert [i for batch in batches for i in examples_of(batch)] == list(range(50))
