@@ -62,17 +62,19 @@ def assert_close_to_plain(teacher, student, cfg):
     """The two bounds: 1e-10 in float64; in float32 4 times the plain version's error + 1e-6 of the largest entry.
 
     What is exact is the plain version in float64 after a shift that puts the largest logit at 0:
-    unshifted, its own error reaches 1e-10 of small losses at logits of 1e4.
+    unshifted, its own error reaches 1e-10 of small losses at logits of 1e4. The last summand of each
+    bound is the rounding of T^2 times a KL, a difference of numbers near 1; it matters to the smallest losses.
     """
+    rounding = cfg.temperature**2 * np.array([1e-14, 1e-8])
     single = [jnp.asarray(z, jnp.float32) for z in (teacher, student)]
     ours, theirs = fast(*single, cfg), plain(*single, cfg)
     with jax.enable_x64(True):
         double = [jnp.asarray(np.asarray(z), jnp.float64) for z in single]  # the float32 numbers, exactly
         exact = plain(*(z - jnp.max(z, -1, keepdims=True) for z in double), cfg)
         for a, b in zip(fast(*double, cfg), exact, strict=True):
-            assert error(a, b) <= 1e-10 * largest(b) + 1e-13
+            assert error(a, b) <= 1e-10 * largest(b) + rounding[0]
     for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert error(a, c) <= 4 * error(b, c) + 1e-6 * largest(c) + 1e-9
+        assert error(a, c) <= 4 * error(b, c) + 1e-6 * largest(c) + rounding[1]
 
 
 # A shape costs four compilations, so that few are tried unless asked for.
@@ -82,7 +84,15 @@ if EXAMPLES:
     SHAPES = st.integers(2, 400).flatmap(lambda c: st.tuples(st.just(c), st.integers(2, min(c, 9))))
 
 
-@hypothesis.settings(max_examples=EXAMPLES or 60, deadline=None, derandomize=not EXAMPLES, database=None)
+# Nor is a failure shrunk: each step would compile again.
+@hypothesis.settings(
+    max_examples=EXAMPLES or 60,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    database=None,
+    phases=[hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 @hypothesis.given(
     shape=SHAPES,
     temperature=st.floats(0.5, 20) if EXAMPLES else st.just(3.0),
