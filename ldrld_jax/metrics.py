@@ -78,29 +78,33 @@ def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None
     return {"ce": mean_of(nll, where), **tops}
 
 
-def agreement(teacher: jax.Array, student: jax.Array, labels: jax.Array, depth: int, where: jax.Array | None) -> Means:
+def agreement(
+    teacher: jax.Array,
+    student: jax.Array,
+    labels: jax.Array,
+    *,
+    teacher_top: jax.Array,
+    student_top: jax.Array,
+    where: jax.Array | None = None,
+) -> Means:
     """How student and teacher compare, in percent.
 
-    `agreement`: both have one first class. `top_d_overlap`: the share of the student's `depth`
-    largest classes that are among the teacher's. `label_in_top_d`: the label is among the student's.
+    `agreement`: both have one first class. `top_d_overlap`: the share of the student's d largest
+    classes that are among the teacher's. `label_in_top_d`: the label is among the student's.
+
+    Args:
+      teacher, student: logits `[n, C]`.
+      labels: `[n]`.
+      teacher_top, student_top: `[n, C]` bool, each side's d largest classes.
+      where: `[n]` bool; rows left out count in nothing.
     """
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
-    both = _top_mask(teacher, depth) & _top_mask(student, depth)
+    size, both = (jnp.sum(mask, axis=-1, dtype=jnp.float32) for mask in (student_top, teacher_top & student_top))
     return {
         "agreement": _percent(same, where),
-        "top_d_overlap": _percent(jnp.mean(both, axis=-1) * (both.shape[-1] / depth), where),
-        "label_in_top_d": _percent(in_top(student, labels, depth), where),
+        "top_d_overlap": _percent(both / size, where),
+        "label_in_top_d": _percent(jnp.take_along_axis(student_top, labels[:, None], axis=-1)[:, 0], where),
     }
-
-
-def _top_mask(logits: jax.Array, k: int) -> jax.Array:
-    """`[n, C]` bool, True for the k largest; repeated argmax, which does not gather a sharded batch."""
-    classes = jnp.arange(logits.shape[-1])[None, :]
-    mask = jnp.zeros(logits.shape, bool)
-    for _ in range(k):
-        best = jnp.argmax(jnp.where(mask, -jnp.inf, logits), axis=-1)
-        mask = mask | (classes == best[:, None])
-    return mask
 
 
 class Writer:

@@ -12,6 +12,7 @@ import optax
 
 from ldrld_jax.losses import Method
 from ldrld_jax.losses.common import mean_over_rows
+from ldrld_jax.losses.top import not_in_top, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification
 
 Tree = Any
@@ -249,7 +250,8 @@ def make_train_step(
 
         metrics = classification(logits, labels, where)
         if teacher_logits is not None:
-            metrics |= agreement(teacher_logits, logits, labels, min(depth, logits.shape[-1]), where)
+            tops = {"teacher_top": _top_mask(teacher_logits, depth), "student_top": _top_mask(logits, depth)}
+            metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
         count = metrics["top1"].count
         means = {**terms, "loss": loss, "learning_rate": schedule(state.step)}
         # In float64 runs the losses are compared to 1e-9: they keep their dtype.
@@ -271,6 +273,15 @@ def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         return images, labels, where
     each = lambda x: jnp.repeat(x, images.shape[1], total_repeat_length=images.shape[1] * len(x))  # noqa: E731
     return images.reshape(-1, *images.shape[2:]), each(labels), None if where is None else each(where)
+
+
+def _top_mask(logits: jax.Array, depth: int) -> jax.Array:
+    """`[n, C]` bool: the `depth` largest of each row, or all if there are fewer."""
+
+    def row(z: jax.Array) -> jax.Array:
+        return ~not_in_top(z, top_classes(z, min(depth, z.size)))
+
+    return jax.vmap(row)(at_least_float32(logits))
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:

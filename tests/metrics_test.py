@@ -49,7 +49,8 @@ def test_classification_by_hand_leaves_out_masked_rows():
 def test_agreement_by_hand():
     teacher = jnp.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
     student = jnp.array([[4.0, 1.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    means = agreement(teacher, student, jnp.array([2, 3]), 2, None)
+    tops = {f"{name}_top": z >= jnp.sort(z)[:, 2:3] for name, z in (("teacher", teacher), ("student", student))}
+    means = agreement(teacher, student, jnp.array([2, 3]), **tops)
     assert means["agreement"].value == 50.0  # 0 = 0, 3 != 0
     assert means["top_d_overlap"].value == 25.0  # {0, 1} and {0, 2} share one of two, {3, 2} and {0, 1} none
     assert means["label_in_top_d"].value == 50.0

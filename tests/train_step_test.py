@@ -1,0 +1,144 @@
+"""The steps by themselves: padding counts in nothing, the objective's weights, what the diagnostics mean."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from ldrld_jax.losses import METHODS
+from ldrld_jax.models import create_model
+from ldrld_jax.purify import purify
+from ldrld_jax.train_step import (
+    Ensemble,
+    Network,
+    Objective,
+    TrainState,
+    Variables,
+    cross_entropy,
+    make_eval_step,
+    make_train_step,
+    trainable,
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    with jax.enable_x64(True):
+        model = create_model("resnet8", 10, 1, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
+        apply, *variables = purify(model)
+    return Network(apply, mean=(0.3,), std=(0.4,), dtype=jnp.float64), Variables(*variables)
+
+
+def batch_of(rng, rows, padding=0):
+    images = rng.integers(0, 256, (rows, 8, 8, 1), np.uint8)
+    labels = rng.integers(0, 10, rows).astype(np.int32)
+    if not padding:
+        return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    noise = rng.integers(0, 256, (padding, 8, 8, 1), np.uint8)
+    return {
+        "image": jnp.asarray(np.concatenate([images, noise])),
+        "label": jnp.asarray(np.concatenate([labels, np.zeros(padding, np.int32)])),
+        "mask": jnp.arange(rows + padding) < rows,
+    }
+
+
+def stepped(network, objective, batch, *, teacher=True, **options):
+    network, variables = network
+    optimizer = optax.sgd(0.1)
+    learnt = {name: m.init(cfg) for name, (m, cfg, _) in objective.methods.items() if m.init is not None}
+    state = TrainState(jnp.int32(0), variables, learnt, optimizer.init(trainable(variables, learnt)))
+    step = make_train_step(
+        network,
+        network if teacher else None,
+        objective,
+        optimizer,
+        schedule=lambda step: jnp.float32(0.1),
+        steps_per_epoch=10,
+        depth=3,
+        **options,
+    )
+    frozen = Variables(jax.tree.map(lambda x: x * 1.1, variables.params), variables.batch_stats)
+    return jax.jit(step)(state, frozen if teacher else None, batch)
+
+
+def test_padding_reaches_neither_the_weights_nor_the_statistics_nor_the_metrics(network, x64):
+    objective = Objective({name: (METHODS[name], METHODS[name].config(), 1.0) for name in ("ldrld", "dist")})
+    plain = stepped(network, objective, batch_of(np.random.default_rng(1), 6))
+    padded = stepped(network, objective, batch_of(np.random.default_rng(1), 6, padding=3))
+    chex.assert_trees_all_close(padded[0], plain[0], rtol=1e-10, atol=1e-14)
+    for name, mean in plain[1].items():
+        np.testing.assert_allclose(padded[1][name].value, mean.value, rtol=1e-6, err_msg=name)
+
+
+def test_each_weight_of_the_objective_is_pinned(rng, x64):
+    teacher, student = (jnp.asarray(z) for z in rng.normal(size=(2, 5, 10)))
+    labels, epoch = jnp.arange(5), jnp.int32(3)
+    kd, ldrld = ((METHODS[name], METHODS[name].config()) for name in ("kd", "ldrld"))
+    terms = {name: m.loss(teacher, student, labels, cfg) for name, (m, cfg) in (("kd", kd), ("ldrld", ldrld))}
+    ce = cross_entropy(student, labels)
+
+    def loss(**changes):
+        methods = {"kd": (*kd, changes.pop("kd", 0.0)), "ldrld": (*ldrld, changes.pop("ldrld", 0.0))}
+        objective = Objective(methods, **({"ce_weight": 0.0} | changes))
+        return objective(teacher, student, labels, epoch=epoch)[0]
+
+    np.testing.assert_allclose(loss(), 0.0)
+    np.testing.assert_allclose(loss(ce_weight=1.0), ce)
+    np.testing.assert_allclose(loss(kd=1.0), terms["kd"])
+    np.testing.assert_allclose(loss(ldrld=1.0, kd_weight=2.5), 2.5 * terms["ldrld"])
+    np.testing.assert_allclose(loss(kd=0.5, ldrld=1.0, ce_weight=2.0), 2 * ce + 0.5 * terms["kd"] + terms["ldrld"])
+    np.testing.assert_allclose(loss(kd=1.0, kd_warmup_epochs=12), terms["kd"] * 3 / 12)
+    np.testing.assert_allclose(loss(kd=1.0, kd_warmup_epochs=2), terms["kd"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_pytorchs(rng, x64, smoothing):
+    logits, labels = rng.normal(size=(7, 4)), rng.integers(0, 4, 7)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    target = np.full((7, 4), smoothing / 4)
+    target[np.arange(7), labels] += 1 - smoothing
+    expected = -(target * log_p).sum(axis=-1).mean()
+    ours = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing)
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_the_diagnostics_of_a_student_that_is_the_teacher(network, x64):
+    """A student in training mode is compared with itself in evaluation mode only through its ranks."""
+    metrics = stepped(
+        network, Objective({"kd": (METHODS["kd"], METHODS["kd"].config(), 1.0)}), batch_of(np.random.default_rng(2), 8)
+    )[1]
+    logits = {name: metrics[name].value for name in ("agreement", "top_d_overlap", "label_in_top_d", "top1")}
+    assert all(0 <= value <= 100 for value in logits.values())
+    assert (logits["top_d_overlap"] * 8 * 3 / 100) == pytest.approx(
+        round(logits["top_d_overlap"] * 8 * 3 / 100), abs=1e-4
+    )
+
+
+def test_an_ensemble_averages_logits_or_probabilities(rng):
+    outputs = [jnp.asarray(z, jnp.float32) for z in rng.normal(size=(2, 3, 4))]
+    networks = tuple(lambda variables, images, train, where, z=z: (z, ()) for z in outputs)
+    mean, _ = Ensemble(networks)((None, None), None, train=False)
+    np.testing.assert_allclose(mean, (outputs[0] + outputs[1]) / 2, rtol=1e-6)
+    log_p, _ = Ensemble(networks, "probabilities")((None, None), None, train=False)
+    expected = (jax.nn.softmax(outputs[0]) + jax.nn.softmax(outputs[1])) / 2
+    np.testing.assert_allclose(jnp.exp(log_p), expected, rtol=1e-6)
+
+
+def test_images_are_normalised_and_resized_before_the_model():
+    seen = []
+    network = Network(lambda p, s, x, train, where: (seen.append(x), s), mean=(0.5,), std=(0.25,), image_size=4)
+    network(Variables({}, {}), jnp.full((1, 2, 2, 1), 255, jnp.uint8), train=False)
+    np.testing.assert_allclose(seen[0], np.full((1, 4, 4, 1), 2.0))
+
+
+def test_evaluation_counts_real_rows_only(network, x64):
+    step = make_eval_step(network[0])
+    plain = {**batch_of(np.random.default_rng(3), 5), "mask": jnp.ones(5, bool)}
+    padded = batch_of(np.random.default_rng(3), 5, padding=4)
+    one, other = (step(network[1], batch) for batch in (plain, padded))
+    assert float(other["top1"].count) == 5
+    for name in one:
+        np.testing.assert_allclose(other[name].value, one[name].value, rtol=1e-6)
