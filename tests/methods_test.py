@@ -12,7 +12,7 @@ from ldrld_jax import main as main_lib
 from ldrld_jax import trainer
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
-from tests.conftest import comparable_lines, tiny_overrides
+from tests.conftest import comparable_lines, readme_blocks, tiny_overrides
 from tests.trainer_test import saved, values
 
 
@@ -119,29 +119,6 @@ def test_self_distillation_without_an_average_is_refused(tiny, tmp_path):
         trainer.train(tiny("method=kd", "teacher.model=ema"), tmp_path)
 
 
-OWN_METHOD = '''
-import dataclasses
-import jax, jax.numpy as jnp
-from ldrld_jax.losses import METHODS, Method, MethodConfig, mean_parts, without_labels
-from ml_collections import ConfigDict
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchConfig(MethodConfig):
-    """Squared distance of the logits, scaled."""
-    scale: float = 1.0
-
-def match_terms(teacher_logits, student_logits, cfg, *, where=None):
-    distance = student_logits - jax.lax.stop_gradient(teacher_logits)
-    return cfg.scale * jnp.mean(distance**2, axis=-1)
-
-METHODS["match"] = Method(MatchConfig, mean_parts(without_labels(match_terms)))
-
-def get_config():
-    return ConfigDict({"method": "match", "loss": {"match": {"scale": 0.5}}})
-'''
-
-
 @contextlib.contextmanager
 def methods_restored():
     before = dict(METHODS)
@@ -152,9 +129,9 @@ def methods_restored():
         METHODS.update(before)
 
 
-def test_ones_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
+def test_the_readmes_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
     path = tmp_path / "match.py"
-    path.write_text(OWN_METHOD)
+    path.write_text(next(block for block in readme_blocks("python") if 'METHODS["match"]' in block))
     flags = [f"--config.{o}" for o in tiny_overrides(data_dir) if not o.startswith("method=")]
     flags += [f"--config.teacher.checkpoint={teacher_dir}", "--config.loss.match.scale=.25", "--config.data.mean=.3"]
     with methods_restored():
@@ -162,9 +139,3 @@ def test_ones_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["method"], config["loss"]) == ("match", {"match": {"scale": 0.25}})
     assert all(value > 0 for value in values(tmp_path / "run", "train", "match"))
-
-
-def test_the_readme_shows_the_method_that_is_tested():
-    from tests.conftest import ROOT
-
-    assert OWN_METHOD.strip() in (ROOT / "README.md").read_text()
