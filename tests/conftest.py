@@ -117,4 +117,5 @@ def comparable_lines(workdir: pathlib.Path | str) -> list[dict]:
 
 def readme_blocks(language: str) -> list[str]:
     """The code blocks of one language in the README."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [code for found, code in fences if found == language]
