@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from ldrld_jax import trainer
-from ldrld_jax.data.resident import ResidentBatches
+from ldrld_jax.data.augment import draw
+from ldrld_jax.data.resident import ResidentBatches, make_batch
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.errors import UserError
-from ldrld_jax.mesh import batch_sharding, make_mesh
+from ldrld_jax.mesh import batch_sharding, make_mesh, replicated
 from tests.conftest import comparable_lines
 
 
@@ -72,6 +73,14 @@ def test_each_device_holds_its_rows_of_a_batch():
     (batch,), _ = both(Noise(50), 1, devices=8, batch_size=16)
     assert batch["image"].sharding == batch_sharding(make_mesh(data=8))
     assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 6, 5, 3)}
+
+
+def test_the_devices_make_their_rows_without_talking():
+    mesh = make_mesh(data=8)
+    stored, draws = jax.device_put((Noise(50).read(np.arange(50)), draw(0, 0, 50)), replicated(mesh))
+    make = make_batch(16, 16, (6, 5), batch_sharding(mesh))
+    program = make.lower(stored, draws, np.int32(0), np.int32(16)).compile().as_text()
+    assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
 def test_it_is_for_one_host():

@@ -1,0 +1,51 @@
+"""Batches of encoded images from a config: the same after a resume, with any threads, with or without cache."""
+
+import itertools
+
+import chex
+import numpy as np
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.sources import InMemory
+from tests.data.images import make_image_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("folder")
+    make_image_folder(path, ("ant", "bee", "cat"), each=4)
+    return path
+
+
+def block(folder, **changes):
+    data = config_lib.load("configs/image_folder.py").data
+    data.update(data_dir=str(folder), crop_size=16, resize_size=18, **changes)
+    return data
+
+
+@pytest.mark.parametrize("augment", ["random_resized_crop", "rotate", "pad_crop"])
+def test_a_resume_gives_the_batches_that_were_left(folder, augment):
+    data = block(folder, augment=augment, pad=2, rand_augment=1)
+    batches = make_train_batches(data, batch_size=5, seed=0)
+    straight = list(itertools.islice(batches.iterate(threads=3), 9))
+    resumed = make_train_batches(data, batch_size=5, seed=0).iterate(4, threads=1)
+    chex.assert_trees_all_equal(list(itertools.islice(resumed, 5)), straight[4:])
+    first, again = (straight[i] for i in (0, 3))  # of two epochs
+    assert (first["image"] != again["image"]).any()
+
+
+def test_the_cache_changes_nothing(folder):
+    kept, fresh = (make_eval_source(block(folder, cache_mb=mb)) for mb in (1024, 0))
+    assert isinstance(kept, InMemory)
+    assert not isinstance(fresh, InMemory)
+    for _ in range(2):
+        chex.assert_trees_all_equal(kept.read(np.arange(12)), fresh.read(np.arange(12)))
+
+
+def test_only_images_that_are_always_the_same_are_kept(folder):
+    sources = {
+        a: make_train_batches(block(folder, augment=a), batch_size=4, seed=0).source for a in ("rotate", "pad_crop")
+    }
+    assert [isinstance(source, InMemory) for source in sources.values()] == [False, True]
