@@ -3,17 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ldrld_jax.losses import Method
-from ldrld_jax.losses.common import mean_over_rows
 from ldrld_jax.losses.top import not_in_top, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification
+from ldrld_jax.objective import Objective, at_least_float32
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
@@ -102,98 +100,6 @@ class Ensemble:
         return jnp.mean(logits, axis=0), ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """ce_weight * cross-entropy + kd_weight * warm-up * sum of loss_weight * distillation term.
-
-    Attributes:
-      methods: the distillation terms: name to (method, config, weight).
-      ce_weight, kd_weight: see the formula.
-      kd_warmup_epochs: the distillation terms grow linearly over these epochs.
-      label_smoothing: of the cross-entropy, 0 <= s < 1.
-    """
-
-    methods: Mapping[str, tuple[Method, Any, float]]
-    ce_weight: float = 1.0
-    kd_weight: float = 1.0
-    kd_warmup_epochs: int = 0
-    label_smoothing: float = 0.0
-
-    @property
-    def views(self) -> int:
-        """How many augmentations of each image the methods compare."""
-        return max((method.views(cfg) for method, cfg, _ in self.methods.values()), default=1)
-
-    def __call__(
-        self,
-        teacher_logits: jax.Array | None,
-        student_logits: jax.Array,
-        labels: jax.Array,
-        *,
-        epoch: jax.Array,
-        where: jax.Array | None = None,
-        method_params: Mapping[str, Tree] = MappingProxyType({}),
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss, a scalar, and its terms by name as they are before the weights around them.
-
-        A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`.
-
-        Args:
-          teacher_logits: `[n, C]`; None without methods.
-          student_logits: `[n, C]`.
-          labels: `[n]`.
-          epoch: from 1.
-          where: `[n]` bool; rows left out count in nothing.
-          method_params: what the methods learn, by method.
-
-        With several `views`, so many rows in sequence are views of one image.
-        """
-        terms = {"ce": cross_entropy(student_logits, labels, smoothing=self.label_smoothing, where=where)}
-        loss = self.ce_weight * terms["ce"]
-        scale = jnp.asarray(self.kd_weight, loss.dtype)
-        if self.kd_warmup_epochs:
-            scale = scale * jnp.minimum(epoch.astype(loss.dtype) / self.kd_warmup_epochs, 1.0)
-        for name, (method, cfg, weight) in self.methods.items():
-            # Most methods take a view as an image of its own; one that compares views has them first.
-            rows = [teacher_logits, student_logits, labels, where]
-            if method.views(cfg) > 1:
-                rows = [
-                    None if x is None else jnp.moveaxis(x.reshape(-1, self.views, *x.shape[1:]), 1, 0) for x in rows
-                ]
-            parts = method.parts(*rows[:3], cfg, params=method_params.get(name), where=rows[3])
-            terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
-            terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
-            loss = loss + scale * weight * terms[name]
-        return loss, terms
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """float64 stays, anything else becomes float32."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, where: jax.Array | None = None
-) -> jax.Array:
-    r"""The mean cross-entropy in nats, the labels smoothed as in PyTorch.
-
-    .. math:: -(1 - s) \log p_y - \frac{s}{C} \sum_c \log p_c
-
-    Args:
-      logits: `[n, C]`, any float dtype; computed in float32 at least.
-      labels: `[n]` integers.
-      smoothing: s, 0 <= s < 1.
-      where: `[n]` bool; the mean is over the rows it keeps.
-
-    Example:
-      >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))), 4)
-      1.3863
-    """
-    log_p = jax.nn.log_softmax(at_least_float32(logits))
-    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
-    return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
-
-
 def make_train_step(
     student: Network,
     teacher: Network | Ensemble | None,
@@ -202,7 +108,6 @@ def make_train_step(
     *,
     schedule: Callable[[jax.Array], jax.Array],
     steps_per_epoch: int,
-    depth: int,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
@@ -218,7 +123,6 @@ def make_train_step(
       optimizer: over `(student parameters, method parameters)`, see `trainable`.
       schedule: the learning rate by step, to be logged.
       steps_per_epoch: of the run.
-      depth: of the diagnostics.
       ema_decay: of the moving average in the state; None without one.
     """
 
@@ -250,7 +154,10 @@ def make_train_step(
 
         metrics = classification(logits, labels, where)
         if teacher_logits is not None:
-            tops = {"teacher_top": _top_mask(teacher_logits, depth), "student_top": _top_mask(logits, depth)}
+            tops = {
+                "teacher_top": _top_mask(teacher_logits, objective.depth),
+                "student_top": _top_mask(logits, objective.depth),
+            }
             metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
         count = metrics["top1"].count
         means = {**terms, "loss": loss, "learning_rate": schedule(state.step)}

@@ -17,12 +17,13 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.console import say, summary_table
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.speed import watched
 from ldrld_jax.data.stream import Readable, TrainBatches, eval_batches
 from ldrld_jax.errors import UserError
-from ldrld_jax.losses import METHODS, LDRLDConfig, Method, standardized
 from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, to_devices
 from ldrld_jax.metrics import Means, add, on_host, replace_text
 from ldrld_jax.networks import create_network, dtypes, load_network
+from ldrld_jax.objective import Objective, check_classes, make_objective
 from ldrld_jax.optim import first_decay_epoch, make_optimizer, make_schedule
 from ldrld_jax.recorder import Recorder
 from ldrld_jax.signals import Interrupted, Signals, catch_signals
@@ -30,7 +31,6 @@ from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import (
     Ensemble,
     Network,
-    Objective,
     TrainState,
     Variables,
     make_eval_step,
@@ -152,7 +152,7 @@ class Run:
         if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
-        objective = _objective(config)
+        objective = make_objective(config)
         batches = make_train_batches(
             config.data,
             batch_size=config.batch_size,
@@ -162,7 +162,7 @@ class Run:
             **_shares(mesh),
         )
         eval_source = make_eval_source(config.data)
-        _try(objective, len(batches.source.class_names))
+        check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
         jax.eval_shape(lambda: create_network(config.student.model, config.data, seed=0, **run._like_data)[1])
@@ -302,7 +302,6 @@ class Run:
                 optimizer,
                 schedule=self.schedule,
                 steps_per_epoch=self.batches.steps_per_epoch,
-                depth=_diagnostics_depth(self.objective),
                 ema_decay=config.ema_decay,
             ),
             donate_argnums=0,
@@ -323,7 +322,7 @@ class Run:
                 say(f"resuming the {role} at step {start} of {self.steps}")
             elif teacher and teacher.top1 is not None:
                 recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-            batches = to_devices(self.batches.iterate(start, threads=config.data.threads), self.mesh)
+            batches = to_devices(watched(self.batches.iterate(start, threads=config.data.threads)), self.mesh)
             frozen = teacher.variables if teacher else None
             pending = None
             for step in range(start + 1, self.steps + 1):
@@ -393,45 +392,6 @@ class Evaluator:
 
 def _shares(mesh: Mesh) -> dict[str, int]:
     return dict(divisor=mesh.shape["data"], host=jax.process_index(), hosts=jax.process_count())
-
-
-def _objective(config: ConfigDict) -> Objective:
-    """The objective of a config.
-
-    Raises:
-      UserError: if a weight or a method's field is not allowed.
-    """
-    weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
-    for key, value in (
-        weights | {f"loss_weight.{name}": weight for name, weight in config.loss_weight.items()}
-    ).items():
-        if value < 0 or (key == "label_smoothing" and value >= 1):
-            raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
-    methods = {
-        name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
-        for name in config_lib.method_names(config)
-    }
-    return Objective(methods, **weights)
-
-
-def _try(objective: Objective, classes: int) -> None:
-    """Raises a UserError if the objective refuses logits of so many classes: a depth above them shows here."""
-    rows = 2 * objective.views
-    logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    try:
-        jax.eval_shape(lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32)), logits, labels)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _method(config: ConfigDict, name: str) -> Method:
-    return standardized(METHODS[name]) if config.standardize else METHODS[name]
-
-
-def _diagnostics_depth(objective: Objective) -> int:
-    """The depth at which student and teacher are compared in the logs: LDRLD's, whatever the method."""
-    _, cfg, _ = objective.methods.get("ldrld", (None, LDRLDConfig(), 1.0))
-    return cfg.depth
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -28,12 +28,13 @@ ALLOWED = {
     "torch_files": {"errors"},
     "torch_import": {"errors", "models", "purify", "torch_files"},
     "config": {"errors", "losses"},
-    "train_step": {"losses", "metrics"},
+    "objective": {"config", "errors", "losses"},
+    "train_step": {"losses", "metrics", "objective"},
     "recorder": {"console", "metrics"},
     "networks": {"errors", "checkpoint", "models", "purify", "torch_import", "train_step"},
     "trainer": {
         *("config", "errors", "losses", "metrics", "optim", "mesh", "signals", "console", "data", "checkpoint"),
-        *("networks", "recorder", "torch_import", "train_step"),
+        *("networks", "objective", "recorder", "torch_import", "train_step"),
     },
     "main": {"config", "data", "errors", "trainer"},
 }

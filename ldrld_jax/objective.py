@@ -1,0 +1,148 @@
+"""What a student minimises: the cross-entropy and the distillation terms, weighted, each by its name."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.errors import UserError
+from ldrld_jax.losses import METHODS, LDRLDConfig, Method, standardized
+from ldrld_jax.losses.common import mean_over_rows
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """ce_weight * cross-entropy + kd_weight * warm-up * sum of loss_weight * distillation term.
+
+    Attributes:
+      methods: the distillation terms: name to (method, config, weight).
+      ce_weight, kd_weight: see the formula.
+      kd_warmup_epochs: the distillation terms grow linearly over these epochs.
+      label_smoothing: of the cross-entropy, 0 <= s < 1.
+    """
+
+    methods: Mapping[str, tuple[Method, Any, float]]
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+    kd_warmup_epochs: int = 0
+    label_smoothing: float = 0.0
+
+    @property
+    def views(self) -> int:
+        """How many augmentations of each image the methods compare."""
+        return max((method.views(cfg) for method, cfg, _ in self.methods.values()), default=1)
+
+    @property
+    def depth(self) -> int:
+        """How many of the largest classes the diagnostics compare: LDRLD's, whatever the methods."""
+        _, cfg, _ = self.methods.get("ldrld", (None, LDRLDConfig(), 1.0))
+        return cfg.depth
+
+    def __call__(
+        self,
+        teacher_logits: jax.Array | None,
+        student_logits: jax.Array,
+        labels: jax.Array,
+        *,
+        epoch: jax.Array,
+        where: jax.Array | None = None,
+        method_params: Mapping[str, Tree] = MappingProxyType({}),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss, a scalar, and its terms by name as they are before the weights around them.
+
+        A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`.
+
+        Args:
+          teacher_logits: `[n, C]`; None without methods.
+          student_logits: `[n, C]`.
+          labels: `[n]`.
+          epoch: from 1.
+          where: `[n]` bool; rows left out count in nothing.
+          method_params: what the methods learn, by method.
+
+        With several `views`, so many rows in sequence are views of one image.
+        """
+        terms = {"ce": cross_entropy(student_logits, labels, smoothing=self.label_smoothing, where=where)}
+        loss = self.ce_weight * terms["ce"]
+        scale = jnp.asarray(self.kd_weight, loss.dtype)
+        if self.kd_warmup_epochs:
+            scale = scale * jnp.minimum(epoch.astype(loss.dtype) / self.kd_warmup_epochs, 1.0)
+        for name, (method, cfg, weight) in self.methods.items():
+            # Most methods take a view as an image of its own; one that compares views has them first.
+            rows = [teacher_logits, student_logits, labels, where]
+            if method.views(cfg) > 1:
+                rows = [
+                    None if x is None else jnp.moveaxis(x.reshape(-1, self.views, *x.shape[1:]), 1, 0) for x in rows
+                ]
+            parts = method.parts(*rows[:3], cfg, params=method_params.get(name), where=rows[3])
+            terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
+            terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
+            loss = loss + scale * weight * terms[name]
+        return loss, terms
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """float64 stays, anything else becomes float32."""
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, where: jax.Array | None = None
+) -> jax.Array:
+    r"""The mean cross-entropy in nats, the labels smoothed as in PyTorch.
+
+    .. math:: -(1 - s) \log p_y - \frac{s}{C} \sum_c \log p_c
+
+    Args:
+      logits: `[n, C]`, any float dtype; computed in float32 at least.
+      labels: `[n]` integers.
+      smoothing: s, 0 <= s < 1.
+      where: `[n]` bool; the mean is over the rows it keeps.
+
+    Example:
+      >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))), 4)
+      1.3863
+    """
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
+    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The objective of a resolved config.
+
+    Raises:
+      UserError: if a weight or a method's field is not allowed.
+    """
+    weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
+    for key, value in (
+        weights | {f"loss_weight.{name}": weight for name, weight in config.loss_weight.items()}
+    ).items():
+        if value < 0 or (key == "label_smoothing" and value >= 1):
+            raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
+    methods = {
+        name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
+        for name in config_lib.method_names(config)
+    }
+    return Objective(methods, **weights)
+
+
+def check_classes(objective: Objective, classes: int) -> None:
+    """Raises a UserError if the objective refuses logits of so many classes: a depth above them shows here."""
+    rows = 2 * objective.views
+    logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    try:
+        jax.eval_shape(lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32)), logits, labels)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _method(config: ConfigDict, name: str) -> Method:
+    return standardized(METHODS[name]) if config.standardize else METHODS[name]
