@@ -103,6 +103,7 @@ def _data() -> ConfigDict:
     data.flip = False  # horizontally, every other image, with any of them
     data.rand_augment = 0  # so many random distortions of each training image
     data.rand_magnitude = 9  # their strength, 0 to 30
+    data.mixup = 0.0  # alpha: neighbours in a batch are blended by a share from Beta(alpha, alpha); 0: not
     data.resize_size = config_dict.placeholder(int)  # evaluation: the shorter side is resized to this; unset: crop_size
     data.crop_size = config_dict.placeholder(int)  # evaluation: then the middle square of this size; unset: as stored
     data.seed = 0  # of the choices that follow, so that runs of many seeds share one training set

@@ -1,6 +1,7 @@
 """What a student minimises: the cross-entropy and the distillation terms, weighted, each by its name."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +54,7 @@ class Objective:
         *,
         epoch: jax.Array,
         where: jax.Array | None = None,
+        second: tuple[jax.Array, jax.Array] | None = None,
         method_params: Mapping[str, Tree] = MappingProxyType({}),
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, a scalar, and its terms by name as they are before the weights around them.
@@ -65,11 +67,17 @@ class Objective:
           labels: `[n]`.
           epoch: from 1.
           where: `[n]` bool; rows left out count in nothing.
+          second: of blended images, the labels `[n]` of the other image and its share, a scalar: the
+            cross-entropy is blended likewise, the methods go by `labels`.
           method_params: what the methods learn, by method.
 
         With several `views`, so many rows in sequence are views of one image.
         """
-        terms = {"ce": cross_entropy(student_logits, labels, smoothing=self.label_smoothing, where=where)}
+        ce = functools.partial(cross_entropy, student_logits, smoothing=self.label_smoothing, where=where)
+        terms = {"ce": ce(labels)}
+        if second is not None:
+            other, share = second
+            terms["ce"] = (1 - share) * terms["ce"] + share * ce(other)
         loss = self.ce_weight * terms["ce"]
         scale = jnp.asarray(self.kd_weight, loss.dtype)
         if self.kd_warmup_epochs:

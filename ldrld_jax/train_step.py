@@ -67,7 +67,7 @@ class Network:
     def __call__(
         self, variables: Any, images: jax.Array, *, train: bool, where: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
-        """Logits `[n, C]` of uint8 images `[n, height, width, channels]`, and the batch statistics after them."""
+        """Logits `[n, C]` of images `[n, height, width, channels]`, 0 to 255, and the batch statistics after them."""
         x = images.astype(jnp.float64 if self.dtype == jnp.float64 else jnp.float32) / 255
         if self.image_size is not None and x.shape[1:3] != (self.image_size, self.image_size):
             x = jax.image.resize(x, (x.shape[0], self.image_size, self.image_size, x.shape[3]), "bilinear")
@@ -100,6 +100,39 @@ class Ensemble:
         return jnp.mean(logits, axis=0), ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixup:
+    r"""Blends each image of a batch with the one before it, all by one share drawn for the step.
+
+    .. math:: \lambda x_i + (1 - \lambda) x_{i-1}, \quad
+              \lambda = \max(b, 1 - b), \quad b \sim \mathrm{Beta}(\alpha, \alpha)
+
+    The batch is in random order already, so its neighbours are random pairs; of a batch that is
+    split over devices only the images at the seams travel. Since lambda is at least one half, the
+    label that weighs more is the image's own.
+
+    Attributes:
+      alpha: above 0; small for shares near 1.
+      seed: the share is a function of it and the step.
+
+    References:
+      Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+
+    alpha: float
+    seed: int = 0
+
+    def __call__(
+        self, images: jax.Array, labels: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Blended images `[n, ...]` float32, and the other labels `[n]` with their share, a scalar."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        draw = jax.random.beta(key, self.alpha, self.alpha, dtype=jnp.float32)
+        share = jnp.minimum(draw, 1 - draw)
+        images = images.astype(jnp.float32)
+        return (1 - share) * images + share * jnp.roll(images, 1, axis=0), (jnp.roll(labels, 1), share)
+
+
 def make_train_step(
     student: Network,
     teacher: Network | Ensemble | None,
@@ -109,6 +142,7 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     steps_per_epoch: int,
     ema_decay: float | None = None,
+    mixup: Mixup | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -124,10 +158,14 @@ def make_train_step(
       schedule: the learning rate by step, to be logged.
       steps_per_epoch: of the run.
       ema_decay: of the moving average in the state; None without one.
+      mixup: blends the images of a batch; it must have no padding then. None does not.
     """
 
     def step(state: TrainState, teacher_variables: Any, batch: Batch) -> tuple[TrainState, Means]:
         images, labels, where = _rows(batch)
+        second = None
+        if mixup is not None:
+            images, second = mixup(images, labels, state.step)
         epoch = state.step // steps_per_epoch + 1
         teacher_logits = None
         if teacher is not None:
@@ -138,7 +176,13 @@ def make_train_step(
             params, method_params = params
             logits, batch_stats = student(Variables(params, state.student.batch_stats), images, train=True, where=where)
             loss, terms = objective(
-                teacher_logits, logits, labels, epoch=epoch, where=where, method_params=method_params
+                teacher_logits,
+                logits,
+                labels,
+                epoch=epoch,
+                where=where,
+                second=second,
+                method_params=method_params,
             )
             return loss, (terms, logits, batch_stats)
 

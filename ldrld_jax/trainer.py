@@ -30,6 +30,7 @@ from ldrld_jax.signals import Interrupted, Signals, catch_signals
 from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import (
     Ensemble,
+    Mixup,
     Network,
     TrainState,
     Variables,
@@ -161,6 +162,12 @@ class Run:
             sharding=batch_sharding(mesh),
             **_shares(mesh),
         )
+        padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
+        if config.data.mixup < 0 or (config.data.mixup and padded):
+            raise UserError(
+                f"data.mixup blends the images of a batch, which may hold no padding: got {config.data.mixup}. Set "
+                "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
+            )
         eval_source = make_eval_source(config.data)
         check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
@@ -303,6 +310,7 @@ class Run:
                 schedule=self.schedule,
                 steps_per_epoch=self.batches.steps_per_epoch,
                 ema_decay=config.ema_decay,
+                mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
             ),
             donate_argnums=0,
             out_shardings=replicated(self.mesh),

@@ -79,6 +79,8 @@ WRONG = [
     (["--config.epochs=0"], "epochs must be at least 1, got 0"),
     (["--config.batch_size=0"], "batch_size must be at least 1, got 0"),
     (["--config.batch_size=100", "--config.data.remainder=drop"], "number of training images (90)"),
+    (["--config.data.mixup=.2"], "data.mixup blends the images of a batch, which may hold no padding: got 0.2"),
+    (["--config.data.mixup=-1."], "data.mixup blends"),
     (["--config.ema_decay=1."], "ema_decay must be at least 0 and below 1, got 1.0"),
     (["--config.method=kd", "--config.teacher.ensemble=vote"], "there is no teacher.ensemble 'vote'"),
     (["--config.precision=float16"], "there is no precision 'float16'"),

@@ -14,6 +14,7 @@ from ldrld_jax.objective import Objective, cross_entropy
 from ldrld_jax.purify import purify
 from ldrld_jax.train_step import (
     Ensemble,
+    Mixup,
     Network,
     TrainState,
     Variables,
@@ -139,3 +140,23 @@ def test_evaluation_counts_real_rows_only(network, x64):
     assert float(other["top1"].count) == 5
     for name in one:
         np.testing.assert_allclose(other[name].value, one[name].value, rtol=1e-6)
+
+
+def test_mixup_blends_neighbours_and_their_cross_entropies(rng):
+    images = jnp.asarray(rng.integers(0, 256, (4, 2, 2, 1), np.uint8))
+    labels, logits = jnp.arange(4), jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+    shares = []
+    for step in range(200):
+        blended, (other, share) = Mixup(alpha=0.5, seed=1)(images, labels, jnp.int32(step))
+        shares.append(float(share))
+    assert 0 <= min(shares) < 0.01
+    assert 0.45 < max(shares) <= 0.5
+    # The mean of min(b, 1 - b) of Beta(1/2, 1/2) is 1/2 - 1/pi; its deviation .16, of the mean of 200 .011.
+    assert abs(np.mean(shares) - (0.5 - 1 / np.pi)) < 0.04
+    expected = [(1 - share) * np.asarray(images[i], np.float64) + share * np.asarray(images[i - 1]) for i in range(4)]
+    np.testing.assert_allclose(blended, expected, rtol=1e-5)
+    assert other.tolist() == [3, 0, 1, 2]
+    _, terms = Objective({})(None, logits, labels, epoch=jnp.int32(1), second=(other, share))
+    np.testing.assert_allclose(
+        terms["ce"], (1 - share) * cross_entropy(logits, labels) + share * cross_entropy(logits, other), rtol=1e-6
+    )

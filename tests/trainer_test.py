@@ -200,6 +200,17 @@ def test_a_non_finite_term_stops_the_run_with_its_step_and_name(tiny, teacher_di
         trainer.train(config, tmp_path)
 
 
+def test_mixup_is_drawn_by_seed_and_step(tiny, tmp_path):
+    flags = ["data.mixup=.4", "data.remainder=drop", "optim.schedule=constant"]
+    trainer.train(tiny(*flags, "epochs=2"), tmp_path / "straight")
+    for epochs in (1, 2):
+        trainer.train(tiny(*flags, f"epochs={epochs}"), tmp_path / "resumed")
+    trainer.train(tiny(*flags[1:], "epochs=2"), tmp_path / "plain")
+    losses = {name: values(tmp_path / name, "train", "ce") for name in ("straight", "resumed", "plain")}
+    assert losses["straight"] == losses["resumed"]
+    assert losses["straight"] != losses["plain"]
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_parameters_and_statistics_are_float32(tiny, tmp_path, precision):
     trainer.train(tiny(f"precision={precision}", "epochs=1"), tmp_path)

@@ -108,11 +108,16 @@ def _local_terms(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tu
     same takes twice as long on CPU.
     """
     i, j = np.triu_indices(cfg.depth, k=1)
+    # z_i - z_j of all pairs as a product with rows of 1 and -1, exact at full precision: to gather
+    # z_i and z_j would hold two more arrays a side (at C = 100: 3.3 arrays of B x C instead of 2.8).
+    difference = jnp.asarray(np.eye(cfg.depth)[i] - np.eye(cfg.depth)[j], student.dtype)
+    pair = lambda z: jnp.matmul(difference, z, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
 
-    def weighted_pair_kl(i, j, weight):
-        return weight * bernoulli_kl(teacher[i] - teacher[j], student[i] - student[j])
+    def weighted_pair_kl(teacher_pair, student_pair, weight):
+        return weight * bernoulli_kl(teacher_pair, student_pair)
 
-    pairs = jax.vmap(weighted_pair_kl)(i, j, jnp.asarray(_rank_weights(cfg)[i, j], student.dtype))
+    weights = jnp.asarray(_rank_weights(cfg)[i, j], student.dtype)
+    pairs = jax.vmap(weighted_pair_kl)(pair(teacher), pair(student), weights)
     log_p, log_q = jax.nn.log_softmax(teacher, axis=0), jax.nn.log_softmax(student, axis=0)
     return jnp.sum(pairs, axis=0), jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)
 
