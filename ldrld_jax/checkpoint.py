@@ -37,6 +37,9 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=clean,
         )
+        if clean:  # a run killed between a save and its clean-up leaves one too many
+            for step in {c.step for c in self._checkpointer.checkpoints} - {self.latest_step, self.best_step}:
+                self._checkpointer.delete(step)
 
     @property
     def latest_step(self) -> int | None:

@@ -37,7 +37,7 @@ def default() -> ConfigDict:
     """Every config key with its default; a key that may stay unset is a typed placeholder.
 
     Example:
-      >>> default().teacher.min_top1 is None, default().optim.momentum
+      >>> default().teacher.checkpoint is None, default().optim.momentum
       (True, 0.9)
     """
     config = ConfigDict()

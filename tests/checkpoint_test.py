@@ -29,6 +29,16 @@ def test_the_best_and_the_last_are_kept(tmp_path):
         assert (checkpoints.best_step, checkpoints.latest_step) == (2, 4)
 
 
+def test_what_a_killed_run_left_too_many_is_removed_on_resume_only(tmp_path):
+    for name, step, top1 in (("a", 1, 50.0), ("b", 2, 70.0), ("c", 3, 60.0)):
+        save(tmp_path / name, (step, top1))
+    for name, step in (("b", "2"), ("c", "3")):
+        (tmp_path / name / step).rename(tmp_path / "a" / step)
+    for clean, left in ((False, ["1", "2", "3"]), (True, ["2", "3"])):
+        Checkpoints(tmp_path / "a", clean=clean).close()
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == left
+
+
 def test_of_equal_accuracies_the_later_is_the_best(tmp_path):
     assert save(tmp_path, (1, 70.0), (2, 70.0), (3, 60.0)) == [2, 3]
 

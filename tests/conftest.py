@@ -64,12 +64,16 @@ def cifar100_dir() -> str:
 
 
 @pytest.fixture
-def tiny(data_dir):
-    """`tiny(*overrides)`: the digits config cut to seconds, a plain resnet8 unless overridden."""
+def tiny(data_dir, monkeypatch):
+    """`tiny(*overrides)`: the digits config cut to seconds, plain training of a net that compiles in one."""
     from ldrld_jax import config as config_lib
+    from ldrld_jax.models import MODELS
+    from tests.tiny_net import TinyNet
+
+    monkeypatch.setitem(MODELS, "tiny_net", TinyNet)
 
     def make(*overrides: str):
-        return config_lib.load("configs/digits.py", [*tiny_overrides(data_dir), *overrides])
+        return config_lib.load("configs/digits.py", [*tiny_overrides(data_dir), "student.model=tiny_net", *overrides])
 
     return make
 
@@ -83,6 +87,7 @@ def tiny_overrides(data_dir: str) -> list[str]:
         "eval_batch_size=24",
         "epochs=2",
         "method=ce",
+        "mesh.data=2",  # programs for eight devices take twice as long to compile; some tests ask for them
         "log.every_steps=1",
         "log.tensorboard=False",
         "teacher.model=resnet8",
