@@ -16,6 +16,9 @@ import pytest
 from tests.conftest import ROOT, comparable_lines, run_main, tiny_overrides
 from tests.trainer_test import saved
 
+# One worker: the run that nobody kills is made once.
+pytestmark = pytest.mark.xdist_group("kill")
+
 EPOCHS = 8
 KILLS = int(os.environ.get("LDRLD_JAX_KILLS", "3"))
 

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from ldrld_jax.losses import METHODS
-from ldrld_jax.models import create_model
 from ldrld_jax.objective import Objective, cross_entropy
 from ldrld_jax.purify import purify
 from ldrld_jax.train_step import (
@@ -22,12 +21,13 @@ from ldrld_jax.train_step import (
     make_train_step,
     trainable,
 )
+from tests.tiny_net import TinyNet
 
 
 @pytest.fixture(scope="module")
 def network():
     with jax.enable_x64(True):
-        model = create_model("resnet8", 10, 1, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
+        model = TinyNet(10, 1, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
         apply, *variables = purify(model)
     return Network(apply, mean=(0.3,), std=(0.4,), dtype=jnp.float64), Variables(*variables)
 
