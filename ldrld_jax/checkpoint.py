@@ -1,6 +1,8 @@
 """Checkpoints: the only file that touches orbax."""
 
 import contextlib
+import errno
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -64,7 +66,10 @@ class Checkpoints:
         if self.latest_step == step:
             return
         metrics = None if top1 is None else {"top1": top1}
-        self._checkpointer.save_checkpointables_async(step, trees, force=True, metrics=metrics, custom_metadata=host)
+        with self._disk_errors():
+            self._checkpointer.save_checkpointables_async(
+                step, trees, force=True, metrics=metrics, custom_metadata=host
+            )
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """The trees of `step` that `like` names, in its shapes, dtypes and shardings (if none, on one device)."""
@@ -82,7 +87,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is still being written."""
-        self._checkpointer.close()
+        with self._disk_errors():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+        try:
+            yield
+        except Exception as error:
+            if "No space left on device" not in str(error):
+                raise
+            directory = str(self._checkpointer.directory)
+            raise OSError(errno.ENOSPC, "no space left; the last whole checkpoint is intact", directory) from error
 
 
 def load_model(directory: epath.PathLike, like: dict[str, Any], *, best: bool = True) -> dict[str, Any]:

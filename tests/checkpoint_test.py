@@ -83,3 +83,14 @@ def test_an_empty_folder_and_none_at_all(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="there is no checkpoint in"):
             load_model(path, trees(0)["model"])
+
+
+def test_a_full_disk_is_an_os_error_that_says_so(tmp_path, monkeypatch):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+
+        def full(*args, **kwargs):
+            raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+        monkeypatch.setattr(checkpoints._checkpointer.__class__, "save_checkpointables_async", full)
+        with pytest.raises(OSError, match="no space left; the last whole checkpoint is intact"):
+            checkpoints.save(1, trees(1), {})
