@@ -55,3 +55,8 @@ def to_devices(batches: Iterable[dict[str, Any]], mesh: Mesh) -> Iterator[dict[s
         ahead = following
     if ahead is not None:
         yield ahead
+
+
+def shares(mesh: Mesh) -> dict[str, int]:
+    """What a loader must know of the mesh: `divisor` of its batches, and which of the `hosts` this `host` is."""
+    return dict(divisor=mesh.shape["data"], host=jax.process_index(), hosts=jax.process_count())

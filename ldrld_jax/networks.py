@@ -2,37 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
-import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint import load_model
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 from ldrld_jax.models import create_model
+from ldrld_jax.precision import dtypes
 from ldrld_jax.purify import purify
 from ldrld_jax.torch_import import load_torch_checkpoint
 from ldrld_jax.train_step import Network, Variables
-
-# precision: dtype of the computation, dtype of the parameters
-_DTYPES = {
-    "float32": (jnp.float32, jnp.float32),
-    "bfloat16": (jnp.bfloat16, jnp.float32),
-    "float64": (jnp.float64, jnp.float64),
-}
-
-
-def dtypes(precision: str) -> dict[str, Any]:
-    """`dtype` and `param_dtype` of a precision.
-
-    Raises:
-      UserError: if there is no such precision.
-    """
-    if precision not in _DTYPES:
-        raise unknown("precision", precision, _DTYPES)
-    return dict(zip(("dtype", "param_dtype"), _DTYPES[precision], strict=True))
 
 
 def create_network(

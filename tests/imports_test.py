@@ -31,10 +31,17 @@ ALLOWED = {
     "objective": {"config", "errors", "losses"},
     "train_step": {"losses", "metrics", "objective"},
     "recorder": {"console", "metrics"},
-    "networks": {"errors", "checkpoint", "models", "purify", "torch_import", "train_step"},
+    "precision": {"errors"},
+    "networks": {"errors", "checkpoint", "models", "precision", "purify", "torch_import", "train_step"},
+    "evaluator": {"data", "mesh", "metrics", "train_step"},
+    "run": {"checkpoint", "config", "data", "errors", "mesh", "networks", "objective", "optim", "train_step"},
+    "loop": {
+        *("checkpoint", "console", "data", "evaluator", "mesh", "metrics", "optim", "recorder", "run", "signals"),
+        "train_step",
+    },
     "trainer": {
-        *("config", "errors", "losses", "metrics", "optim", "mesh", "signals", "console", "data", "checkpoint"),
-        *("networks", "objective", "recorder", "torch_import", "train_step"),
+        *("config", "console", "errors", "evaluator", "loop", "precision", "run", "signals", "torch_import"),
+        "train_step",
     },
     "main": {"config", "data", "errors", "trainer"},
 }

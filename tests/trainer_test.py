@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldrld_jax import trainer
+from ldrld_jax import loop, trainer
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.recorder import NonFiniteError
@@ -64,15 +64,15 @@ def test_the_loss_is_the_weighted_sum_of_its_logged_terms(tiny, teacher_dir, tmp
 
 def test_the_teacher_is_bitwise_unchanged_by_a_distillation(tiny, teacher_dir, tmp_path, monkeypatch):
     teachers = []
-    obtain = trainer.Run.obtain_teacher
+    obtain = trainer.obtain_teacher
 
-    def spy(self, student, signals):
-        teacher = obtain(self, student, signals)
+    def spy(run, student, signals):
+        teacher = obtain(run, student, signals)
         if teacher is not None:
             teachers.append((teacher.variables, jax.tree.map(np.array, teacher.variables)))
         return teacher
 
-    monkeypatch.setattr(trainer.Run, "obtain_teacher", spy)
+    monkeypatch.setattr(trainer, "obtain_teacher", spy)
     trainer.train(tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}"), tmp_path)
     ((after, before),) = teachers
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, after), before)
@@ -80,9 +80,9 @@ def test_the_teacher_is_bitwise_unchanged_by_a_distillation(tiny, teacher_dir, t
 
 @pytest.mark.parametrize(("remainder", "traces"), [("keep", 2), ("drop", 1)])
 def test_the_step_is_traced_once_a_batch_shape(tiny, tmp_path, monkeypatch, remainder, traces):
-    make = trainer.make_train_step
+    make = loop.make_train_step
     chex.clear_trace_counter()
-    monkeypatch.setattr(trainer, "make_train_step", lambda *a, **k: chex.assert_max_traces(make(*a, **k), n=traces))
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **k: chex.assert_max_traces(make(*a, **k), n=traces))
     trainer.train(tiny(f"data.remainder={remainder}", "epochs=3"), tmp_path)
     assert len(values(tmp_path, "train", "loss")) == (9 if remainder == "keep" else 6)
 

@@ -1,0 +1,139 @@
+"""A planned run: its config checked and its parts built, with nothing written and nothing computed yet."""
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.stream import Readable, TrainBatches
+from ldrld_jax.errors import UserError
+from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, shares
+from ldrld_jax.networks import create_network, load_network
+from ldrld_jax.objective import Objective, check_classes, make_objective
+from ldrld_jax.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.train_step import Network, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose config has been checked: its parts, and nothing on disk or device yet."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    eval_source: Readable
+    batches: TrainBatches
+    objective: Objective
+
+    @classmethod
+    def plan(cls, config: ConfigDict, workdir: epath.Path) -> "Run":
+        """Builds the parts of a resolved config, and finds what is wrong with it before anything is written.
+
+        Raises:
+          UserError: the first thing that is wrong.
+        """
+        for key in ("epochs", "batch_size", "eval_batch_size", "eval_every_epochs"):
+            if config[key] < 1:
+                raise UserError(f"{key} must be at least 1, got {config[key]}.")
+        if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+            raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
+        mesh = make_mesh(config.mesh.data, config.mesh.model)
+        objective = make_objective(config)
+        batches = make_train_batches(
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            views=objective.views,
+            sharding=batch_sharding(mesh),
+            **shares(mesh),
+        )
+        padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
+        if config.data.mixup < 0 or (config.data.mixup and padded):
+            raise UserError(
+                f"data.mixup blends the images of a batch, which may hold no padding: got {config.data.mixup}. Set "
+                "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
+            )
+        eval_source = make_eval_source(config.data)
+        check_classes(objective, len(batches.source.class_names))
+        run = cls(config, workdir, mesh, eval_source, batches, objective)
+        make_optimizer(config.optim, run.schedule)
+        jax.eval_shape(lambda: create_network(config.student.model, config.data, seed=0, **run._like_data)[1])
+        return run
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.batches.steps_per_epoch
+
+    @property
+    def schedule(self) -> Schedule:
+        return make_schedule(self.config.optim, steps_per_epoch=self.batches.steps_per_epoch, epochs=self.config.epochs)
+
+    @property
+    def _like_data(self) -> dict[str, Any]:
+        """What the data and the precision ask of any network."""
+        source = self.batches.source
+        return dict(
+            num_classes=len(source.class_names), channels=source.image_shape[-1], precision=self.config.precision
+        )
+
+    def create(self) -> tuple[Network, Variables]:
+        """The student before its first step: freshly initialised, or from `student.checkpoint`."""
+        config = self.config
+        network, variables = create_network(config.student.model, config.data, seed=config.seed, **self._like_data)
+        if config.student.checkpoint is not None:
+            _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
+        return network, variables
+
+    def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
+        """A network from a checkpoint, its weights on all devices."""
+        network, variables = load_network(path, model, data, **self._like_data)
+        return network, jax.device_put(variables, replicated(self.mesh))
+
+    def check_identity(self) -> None:
+        """Raises a UserError unless the workdir is new or holds an earlier part of this very run."""
+        path = self.workdir / "config.json"
+        if not path.exists():
+            return
+        theirs, ours = config_lib.identity(json.loads(path.read_text())), config_lib.identity(self.config)
+        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
+            decay, done = first_decay_epoch(self.config.optim), self._saved_steps() / self.batches.steps_per_epoch
+            if done < decay:
+                return
+            raise UserError(
+                f"epochs may grow only before the first decay (epoch {decay}), and {self.workdir} is at epoch "
+                f"{done:g}. Choose another workdir."
+            )
+        if differing:
+            shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differing)
+            raise UserError(f"{self.workdir} holds a run of another config: {shown}. Choose another workdir.")
+
+    def _saved_steps(self) -> int:
+        directory = self.workdir / "checkpoints"
+        if not directory.exists():
+            return 0
+        with contextlib.closing(Checkpoints(directory, clean=False)) as checkpoints:
+            return checkpoints.latest_step or 0
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary, if the run has ended."""
+        path = self.workdir / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else None
+        return summary if summary and summary["steps"] == self.steps else None
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the student is evaluated after this step."""
+        return step % (self.config.eval_every_epochs * self.batches.steps_per_epoch) == 0 or step == self.steps
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step beside those of the evaluations."""
+        every = self.config.checkpoint.every_steps
+        return every is not None and step % every == 0
