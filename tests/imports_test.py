@@ -21,6 +21,7 @@ ALLOWED = {
     "mesh": {"errors"},
     "signals": set(),
     "console": set(),
+    "devices": set(),
     "purify": set(),
     "checkpoint": {"errors"},
     "model_table": {"models", "purify"},
