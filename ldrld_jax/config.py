@@ -72,6 +72,7 @@ def default() -> ConfigDict:
     # The teacher's own data and recipe; unset: the student's.
     config.teacher.data = _placeholders(config.data)
     config.teacher.optim = _placeholders(config.optim)
+    config.steps_per_dispatch = 1  # so many steps in one program, with data.loader=resident: see docs/bench.md
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
     config.mesh.model = 1
@@ -352,6 +353,7 @@ def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
     teacher, recipe = config.teacher, default()
     for key in ("eval_batch_size", "precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
         recipe[key] = copy.deepcopy(config[key])
+    recipe.steps_per_dispatch = config.steps_per_dispatch if teacher.data.loader == "resident" else 1
     recipe.method = "ce"
     recipe.seed, recipe.epochs, recipe.batch_size = teacher.seed, teacher.epochs, teacher.batch_size
     recipe.student.model = model
@@ -370,6 +372,7 @@ _NOT_IDENTITY = (
     "teacher.data.loader",
     "teacher.data.threads",
     "teacher.data.cache_mb",
+    "steps_per_dispatch",
     "mesh.",
     "log.",
     "checkpoint.",

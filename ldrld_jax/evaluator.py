@@ -1,32 +1,68 @@
 """Evaluation of a network on a whole split."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ldrld_jax.data.stream import Readable, eval_batches
+from ldrld_jax.data.sources import InMemory
+from ldrld_jax.data.stream import Batch, Readable, eval_batches
 from ldrld_jax.mesh import Mesh, replicated, shares, to_devices
-from ldrld_jax.metrics import Means, add, on_host
+from ldrld_jax.metrics import Means, add, by_step
 from ldrld_jax.train_step import Ensemble, Network, make_eval_step
 
 
 class Evaluator:
-    """Evaluates a network on every example of a source, once each."""
+    """Evaluates a network on every example of a source, once each.
+
+    A source that is kept in memory goes to the devices as a whole, at the first evaluation, and is then
+    evaluated by one program; others stream through one batch at a time. The numbers are the same.
+    """
 
     def __init__(self, network: Network | Ensemble, source: Readable, config: ConfigDict, mesh: Mesh):
-        self._step = jax.jit(make_eval_step(network), out_shardings=replicated(mesh))
         self._source, self._config, self._mesh = source, config, mesh
+        step = make_eval_step(network)
+        self._step = jax.jit(step, out_shardings=replicated(mesh))
+        self._split = jax.jit(
+            lambda variables, batches: jax.lax.map(lambda batch: step(variables, batch), batches),
+            out_shardings=replicated(mesh),
+        )
+        self._stored: dict[str, jax.Array] | None = None
 
     def __call__(self, variables: Any) -> dict[str, float]:
         """Cross-entropy in nats, top-1 and top-5 in percent."""
-        batches = eval_batches(
-            self._source, self._config.eval_batch_size, threads=self._config.data.threads, **shares(self._mesh)
-        )
         total: Means = {}
-        pending: Means = {}
-        for batch in to_devices(batches, self._mesh):
-            means = self._step(variables, batch)  # dispatched before the last one is waited for
-            total, pending = add(total, on_host(pending)), means
-        total = add(total, on_host(pending))
+        for dispatched in self._dispatches(variables):
+            for means in by_step(dispatched):
+                total = add(total, means)
         return {name: mean.value for name, mean in total.items()}
+
+    def _dispatches(self, variables: Any) -> Iterator[Means]:
+        """The means of the whole split, `[batches]` each, or of a batch after the other, the next one dispatched."""
+        if isinstance(self._source, InMemory):
+            if self._stored is None:
+                self._stored = self._to_devices()
+            yield self._split(variables, self._stored)
+            return
+        pending = None
+        for batch in to_devices(self._batches(), self._mesh):
+            means = self._step(variables, batch)
+            if pending is not None:
+                yield pending
+            pending = means
+        if pending is not None:
+            yield pending
+
+    def _batches(self) -> Iterator[Batch]:
+        config = self._config
+        return eval_batches(self._source, config.eval_batch_size, threads=config.data.threads, **shares(self._mesh))
+
+    def _to_devices(self) -> dict[str, jax.Array]:
+        """All batches, `[batches, rows, ...]`, their rows split over the devices."""
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, "data"))
+        batches = list(self._batches())
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}

@@ -11,9 +11,9 @@ import optax
 
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.console import say
-from ldrld_jax.data.speed import watched
+from ldrld_jax.dispatch import Dispatcher
 from ldrld_jax.evaluator import Evaluator
-from ldrld_jax.mesh import replicated, to_devices
+from ldrld_jax.mesh import replicated
 from ldrld_jax.metrics import replace_text
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.recorder import Recorder
@@ -46,7 +46,7 @@ def fit(
       run: the plan.
       student: before its first step.
       teacher: None for plain training.
-      signals: looked at after each step.
+      signals: looked at after each dispatch.
       role: "student" or "teacher", for what is shown and logged.
 
     Raises:
@@ -56,19 +56,15 @@ def fit(
     config, (network, variables) = run.config, student
     optimizer = make_optimizer(config.optim, run.schedule)
     state = initial_state(run, variables, optimizer)
-    step_fn = jax.jit(
-        make_train_step(
-            network,
-            teacher.network if teacher else None,
-            run.objective,
-            optimizer,
-            schedule=run.schedule,
-            steps_per_epoch=run.batches.steps_per_epoch,
-            ema_decay=config.ema_decay,
-            mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
-        ),
-        donate_argnums=0,
-        out_shardings=replicated(run.mesh),
+    step_fn = make_train_step(
+        network,
+        teacher.network if teacher else None,
+        run.objective,
+        optimizer,
+        schedule=run.schedule,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        ema_decay=config.ema_decay,
+        mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
     )
     evaluate_weights = Evaluator(network, run.eval_source, config, run.mesh)
 
@@ -85,12 +81,12 @@ def fit(
             say(f"resuming the {role} at step {start} of {run.steps}")
         elif teacher and teacher.top1 is not None:
             recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-        batches = to_devices(watched(run.batches.iterate(start, threads=config.data.threads)), run.mesh)
+        advance = Dispatcher(run, step_fn, start, replicated(run.mesh))
         frozen = teacher.variables if teacher else None
-        pending = None
-        for step in range(start + 1, run.steps + 1):
-            # Dispatched, not waited for; meanwhile the host looks at the step before.
-            state, metrics = step_fn(state, frozen, next(batches))
+        step, pending = start, None
+        while step < run.steps:
+            # Dispatched, not waited for; meanwhile the host looks at the dispatch before.
+            step, state, metrics = advance(step, state, frozen)
             if pending is not None:
                 recorder.add(*pending)
             pending = step, metrics

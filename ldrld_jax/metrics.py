@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 
@@ -53,6 +54,18 @@ def add(left: Means, right: Means) -> Means:
 def on_host(means: Means) -> Means:
     """The same as Python floats; waits for the device."""
     return {name: Mean(float(mean.total), float(mean.count)) for name, mean in jax.device_get(means).items()}
+
+
+def by_step(means: Means) -> list[Means]:
+    """The means of one step (scalars) or of several (`[k]` each), a set a step, on the host; waits for the device.
+
+    Example:
+      >>> by_step({"loss": Mean(jnp.array([1.0, 6.0]), jnp.array([1, 2]))})[1]["loss"].value
+      3.0
+    """
+    host = {name: Mean(*map(np.atleast_1d, mean)) for name, mean in jax.device_get(means).items()}
+    steps = len(next(iter(host.values())).count)
+    return [{name: Mean(float(m.total[i]), float(m.count[i])) for name, m in host.items()} for i in range(steps)]
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.console import ProgressBar, evaluation_line, say
-from ldrld_jax.metrics import Mean, Means, Writer, add, on_host
+from ldrld_jax.metrics import Mean, Means, Writer, add, by_step
 
 
 class NonFiniteError(RuntimeError):
@@ -58,9 +58,17 @@ class Recorder:
         return self._config.batch_size / statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
     def add(self, step: int, metrics: Means) -> None:
-        """Takes in the metrics of a step; raises a NonFiniteError if a term is not finite."""
-        means = on_host(metrics)
-        self._tick()
+        """Takes in the metrics of a dispatch that ended with `step`: scalars of one step, `[k]` each of k.
+
+        Raises:
+          NonFiniteError: if a term is not finite; the first step of which that is so.
+        """
+        steps = by_step(metrics)
+        self._tick(len(steps))
+        for at, means in enumerate(steps, step - len(steps) + 1):
+            self._add(at, means)
+
+    def _add(self, step: int, means: Means) -> None:
         bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
         if bad:
             raise NonFiniteError(
@@ -89,10 +97,10 @@ class Recorder:
         name = f"teacher_{split}" if self._role == "teacher" else split
         self._writer.write(step, step / self._steps_per_epoch, name, values)
 
-    def _tick(self) -> None:
+    def _tick(self, steps: int) -> None:
         now = time.perf_counter()
         if self._clock is not None:
-            self._step_seconds.append(now - self._clock)
+            self._step_seconds.extend([(now - self._clock) / steps] * steps)
         self._clock = now
 
     def close(self) -> None:

@@ -40,9 +40,14 @@ class Run:
         Raises:
           UserError: the first thing that is wrong.
         """
-        for key in ("epochs", "batch_size", "eval_batch_size", "eval_every_epochs"):
+        for key in ("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch"):
             if config[key] < 1:
                 raise UserError(f"{key} must be at least 1, got {config[key]}.")
+        if config.steps_per_dispatch > 1 and config.data.loader != "resident":
+            raise UserError(
+                f"steps_per_dispatch={config.steps_per_dispatch} takes its batches from images on the devices. Set "
+                "data.loader=resident, or steps_per_dispatch=1."
+            )
         if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)

@@ -36,8 +36,9 @@ ALLOWED = {
     "networks": {"errors", "checkpoint", "models", "precision", "purify", "torch_import", "train_step"},
     "evaluator": {"data", "mesh", "metrics", "train_step"},
     "run": {"checkpoint", "config", "data", "errors", "mesh", "networks", "objective", "optim", "train_step"},
+    "dispatch": {"data", "mesh", "metrics", "run", "train_step"},
     "loop": {
-        *("checkpoint", "console", "data", "evaluator", "mesh", "metrics", "optim", "recorder", "run", "signals"),
+        *("checkpoint", "console", "dispatch", "evaluator", "mesh", "metrics", "optim", "recorder", "run", "signals"),
         "train_step",
     },
     "trainer": {

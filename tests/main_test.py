@@ -78,6 +78,8 @@ WRONG = [
     (["--config.label_smoothing=1"], "label_smoothing must not be negative, and below 1, got 1"),
     (["--config.epochs=0"], "epochs must be at least 1, got 0"),
     (["--config.batch_size=0"], "batch_size must be at least 1, got 0"),
+    (["--config.steps_per_dispatch=0"], "steps_per_dispatch must be at least 1, got 0"),
+    (["--config.steps_per_dispatch=8"], "Set data.loader=resident, or steps_per_dispatch=1"),
     (["--config.batch_size=100", "--config.data.remainder=drop"], "number of training images (90)"),
     (["--config.data.mixup=.2"], "data.mixup blends the images of a batch, which may hold no padding: got 0.2"),
     (["--config.data.mixup=-1."], "data.mixup blends"),

@@ -120,6 +120,12 @@ def test_every_image_counts_once_whatever_the_evaluation_batch(tiny, teacher_dir
     assert (top1[0] / 2) == int(top1[0] / 2)  # a multiple of 1/50
 
 
+def test_a_split_on_the_devices_is_evaluated_as_one_that_streams(tiny, teacher_dir):
+    """In one dispatch, or where nothing may be kept in memory in eight."""
+    config = functools.partial(tiny, "student.model=resnet8", "eval_batch_size=7")
+    assert trainer.evaluate(config(), teacher_dir) == trainer.evaluate(config("data.cache_mb=0"), teacher_dir)
+
+
 def test_a_recipe_trains_the_teacher_once_and_is_shared(tiny, tmp_path):
     shared = tmp_path / "shared"
     overrides = ["method=ldrld", "teacher.model=tiny_net", "teacher.epochs=1", f"teacher.workdir={shared}", "epochs=1"]

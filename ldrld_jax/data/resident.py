@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,32 +41,70 @@ class ResidentBatches(TrainBatches):
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
         """The batches from step `start` on, dispatched one by one; `threads` is not needed."""
+        return map(self.on_devices().batch, itertools.count(start))
+
+    def on_devices(self) -> "Images":
+        """Reads all images and puts them there."""
         images, labels = self.source.read(np.arange(len(self.source)))
         padded = np.pad(images, ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)))
-        stored = self._put((padded, labels))
-        rows = -(-self.batch_size // self.divisor) * self.divisor
-        make = make_batch(self.batch_size, rows, images.shape[1:3], self.sharding)
-        step = start
-        while True:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            draws = self._put(Draws(*(values.astype(np.int32) for values in self.draws(epoch))))
-            for at in range(position, self.steps_per_epoch):
-                count = min(len(self.source) - at * self.batch_size, self.batch_size)
-                batch = make(stored, draws, np.int32(at * self.batch_size), np.int32(count))
-                if count == rows and not self.masked:
-                    del batch["mask"]
-                yield batch
-            step += self.steps_per_epoch - position
+        return Images(self, self.put((padded, labels)))
 
-    def _put(self, tree: Any) -> Any:
+    def put(self, tree: Any) -> Any:
+        """Arrays to every device."""
         replicated = self.sharding and NamedSharding(self.sharding.mesh, PartitionSpec())
         return jax.device_put(tree, replicated)
+
+    @property
+    def rows(self) -> int:
+        """Of a batch: `batch_size` rounded up to the devices."""
+        return -(-self.batch_size // self.divisor) * self.divisor
+
+
+class Images:
+    """A training set on the devices, of which any batch is made there.
+
+    Args:
+      batches: what a batch is.
+      stored: all images, with their padding, and labels.
+    """
+
+    def __init__(self, batches: ResidentBatches, stored: tuple[jax.Array, jax.Array]):
+        self._batches, self._stored = batches, stored
+        self._draws: tuple[int, Any] = (-1, None)
+        self._make = make_batch(batches.batch_size, batches.rows, batches.source.image_shape[:2], batches.sharding)
+
+    def batch(self, step: int) -> DeviceBatch:
+        """The batch of `step`: one dispatch."""
+        stored, draws, position = self.at(step)
+        start = int(position) * self._batches.batch_size
+        count = min(self._batches.batch_size, len(self._batches.source) - start)
+        return self._padding_known(self._make(stored, draws, np.int32(start), np.int32(count)), count)
+
+    def at(self, step: int) -> tuple[Any, Draws, np.int32]:
+        """What the batch of `step` is made of: the images, the epoch's draws and the batch's place in the epoch."""
+        epoch, position = divmod(step, self._batches.steps_per_epoch)
+        if self._draws[0] != epoch:
+            draws = Draws(*(values.astype(np.int32) for values in self._batches.draws(epoch)))
+            self._draws = epoch, self._batches.put(draws)
+        return self._stored, self._draws[1], np.int32(position)
+
+    def whole(self, stored: Any, draws: Draws, position: jax.Array) -> DeviceBatch:
+        """A batch without missing examples, of what `at` gives: for use inside a program."""
+        count = self._batches.batch_size
+        batch = self._make(stored, draws, position * count, jnp.int32(count))
+        return self._padding_known(batch, count)
+
+    def _padding_known(self, batch: DeviceBatch, count: int) -> DeviceBatch:
+        """The batch, without its mask where nothing can be masked."""
+        if count == self._batches.rows and not self._batches.masked:
+            del batch["mask"]
+        return batch
 
 
 @functools.lru_cache(maxsize=4)
 def make_batch(
     batch_size: int, rows: int, crop: tuple[int, int], sharding: NamedSharding | None
-) -> Callable[[tuple[jax.Array, jax.Array], Draws, np.int32, np.int32], DeviceBatch]:
+) -> Callable[..., DeviceBatch]:
     """`make(stored, draws, start, count)`: the `count` examples from place `start` of an epoch's order.
 
     Args:

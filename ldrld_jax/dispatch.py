@@ -1,0 +1,76 @@
+"""How a run's steps reach the devices: one by one, or several in one program over images that lie there."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldrld_jax.data.resident import ResidentBatches
+from ldrld_jax.data.speed import watched
+from ldrld_jax.mesh import to_devices
+from ldrld_jax.metrics import Means
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import Batch, TrainState
+
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]
+
+
+class Dispatcher:
+    """Takes a run's steps in order, as many in one dispatch as `steps_per_dispatch` says and the run allows.
+
+    Several steps are one program: a scan whose body makes its batch from the images on the devices and
+    takes the train step. They lie within one epoch, start at a multiple of their number, hold whole
+    batches only, and nothing is saved between them; every other step is a dispatch of its own. A resumed
+    run cuts its steps as the one that never stopped.
+
+    Args:
+      run: the plan.
+      step: of `make_train_step`.
+      start: steps done.
+      out_shardings: of the state and of the metrics.
+    """
+
+    def __init__(self, run: Run, step: Step, start: int, out_shardings: Any):
+        self._run = run
+        jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
+        self._one = jit(step)
+        if isinstance(run.batches, ResidentBatches):
+            images = run.batches.on_devices()
+            self._batch, self._at = images.batch, images.at
+            self._several = jit(several_steps(step, images.whole, run.config.steps_per_dispatch))
+        else:
+            batches = to_devices(watched(run.batches.iterate(start, threads=run.config.data.threads)), run.mesh)
+            self._batch = lambda step: next(batches)
+
+    def __call__(self, step: int, state: TrainState, teacher: Any) -> tuple[int, TrainState, Means]:
+        """The steps after `step`: dispatched, not waited for.
+
+        Returns:
+          The steps done then, the state after them and their metrics: scalars of one step, else `[k]` each.
+        """
+        count = count_steps(self._run, step)
+        if count > 1:
+            return step + count, *self._several(state, teacher, *self._at(step))
+        return step + 1, *self._one(state, teacher, self._batch(step))
+
+
+def count_steps(run: Run, step: int) -> int:
+    """How many steps the dispatch after `step` steps takes: `steps_per_dispatch`, or one."""
+    together, position = run.config.steps_per_dispatch, step % run.batches.steps_per_epoch
+    whole = position + together <= len(run.batches.source) // run.batches.batch_size
+    saved = any(run.saves_at(step + i) for i in range(1, together))
+    return together if whole and position % together == 0 and not saved else 1
+
+
+def several_steps(step: Step, make: Callable[..., Batch], count: int) -> Callable[..., tuple[TrainState, Means]]:
+    """`steps(state, teacher, images, draws, first)`: `count` steps over an epoch's batches from the `first` on."""
+
+    def steps(state: TrainState, teacher: Any, images: Any, draws: Any, first: jax.Array) -> tuple[TrainState, Means]:
+        def one(state, position):
+            return step(state, teacher, make(images, draws, position))
+
+        return jax.lax.scan(one, state, first + jnp.arange(count, dtype=jnp.int32))
+
+    return steps
