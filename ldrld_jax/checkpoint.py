@@ -2,57 +2,124 @@
 
 import contextlib
 import errno
+import gc
+import itertools
+import logging
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ldrld_jax.checksum import Described, describe
 from ldrld_jax.errors import UserError
+from ldrld_jax.notes import DamagedError, Note, read_note, rewrite_note, signed
 
 Json = dict[str, Any]
+logger = logging.getLogger("ldrld_jax")
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_DELETED = ".deleted"
+# What tensorstore and XLA say when the machine failed, not the checkpoint.
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was saved: after `step` steps, the trees and the JSON that belong to it."""
+
+    step: int
+    trees: dict[str, Any]
+    host: Json
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<directory>/<step>`: the best by `top1` and the last are kept.
+    """The checkpoints of one run, `<directory>/<step>`: the last ones, the best by `top1`, every so many.
 
-    Saving copies the arrays, then writes in the background; a checkpoint appears under its name
-    only when it is whole.
+    Saving copies the arrays, then writes in the background; a checkpoint appears under its name only
+    when it is whole. Beside the arrays lie their checksums, which are compared when they are restored.
+    Nothing on disk changes before `resume` or `save`.
 
     Args:
-      directory: created if it is missing.
-      clean: remove what a killed run left half written; not for somebody who only reads.
+      directory: created by the first save.
+      run: what names the run, JSON; noted beside each checkpoint.
+      keep_last: how many of the last are kept, at least 1.
+      keep_every: those whose step is a multiple of this are kept for good.
     """
 
-    def __init__(self, directory: epath.PathLike, *, clean: bool = True):
-        policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(directory).resolve(),  # tensorstore takes absolute paths only
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["top1"], n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            ),
-            cleanup_tmp_directories=clean,
-        )
-        if clean:  # a run killed between a save and its clean-up leaves one too many
-            for step in {c.step for c in self._checkpointer.checkpoints} - {self.latest_step, self.best_step}:
-                self._checkpointer.delete(step)
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        run: Json | None = None,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+    ):
+        self._run = run or {}
+        self._directory = epath.Path(directory).resolve()  # tensorstore takes absolute paths only
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._notes = {step: read_note(self._path(step)) for step in self._steps_on_disk()}
+        self._writing: tuple[int, Note, ocp.AsyncResponse] | None = None
+
+    def _path(self, step: int, suffix: str = "") -> epath.Path:
+        return self._directory / f"{step}{suffix}"
+
+    def _steps_on_disk(self) -> list[int]:
+        found = self._directory.iterdir() if self._directory.exists() else ()
+        return sorted(int(path.name) for path in found if path.name.isdigit())
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are saved, ascending; what is damaged is among them."""
+        return sorted(self._notes)
+
+    @property
+    def readable_steps(self) -> list[int]:
+        """Those whose `host` can be read."""
+        return sorted(self._readable())
 
     @property
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self._notes, default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step of the highest top-1, of ties the latest; None before the first evaluation."""
-        rated = [(c.metrics["top1"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
-        return max(rated)[1] if rated else None
+        return max(self._top1s(), key=lambda step: (self._top1s()[step], step), default=None)
+
+    def by_preference(self, *, best: bool) -> list[int]:
+        """The steps, those first that might be the one wanted: unreadable, then by top-1 or the latest."""
+        top1s = self._top1s() if best else {}
+        readable = self._readable()
+        return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
+
+    def _top1s(self) -> dict[int, float]:
+        return {step: note["top1"] for step, note in self._readable().items() if note["top1"] is not None}
+
+    def _readable(self) -> dict[int, Note]:
+        return {step: note for step, note in self._notes.items() if not isinstance(note, DamagedError)}
+
+    def _note(self, step: int) -> Note:
+        note = self._notes[step]
+        if isinstance(note, DamagedError):
+            raise note
+        return note
+
+    def host(self, step: int) -> Json:
+        """What was saved as `host` at `step`; raises a DamagedError if it cannot be read."""
+        return self._note(step)["host"]
+
+    def run(self, step: int) -> Json:
+        """The `run` that saved `step`; raises likewise."""
+        return self._note(step)["run"]
+
+    def arrays(self, step: int, name: str) -> Described:
+        """Dtype, shape and checksum of each array of the tree saved as `name`; raises likewise."""
+        arrays = self._note(step)["arrays"].get(name, {})
+        return {path: (dtype, tuple(shape), total) for path, (dtype, shape, total) in arrays.items()}
 
     def save(self, step: int, trees: dict[str, Any], host: Json, top1: float | None = None) -> None:
         """Saves unless this step is saved already; returns when the arrays may be donated again.
@@ -61,78 +128,249 @@ class Checkpoints:
           step: the number of steps done.
           trees: trees of arrays, each of which can be restored alone.
           host: what else belongs to the run, JSON.
-          top1: the evaluation's, if there was one at this step.
+          top1: the evaluation's, if there was one at this step; it is added to a checkpoint that has none.
         """
-        if self.latest_step == step:
+        self.wait()
+        if step in self._notes:
+            if top1 is not None and self._note(step)["top1"] is None:
+                self._rate(step, host, top1)
             return
-        metrics = None if top1 is None else {"top1": top1}
-        with self._disk_errors():
-            self._checkpointer.save_checkpointables_async(
-                step, trees, force=True, metrics=metrics, custom_metadata=host
+        note = {
+            "run": self._run,
+            "host": host,
+            "top1": top1,
+            "arrays": {name: describe(tree) for name, tree in trees.items()},
+        }
+        with _disk_errors(self._directory):
+            writing = ocp.save_checkpointables_async(self._path(step), trees, custom_metadata=signed(note))
+        self._writing = step, note, writing
+
+    def _rate(self, step: int, host: Json, top1: float) -> None:
+        """Adds the evaluation that a signal had cut short when the step was saved."""
+        note = self._notes[step] = {**self._note(step), "host": host, "top1": top1}
+        if jax.process_index() == 0:
+            rewrite_note(self._path(step), note)
+        self._tidy()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole, and those that it makes superfluous are gone."""
+        if self._writing is None:
+            return
+        (step, note, writing), self._writing = self._writing, None
+        with _disk_errors(self._directory):
+            writing.result()
+        self._notes[step] = note
+        self._tidy()
+
+    close = wait
+
+    def resume(self, like: dict[str, Any]) -> Restored | None:
+        """The newest whole checkpoint; newer ones that are damaged are set aside as `<step>.corrupt`.
+
+        Args:
+          like: as for `restore`.
+
+        Returns:
+          None if nothing has been saved.
+
+        Raises:
+          UserError: if there are checkpoints and none is whole, or they hold other arrays; nothing is touched.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps):
+            try:
+                restored = Restored(step, self.restore(step, like), self.host(step))
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for bad, reason in damaged.items():
+                self._set_aside(bad, reason, step)
+            self._tidy()
+            return restored
+        if damaged:
+            why = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+            raise UserError(
+                f"no checkpoint in {self._directory} is whole ({why}). Restore the folder, or choose another workdir."
             )
+        self._tidy()
+        return None
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """The trees of `step` that `like` names, in its shapes, dtypes and shardings (if none, on one device)."""
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like)
-        return self._checkpointer.load_checkpointables(step, abstract)
+        """The trees of `step` that `like` names, as they were saved.
 
-    def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tree saved as `name` at `step`, by path."""
-        return _shapes(self._checkpointer.checkpointables_metadata(step).metadata[name])
+        Args:
+          step: one of `steps`.
+          like: arrays or their shapes and dtypes; those with a sharding come back as it says, on any
+            number of devices, the others as NumPy arrays.
 
-    def host(self, step: int) -> Json:
-        """What was saved as `host` at `step`."""
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+        Raises:
+          UserError: if the checkpoint holds arrays of other names, shapes or dtypes.
+          DamagedError: if it is torn, or an array has not the checksum it was saved with.
+        """
+        for name, tree in like.items():
+            self._check_fit(step, name, tree)
+        abstract = jax.tree.map(_abstract, like)
+        trees = _load(self._path(step), abstract)
+        for name, tree in trees.items():
+            self._check_sums(step, name, tree)
+        return trees
 
-    def close(self) -> None:
-        """Waits for what is still being written."""
-        with self._disk_errors():
-            self._checkpointer.close()
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
-        try:
-            yield
-        except Exception as error:
-            if "No space left on device" not in str(error):
-                raise
-            directory = str(self._checkpointer.directory)
-            raise OSError(errno.ENOSPC, "no space left; the last whole checkpoint is intact", directory) from error
-
-
-def load_model(directory: epath.PathLike, like: dict[str, Any], *, best: bool = True) -> dict[str, Any]:
-    """The weights in a run's best (or last) checkpoint.
-
-    Args:
-      directory: the run's `checkpoints` folder.
-      like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
-      best: the best evaluated one, if any; else the last.
-
-    Raises:
-      UserError: if there is no checkpoint, or it does not fit.
-    """
-    directory = epath.Path(directory)
-    none = UserError(f"there is no checkpoint in {directory}. Give the workdir of a run that has saved one.")
-    if not directory.is_dir():
-        raise none
-    with contextlib.closing(Checkpoints(directory, clean=False)) as checkpoints:
-        step = (checkpoints.best_step if best else None) or checkpoints.latest_step
-        if step is None:
-            raise none
-        saved, wanted = checkpoints.shapes(step, "model"), _shapes(like)
+    def _check_fit(self, step: int, name: str, tree: Any) -> None:
+        saved = {path: array[:2] for path, array in self.arrays(step, name).items()}
+        wanted = {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in _leaves(tree).items()}
         differing = sorted(path for path in saved | wanted if saved.get(path) != wanted.get(path))
         if differing:
             path = differing[0]
             raise UserError(
-                f"the checkpoint in {directory} does not fit the model: {path} has shape {saved.get(path)} there and "
-                f"{wanted.get(path)} here, {len(differing)} of {len(saved | wanted)} arrays differ. "
+                f"the checkpoint {self._path(step)} does not fit: {path} is {_said(saved.get(path))} there and "
+                f"{_said(wanted.get(path))} here, {len(differing)} of {len(saved | wanted)} arrays differ. "
                 "Check the model's name, the number of classes and the images' channels."
             )
-        return checkpoints.restore(step, {"model": like})["model"]
+
+    def _check_sums(self, step: int, name: str, tree: Any) -> None:
+        saved, here = self.arrays(step, name), describe(tree)
+        changed = [path for path in saved if saved[path] != here[path]]
+        if changed:
+            raise DamagedError(f"{name}/{changed[0]} has changed since it was saved, {len(changed)} such arrays")
+
+    def _kept(self) -> set[int]:
+        saved = sorted(self._readable())
+        best = [] if self.best_step is None else [self.best_step]
+        kept = {*saved[-self._keep_last :], *best}
+        return kept | {step for step in saved if self._keep_every and step % self._keep_every == 0}
+
+    def _tidy(self) -> None:
+        """Removes what the policy does not keep, and what a killed run left half written or half deleted."""
+        if jax.process_index() or not self._directory.exists():
+            return
+        for step in self._readable().keys() - self._kept():
+            del self._notes[step]
+            self._path(step).rename(self._path(step, _DELETED))  # at once: half of one is never taken for one
+        for path in self._directory.iterdir():
+            if path.name.endswith((_UNFINISHED, _DELETED)):
+                path.rmtree()
+
+    def _set_aside(self, step: int, error: DamagedError, instead: int) -> None:
+        names = (f"{step}.corrupt{n}" for n in itertools.chain([""], itertools.count(2)))
+        name = next(name for name in names if not (self._directory / name).exists())
+        if jax.process_index() == 0:
+            self._path(step).rename(self._directory / name)
+        del self._notes[step]
+        logger.warning(
+            "checkpoint %s is damaged (%s): set aside as %s, going on from step %d.",
+            self._path(step), error, name, instead,
+        )  # fmt: skip
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def load_model(
+    directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None, best: bool = True
+) -> dict[str, Any]:
+    """The weights in a run's best (or last) checkpoint; if that is damaged, in the next best, and says so.
+
+    Args:
+      directory: the run's `checkpoints` folder.
+      like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
+      run: what the checkpoint must have been saved as, but for its epochs, which may have grown.
+      best: the best evaluated one, if any; else the last.
+
+    Raises:
+      UserError: if there is no checkpoint, none is whole, or it does not fit or belongs to another run.
+    """
+    checkpoints = Checkpoints(directory)
+    reasons = []
+    for step in checkpoints.by_preference(best=best):
+        try:
+            if run is not None and {**checkpoints.run(step), "epochs": 0} != {**run, "epochs": 0}:
+                raise UserError(f"the checkpoint {directory}/{step} belongs to another run than the config beside it.")
+            model = checkpoints.restore(step, {"model": _as_stored(checkpoints.arrays(step, "model"), like)})["model"]
+        except DamagedError as error:
+            reasons.append(f"checkpoint {epath.Path(directory) / str(step)} is damaged ({error})")
+            continue
+        for reason in reasons:
+            logger.warning("%s: using step %d instead.", reason, step)
+        return jax.tree.map(lambda array, leaf: jnp.asarray(array, leaf.dtype), model, like)
+    if not reasons:
+        raise UserError(f"there is no checkpoint in {directory}. Give the workdir of a run that has saved one.")
+    raise UserError(f"{'; '.join(reasons)}. Restore the folder, or give another run's workdir.")
+
+
+def _load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Orbax's load, its errors as one line."""
+    with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ocp.load_checkpointables(path, abstract)
+        except Exception as error:  # dozens of kinds
+            if any(word in str(error) for word in _NOT_DAMAGE):
+                raise
+            reason = _first_cause(error)
+        gc.collect()  # what orbax never awaited complains when it goes
+    raise DamagedError(f"it cannot be read: {reason}")
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = " ".join(str(error).partition("[tensorstore_spec")[0].split()).strip(" '\"")
+    return f"{text[:100]} ... {text[-100:]}" if len(text) > 210 else text or type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent(logger_name: str) -> Iterator[None]:
+    log = logging.getLogger(logger_name)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _abstract(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return np.empty(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _as_stored(saved: Described, like: Any) -> Any:
+    """The shapes of `like` in the dtypes that they were saved in."""
+
+    def stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(saved[name][0]) if name in saved else leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, like)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _said(array: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if array is None else f"{array[0]}{list(array[1])}"
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: epath.Path) -> Iterator[None]:
+    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        message = "no space left; the last whole checkpoint is intact"
+        raise OSError(errno.ENOSPC, message, str(directory)) from None
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def _reported_elsewhere(record: logging.LogRecord) -> bool:
+    """False for the tracebacks of a full disk that orbax logs from its threads: `_disk_errors` says it in one line."""
+    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
+
+
+logging.getLogger("absl").addFilter(_reported_elsewhere)

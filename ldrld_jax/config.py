@@ -8,7 +8,6 @@ import ast
 import copy
 import dataclasses
 import importlib.util
-import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
@@ -17,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.files import read_json
 from ldrld_jax.losses import METHODS
 
 ENSEMBLES = ("logits", "probabilities")
@@ -79,8 +79,11 @@ def default() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50
     config.log.tensorboard = True
+    config.log.watchdog_seconds = 300.0  # without progress, until the stacks of all threads are printed; 0: never
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = config_dict.placeholder(int)  # beside those after each evaluation
+    config.checkpoint.keep_last = 2  # beside the best, which is always kept
+    config.checkpoint.keep_every_epochs = config_dict.placeholder(int)  # one every so many epochs is kept for good
     config.eval_every_epochs = 1
     return config
 
@@ -183,13 +186,25 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: if there is no run, or a key or value is not allowed.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
+    saved = saved_config(epath.Path(workdir))
+    if saved is None:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
     config = default()
-    for key, value in _leaves(ConfigDict(json.loads(path.read_text()))):
-        _set(config, key, value, source=str(path))
+    for key, value in _leaves(ConfigDict(saved)):
+        _set(config, key, value, source=f"{workdir}/config.json")
     return _overridden(config, overrides)
+
+
+def saved_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The `config.json` of the run in a workdir; None if there is none.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    return read_json(path, "A run's config", keys={"seed", "student", "data"})
 
 
 def _overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -381,15 +396,16 @@ _NOT_IDENTITY = (
 
 def identity(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     """Of a resolved config: the keys that two runs must share to be the same run, dotted and flat."""
-    flat = _flat(config.to_dict() if isinstance(config, ConfigDict) else config)
-    return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+    keys = flat(config.to_dict() if isinstance(config, ConfigDict) else config)
+    return {key: value for key, value in keys.items() if not key.startswith(_NOT_IDENTITY)}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config under dotted keys, its tuples as the lists that JSON makes of them."""
+    keys: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            keys |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+            keys[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return keys

@@ -30,10 +30,11 @@ class Dispatcher:
       step: of `make_train_step`.
       start: steps done.
       out_shardings: of the state and of the metrics.
+      tell: is called with what it is about to do.
     """
 
-    def __init__(self, run: Run, step: Step, start: int, out_shardings: Any):
-        self._run = run
+    def __init__(self, run: Run, step: Step, start: int, out_shardings: Any, tell: Callable[[str], None]):
+        self._run, self._start, self._tell = run, start, tell
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
         self._one = jit(step)
         if isinstance(run.batches, ResidentBatches):
@@ -51,9 +52,10 @@ class Dispatcher:
           The steps done then, the state after them and their metrics: scalars of one step, else `[k]` each.
         """
         count = count_steps(self._run, step)
-        if count > 1:
-            return step + count, *self._several(state, teacher, *self._at(step))
-        return step + 1, *self._one(state, teacher, self._batch(step))
+        self._tell(f"waiting for the input of step {step + 1}")
+        inputs = self._at(step) if count > 1 else (self._batch(step),)
+        self._tell(f"{'compiling and ' if step == self._start else ''}running step {step + 1}")
+        return step + count, *(self._several if count > 1 else self._one)(state, teacher, *inputs)
 
 
 def count_steps(run: Run, step: int) -> int:

@@ -1,6 +1,6 @@
 """Evaluation of a network on a whole split."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,10 +32,12 @@ class Evaluator:
         )
         self._stored: dict[str, jax.Array] | None = None
 
-    def __call__(self, variables: Any) -> dict[str, float]:
-        """Cross-entropy in nats, top-1 and top-5 in percent."""
+    def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Cross-entropy in nats, top-1 and top-5 in percent; `each` is called before each dispatch and may raise."""
         total: Means = {}
+        each()
         for dispatched in self._dispatches(variables):
+            each()
             for means in by_step(dispatched):
                 total = add(total, means)
         return {name: mean.value for name, mean in total.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.console import say
 from ldrld_jax.dispatch import Dispatcher
 from ldrld_jax.evaluator import Evaluator
+from ldrld_jax.files import locked, replace_text
 from ldrld_jax.mesh import replicated
-from ldrld_jax.metrics import replace_text
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.recorder import Recorder
 from ldrld_jax.run import Run
 from ldrld_jax.signals import Interrupted, Signals
 from ldrld_jax.train_step import Ensemble, Mixup, Network, TrainState, Variables, make_train_step, trainable
+from ldrld_jax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,22 +68,43 @@ def fit(
         ema_decay=config.ema_decay,
         mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
     )
-    evaluate_weights = Evaluator(network, run.eval_source, config, run.mesh)
-
     run.workdir.mkdir(parents=True, exist_ok=True)
-    replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
+    with locked(run.workdir):
+        run.check_workdir()  # again: nobody else can change it any more
+        recorder = _train(run, role, state, step_fn, network, teacher, signals)
+        summary = _summary(run, teacher, recorder)
+        replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _train(
+    run: Run,
+    role: str,
+    state: TrainState,
+    step_fn: Callable[..., Any],
+    network: Network,
+    teacher: Teacher | None,
+    signals: Signals,
+) -> Recorder:
+    config = run.config
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.workdir / "checkpoints")))
-        start = checkpoints.latest_step or 0
+        watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds))
+        checkpoints = stack.enter_context(contextlib.closing(run.checkpoints()))
+        restored = checkpoints.resume(_trees(state))
+        replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
+        start, host = (restored.step, restored.host) if restored else (0, None)
         span = dict(start=start, steps=run.steps, steps_per_epoch=run.batches.steps_per_epoch)
-        recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, **span)))
-        if start:
-            state = _state(checkpoints.restore(start, _trees(state)))
-            recorder.restore(checkpoints.host(start))
+        recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, **span)))
+        evaluate = Evaluator(network, run.eval_source, config, run.mesh)
+        pause = _Pause(run, evaluate, recorder, checkpoints, signals, watchdog)
+        if restored:
+            state = _state(restored.trees)
             say(f"resuming the {role} at step {start} of {run.steps}")
+            if run.evaluates_at(start) and not recorder.evaluated_at(start):  # a signal had cut that short
+                pause(start, state)
         elif teacher and teacher.top1 is not None:
             recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-        advance = Dispatcher(run, step_fn, start, replicated(run.mesh))
+        advance = Dispatcher(run, step_fn, start, replicated(run.mesh), watchdog.at)
         frozen = teacher.variables if teacher else None
         step, pending = start, None
         while step < run.steps:
@@ -90,19 +113,47 @@ def fit(
             if pending is not None:
                 recorder.add(*pending)
             pending = step, metrics
-            rated = run.evaluates_at(step)
-            if rated or run.saves_at(step) or signals.received:
+            if run.evaluates_at(step) or run.saves_at(step) or signals.stop_at(step):
                 recorder.add(*pending)
                 pending = None
-                if rated:
-                    recorder.evaluated(step, evaluate_weights(state.evaluated))
-                top1 = recorder.last["top1"] if rated else None
-                checkpoints.save(step, _trees(state), recorder.to_json(), top1)
-            if signals.received and step < run.steps:
-                raise Interrupted(signals.received, step)
-    summary = _summary(run, teacher, recorder)
-    replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+                pause(step, state)
+    return recorder
+
+
+@dataclasses.dataclass
+class _Pause:
+    """What a run does between two steps: it evaluates where that is due, saves, and stops after a signal."""
+
+    run: Run
+    evaluate: Evaluator
+    recorder: Recorder
+    checkpoints: Checkpoints
+    signals: Signals
+    watchdog: Watchdog
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Raises Interrupted once the state is saved, if a signal came; unless the run has ended with this step."""
+        top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
+        self.signals.in_time = True
+        self.watchdog.at(f"saving after step {step}")
+        self.checkpoints.save(step, _trees(state), self.recorder.to_json(), top1)
+        ended = step == self.run.steps and top1 is not None
+        if self.signals.received is not None and not ended:
+            raise Interrupted(self.signals.received, step)
+        self.signals.in_time = False
+
+    def _rate(self, step: int, state: TrainState) -> float | None:
+        """The top-1; None if a signal came: a long evaluation is left to the run that resumes."""
+        try:
+            values = self.evaluate(state.evaluated, lambda: self._each_batch(step))
+        except Interrupted:
+            return None
+        self.recorder.evaluated(step, values)
+        return values["top1"]
+
+    def _each_batch(self, step: int) -> None:
+        self.watchdog.at(f"evaluating after step {step}")
+        self.signals.check()
 
 
 def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:

@@ -12,6 +12,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 
 DEFAULT_CONFIG = "configs/digits.py"
+LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         match args.mode:
             case "train":
-                trainer.train(config, args.workdir)
+                trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN)
             case "eval":
                 for name, value in trainer.evaluate(config, args.workdir).items():
                     print(f"{name} {value:.4f}")

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import is_local, replace_text
+
 
 class Mean(NamedTuple):
     """A mean that can still be added to: over steps, devices and hosts alike."""
@@ -127,15 +130,16 @@ class Writer:
 
     Args:
       workdir: where both lie; `gs://` and the like are written whole at each line.
-      step: of the checkpoint that the run resumes from: later lines and a torn last one are cut off.
+      lines: that had been written when the checkpoint was saved that the run resumes from; later ones are cut off.
+      step: of that checkpoint.
       tensorboard: False leaves out the events.
     """
 
-    def __init__(self, workdir: epath.Path, *, step: int, tensorboard: bool = True):
+    def __init__(self, workdir: epath.Path, *, lines: int = 0, step: int = 0, tensorboard: bool = True):
         self._path = workdir / "metrics.jsonl"
-        self._lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        self._lines = read_metrics(workdir)[:lines]
         text = "".join(_dump(line) for line in self._lines)
-        if not self._path.exists() or self._path.read_text() != text:
+        if not self._path.exists() or self._path.read_bytes() != text.encode():
             replace_text(self._path, text)
         self._events = None
         if tensorboard:
@@ -143,10 +147,15 @@ class Writer:
 
             self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
+    @property
+    def lines(self) -> int:
+        """How many have been written."""
+        return len(self._lines)
+
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
         self._lines.append(line)
-        if "://" in str(self._path):
+        if not is_local(self._path):
             self._path.write_text("".join(_dump(line) for line in self._lines))
         else:
             with self._path.open("a") as file:
@@ -165,19 +174,24 @@ def _dump(line: dict[str, Any]) -> str:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order; none if there is no file. A torn last line is left out."""
+    """The lines of a run's `metrics.jsonl`, in order; none if there is no file.
+
+    A torn last line, which a killed run leaves, is left out.
+
+    Raises:
+      UserError: if another line is torn.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
+    texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for number, text in enumerate(texts, start=1):
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            lines[-1]["step"] + 0
+        except (ValueError, LookupError, TypeError):
+            if number < len(texts):
+                raise UserError(
+                    f"line {number} of {path} is torn, and later ones are not. Restore it, or choose another workdir."
+                ) from None
+            del lines[number - 1 :]
     return lines
-
-
-def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never half of either."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)

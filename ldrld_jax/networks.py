@@ -1,6 +1,5 @@
 """Networks with their weights: fresh, from a run of ours, or from a PyTorch checkpoint."""
 
-import json
 from collections.abc import Sequence
 
 from etils import epath
@@ -8,6 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint import load_model
+from ldrld_jax.config import identity, saved_config
 from ldrld_jax.errors import UserError
 from ldrld_jax.models import create_model
 from ldrld_jax.precision import dtypes
@@ -44,15 +44,15 @@ def load_network(
     if "::" in path or not place.is_dir():  # archive.tar::member, or a file
         module = load_torch_checkpoint(path, model, num_classes, in_channels=channels, **dtypes(precision))
         return _network(module, data, channels, precision)
-    if not (place / "config.json").exists():
+    if (saved := saved_config(place)) is None:
         raise UserError(f"{path} holds no run (no config.json). Give a run's workdir, or a PyTorch checkpoint.")
-    run = ConfigDict(json.loads((place / "config.json").read_text()))
+    run = ConfigDict(saved)
     if run.student.model != model:
         raise UserError(f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run.")
     # In shapes alone: the weights are about to be read.
     module = nnx.eval_shape(lambda: create_model(model, num_classes, channels, rngs=nnx.Rngs(0), **dtypes(precision)))
     network, like = _network(module, run.data, channels, precision)
-    return network, Variables(**load_model(place / "checkpoints", like._asdict()))
+    return network, Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
 
 
 def _network(module: nnx.Module, data: ConfigDict, channels: int, precision: str) -> tuple[Network, Variables]:

@@ -28,29 +28,36 @@ class Recorder:
       workdir: of the run.
       config: of the run, resolved.
       role: "student" or "teacher"; a teacher's lines have splits of their own.
+      host: what `to_json` gave at the step that the run resumes from; None for a new run.
       start: the step that the run resumes from.
       steps: the step that it ends at.
       steps_per_epoch: of its data.
     """
 
     def __init__(
-        self, workdir: epath.Path, config: ConfigDict, role: str, *, start: int, steps: int, steps_per_epoch: int
+        self,
+        workdir: epath.Path,
+        config: ConfigDict,
+        role: str,
+        host: dict[str, Any] | None = None,
+        *,
+        start: int,
+        steps: int,
+        steps_per_epoch: int,
     ):
-        self.best: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+        host = host or {"best": {}, "last": {}, "window": {}, "lines": 0}
+        self.best: dict[str, float] = host["best"]
+        self.last: dict[str, float] = host["last"]
         self._config, self._role, self._steps, self._steps_per_epoch = config, role, steps, steps_per_epoch
-        self._window: Means = {}
+        self._window: Means = {name: Mean(*pair) for name, pair in host["window"].items()}
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=200)
         self._clock: float | None = None
-        self._writer = Writer(workdir, step=start, tensorboard=config.log.tensorboard)
+        self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=config.log.tensorboard)
         self._bar = ProgressBar(start, steps, f"{role} {config.student.model}")
 
-    def restore(self, host: dict[str, Any]) -> None:
-        self.best, self.last = host["best"], host["last"]
-        self._window = {name: Mean(*pair) for name, pair in host["window"].items()}
-
     def to_json(self) -> dict[str, Any]:
-        return {"best": self.best, "last": self.last, "window": {name: list(m) for name, m in self._window.items()}}
+        window = {name: list(mean) for name, mean in self._window.items()}
+        return {"best": self.best, "last": self.last, "window": window, "lines": self._writer.lines}
 
     @property
     def examples_per_second(self) -> float:
@@ -92,6 +99,10 @@ class Recorder:
             self.best = self.last
         say(evaluation_line(self._role, epoch, self._config.epochs, values, self.best["top1"]))
         self._clock = None  # the next interval is not a step's
+
+    def evaluated_at(self, step: int) -> bool:
+        """Whether the last evaluation was after this step."""
+        return self.last.get("epoch") == step / self._steps_per_epoch
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         name = f"teacher_{split}" if self._role == "teacher" else split

@@ -1,8 +1,6 @@
 """A planned run: its config checked and its parts built, with nothing written and nothing computed yet."""
 
-import contextlib
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -15,11 +13,18 @@ from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import read_json
 from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, shares
+from ldrld_jax.metrics import read_metrics
 from ldrld_jax.networks import create_network, load_network
 from ldrld_jax.objective import Objective, check_classes, make_objective
 from ldrld_jax.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
 from ldrld_jax.train_step import Network, Variables
+
+_POSITIVE = (
+    *("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch", "log.every_steps"),
+    *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_epochs"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +45,17 @@ class Run:
         Raises:
           UserError: the first thing that is wrong.
         """
-        for key in ("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch"):
-            if config[key] < 1:
-                raise UserError(f"{key} must be at least 1, got {config[key]}.")
+        flat = config_lib.flat(config.to_dict())
+        for key in _POSITIVE:
+            if (value := flat[key]) is not None and value < 1:
+                raise UserError(f"{key} must be at least 1, got {value}.")
         if config.steps_per_dispatch > 1 and config.data.loader != "resident":
             raise UserError(
                 f"steps_per_dispatch={config.steps_per_dispatch} takes its batches from images on the devices. Set "
                 "data.loader=resident, or steps_per_dispatch=1."
             )
+        if config.log.watchdog_seconds < 0:
+            raise UserError(f"log.watchdog_seconds must not be negative, got {config.log.watchdog_seconds}.")
         if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
@@ -102,15 +110,24 @@ class Run:
         network, variables = load_network(path, model, data, **self._like_data)
         return network, jax.device_put(variables, replicated(self.mesh))
 
-    def check_identity(self) -> None:
-        """Raises a UserError unless the workdir is new or holds an earlier part of this very run."""
-        path = self.workdir / "config.json"
-        if not path.exists():
-            return
-        theirs, ours = config_lib.identity(json.loads(path.read_text())), config_lib.identity(self.config)
+    def check_workdir(self) -> None:
+        """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""
+        if self.workdir.exists() and not self.workdir.is_dir():
+            raise UserError(f"{self.workdir} is a file. Choose another workdir.")
+        saved = config_lib.saved_config(self.workdir)
+        if saved is not None:
+            self._check_identity(str(self.workdir), config_lib.identity(saved))
+        checkpoints = self.checkpoints()
+        for step in checkpoints.readable_steps[-1:]:
+            self._check_identity(str(self.workdir / "checkpoints" / str(step)), checkpoints.run(step))
+        read_metrics(self.workdir)
+
+    def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
+        ours = config_lib.identity(self.config)
         differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
-            decay, done = first_decay_epoch(self.config.optim), self._saved_steps() / self.batches.steps_per_epoch
+            decay = first_decay_epoch(self.config.optim)
+            done = (self.checkpoints().latest_step or 0) / self.batches.steps_per_epoch
             if done < decay:
                 return
             raise UserError(
@@ -119,20 +136,29 @@ class Run:
             )
         if differing:
             shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differing)
-            raise UserError(f"{self.workdir} holds a run of another config: {shown}. Choose another workdir.")
+            raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
 
-    def _saved_steps(self) -> int:
-        directory = self.workdir / "checkpoints"
-        if not directory.exists():
-            return 0
-        with contextlib.closing(Checkpoints(directory, clean=False)) as checkpoints:
-            return checkpoints.latest_step or 0
+    def checkpoints(self) -> Checkpoints:
+        """Those in the workdir, kept as the config says."""
+        return Checkpoints(
+            self.workdir / "checkpoints",
+            run=config_lib.identity(self.config),
+            keep_last=self.config.checkpoint.keep_last,
+            keep_every=self._keep_every,
+        )
+
+    @property
+    def _keep_every(self) -> int | None:
+        epochs = self.config.checkpoint.keep_every_epochs
+        return None if epochs is None else epochs * self.batches.steps_per_epoch
 
     def finished(self) -> dict[str, Any] | None:
         """The summary, if the run has ended."""
         path = self.workdir / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else None
-        return summary if summary and summary["steps"] == self.steps else None
+        if not path.exists():
+            return None
+        summary = read_json(path, "A run's summary, written again once it is removed", keys={"steps", "epochs"})
+        return summary if summary["steps"] == self.steps else None
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the student is evaluated after this step."""
@@ -140,5 +166,4 @@ class Run:
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after this step beside those of the evaluations."""
-        every = self.config.checkpoint.every_steps
-        return every is not None and step % every == 0
+        return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self._keep_every))

@@ -17,12 +17,13 @@ from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import Ensemble, Network
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None) -> dict[str, Any]:
     """Trains the student of a config, its teacher first where that is a recipe; resumes what it finds.
 
     Args:
       config: of `ldrld_jax.config.load`.
       workdir: where the run's files lie: config.json, metrics.jsonl, summary.json, checkpoints/.
+      leave_within: see `catch_signals`.
 
     Returns:
       What stands in summary.json.
@@ -32,7 +33,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       NonFiniteError: if the loss is not finite.
       Interrupted: if SIGTERM or SIGINT came; the state is saved.
     """
-    with precision_scope(config.precision), catch_signals() as signals:
+    with precision_scope(config.precision), catch_signals(leave_within) as signals:
         return _train(config, epath.Path(workdir), signals, role="student")
 
 
@@ -64,7 +65,7 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
 
 def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str) -> dict[str, Any]:
     run = Run.plan(config_lib.resolve(config), workdir)
-    run.check_identity()
+    run.check_workdir()
     if (summary := run.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
     else:
@@ -99,7 +100,7 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
     if len(models) > 1:
         teacher = Ensemble(networks, config.ensemble), variables
     network, weights = teacher
-    top1 = Evaluator(network, run.eval_source, run.config, run.mesh)(weights)["top1"]
+    top1 = Evaluator(network, run.eval_source, run.config, run.mesh)(weights, signals.check)["top1"]
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "

@@ -14,7 +14,7 @@ from ldrld_jax import trainer
 from ldrld_jax.dispatch import count_steps
 from ldrld_jax.metrics import Mean
 from ldrld_jax.recorder import NonFiniteError, Recorder
-from ldrld_jax.signals import Interrupted
+from ldrld_jax.signals import Interrupted, Signals
 from tests.conftest import comparable_lines
 from tests.trainer_test import saved
 
@@ -41,16 +41,13 @@ def test_they_resume_bitwise_from_any_step(resident, tmp_path, monkeypatch):
     flags = ["mesh.data=8", "steps_per_dispatch=4", "checkpoint.every_steps=6"]
     trainer.train(resident(*flags), tmp_path / "straight")
 
-    class AfterFour:
-        looked = 0
-
-        @property
-        def received(self):
-            self.looked += 1
-            return signal.SIGTERM if self.looked > 6 else None  # twice a dispatch, but once where it saves
+    class AfterSeven(Signals):
+        def stop_at(self, step):
+            self.received = signal.SIGTERM if step == 7 else None
+            return step == 7
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "catch_signals", lambda: contextlib.nullcontext(AfterFour()))
+        patch.setattr(trainer, "catch_signals", lambda _: contextlib.nullcontext(AfterSeven()))
         with pytest.raises(Interrupted, match="after step 7 is saved"):
             trainer.train(resident(*flags), tmp_path / "resumed")
     trainer.train(resident(*flags), tmp_path / "resumed")

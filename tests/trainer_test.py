@@ -1,6 +1,5 @@
 """Whole runs, in process and small: what they leave behind, and that the same comes out however they are run."""
 
-import contextlib
 import functools
 import json
 import math
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax import loop, trainer
 from ldrld_jax.checkpoint import Checkpoints
@@ -21,11 +21,10 @@ from tests.conftest import comparable_lines
 
 def saved(workdir, step: int):
     """All arrays of a checkpoint, on the host."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with contextlib.closing(Checkpoints(pathlib.Path(workdir) / "checkpoints", clean=False)) as checkpoints:
-        metadata = checkpoints._checkpointer.checkpointables_metadata(step).metadata
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata)
-        return jax.tree.map(np.asarray, checkpoints.restore(step, like))
+    path = pathlib.Path(workdir) / "checkpoints"
+    metadata = ocp.checkpointables_metadata(path / str(step)).metadata
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+    return Checkpoints(path).restore(step, like)
 
 
 def values(workdir, split: str, name: str) -> list[float]:

@@ -1,0 +1,72 @@
+"""Small files on disk: written whole or not at all, read with an error that names them, and a lock."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from ldrld_jax.errors import UserError
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old one or the new one, never half of either."""
+    temporary = path.parent / f"{path.name}.tmp"
+    with temporary.open("w") as file:
+        file.write(text)
+        if is_local(path):
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: epath.Path, what: str, *, keys: set[str]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+      path: of a file that exists.
+      what: it is, for the error.
+      keys: that it must have.
+
+    Raises:
+      UserError: if it is torn, or something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is torn or no JSON ({error}). {what}: restore it, or choose another.") from None
+    missing = keys - set(content) if isinstance(content, dict) else keys
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}. {what}: restore it, or choose another.")
+    return content
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path) -> Iterator[None]:
+    """Keeps other processes out of a folder: a lock on `<folder>/.lock`, which ends with the process, however it ends.
+
+    Does nothing on `gs://` and the like, nor where the file system knows no locks.
+
+    Raises:
+      UserError: if another process holds it.
+    """
+    if not is_local(folder):
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is running in {folder}. Wait for it to end, or choose another workdir."
+            ) from None
+        except OSError:  # no locks here, as on some network file systems
+            pass
+        yield
