@@ -73,6 +73,7 @@ def default() -> ConfigDict:
     config.teacher.data = _placeholders(config.data)
     config.teacher.optim = _placeholders(config.optim)
     config.steps_per_dispatch = 1  # so many steps in one program, with data.loader=resident: see docs/bench.md
+    config.compile_cache = "~/.cache/ldrld_jax/compiled"  # compiled programs are kept here for the next start; "": not
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
     config.mesh.model = 1
@@ -388,6 +389,7 @@ _NOT_IDENTITY = (
     "teacher.data.threads",
     "teacher.data.cache_mb",
     "steps_per_dispatch",
+    "compile_cache",
     "mesh.",
     "log.",
     "checkpoint.",

@@ -34,7 +34,7 @@ class Dispatcher:
     """
 
     def __init__(self, run: Run, step: Step, start: int, out_shardings: Any, tell: Callable[[str], None]):
-        self._run, self._start, self._tell = run, start, tell
+        self._run, self._tell, self._compiled = run, tell, set[int]()
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
         self._one = jit(step)
         if isinstance(run.batches, ResidentBatches):
@@ -54,7 +54,8 @@ class Dispatcher:
         count = count_steps(self._run, step)
         self._tell(f"waiting for the input of step {step + 1}")
         inputs = self._at(step) if count > 1 else (self._batch(step),)
-        self._tell(f"{'compiling and ' if step == self._start else ''}running step {step + 1}")
+        self._tell(f"{'' if count in self._compiled else 'compiling and '}running step {step + 1}")
+        self._compiled.add(count)
         return step + count, *(self._several if count > 1 else self._one)(state, teacher, *inputs)
 
 

@@ -6,6 +6,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.compile_cache import keep_compiled
 from ldrld_jax.console import say, summary_table
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
@@ -33,6 +34,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | 
       NonFiniteError: if the loss is not finite.
       Interrupted: if SIGTERM or SIGINT came; the state is saved.
     """
+    keep_compiled(config.compile_cache)
     with precision_scope(config.precision), catch_signals(leave_within) as signals:
         return _train(config, epath.Path(workdir), signals, role="student")
 
@@ -43,6 +45,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     Raises:
       UserError: if there is no such run, or it trained another model.
     """
+    keep_compiled(config.compile_cache)
     with precision_scope(config.precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
         network, variables = run.load(str(workdir), config.student.model, config.data)

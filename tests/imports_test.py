@@ -23,6 +23,7 @@ ALLOWED = {
     "signals": set(),
     "watchdog": set(),
     "console": set(),
+    "compile_cache": set(),
     "devices": set(),
     "purify": set(),
     "checksum": set(),
@@ -49,8 +50,8 @@ ALLOWED = {
         *("train_step", "watchdog"),
     },
     "trainer": {
-        *("config", "console", "errors", "evaluator", "loop", "precision", "run", "signals", "torch_import"),
-        "train_step",
+        *("compile_cache", "config", "console", "errors", "evaluator", "loop", "precision", "run", "signals"),
+        *("torch_import", "train_step"),
     },
     "main": {"config", "data", "errors", "trainer"},
 }
