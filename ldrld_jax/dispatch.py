@@ -31,12 +31,15 @@ class Dispatcher:
       start: steps done.
       out_shardings: of the state and of the metrics.
       tell: is called with what it is about to do.
+
+    Attributes:
+      one: the program of a single step, `one(state, teacher, batch)`; the state is donated.
     """
 
     def __init__(self, run: Run, step: Step, start: int, out_shardings: Any, tell: Callable[[str], None]):
         self._run, self._tell, self._compiled = run, tell, set[int]()
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-        self._one = jit(step)
+        self.one = jit(step)
         if isinstance(run.batches, ResidentBatches):
             images = run.batches.on_devices()
             self._batch, self._at = images.batch, images.at
@@ -56,7 +59,7 @@ class Dispatcher:
         inputs = self._at(step) if count > 1 else (self._batch(step),)
         self._tell(f"{'' if count in self._compiled else 'compiling and '}running step {step + 1}")
         self._compiled.add(count)
-        return step + count, *(self._several if count > 1 else self._one)(state, teacher, *inputs)
+        return step + count, *(self._several if count > 1 else self.one)(state, teacher, *inputs)
 
 
 def count_steps(run: Run, step: int) -> int:

@@ -3,20 +3,24 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.console import say
-from ldrld_jax.dispatch import Dispatcher
+from ldrld_jax.dispatch import Dispatcher, Step
+from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.mesh import replicated
+from ldrld_jax.objective import Objective
 from ldrld_jax.optim import make_optimizer
+from ldrld_jax.profiling import Profile
 from ldrld_jax.recorder import Recorder
 from ldrld_jax.run import Run
 from ldrld_jax.signals import Interrupted, Signals
@@ -38,9 +42,34 @@ class Teacher:
     variables: Any = None
     top1: float | None = None
 
+    @classmethod
+    def load(cls, run: Run, paths: Sequence[str] | None) -> "Teacher":
+        """The networks of `teacher.model` from their checkpoints, of paths None with random weights; several as one.
+
+        Raises:
+          UserError: if one does not load, or there are not as many paths as models.
+        """
+        config, models = run.config.teacher, config_lib.teacher_models(run.config)
+        if paths is None:
+            loaded = [run.fresh(model, config.data, config.seed) for model in models]
+        elif len(paths) != len(models):
+            raise UserError(
+                f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
+                f"{config.model}), got {len(paths)}. Separate them by commas."
+            )
+        else:
+            loaded = [run.load(path, model, config.data) for path, model in zip(paths, models, strict=True)]
+        networks, variables = zip(*loaded, strict=True)
+        return cls(*loaded[0]) if len(loaded) == 1 else cls(Ensemble(networks, config.ensemble), variables)
+
 
 def fit(
-    run: Run, student: tuple[Network, Variables], teacher: Teacher | None, signals: Signals, role: str
+    run: Run,
+    student: tuple[Network, Variables],
+    teacher: Teacher | None,
+    signals: Signals,
+    role: str,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or from `student`, to the end; gives the summary.
 
@@ -50,6 +79,7 @@ def fit(
       teacher: None for plain training.
       signals: looked at after each dispatch.
       role: "student" or "teacher", for what is shown and logged.
+      profile: a directory for a trace of some steps, see `Profile`.
 
     Raises:
       NonFiniteError: if the loss is not finite.
@@ -58,20 +88,11 @@ def fit(
     config, (network, variables) = run.config, student
     optimizer = make_optimizer(config.optim, run.schedule)
     state = initial_state(run, variables, optimizer)
-    step_fn = make_train_step(
-        network,
-        teacher.network if teacher else None,
-        run.objective,
-        optimizer,
-        schedule=run.schedule,
-        steps_per_epoch=run.batches.steps_per_epoch,
-        ema_decay=config.ema_decay,
-        mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
-    )
+    step_fn = make_step(run, network, teacher, optimizer)
     run.workdir.mkdir(parents=True, exist_ok=True)
     with locked(run.workdir):
         run.check_workdir()  # again: nobody else can change it any more
-        recorder = _train(run, role, state, step_fn, network, teacher, signals)
+        recorder = _train(run, role, state, step_fn, network, teacher, signals, profile)
         summary = _summary(run, teacher, recorder)
         replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -81,10 +102,11 @@ def _train(
     run: Run,
     role: str,
     state: TrainState,
-    step_fn: Callable[..., Any],
+    step_fn: Step,
     network: Network,
     teacher: Teacher | None,
     signals: Signals,
+    profile: str | None,
 ) -> Recorder:
     config = run.config
     with contextlib.ExitStack() as stack:
@@ -105,11 +127,13 @@ def _train(
         elif teacher and teacher.top1 is not None:
             recorder.write(0, "teacher_eval", {"top1": teacher.top1})
         advance = Dispatcher(run, step_fn, start, replicated(run.mesh), watchdog.at)
+        trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         frozen = teacher.variables if teacher else None
         step, pending = start, None
         while step < run.steps:
             # Dispatched, not waited for; meanwhile the host looks at the dispatch before.
             step, state, metrics = advance(step, state, frozen)
+            trace.at(step, metrics)
             if pending is not None:
                 recorder.add(*pending)
             pending = step, metrics
@@ -156,10 +180,24 @@ class _Pause:
         self.signals.check()
 
 
+def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: optax.GradientTransformation) -> Step:
+    """The train step that a run's config asks for."""
+    data = run.config.data
+    return make_train_step(
+        student,
+        teacher.network if teacher else None,
+        run.objective,
+        optimizer,
+        schedule=run.schedule,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        ema_decay=run.config.ema_decay,
+        mixup=Mixup(data.mixup, run.config.seed) if data.mixup else None,
+    )
+
+
 def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, on all devices."""
-    methods = run.objective.methods.items()
-    learnt = {name: method.init(cfg) for name, (method, cfg, _) in methods if method.init is not None}
+    learnt = method_params(run.objective)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         student=variables,
@@ -169,6 +207,12 @@ def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTrans
         ema=None if run.config.ema_decay is None else jax.tree.map(jnp.copy, variables),
     )
     return jax.device_put(state, replicated(run.mesh))
+
+
+def method_params(objective: Objective) -> dict[str, Any]:
+    """What the methods learn, before the first step, by method."""
+    methods = objective.methods.items()
+    return {name: method.init(cfg) for name, (method, cfg, _) in methods if method.init is not None}
 
 
 def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str, Any]:

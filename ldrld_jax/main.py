@@ -30,12 +30,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
-    modes = ["train", "eval", "export", "bench_data"]
+    modes = ["train", "eval", "export", "bench", "bench_data"]
     parser.add_argument("--mode", default="train", choices=modes, help="%(default)s")
+    parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
     try:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
+    if args.profile is not None and args.mode not in ("train", "bench"):
+        raise UserError(
+            f"--profile traces the steps of --mode train and bench, and --mode is {args.mode}. Leave it out."
+        )
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
     args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
     overrides = []
@@ -43,7 +48,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
             raise UserError(
-                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --help."
+                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --profile, --help."
             )
         override = flag.removeprefix("--config.")
         if "=" not in override:
@@ -58,21 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit status: 0, 2 for wrong input, 128 + signal for an interruption."""
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        if args.mode in ("train", "bench_data") or args.config:
+        if args.mode in ("train", "bench", "bench_data") or args.config:
             config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
         else:
             config = config_lib.load_run(args.workdir, overrides)
-        from ldrld_jax import trainer  # after the flags: a typo is answered at once
+        from ldrld_jax import bench, trainer  # after the flags: a typo is answered at once
         from ldrld_jax.data import speed
 
         match args.mode:
             case "train":
-                trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN)
+                trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile)
             case "eval":
                 for name, value in trainer.evaluate(config, args.workdir).items():
                     print(f"{name} {value:.4f}")
             case "export":
                 print(trainer.export(config, args.workdir))
+            case "bench":
+                print(bench.report(config, profile=args.profile))
             case "bench_data":
                 print(speed.report(config.data, batch_size=config.batch_size))
     except UserError as error:

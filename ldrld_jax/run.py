@@ -105,6 +105,11 @@ class Run:
             _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
         return network, variables
 
+    def fresh(self, model: str, data: ConfigDict, seed: int) -> tuple[Network, Variables]:
+        """A network with random weights, on all devices."""
+        network, variables = create_network(model, data, seed=seed, **self._like_data)
+        return network, jax.device_put(variables, replicated(self.mesh))
+
     def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
         """A network from a checkpoint, its weights on all devices."""
         network, variables = load_network(path, model, data, **self._like_data)

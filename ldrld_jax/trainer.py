@@ -1,5 +1,6 @@
 """What the command line does with a config: a run with its teacher before it, an evaluation, an export."""
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -15,16 +16,19 @@ from ldrld_jax.precision import precision_scope
 from ldrld_jax.run import Run
 from ldrld_jax.signals import Signals, catch_signals
 from ldrld_jax.torch_import import save_torch_checkpoint
-from ldrld_jax.train_step import Ensemble, Network
+from ldrld_jax.train_step import Network
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None, profile: str | None = None
+) -> dict[str, Any]:
     """Trains the student of a config, its teacher first where that is a recipe; resumes what it finds.
 
     Args:
       config: of `ldrld_jax.config.load`.
       workdir: where the run's files lie: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
+      profile: a directory for a trace of some of the student's steps.
 
     Returns:
       What stands in summary.json.
@@ -36,7 +40,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | 
     """
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision), catch_signals(leave_within) as signals:
-        return _train(config, epath.Path(workdir), signals, role="student")
+        return _train(config, epath.Path(workdir), signals, "student", profile)
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
@@ -66,14 +70,16 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return path
 
 
-def _train(config: ConfigDict, workdir: epath.Path, signals: Signals, role: str) -> dict[str, Any]:
+def _train(
+    config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, profile: str | None = None
+) -> dict[str, Any]:
     run = Run.plan(config_lib.resolve(config), workdir)
     run.check_workdir()
     if (summary := run.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
     else:
         student = run.create()  # first: a wrong student.checkpoint must not wait for a teacher
-        summary = fit(run, student, obtain_teacher(run, student[0], signals), signals, role)
+        summary = fit(run, student, obtain_teacher(run, student[0], signals), signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
@@ -92,18 +98,8 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
         return Teacher(student)
     models = config_lib.teacher_models(run.config)
     paths = config.checkpoint.split(",") if config.checkpoint else _train_teachers(run, models, signals)
-    if len(paths) != len(models):
-        raise UserError(
-            f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
-            f"{config.model}), got {len(paths)}. Separate them by commas."
-        )
-    loaded = [run.load(path, model, config.data) for path, model in zip(paths, models, strict=True)]
-    networks, variables = zip(*loaded, strict=True)
-    teacher: tuple[Network | Ensemble, Any] = loaded[0]
-    if len(models) > 1:
-        teacher = Ensemble(networks, config.ensemble), variables
-    network, weights = teacher
-    top1 = Evaluator(network, run.eval_source, run.config, run.mesh)(weights, signals.check)["top1"]
+    teacher = Teacher.load(run, paths)
+    top1 = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)(teacher.variables, signals.check)["top1"]
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
@@ -111,7 +107,7 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
             "teacher.min_top1."
         )
     say(f"teacher {config.model} from {', '.join(paths)}  top-1 {top1:.2f}")
-    return Teacher(network, weights, top1)
+    return dataclasses.replace(teacher, top1=top1)
 
 
 def _train_teachers(run: Run, models: list[str], signals: Signals) -> list[str]:

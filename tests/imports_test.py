@@ -24,6 +24,7 @@ ALLOWED = {
     "watchdog": set(),
     "console": set(),
     "compile_cache": set(),
+    "profiling": {"console"},
     "devices": set(),
     "purify": set(),
     "checksum": set(),
@@ -46,14 +47,19 @@ ALLOWED = {
     },
     "dispatch": {"data", "mesh", "metrics", "run", "train_step"},
     "loop": {
-        *("checkpoint", "console", "dispatch", "evaluator", "files", "mesh", "optim", "recorder", "run", "signals"),
-        *("train_step", "watchdog"),
+        *("checkpoint", "config", "console", "dispatch", "errors", "evaluator", "files", "mesh", "objective"),
+        *("optim", "profiling", "recorder", "run", "signals", "train_step", "watchdog"),
     },
     "trainer": {
         *("compile_cache", "config", "console", "errors", "evaluator", "loop", "precision", "run", "signals"),
         *("torch_import", "train_step"),
     },
-    "main": {"config", "data", "errors", "trainer"},
+    "bench_result": set(),
+    "bench": {
+        *("bench_result", "config", "data", "devices", "dispatch", "loop", "mesh", "metrics", "optim"),
+        *("precision", "profiling", "run", "train_step"),
+    },
+    "main": {"bench", "config", "data", "errors", "trainer"},
 }
 
 

@@ -31,8 +31,11 @@ def values(workdir, split: str, name: str) -> list[float]:
     return [line["values"][name] for line in comparable_lines(workdir) if line["split"] == split]
 
 
-def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path):
-    summary = trainer.train(tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "log.tensorboard=True"), tmp_path)
+def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path, capsys):
+    config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "log.tensorboard=True")
+    summary = trainer.train(config, tmp_path, profile=str(tmp_path / "trace"))
+    assert "the trace of steps 4 to 6 lies in" in capsys.readouterr().out
+    assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["method"], summary["seed"], summary["steps"]) == ("ldrld", 0, 6)
     assert summary["examples_per_second"] > 0

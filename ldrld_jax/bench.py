@@ -1,0 +1,237 @@
+"""How fast a config trains on this machine, and where the time of a step goes: nothing is trained or written."""
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.bench_result import PARTS, Bench
+from ldrld_jax.data.speed import warm_up
+from ldrld_jax.devices import peak_flops
+from ldrld_jax.dispatch import Dispatcher, Step
+from ldrld_jax.loop import Teacher, initial_state, make_step, method_params
+from ldrld_jax.mesh import replicated, to_devices
+from ldrld_jax.metrics import by_step
+from ldrld_jax.optim import make_optimizer
+from ldrld_jax.precision import precision_scope
+from ldrld_jax.profiling import Profile
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import Network, TrainState
+
+_TURNS = 5
+
+
+def report(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> str:
+    """`measure` as a table for people."""
+    return str(measure(config, seconds=seconds, profile=profile))
+
+
+def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> Bench:
+    """Measures the training that a config describes.
+
+    Args:
+      config: of `ldrld_jax.config.load`. A teacher that the run would train first has random weights.
+      seconds: about how long each measurement takes.
+      profile: a directory for a trace of some steps, see `Profile`.
+
+    Raises:
+      UserError: if the config is wrong.
+    """
+    with precision_scope(config.precision):
+        run = Run.plan(config_lib.resolve(config), epath.Path(""))
+        return _Measurement(run, seconds).all(profile)
+
+
+class _Measurement:
+    """The parts of a run, and how long each takes."""
+
+    def __init__(self, run: Run, seconds: float):
+        self._run, self._seconds = run, seconds
+        self._network, self._variables = run.create()
+        self._teacher = _teacher(run, self._network)
+        self._frozen = self._teacher.variables if self._teacher else None
+
+    def all(self, profile: str | None) -> Bench:
+        run, devices = self._run, self._run.mesh.devices.size
+        parts, batch = self._time_input()
+        step, state = self._step(run, self._teacher)
+        advance = Dispatcher(run, step, 0, replicated(run.mesh), lambda what: None)
+        begun = time.perf_counter()
+        lowered = advance.one.lower(state, self._frozen, batch)
+        compiled = lowered.compile()  # the jitted function has it as well from now on
+        compile_seconds = time.perf_counter() - begun
+        one = _Stepping(advance.one, state, self._frozen, batch)
+        parts["step"] = self._time(one)
+        parts["host"] = statistics.median(_until_it_returns(one) for _ in range(4 * _TURNS))
+        run_seconds = self._time_run(advance, one.state, profile)
+        in_use = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        parts |= self._time_alone(batch)
+        peak = peak_flops(jax.devices()[0].device_kind, run.config.precision)
+        return Bench(
+            title=self._title(),
+            compile_seconds=compile_seconds,
+            run_seconds=run_seconds,
+            batch_size=run.config.batch_size,
+            part_seconds={name: parts[name] for name in PARTS if name in parts},
+            flops=count_flops(lowered, compiled, devices),
+            peak=None if peak is None else peak * devices,
+            program_bytes=_program_bytes(compiled),
+            peak_bytes=in_use,
+        )
+
+    def _time_input(self) -> tuple[dict[str, float], Any]:
+        """And a batch."""
+        run = self._run
+        batches = to_devices(run.batches.iterate(threads=run.config.data.threads), run.mesh)
+        warm_up(batches, run.batches)
+        return {"input": self._time(lambda: next(batches))}, next(batches)
+
+    def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
+        """A run's step, and a state of its own, since it is donated."""
+        optimizer = make_optimizer(run.config.optim, run.schedule)
+        state = initial_state(run, jax.tree.map(jnp.copy, self._variables), optimizer)
+        return make_step(run, self._network, teacher, optimizer), state
+
+    def _time_run(self, advance: Dispatcher, state: TrainState, profile: str | None) -> float:
+        """Seconds a step of the loop as a run has it; then the trace, which would cost time."""
+        step = 0
+        pending: list[Any] = []
+
+        def dispatch() -> Any:
+            nonlocal step, state
+            step, state, metrics = advance(step, state, self._frozen)
+            pending.append(metrics)
+            if len(pending) > 1:
+                by_step(pending.pop(0))
+            return metrics
+
+        warm = 2 * self._run.config.steps_per_dispatch  # past the compilation of several and of a single step
+        while step < warm:
+            dispatch()
+        rates = []
+        for _ in range(_TURNS):
+            begun, first = time.perf_counter(), step
+            while step == first or time.perf_counter() - begun < self._seconds / _TURNS:
+                dispatch()
+            jax.block_until_ready(pending)
+            rates.append((time.perf_counter() - begun) / (step - first))
+        with contextlib.closing(Profile(profile, start=step, steps=step)) as trace:
+            while trace.wanted:
+                trace.at(step, dispatch())
+        return statistics.median(rates)
+
+    def _time_alone(self, batch: Any) -> dict[str, float]:
+        """The student without its teacher, the teacher without the student, the loss without either."""
+        plain = dataclasses.replace(self._run, objective=dataclasses.replace(self._run.objective, methods={}))
+        step, state = self._step(plain, None)
+        step = jax.jit(step, donate_argnums=0, out_shardings=replicated(plain.mesh))
+        parts = {"student": self._time(_Stepping(step, state, None, batch))}
+        if self._teacher is not None:
+            network, variables = self._teacher.network, self._variables if self._frozen is None else self._frozen
+            images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # a row per view, as in the step
+            labels = jnp.repeat(batch["label"], len(images) // len(batch["label"]))
+            forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
+            loss, logits = jax.jit(_loss_and_gradient(self._run)), forward(variables, images)
+            parts["teacher"] = self._time(lambda: forward(variables, images))
+            parts["loss"] = self._time(lambda: loss(logits, -logits, labels))
+        return parts
+
+    def _time(self, work: Callable[[], Any]) -> float:
+        """Seconds a call: the median over turns, each of which dispatches calls and waits for the last."""
+        jax.block_until_ready(work())
+        begun = time.perf_counter()
+        jax.block_until_ready(work())
+        calls = max(1, int(self._seconds / _TURNS / (time.perf_counter() - begun)))
+        turns = []
+        for _ in range(_TURNS):
+            begun = time.perf_counter()
+            jax.block_until_ready([work() for _ in range(calls)][-1])
+            turns.append((time.perf_counter() - begun) / calls)
+        return statistics.median(turns)
+
+    def _title(self) -> str:
+        config, device = self._run.config, jax.devices()[0]
+        taught = f"{config.student.model}, {config.method}"
+        if self._teacher is not None:
+            random = config.teacher.checkpoint is None and config.teacher.model != config_lib.SELF
+            taught += f" from {config.teacher.model}" + (" (random weights: its recipe is not run)" if random else "")
+        how = f"batch {config.batch_size}, {config.precision}, loader {config.data.loader}"
+        how += f", {config.steps_per_dispatch} steps a dispatch" if config.steps_per_dispatch > 1 else ""
+        return f"{taught}\n{how}; {self._run.mesh.devices.size} x {device.device_kind}, jax {jax.__version__}"
+
+
+class _Stepping:
+    """A step over and over on one batch."""
+
+    def __init__(self, step: Callable[..., Any], state: TrainState, frozen: Any, batch: Any):
+        self._step, self.state, self._rest = step, state, (frozen, batch)
+
+    def __call__(self) -> Any:
+        self.state, metrics = self._step(self.state, *self._rest)
+        return metrics
+
+
+def _until_it_returns(work: Callable[[], Any]) -> float:
+    """Seconds of the call itself, with nothing else under way."""
+    begun = time.perf_counter()
+    done = work()
+    seconds = time.perf_counter() - begun
+    jax.block_until_ready(done)
+    return seconds
+
+
+def _teacher(run: Run, student: Network) -> Teacher | None:
+    """The teacher from its checkpoint; with random weights where the run would train it first."""
+    config = run.config.teacher
+    if not run.objective.methods:
+        return None
+    if config.model == config_lib.SELF:
+        return Teacher(student)
+    return Teacher.load(run, config.checkpoint.split(",") if config.checkpoint else None)
+
+
+def _loss_and_gradient(run: Run) -> Callable[..., Any]:
+    objective, epoch = run.objective, jnp.int32(1)
+    learnt = method_params(objective)
+
+    def loss(student: jax.Array, teacher: jax.Array, labels: jax.Array) -> jax.Array:
+        return objective(teacher, student, labels, epoch=epoch, method_params=learnt)[0]
+
+    gradient = jax.value_and_grad(loss)
+    return lambda teacher, student, labels: gradient(student, teacher, labels)
+
+
+def count_flops(lowered: Any, compiled: Any, devices: int) -> float | None:
+    """Floating point operations of a program, over all `devices` that it is split over; None if XLA does not say.
+
+    What XLA replaces by a library's call it may not count any more, and what it adds the program as
+    written does not have: the larger of the two counts. A loop's body counts once.
+
+    Example:
+      >>> lowered = jax.jit(jnp.dot).lower(jnp.ones((8, 16)), jnp.ones((16, 4)))
+      >>> count_flops(lowered, lowered.compile(), devices=1)
+      1024.0
+    """
+    counts = []
+    for program, times in ((lowered, 1), (compiled, devices)):
+        analysis = program.cost_analysis() or {}
+        analysis = analysis[0] if isinstance(analysis, list) else analysis
+        counts.append(times * analysis.get("flops", 0.0))
+    return max(counts) if max(counts) > 0 else None
+
+
+def _program_bytes(compiled: Any) -> int | None:
+    """What a program holds on a device at once: its inputs, its outputs but for the donated, and its scratch."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    inputs, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return inputs + outputs + memory.temp_size_in_bytes

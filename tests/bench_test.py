@@ -1,0 +1,52 @@
+"""The bench: its numbers agree with each other, its FLOPs with what can be counted by hand, and it writes nothing."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ldrld_jax import bench
+from ldrld_jax.bench_result import PARTS, Bench
+from ldrld_jax.mesh import batch_sharding, make_mesh
+
+
+def test_a_bench_of_a_distillation(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.epochs=9", "mesh.data=1"]
+    flags += ["data.loader=resident", "steps_per_dispatch=2"]
+    measured = bench.measure(tiny(*flags), seconds=0.05, profile=str(tmp_path / "trace"))
+    assert set(measured.part_seconds) == set(PARTS)
+    assert all(seconds > 0 for seconds in measured.part_seconds.values())
+    assert all(0 < share <= 100 for share in measured.shares.values())
+    assert measured.examples_per_second * measured.run_seconds == pytest.approx(40)
+    # 40 images, 4x4x16 places of 9 products in teacher, student and the weights' gradient; heads and the rest beside.
+    assert 3 * 40 * 256 * 9 * 2 < measured.flops < 3 * 3 * 40 * 256 * 9 * 2
+    assert measured.peak_share is None
+    images = 40 * 8 * 8
+    assert images < measured.program_bytes < 100 * images
+    lines = str(measured).splitlines()
+    assert lines[0] == "tiny_net, kd from tiny_net (random weights: its recipe is not run)"
+    assert lines[1].startswith("batch 40, float32, loader resident, 2 steps a dispatch; 1 x cpu, jax ")
+    assert f"{measured.examples_per_second:.0f}  examples/s" in lines[4]
+    assert "lies in" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"trace"}
+    assert list(tmp_path.glob("trace/plugins/profile/*/*.trace.json.gz"))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_flops_of_a_net_of_matrices_are_counted(devices):
+    """Two products forward, three backward; split over devices the sums between them too."""
+    mesh = make_mesh(data=devices)
+    x = jax.device_put(jnp.ones((16, 32)), batch_sharding(mesh))
+    weights = jax.device_put((jnp.ones((32, 64)), jnp.ones((64, 8))), NamedSharding(mesh, PartitionSpec()))
+    lowered = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w[0] @ w[1]) ** 2))).lower(weights, x)
+    products = 2 * 16 * (2 * 32 * 64 + 3 * 64 * 8)
+    assert products <= bench.count_flops(lowered, lowered.compile(), devices) < 1.15 * products
+
+
+def test_shares_and_the_share_of_the_peak():
+    result = Bench("", 1.0, 0.5, 64, {"step": 0.25, "input": 0.75}, 1e12, 8e12, None, None)
+    assert result.examples_per_second == 128
+    assert result.shares == {"step": 50, "input": 100}
+    assert result.peak_share == 25
+    assert "25.0 % of the peak" in str(result)
