@@ -41,7 +41,7 @@ def default() -> ConfigDict:
       (True, 0.9)
     """
     config = ConfigDict()
-    config.seed = 0  # of initialisation, order and augmentation
+    config.seed = 0  # of initialisation, order and, unless data.augment_seed is set, augmentation
     config.epochs = 1
     config.batch_size = 64  # global, whatever the number of devices
     config.eval_batch_size = 256
@@ -69,11 +69,15 @@ def default() -> ConfigDict:
     config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
     config.teacher.seed = 0
     config.teacher.batch_size = config_dict.placeholder(int)
-    # The teacher's own data and recipe; unset: the student's.
+    # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
     config.teacher.data = _placeholders(config.data)
     config.teacher.optim = _placeholders(config.optim)
     config.steps_per_dispatch = 1  # so many steps in one program, with data.loader=resident: see docs/bench.md
     config.compile_cache = "~/.cache/ldrld_jax/compiled"  # compiled programs are kept here for the next start; "": not
+    config.logits = ConfigDict()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
+    config.logits.dir = config_dict.placeholder(str)  # where it lies, for any number of runs; unset: no store
+    config.logits.dtype = "float16"  # in which they are stored and taught: float16 | bfloat16 | float32
+    config.logits.views = config_dict.placeholder(int)  # k: epoch e is augmented as epoch e % k; unset: each anew
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
     config.mesh.model = 1
@@ -108,6 +112,7 @@ def _data() -> ConfigDict:
     data.flip = False  # horizontally, every other image, with any of them
     data.rand_augment = 0  # so many random distortions of each training image
     data.rand_magnitude = 9  # their strength, 0 to 30
+    data.augment_seed = config_dict.placeholder(int)  # of crops, mirrors and the like; unset: seed
     data.mixup = 0.0  # alpha: neighbours in a batch are blended by a share from Beta(alpha, alpha); 0: not
     data.resize_size = config_dict.placeholder(int)  # evaluation: the shorter side is resized to this; unset: crop_size
     data.crop_size = config_dict.placeholder(int)  # evaluation: then the middle square of this size; unset: as stored
@@ -322,10 +327,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config.loss_weight = ConfigDict({name: config.loss_weight[name] for name in names})
     for key in ("data", "optim"):
         for name in config[key]:
-            if config.teacher[key][name] is None:
+            # Runs that differ in order and augmentation share one teacher, and it has a seed of its own.
+            if config.teacher[key][name] is None and name != "augment_seed":
                 config.teacher[key][name] = config[key][name]
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
+    if not names or config.logits.dir is None:
+        config.logits = ConfigDict()
     if not names:
         config.teacher = ConfigDict()
         return config
@@ -383,6 +391,7 @@ _NOT_IDENTITY = (
     "data.loader",
     "data.threads",
     "data.cache_mb",
+    "logits.dir",
     "teacher.workdir",
     "teacher.data.data_dir",
     "teacher.data.loader",

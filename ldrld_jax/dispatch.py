@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
+from ldrld_jax.logit_feed import LogitFeed
 from ldrld_jax.mesh import to_devices
 from ldrld_jax.metrics import Means
 from ldrld_jax.run import Run
@@ -31,13 +32,22 @@ class Dispatcher:
       start: steps done.
       out_shardings: of the state and of the metrics.
       tell: is called with what it is about to do.
+      logits: a store's, which go with the batches; None for a teacher that the step runs, or none at all.
 
     Attributes:
       one: the program of a single step, `one(state, teacher, batch)`; the state is donated.
     """
 
-    def __init__(self, run: Run, step: Step, start: int, out_shardings: Any, tell: Callable[[str], None]):
-        self._run, self._tell, self._compiled = run, tell, set[int]()
+    def __init__(
+        self,
+        run: Run,
+        step: Step,
+        start: int,
+        out_shardings: Any,
+        tell: Callable[[str], None],
+        logits: LogitFeed | None = None,
+    ):
+        self._run, self._tell, self._logits, self._compiled = run, tell, logits, set[int]()
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
         self.one = jit(step)
         if isinstance(run.batches, ResidentBatches):
@@ -56,10 +66,18 @@ class Dispatcher:
         """
         count = count_steps(self._run, step)
         self._tell(f"waiting for the input of step {step + 1}")
-        inputs = self._at(step) if count > 1 else (self._batch(step),)
+        inputs = self._inputs(step, count)
         self._tell(f"{'' if count in self._compiled else 'compiling and '}running step {step + 1}")
         self._compiled.add(count)
         return step + count, *(self._several if count > 1 else self.one)(state, teacher, *inputs)
+
+    def _inputs(self, step: int, count: int) -> tuple[Any, ...]:
+        """What the program of `count` steps takes beside the state and the teacher."""
+        if count > 1:
+            beside = self._logits.several(step, count, self._batch, self._tell) if self._logits else {}
+            return beside, *self._at(step)
+        batch = self._batch(step)
+        return ({**batch, **self._logits(step, batch, self._tell)} if self._logits else batch,)
 
 
 def count_steps(run: Run, step: int) -> int:
@@ -71,12 +89,18 @@ def count_steps(run: Run, step: int) -> int:
 
 
 def several_steps(step: Step, make: Callable[..., Batch], count: int) -> Callable[..., tuple[TrainState, Means]]:
-    """`steps(state, teacher, images, draws, first)`: `count` steps over an epoch's batches from the `first` on."""
+    """`steps(state, teacher, beside, images, draws, first)`: `count` steps over an epoch's batches from `first` on.
 
-    def steps(state: TrainState, teacher: Any, images: Any, draws: Any, first: jax.Array) -> tuple[TrainState, Means]:
-        def one(state, position):
-            return step(state, teacher, make(images, draws, position))
+    `beside` has what the batches bring that is not made of the images, `[count, ...]` each.
+    """
 
-        return jax.lax.scan(one, state, first + jnp.arange(count, dtype=jnp.int32))
+    def steps(
+        state: TrainState, teacher: Any, beside: Batch, images: Any, draws: Any, first: jax.Array
+    ) -> tuple[TrainState, Means]:
+        def one(state, at):
+            position, beside = at
+            return step(state, teacher, {**make(images, draws, position), **beside})
+
+        return jax.lax.scan(one, state, (first + jnp.arange(count, dtype=jnp.int32), beside))
 
     return steps

@@ -17,6 +17,7 @@ from ldrld_jax.dispatch import Dispatcher, Step
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.files import locked, replace_text
+from ldrld_jax.logit_feed import LogitFeed
 from ldrld_jax.mesh import replicated
 from ldrld_jax.objective import Objective
 from ldrld_jax.optim import make_optimizer
@@ -34,17 +35,26 @@ class Teacher:
 
     Attributes:
       network: frozen, in evaluation mode.
-      variables: its weights; None for the student's own moving average.
-      top1: in percent on the evaluation split; None likewise.
+      variables: its weights; None for the student's own moving average, and where `logits` has them.
+      top1: in percent on the evaluation split; None for the student's own moving average.
+      logits: gives its logits beside each batch, from a store; None where the step runs the network.
     """
 
     network: Network | Ensemble
     variables: Any = None
     top1: float | None = None
+    logits: LogitFeed | None = None
 
     @classmethod
     def load(cls, run: Run, paths: Sequence[str] | None) -> "Teacher":
+        """As `read`, the weights on all devices."""
+        return cls.read(run, paths).placed(run)
+
+    @classmethod
+    def read(cls, run: Run, paths: Sequence[str] | None) -> "Teacher":
         """The networks of `teacher.model` from their checkpoints, of paths None with random weights; several as one.
+
+        The weights are not on the mesh yet.
 
         Raises:
           UserError: if one does not load, or there are not as many paths as models.
@@ -58,9 +68,15 @@ class Teacher:
                 f"{config.model}), got {len(paths)}. Separate them by commas."
             )
         else:
-            loaded = [run.load(path, model, config.data) for path, model in zip(paths, models, strict=True)]
+            loaded = [run.read(path, model, config.data) for path, model in zip(paths, models, strict=True)]
         networks, variables = zip(*loaded, strict=True)
         return cls(*loaded[0]) if len(loaded) == 1 else cls(Ensemble(networks, config.ensemble), variables)
+
+    def placed(self, run: Run) -> "Teacher":
+        """The teacher with its weights on all devices."""
+        several = isinstance(self.network, Ensemble)
+        variables = tuple(map(run.place, self.variables)) if several else run.place(self.variables)
+        return dataclasses.replace(self, variables=variables)
 
 
 def fit(
@@ -126,9 +142,9 @@ def _train(
                 pause(start, state)
         elif teacher and teacher.top1 is not None:
             recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-        advance = Dispatcher(run, step_fn, start, replicated(run.mesh), watchdog.at)
+        frozen, logits = (teacher.variables, teacher.logits) if teacher else (None, None)
+        advance = Dispatcher(run, step_fn, start, replicated(run.mesh), watchdog.at, logits)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
-        frozen = teacher.variables if teacher else None
         step, pending = start, None
         while step < run.steps:
             # Dispatched, not waited for; meanwhile the host looks at the dispatch before.

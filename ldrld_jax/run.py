@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax import logit_store
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.stream import Readable, TrainBatches
@@ -60,11 +61,13 @@ class Run:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         objective = make_objective(config)
+        logit_store.check(config, views=objective.views)
         batches = make_train_batches(
             config.data,
             batch_size=config.batch_size,
             seed=config.seed,
             views=objective.views,
+            cycle=config.logits.get("views"),
             sharding=batch_sharding(mesh),
             **shares(mesh),
         )
@@ -108,12 +111,20 @@ class Run:
     def fresh(self, model: str, data: ConfigDict, seed: int) -> tuple[Network, Variables]:
         """A network with random weights, on all devices."""
         network, variables = create_network(model, data, seed=seed, **self._like_data)
-        return network, jax.device_put(variables, replicated(self.mesh))
+        return network, self.place(variables)
 
     def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
         """A network from a checkpoint, its weights on all devices."""
-        network, variables = load_network(path, model, data, **self._like_data)
-        return network, jax.device_put(variables, replicated(self.mesh))
+        network, variables = self.read(path, model, data)
+        return network, self.place(variables)
+
+    def read(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
+        """A network from a checkpoint, its weights not on the mesh yet."""
+        return load_network(path, model, data, **self._like_data)
+
+    def place(self, variables: Variables) -> Variables:
+        """The weights on all devices."""
+        return jax.device_put(variables, replicated(self.mesh))
 
     def check_workdir(self) -> None:
         """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""

@@ -148,7 +148,8 @@ def make_train_step(
 
     `batch` has `image` `[n, height, width, channels]` uint8 (`[n, views, ...]` for several views of
     each), `label` `[n]` and, where it is padded, `mask` `[n]`, False for padding, which then counts in
-    nothing. With teacher variables of None the teacher's are the moving average of the student's.
+    nothing. With teacher variables of None the teacher's are the moving average of the student's. A batch
+    may bring `teacher_logits` `[n, C]` of a store: then no teacher is run.
 
     Args:
       student: trained.
@@ -167,8 +168,10 @@ def make_train_step(
         if mixup is not None:
             images, second = mixup(images, labels, state.step)
         epoch = state.step // steps_per_epoch + 1
-        teacher_logits = None
-        if teacher is not None:
+        teacher_logits = batch.get("teacher_logits")
+        if teacher_logits is not None:
+            teacher_logits = teacher_logits.astype(jnp.float64 if student.dtype == jnp.float64 else jnp.float32)
+        elif teacher is not None:
             frozen: Any = state.ema if teacher_variables is None else teacher_variables
             teacher_logits, _ = teacher(frozen, images, train=False)
 

@@ -11,6 +11,7 @@ from ldrld_jax.compile_cache import keep_compiled
 from ldrld_jax.console import say, summary_table
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
+from ldrld_jax.logit_feed import LogitFeed, missing_epochs, open_store
 from ldrld_jax.loop import Teacher, fit
 from ldrld_jax.precision import precision_scope
 from ldrld_jax.run import Run
@@ -98,8 +99,15 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
         return Teacher(student)
     models = config_lib.teacher_models(run.config)
     paths = config.checkpoint.split(",") if config.checkpoint else _train_teachers(run, models, signals)
-    teacher = Teacher.load(run, paths)
-    top1 = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)(teacher.variables, signals.check)["top1"]
+    teacher = Teacher.read(run, paths)
+    store = open_store(run, teacher.network, teacher.variables) if run.config.logits else None
+    top1 = store.teacher_top1(run.config.data.eval_split) if store else None
+    missing = missing_epochs(run, store) if store else None
+    if missing != [] or top1 is None:  # else nobody runs it
+        teacher = teacher.placed(run)
+    if top1 is None:
+        evaluate = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)
+        top1 = evaluate(teacher.variables, signals.check)["top1"]
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
@@ -107,7 +115,11 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
             "teacher.min_top1."
         )
     say(f"teacher {config.model} from {', '.join(paths)}  top-1 {top1:.2f}")
-    return dataclasses.replace(teacher, top1=top1)
+    if store is None:
+        return dataclasses.replace(teacher, top1=top1)
+    store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
+    feed = LogitFeed(run, store, (teacher.network, teacher.variables) if missing else None)
+    return Teacher(teacher.network, top1=top1, logits=feed)
 
 
 def _train_teachers(run: Run, models: list[str], signals: Signals) -> list[str]:

@@ -41,18 +41,20 @@ ALLOWED = {
     "precision": {"errors"},
     "networks": {"errors", "checkpoint", "config", "models", "precision", "purify", "torch_import", "train_step"},
     "evaluator": {"data", "mesh", "metrics", "train_step"},
+    "logit_store": {"errors"},
     "run": {
-        *("checkpoint", "config", "data", "errors", "files", "mesh", "metrics", "networks", "objective", "optim"),
-        "train_step",
+        *("checkpoint", "config", "data", "errors", "files", "logit_store", "mesh", "metrics", "networks"),
+        *("objective", "optim", "train_step"),
     },
-    "dispatch": {"data", "mesh", "metrics", "run", "train_step"},
+    "logit_feed": {"console", "errors", "logit_store", "mesh", "run", "train_step"},
+    "dispatch": {"data", "logit_feed", "mesh", "metrics", "run", "train_step"},
     "loop": {
-        *("checkpoint", "config", "console", "dispatch", "errors", "evaluator", "files", "mesh", "objective"),
-        *("optim", "profiling", "recorder", "run", "signals", "train_step", "watchdog"),
+        *("checkpoint", "config", "console", "dispatch", "errors", "evaluator", "files", "logit_feed", "mesh"),
+        *("objective", "optim", "profiling", "recorder", "run", "signals", "train_step", "watchdog"),
     },
     "trainer": {
-        *("compile_cache", "config", "console", "errors", "evaluator", "loop", "precision", "run", "signals"),
-        *("torch_import", "train_step"),
+        *("compile_cache", "config", "console", "errors", "evaluator", "logit_feed", "loop", "precision", "run"),
+        *("signals", "torch_import", "train_step"),
     },
     "bench_result": set(),
     "bench": {

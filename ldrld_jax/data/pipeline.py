@@ -24,6 +24,7 @@ def make_train_batches(
     host: int = 0,
     hosts: int = 1,
     views: int = 1,
+    cycle: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> TrainBatches:
     """The training batches, by step.
@@ -31,8 +32,8 @@ def make_train_batches(
     Args:
       data: the block of a config, see `ldrld_jax.config`.
       batch_size: of the whole batch, over all hosts.
-      seed: of order and augmentation.
-      divisor, host, hosts, views: see `stream.TrainBatches`.
+      seed: of the order, and of the augmentation unless `data.augment_seed` is set.
+      divisor, host, hosts, views, cycle: see `stream.TrainBatches`.
       sharding: how a batch lies on the devices, for the resident loader.
 
     Raises:
@@ -56,6 +57,8 @@ def make_train_batches(
         hosts=hosts,
         masked=data.on_error == "skip",
         views=views,
+        augment_seed=data.augment_seed,
+        cycle=cycle,
     )
     if data.loader == "resident":
         if source.view.random:
@@ -100,6 +103,8 @@ def check(data: ConfigDict) -> None:
         raise UserError(
             f"data.pad must not be negative and data.threads at least 1, got {data.pad} and {data.threads}."
         )
+    if data.augment_seed is not None and data.augment_seed < 0:
+        raise UserError(f"data.augment_seed must not be negative, got {data.augment_seed}. Unset it to take the seed.")
     if data.crop_size is not None and not 1 <= data.crop_size <= (data.resize_size or data.crop_size):
         raise UserError(
             f"data.crop_size must be between 1 and data.resize_size, got {data.crop_size} and {data.resize_size}."

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -41,13 +41,15 @@ class TrainBatches:
     Attributes:
       source: what to read, as its view shows it.
       batch_size: of the whole batch, over all hosts.
-      seed: of order and augmentation.
+      seed: of the order, and of the augmentation unless `augment_seed` is given.
       pad, flip: see `augment.draw`.
       drop_remainder: leave out an epoch's last partial batch.
       divisor: batches are padded to a multiple of this, the devices they are split over.
       host, hosts: which share of each batch to make.
       masked: give every batch a mask, since examples may be skipped.
       views: how many augmentations of each image; for several, `image` is `[rows, views, ...]`.
+      augment_seed: of crops, mirrors and random views, so that runs of several orders show the same images.
+      cycle: so many epochs' augmentations come round again and again; None for new ones each epoch.
     """
 
     source: Readable
@@ -61,6 +63,8 @@ class TrainBatches:
     hosts: int = 1
     masked: bool = False
     views: int = 1
+    augment_seed: int | None = None
+    cycle: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,24 +75,47 @@ class TrainBatches:
         return 2**62  # without end: the trainer stops
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        indices = self.draws(epoch).order[position * self.batch_size : (position + 1) * self.batch_size]
-        kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=self.masked)
-        images, labels = self._view(kept.indices, epoch, self.seed)
+        return self.part(*divmod(step, self.steps_per_epoch))
+
+    def part(self, epoch: int, position: int) -> Batch:
+        """The batch at a position of an epoch; after the last one comes the remainder that is dropped."""
+        kept, shown, seed = self.share(epoch, position), self.shown(epoch), self.augmented_by
+        images, labels = self._view(kept.indices, shown, seed)
         if self.views > 1:  # a further view is what another seed makes of the same images
-            others = [self._view(kept.indices, epoch, self.seed + (view << 32))[0] for view in range(1, self.views)]
+            others = [self._view(kept.indices, shown, seed + (view << 32))[0] for view in range(1, self.views)]
             images = np.stack([images, *others], axis=1)
         return kept.batch(images, labels)
 
+    def share(self, epoch: int, position: int) -> "Share":
+        """Which examples are this host's rows of `part(epoch, position)`."""
+        indices = self.draws(epoch).order[position * self.batch_size : (position + 1) * self.batch_size]
+        return share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=self.masked)
+
+    def shown(self, epoch: int) -> int:
+        """The epoch as which an epoch's images are augmented."""
+        return epoch % self.cycle if self.cycle else epoch
+
+    @property
+    def augmented_by(self) -> int:
+        """The seed of crops, mirrors and random views."""
+        return self.seed if self.augment_seed is None else self.augment_seed
+
     def _view(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images at `indices` as `seed` shows them, and their labels."""
+        """The images at `indices` as `seed` shows them in `epoch`, and their labels."""
         draws = _draws(seed, epoch, len(self.source), self.pad, self.flip).at(indices)
         images, labels = self.source.read(indices, (seed, epoch))
         return pad_crop_flip(images, draws, pad=self.pad), labels
 
     def draws(self, epoch: int) -> Draws:
         """The order, crops and mirrors of an epoch, whichever loader makes its batches."""
-        return _draws(self.seed, epoch, len(self.source), self.pad, self.flip)
+        examples = len(self.source)
+        shown = _draws(self.augmented_by, self.shown(epoch), examples, self.pad, self.flip)
+        return shown._replace(order=_draws(self.seed, epoch, examples, self.pad, self.flip).order)
+
+    def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4) -> Iterator[Batch]:
+        """`part(epoch, position)` for each position, prepared by `threads` threads."""
+        dataset = grain.MapDataset.source(positions).map(lambda position: self.part(epoch, position))
+        return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
         """The batches from step `start` on, prepared by `threads` threads ahead of their use."""
@@ -101,7 +128,7 @@ def _read_options(threads: int, batch_size: int, image_shape: tuple[int, ...]) -
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
 
 
-@functools.lru_cache(maxsize=4)  # this epoch and, ahead of the step, the next, in two views
+@functools.lru_cache(maxsize=8)  # this epoch and, ahead of the step, the next: order, augmentation, a second view
 def _draws(seed, epoch, examples, pad, flip):
     return draw(seed, epoch, examples, pad=pad, flip=flip)
 

@@ -9,6 +9,7 @@ import pytest
 from ldrld_jax.data.augment import draw, pad_crop_flip
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import TrainBatches, eval_batches
+from ldrld_jax.data.views import RandomRotation
 
 
 class Counting:
@@ -147,3 +148,30 @@ def test_the_digits_are_scikit_learns(data_dir):
         for x, y in zip(scans.images, scans.target, strict=True)
     }
     assert ours == theirs
+
+
+def images_by_example(batches, epoch):
+    parts = [batches.part(epoch, position) for position in range(batches.steps_per_epoch)]
+    indices = np.concatenate([batches.share(epoch, position).indices for position in range(batches.steps_per_epoch)])
+    images = np.concatenate([part["image"][part.get("mask", np.ones(len(part["label"]), bool))] for part in parts])
+    return images[np.argsort(indices)], indices.tolist()
+
+
+@pytest.mark.parametrize("view", ["pad_crop", "random"])
+def test_runs_of_another_order_show_the_same_images_by_one_augmentation_seed(view, data_dir):
+    source = open_source("digits", "train[:50]", data_dir)
+    if view == "random":
+        source = source.of(source.records, RandomRotation(source.view, 30.0))
+    runs = [dict(seed=0), dict(seed=7, augment_seed=0), dict(seed=7)]
+    shown = [images_by_example(TrainBatches(source, batch_size=8, pad=2, flip=True, **run), 1) for run in runs]
+    np.testing.assert_array_equal(shown[0][0], shown[1][0])
+    assert (shown[0][0] != shown[2][0]).any()
+    assert shown[0][1] != shown[1][1] == shown[2][1]
+
+
+def test_a_cycle_shows_the_first_epochs_images_again_in_another_order():
+    plain, cycled = (TrainBatches(Counting(50), batch_size=8, seed=0, pad=2, cycle=cycle) for cycle in (None, 3))
+    for epoch in range(7):
+        images, order = images_by_example(cycled, epoch)
+        np.testing.assert_array_equal(images, images_by_example(plain, epoch % 3)[0])
+        assert order == images_by_example(plain, epoch)[1]

@@ -1,0 +1,85 @@
+"""What a student's epoch costs without a teacher, with one, and with one whose logits come from a store.
+
+python benchmarks/logit_store.py --cifar_dir DIR --teacher resnet20.pth     # the table of docs/logit_store.md
+
+ResNet8 on the part of CIFAR-100 that `--fraction` says, by the loss of `--method`; DIR holds cifar100 as TFDS
+prepares it. Whole runs take turns, so that the load of others disturbs all alike, and their programs are compiled
+once for all turns. An epoch is timed from the line of metrics that ends the one before to its own: steps, input and,
+where there is one, the store; its first epoch, which compiles, and the evaluation after the last are left out.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import trainer
+from ldrld_jax.recorder import Recorder
+
+RUNS = {
+    "ce, no teacher": [],
+    "the teacher at every step": ["kd"],
+    "the first run with a store": ["kd", "store"],
+    "later runs with it": ["kd", "store"],
+}
+
+
+def config_of(args: argparse.Namespace, flags: list[str], store: str) -> Any:
+    overrides = [f"data.data_dir={args.cifar_dir}", f"data.fraction={args.fraction}", f"epochs={args.epochs}"]
+    overrides += [f"eval_every_epochs={args.epochs}", "data.eval_split=test[:256]", "log.tensorboard=False"]
+    overrides += [f"log.every_steps={-(-round(50000 * args.fraction) // 64)}"]
+    overrides += [f"method={args.method if flags else 'ce'}", f"teacher.checkpoint={args.teacher}"]
+    overrides += [f"logits.dir={store}"] if "store" in flags else []
+    return config_lib.load("configs/cifar100.py:resnet20-resnet8", overrides)
+
+
+def epochs_of(config: Any) -> tuple[list[float], list[float]]:
+    """Seconds of each epoch of a run but the first, and the losses of all."""
+    ends, losses, write = [], [], Recorder.write
+
+    def timed(self, step, split, values):
+        if split == "train":
+            ends.append(time.perf_counter())
+            losses.append(values["loss"])
+        write(self, step, split, values)
+
+    Recorder.write = timed
+    try:
+        with tempfile.TemporaryDirectory() as workdir:
+            trainer.train(config, workdir)
+    finally:
+        Recorder.write = write
+    return [after - before for before, after in itertools.pairwise(ends)], losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar_dir", required=True)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--method", default="ldrld")
+    parser.add_argument("--fraction", type=float, default=0.02)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=2)
+    args = parser.parse_args()
+    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    losses = {}
+    for _ in range(args.turns):
+        with tempfile.TemporaryDirectory() as store:
+            for name, flags in RUNS.items():
+                times, losses[name] = epochs_of(config_of(args, flags, store))
+                seconds[name] += times
+    base = statistics.median(seconds["ce, no teacher"])
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        print(f"| {name} | {middle:.3f} | {min(times):.3f}..{max(times):.3f} | {middle / base:.2f} |")
+    wrote, read, online = (losses[name] for name in list(RUNS)[2:] + list(RUNS)[1:2])
+    apart = [f"{abs(a / b - 1):.1e}" for a, b in zip(read, online, strict=True)]
+    print(f"epochs' losses, first run and later runs: {'equal' if wrote == read else 'NOT EQUAL'}")
+    print(f"later runs and the teacher at every step, epoch by epoch apart by {', '.join(apart)} of the loss")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""A teacher's logits beside the batches of a run: from a store where they are there, else made and stored."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ldrld_jax.console import say
+from ldrld_jax.errors import UserError
+from ldrld_jax.logit_store import LogitStore, make_key
+from ldrld_jax.mesh import batch_sharding, to_devices
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import Ensemble, Network
+
+DeviceBatch = dict[str, jax.Array]
+Tell = Callable[[str], None]
+
+
+def _unheard(doing: str) -> None:
+    del doing
+
+
+def open_store(run: Run, teacher: Network | Ensemble, variables: Any) -> LogitStore:
+    """The logit store of a run and its teacher in `logits.dir`, which may not be there yet."""
+    networks, weights = (teacher.networks, variables) if isinstance(teacher, Ensemble) else ([teacher], [variables])
+    source: Any = getattr(run.batches.source, "uncached", run.batches.source)
+    key = make_key(
+        run.config,
+        classes=len(source.class_names),
+        records=source.records,
+        augment_seed=run.batches.augmented_by,
+        networks=networks,
+        weights=weights,
+    )
+    return LogitStore(run.config.logits.dir, key)
+
+
+def missing_epochs(run: Run, store: LogitStore) -> list[int]:
+    """The epochs, as images are augmented, that a run needs and its store lacks; says what will be read and written.
+
+    Raises:
+      UserError: if they do not fit on the disk, or several hosts would write them.
+    """
+    needed = sorted({run.batches.shown(epoch) for epoch in range(run.config.epochs)})
+    missing = [epoch for epoch in needed if epoch not in store]
+    if not missing:
+        say(f"the logit store {store.directory} has all {store.describe(len(needed))}: the teacher is not run")
+        return []
+    if run.batches.hosts > 1:
+        raise UserError(
+            f"the logit store {store.directory} lacks {len(missing)} of {len(needed)} epochs, and only one host can "
+            "write them. Run this config on one host first, or unset logits.dir."
+        )
+    there = f", of which it has {len(needed) - len(missing):,}" if len(missing) < len(needed) else ""
+    say(f"the logit store {store.directory} will take {store.describe(len(needed))}{there}")
+    store.check_space(len(missing))
+    return missing
+
+
+class LogitFeed:
+    """The `teacher_logits` `[n, C]`, in the store's dtype, that go with the batches of a run.
+
+    The teacher runs in a program of its own, so that a run that writes and one that reads train by
+    the very same step: their losses are equal bit for bit.
+
+    Args:
+      run: the plan.
+      store: what is there is read, the next epoch in the background; what is not is made and written.
+      teacher: the network and its weights on the mesh; None if the store has every epoch that the run needs.
+    """
+
+    def __init__(self, run: Run, store: LogitStore, teacher: tuple[Network | Ensemble, Any] | None = None):
+        self._store, self._batches, self._mesh = store, run.batches, run.mesh
+        self._epochs, self._threads = run.config.epochs, run.config.data.threads
+        self._teach = teacher and _rounded(*teacher, store, run.mesh)
+        self._ahead = _ReadAhead(store)
+        self._epoch = -1
+        self._stored: np.ndarray | None = None  # of the epoch
+        self._sheet: _Sheet | None = None  # of the epoch, if it is not stored
+
+    def __call__(self, step: int, batch: DeviceBatch, tell: Tell = _unheard) -> DeviceBatch:
+        """What goes with the batch after `step` steps; to be asked for one step after the other.
+
+        An epoch is in the store before the logits of its last batch are given.
+
+        Args:
+          step: steps done.
+          batch: for a teacher that must be run.
+          tell: is called with what takes longer than a step.
+
+        Raises:
+          UserError: if a logit does not fit the dtype, or an epoch of the store is damaged.
+          OSError: if the disk is full.
+        """
+        position = self._enter(step)
+        if self._stored is None:
+            return {"teacher_logits": self._make(position, batch, tell)}
+        rows = self._rows(self._stored, position)
+        return {"teacher_logits": jax.make_array_from_process_local_data(batch_sharding(self._mesh), rows)}
+
+    def several(self, step: int, count: int, batch: Callable[[int], DeviceBatch], tell: Tell = _unheard) -> DeviceBatch:
+        """What goes with the `count` batches of one epoch after `step` steps, `[count, n, C]`: see `__call__`.
+
+        `batch` gives the batch after so many steps.
+        """
+        position = self._enter(step)
+        sharding = NamedSharding(self._mesh, PartitionSpec(None, *batch_sharding(self._mesh).spec))
+        if self._stored is None:
+            made = [self._make(position + i, batch(step + i), tell) for i in range(count)]
+            return {"teacher_logits": jax.device_put(jnp.stack(made), sharding)}
+        rows = np.stack([self._rows(self._stored, position + i) for i in range(count)])
+        return {"teacher_logits": jax.make_array_from_process_local_data(sharding, rows)}
+
+    def _enter(self, step: int) -> int:
+        """The position of a step in its epoch, whose logits are at hand afterwards, or a sheet for them."""
+        epoch, position = divmod(step, self._batches.steps_per_epoch)
+        if epoch == self._epoch:
+            return position
+        shown, following = (self._batches.shown(min(e, self._epochs - 1)) for e in (epoch, epoch + 1))
+        self._epoch, self._stored, self._sheet = epoch, None, None
+        if shown in self._store:
+            self._stored = self._ahead(shown, following)
+        else:
+            self._sheet = _Sheet(self._store, functools.partial(self._batches.share, epoch))
+        return position
+
+    def _rows(self, stored: np.ndarray, position: int) -> np.ndarray:
+        """This host's rows of a batch, zeros for its padding."""
+        share = self._batches.share(self._epoch, position)
+        rows = np.zeros((share.rows, stored.shape[1]), stored.dtype)
+        rows[: len(share.indices)] = stored[share.indices]
+        return rows
+
+    def _make(self, position: int, batch: DeviceBatch, tell: Tell) -> jax.Array:
+        assert self._sheet is not None and self._teach is not None
+        logits = self._teach(batch["image"])
+        self._sheet.add(position, logits)
+        if position == self._batches.steps_per_epoch - 1:
+            self._complete(self._epoch, self._sheet, self._teach, tell)
+            tell(f"storing the teacher's logits of epoch {self._epoch}")
+            self._store.write(self._batches.shown(self._epoch), self._sheet.finished())
+        return logits
+
+    def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[jax.Array], jax.Array], tell: Tell) -> None:
+        """The batches that no step of this process saw: those before a resume, and the dropped remainder."""
+        places = -(-len(self._batches.source) // self._batches.batch_size)
+        missing = [position for position in range(places) if position not in sheet.positions]
+        images = ({"image": part["image"]} for part in self._batches.parts(epoch, missing, threads=self._threads))
+        for position, batch in zip(missing, to_devices(images, self._mesh), strict=True):
+            tell(f"running the teacher on batch {position} of epoch {epoch}, which this process has not trained on")
+            sheet.add(position, teach(batch["image"]))
+
+
+def _rounded(network: Network | Ensemble, variables: Any, store: LogitStore, mesh: Mesh) -> Callable[..., jax.Array]:
+    """The teacher as a program of its own: logits `[n, C]` in the store's dtype of images `[n, ...]`."""
+
+    def logits(variables: Any, images: jax.Array) -> jax.Array:
+        return network(variables, images, train=False)[0].astype(jnp.dtype(store.dtype))
+
+    return functools.partial(jax.jit(logits, out_shardings=batch_sharding(mesh)), variables)
+
+
+class _ReadAhead:
+    """Reads the epochs of a store, the next one in the background while this one is in use."""
+
+    def __init__(self, store: LogitStore):
+        self._store, self._background = store, ThreadPoolExecutor(max_workers=1)
+        self._read: dict[int, Future[np.ndarray]] = {}
+
+    def __call__(self, epoch: int, following: int) -> np.ndarray:
+        """The logits of `epoch`; starts to read `following`, if it is there, and forgets all others."""
+        wanted = [epoch, following] if following in self._store else [epoch]
+        self._read = {e: self._read.get(e) or self._background.submit(self._store.read, e) for e in wanted}
+        return self._read[epoch].result()
+
+
+class _Sheet:
+    """The logits of one epoch as they come in, batch by batch, the newest still on the devices."""
+
+    def __init__(self, store: LogitStore, share: Callable[[int], Any]):
+        self.positions: set[int] = set()
+        self._logits, self._share, self._dtype = np.zeros(store.shape, store.dtype), share, store.key["dtype"]
+        self._newest: tuple[int, jax.Array] | None = None
+
+    def add(self, position: int, logits: jax.Array) -> None:
+        logits.copy_to_host_async()
+        self._settle()
+        self._newest = position, logits
+        self.positions.add(position)
+
+    def finished(self) -> np.ndarray:
+        self._settle()
+        return self._logits
+
+    def _settle(self) -> None:
+        """Takes the batch before from the devices: they are a step further, nobody waits."""
+        if self._newest is None:
+            return
+        (position, logits), self._newest = self._newest, None
+        indices = self._share(position).indices
+        rows = np.asarray(logits)[: len(indices)]
+        if not np.isfinite(rows).all():
+            raise UserError(
+                f"a logit of the teacher is not finite as {self._dtype}. Set logits.dtype=bfloat16, or look at its "
+                "checkpoint and its data."
+            )
+        self._logits[indices] = rows

@@ -1,0 +1,285 @@
+"""A teacher's logits on disk: of every image as each epoch shows it, with a key that says whose they are.
+
+`DIR/key.json` is the key; `DIR/00007` is a zarr array `[examples, classes]` for the images as epoch 7
+is augmented; `DIR/00007/whole` appears once all of it is there. Any zarr reader opens the arrays.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from ml_collections import ConfigDict
+
+from ldrld_jax.errors import UserError, unknown
+
+DTYPES = ("float16", "bfloat16", "float32")
+Key = dict[str, Any]
+
+_CHUNK_BYTES = 2**24  # of a file: large enough for any disk, small enough to be read by several threads
+
+# Of the data block: what changes neither which image has which index, nor what the teacher sees of it. The
+# seed of the augmentation stands in the key by itself, and the teacher's own normalisation with the teacher.
+_NOT_KEY = (
+    *("data_dir", "loader", "threads", "cache_mb", "eval_split", "remainder", "label_noise", "label_noise_rate"),
+    *("mixup", "augment_seed", "mean", "std", "image_size"),
+)
+
+
+def check(config: ConfigDict, *, views: int) -> None:
+    """Raises a UserError if a run of this resolved config, of so many views of an image, can have no store."""
+    logits = config.logits
+    if not logits:
+        return
+    if logits.dtype not in DTYPES:
+        raise unknown("logits.dtype", logits.dtype, DTYPES)
+    if logits.views is not None and logits.views < 1:
+        raise UserError(f"logits.views must be at least 1, got {logits.views}. Unset it for a new view each epoch.")
+    for wrong, why in (
+        (config.teacher.model == "ema", "teacher.model=ema changes as the student trains"),
+        (config.data.mixup, "data.mixup blends each image with another one every time"),
+        (views > 1, f"method={config.method} compares {views} views of an image, and one is stored"),
+    ):
+        if wrong:
+            raise UserError(f"logits.dir keeps a teacher's logits for later runs, and {why}. Unset logits.dir.")
+
+
+def make_key(
+    config: ConfigDict,
+    *,
+    classes: int,
+    records: Any,
+    augment_seed: int,
+    networks: Sequence[Any],
+    weights: Sequence[Any],
+) -> Key:
+    """Everything that the logits of an image, an epoch and a seed depend on.
+
+    Args:
+      config: of the run, resolved.
+      classes: C.
+      records: of the training set, see `data.sources.Records`.
+      augment_seed: by which crops, mirrors and random views are drawn.
+      networks: the teacher's, several for an ensemble.
+      weights: of each.
+    """
+    teacher = {
+        "model": config.teacher.model,
+        "ensemble": config.teacher.ensemble if len(networks) > 1 else None,
+        "precision": config.precision,
+        **{name: [getattr(network, name) for network in networks] for name in ("mean", "std", "image_size")},
+        "weights": [checksum(variables) for variables in weights],
+    }
+    data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
+    data |= {"records": len(records), "images": checksum_of_images(records)}
+    key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
+    return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as they are read
+
+
+def checksum(tree: Any) -> str:
+    """Of the arrays of a tree: their paths, dtypes, shapes and bits.
+
+    Example:
+      >>> checksum({"w": np.zeros(3)}) == checksum({"w": np.zeros(4)})
+      False
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def checksum_of_images(records: Any, *, samples: int = 64) -> str:
+    """Of some encoded images, evenly spread: another folder, order or selection shows in them."""
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist():
+        digest.update(records.__getitems__([index])[0]["image"])
+    return digest.hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitStore:
+    """The logits of one teacher on one training set, by the epoch as which the images are augmented.
+
+    Writers do not get in each other's way: an epoch is the same whoever writes it, it counts once it
+    is whole, and the first key that is there stays.
+
+    Attributes:
+      directory: local, or `gs://` and the like.
+      key: of `make_key`.
+
+    Example:
+      >>> import tempfile
+      >>> key = {"dtype": "float16", "classes": 2, "data": {"records": 3}}
+      >>> store = LogitStore(tempfile.mkdtemp(), key)
+      >>> store.create(teacher_top1=50.0, eval_split="test")
+      >>> store.write(7, np.ones((3, 2), np.float16))
+      >>> 7 in store, 8 in store, store.read(7).sum()
+      (True, False, np.float16(6.0))
+    """
+
+    directory: str
+    key: Key
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Examples and classes."""
+        return self.key["data"]["records"], self.key["classes"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return ts.dtype(self.key["dtype"]).numpy_dtype
+
+    @property
+    def bytes_per_epoch(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def describe(self, epochs: int) -> str:
+        """The size of so many epochs, for people."""
+        size, (examples, classes) = self.bytes_per_epoch * epochs, self.shape
+        return (
+            f"{human_bytes(size)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {classes:,} classes x "
+            f"{self.dtype.itemsize} bytes"
+        )
+
+    def teacher_top1(self, eval_split: str) -> float | None:
+        """In percent, as the run that began the store measured it on this split; None if none has.
+
+        Raises:
+          UserError: if the store is of another key, by each part that differs.
+        """
+        note = self._note()
+        return note["teacher_top1"] if note is not None and note["eval_split"] == eval_split else None
+
+    def _note(self) -> dict[str, Any] | None:
+        """What lies in `key.json`, its key checked; None if there is no store yet."""
+        content = self._files.read("key.json").result()
+        if content.state == "missing":
+            return None
+        try:
+            note = json.loads(content.value)
+            theirs, ours = _flat(note["key"]), _flat(self.key)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
+        differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))
+        if differing:
+            shown = ", ".join(f"{part} ({theirs.get(part)!r} there, {ours.get(part)!r} here)" for part in differing)
+            raise UserError(f"the logit store {self.directory} holds other logits: {shown}. Set another logits.dir.")
+        return note
+
+    def create(self, *, teacher_top1: float, eval_split: str) -> None:
+        """Writes the key, unless somebody has; raises a UserError if it is another."""
+        note = {"teacher_top1": teacher_top1, "eval_split": eval_split, "key": self.key}
+        with self._disk_errors():
+            missing = self._files.read("key.json").result()
+            if missing.state == "missing":
+                text = json.dumps(note, indent=2) + "\n"
+                self._files.write("key.json", text.encode(), if_equal=missing.stamp.generation).result()
+        self._note()
+
+    def check_space(self, epochs: int) -> None:
+        """Raises a UserError if so many more epochs do not fit on the disk; a remote one is not asked."""
+        needed = self.bytes_per_epoch * epochs
+        if "://" in self.directory:
+            return
+        free = shutil.disk_usage(next(p for p in [self._path, *self._path.parents] if p.exists())).free
+        if needed > free:
+            raise UserError(
+                f"the logit store {self.directory} needs {human_bytes(needed)} more, and {human_bytes(free)} are free "
+                "there. Set logits.dir on a larger disk, or logits.views for fewer augmentations."
+            )
+
+    def __contains__(self, epoch: int) -> bool:
+        return self._files.read(f"{epoch:05}/whole").result().state == "value"
+
+    def read(self, epoch: int) -> np.ndarray:
+        """The logits `[examples, classes]` of an epoch that is there.
+
+        Raises:
+          UserError: if what lies there is not as it was written.
+        """
+        try:
+            logits = ts.open(self._array(epoch), open=True).result().read().result()
+        except ValueError as error:
+            raise self._damaged(epoch, str(error)) from error
+        if not np.isfinite(logits).all():
+            raise self._damaged(epoch, "a part of it is missing")
+        return logits
+
+    def write(self, epoch: int, logits: np.ndarray) -> None:
+        """Writes the logits `[examples, classes]` of an epoch, which from then on is there.
+
+        Raises:
+          OSError: if the disk is full; the epochs before it are whole.
+        """
+        with self._disk_errors():
+            ts.open(self._array(epoch), open=True, create=True).result().write(logits).result()
+            self._files.write(f"{epoch:05}/whole", b"").result()
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return pathlib.Path(self.directory).resolve()
+
+    @property
+    def _files(self) -> Any:
+        return ts.KvStore.open(self._place("")).result()
+
+    def _place(self, folder: str) -> dict[str, str] | str:
+        if "://" in self.directory:
+            return f"{self.directory.rstrip('/')}/{folder}"
+        return {"driver": "file", "path": f"{self._path}/{folder}"}
+
+    def _array(self, epoch: int) -> dict[str, Any]:
+        examples, classes = self.shape
+        rows = min(max(_CHUNK_BYTES // (classes * self.dtype.itemsize), 1), examples)
+        metadata = {
+            "shape": [examples, classes],
+            "data_type": self.key["dtype"],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, classes]}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "fill_value": "NaN",  # a chunk that is missing shows
+        }
+        return {"driver": "zarr3", "kvstore": self._place(f"{epoch:05}/"), "metadata": metadata}
+
+    def _damaged(self, epoch: int, how: str) -> UserError:
+        place = f"{self.directory.rstrip('/')}/{epoch:05}"
+        return UserError(f"{place} is damaged: {how}. Delete this folder: the next run writes it again.")
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+        try:
+            yield
+        except Exception as error:
+            if "No space left on device" not in str(error):
+                raise
+            what = "no space left for the logit store; its whole epochs are intact"
+            raise OSError(errno.ENOSPC, what, self.directory) from error
+
+
+def human_bytes(size: float) -> str:
+    """A size as people write it.
+
+    Example:
+      >>> human_bytes(2.4e9), human_bytes(1000)
+      ('2.4 GB', '1.0 kB')
+    """
+    power = min(len(str(int(size))) - 1, 14) // 3
+    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name, value in tree.items():
+        parts |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return parts

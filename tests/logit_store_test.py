@@ -1,0 +1,181 @@
+"""The logit store: keys, what lies on disk, and what damage looks like."""
+
+import errno
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import logit_store
+from ldrld_jax.errors import UserError
+from ldrld_jax.logit_feed import missing_epochs, open_store
+from ldrld_jax.logit_store import LogitStore
+from ldrld_jax.networks import create_network
+from ldrld_jax.run import Run
+
+KEY = {"dtype": "float16", "classes": 7, "data": {"records": 50}, "teacher": {"model": "resnet20"}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = LogitStore(str(tmp_path / "a store"), KEY)
+    store.create(teacher_top1=56.93, eval_split="test")
+    return store
+
+
+@pytest.fixture
+def logits(rng):
+    return rng.normal(0, 5, (50, 7)).astype(np.float16)
+
+
+@pytest.fixture
+def planned(tiny, tmp_path):
+    """`planned(*overrides)`: the plan of a run with a store, and the store as its key would have it."""
+
+    def make(*overrides: str):
+        flags = ["method=kd", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}", "data.pad=1"]
+        run = Run.plan(config_lib.resolve(tiny(*flags, *overrides)), tmp_path / "run")
+        network, weights = create_network("tiny_net", run.config.teacher.data, seed=0, **run._like_data)
+        return run, open_store(run, network, weights)
+
+    return make
+
+
+def test_an_epoch_is_there_once_it_is_written_and_comes_back_bit_for_bit(store, logits, monkeypatch):
+    monkeypatch.setattr(logit_store, "_CHUNK_BYTES", 16 * 7 * 2)  # four files
+    assert 3 not in store
+    store.write(3, logits)
+    assert 3 in store
+    assert store.read(3).dtype == np.float16
+    np.testing.assert_array_equal(store.read(3), logits)
+    assert len(list(pathlib.Path(store.directory, "00003", "c").rglob("0"))) > 1
+
+
+def test_an_epoch_that_was_cut_short_is_not_there_and_is_written_again(store, logits):
+    store.write(3, logits)
+    pathlib.Path(store.directory, "00003", "whole").unlink()
+    pathlib.Path(store.directory, "00003", "c", "0", "0").unlink()
+    assert 3 not in store
+    store.write(3, logits)
+    np.testing.assert_array_equal(store.read(3), logits)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    [
+        (flip_a_bit, "igest mismatch"),
+        (lambda chunk: chunk.write_bytes(chunk.read_bytes()[:100]), ""),
+        (lambda chunk: chunk.unlink(), "a part of it is missing"),
+        (lambda chunk: (chunk.parents[2] / "zarr.json").unlink(), ""),
+    ],
+    ids=["a bit", "half a file", "no file", "no shape"],
+)
+def test_damage_is_named_with_the_folder_to_delete(store, logits, damage, how):
+    store.write(3, logits)
+    damage(pathlib.Path(store.directory, "00003", "c", "0", "0"))
+    with pytest.raises(UserError, match=rf"00003 is damaged: .*{how}.* Delete this folder"):
+        store.read(3)
+
+
+def test_the_first_of_two_writers_sets_the_key(store):
+    other = LogitStore(store.directory, {**KEY, "teacher": {"model": "vgg8"}})
+    with pytest.raises(
+        UserError, match=r"other logits: teacher\.model \('resnet20' there, 'vgg8' here\)\. Set another"
+    ):
+        other.create(teacher_top1=1.0, eval_split="test")
+    store.create(teacher_top1=99.0, eval_split="test")
+    assert store.teacher_top1("test") == 56.93
+    assert store.teacher_top1("validation") is None
+
+
+def test_a_file_that_is_no_key_is_refused(store):
+    for text in ("{", "[]", '{"key": 3}'):
+        pathlib.Path(store.directory, "key.json").write_text(text)
+        with pytest.raises(UserError, match=r"key\.json is no key"):
+            store.teacher_top1("test")
+
+
+def test_a_full_disk_is_one_line(store, logits, monkeypatch):
+    def full(*args, **options):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing [No space left on device]\n many lines")
+
+    monkeypatch.setattr(logit_store.ts, "open", full)
+    with pytest.raises(OSError, match="no space left for the logit store; its whole epochs are intact") as caught:
+        store.write(3, logits)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, store.directory)
+    assert 3 not in store
+
+
+def test_a_disk_that_is_too_small_is_refused_before(planned, monkeypatch, capsys):
+    run, store = planned("epochs=3")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    with pytest.raises(UserError, match=r"needs 5\.4 kB more, and 5\.0 kB are free there"):
+        missing_epochs(run, store)
+    assert "will take 5.4 kB: 3 epochs x 90 images x 10 classes x 2 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("data.pad=2", r"data\.pad \(1 there, 2 here\)"),
+        ("data.flip=True", r"data\.flip \(False there, True here\)"),
+        ("data.rand_augment=1", r"data\.rand_augment"),
+        ("data.fraction=.5", r"data\.fraction .*data\.images .*data\.records \(90 there, 45 here\)"),
+        ("data.train_split=train[10:100]", r"data\.images .*data\.train_split"),
+        ("data.augment_seed=5", r"augment_seed \(0 there, 5 here\)"),
+        ("seed=5", r"augment_seed \(0 there, 5 here\)"),
+        ("logits.dtype=bfloat16", r"dtype \('float16' there, 'bfloat16' here\)"),
+        ("precision=bfloat16", r"teacher\.precision"),
+        ("teacher.data.mean=(.25,)", r"teacher\.mean \(\[\[0\.305\]\] there, \[\[0\.25\]\] here\)"),
+        ("teacher.model=resnet20", r"teacher\.model"),
+    ],
+)
+def test_a_store_of_another_key_is_refused_by_the_parts_that_differ(planned, override, part):
+    _, store = planned()
+    store.create(teacher_top1=56.93, eval_split="test")
+    _, other = planned(override)
+    with pytest.raises(UserError, match=rf"holds other logits: .*{part}.*\. Set another logits\.dir\."):
+        other.teacher_top1("test")
+
+
+def test_other_orders_students_methods_labels_and_loaders_share_a_store(planned):
+    _, store = planned()
+    _, other = planned(
+        *("seed=5", "data.augment_seed=0", "student.model=resnet8", "method=ldrld+dist", "data.label_noise=symmetric"),
+        *("data.label_noise_rate=.2", "data.loader=resident", "batch_size=7", "epochs=9", "data.remainder=drop"),
+        *("data.mean=(.1,)", "teacher.data.mean=(.305,)", "logits.views=2"),
+    )
+    assert other.key == store.key
+
+
+def test_one_bit_of_a_weight_changes_the_checksum():
+    weights = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+    before = logit_store.checksum(weights)
+    weights["b"].view(np.uint32)[3] ^= 1
+    assert logit_store.checksum(weights) != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.model=ema", "ema_decay=.9"], "teacher.model=ema changes as the student trains"),
+        (["data.mixup=.2", "data.remainder=drop"], r"data\.mixup blends"),
+        (["method=mlkd", "loss.mlkd.views=2"], "method=mlkd compares 2 views of an image, and one is stored"),
+        (["logits.dtype=float8"], "there is no logits.dtype 'float8'"),
+        (["logits.views=0"], r"logits\.views must be at least 1, got 0"),
+        (["data.augment_seed=-1"], r"data\.augment_seed must not be negative"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(tiny, tmp_path, overrides, message):
+    flags = ["method=kd", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}"]
+    with pytest.raises(UserError, match=message):
+        Run.plan(config_lib.resolve(tiny(*flags, *overrides)), tmp_path / "run")
+    assert not (tmp_path / "logits").exists()
