@@ -1,15 +1,15 @@
 """Logit distillation in JAX: LDRLD (ICCV 2025), a sharded Flax train step, and the runs around them.
 
-Importing the package loads jax and the losses alone; what needs flax is loaded when first used.
+Importing the package loads nothing else: the losses, which need jax, and what needs flax are loaded when first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
 
 if TYPE_CHECKING:
+    from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
     from ldrld_jax.models import MODELS, create_model
     from ldrld_jax.torch_import import load_torch_checkpoint
 
@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    **dict.fromkeys(
+        ("METHODS", "LDRLDConfig", "LDRLDTerms", "ldrld_loss", "ldrld_terms", "rank_weights"), "ldrld_jax.losses"
+    ),
     "MODELS": "ldrld_jax.models",
     "create_model": "ldrld_jax.models",
     "load_torch_checkpoint": "ldrld_jax.torch_import",

@@ -5,8 +5,9 @@ import errno
 import gc
 import itertools
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -373,4 +374,15 @@ def _reported_elsewhere(record: logging.LogRecord) -> bool:
     return not (record.exc_info and _is_full_disk(record.exc_info[1]))
 
 
+def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The writes that a failed checkpoint leaves behind end when nobody waits for them: tensorstore prints that."""
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return report
+
+
 logging.getLogger("absl").addFilter(_reported_elsewhere)
+sys.unraisablehook = _but_late_writes(sys.unraisablehook)  # which is how tensorstore's threads print

@@ -197,6 +197,8 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
     config = default()
     for key, value in _leaves(ConfigDict(saved)):
+        if key == "compile_cache":  # of this machine, whoever made the run: what lies there is executed
+            continue
         _set(config, key, value, source=f"{workdir}/config.json")
     return _overridden(config, overrides)
 

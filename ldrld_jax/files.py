@@ -15,12 +15,28 @@ from ldrld_jax.errors import UserError
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file so that a crash leaves the old one or the new one, never half of either."""
     temporary = path.parent / f"{path.name}.tmp"
-    with temporary.open("w") as file:
+    with named(path), temporary.open("w") as file:
         file.write(text)
         if is_local(path):
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def append_text(path: epath.Path, text: str) -> None:
+    """Writes to the end of a file; a crash may leave half of it there."""
+    with named(path), path.open("a") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def named(path: epath.Path) -> Iterator[None]:
+    """An error that names the file: Python's own does not where a write is refused, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_json(path: epath.Path, what: str, *, keys: set[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 
 DEFAULT_CONFIG = "configs/digits.py"
@@ -62,26 +61,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit status: 0, 2 for wrong input, 128 + signal for an interruption."""
     try:
-        args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        if args.mode in ("train", "bench", "bench_data") or args.config:
-            config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
-        else:
-            config = config_lib.load_run(args.workdir, overrides)
-        from ldrld_jax import bench, trainer  # after the flags: a typo is answered at once
-        from ldrld_jax.data import speed
-
-        match args.mode:
-            case "train":
-                trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile)
-            case "eval":
-                for name, value in trainer.evaluate(config, args.workdir).items():
-                    print(f"{name} {value:.4f}")
-            case "export":
-                print(trainer.export(config, args.workdir))
-            case "bench":
-                print(bench.report(config, profile=args.profile))
-            case "bench_data":
-                print(speed.report(config.data, batch_size=config.batch_size))
+        run(*parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         return _fail(str(error), 2)
     except OSError as error:
@@ -93,6 +73,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), code)
     return 0
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Does what the flags say; imports what that takes, so that a wrong one is answered at once."""
+    _check_environment()
+    from ldrld_jax import config as config_lib
+
+    if args.mode in ("train", "bench", "bench_data") or args.config:
+        config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
+    else:
+        config = config_lib.load_run(args.workdir, overrides)
+    from ldrld_jax import bench, trainer
+    from ldrld_jax.data import speed
+
+    match args.mode:
+        case "train":
+            trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile)
+        case "eval":
+            for name, value in trainer.evaluate(config, args.workdir).items():
+                print(f"{name} {value:.4f}")
+        case "export":
+            print(trainer.export(config, args.workdir))
+        case "bench":
+            print(bench.report(config, profile=args.profile))
+        case "bench_data":
+            print(speed.report(config.data, batch_size=config.batch_size))
+
+
+def _check_environment() -> None:
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:  # it reads its variables when it is imported
+        raise UserError(f"JAX does not start: {error}. Correct or unset that variable of the environment.") from None
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,5 +1,6 @@
 """The device mesh, and the two ways in which arrays lie on it."""
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
       >>> dict(make_mesh(data=1).shape)
       {'data': 1, 'model': 1}
     """
-    available = jax.device_count()
+    available = _device_count()
     data = available // model if data == -1 and model >= 1 else data
     if data < 1 or model < 1 or data * model > available:
         raise UserError(
@@ -32,6 +33,16 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     devices = jax.devices()[: data * model]
     # Auto: shardings are hints for the partitioner. jax.make_mesh's default, Explicit, puts them in the types.
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def _device_count() -> int:
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # the latter of a platform whose plugin is not installed
+        chosen, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "its plugin is not installed"
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={chosen!r} ({why}). Unset it, or install the extra cuda or tpu."
+        ) from None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

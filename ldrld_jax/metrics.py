@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import is_local, replace_text
+from ldrld_jax.events import Events
+from ldrld_jax.files import append_text, is_local, replace_text
 
 
 class Mean(NamedTuple):
@@ -141,11 +142,7 @@ class Writer:
         text = "".join(_dump(line) for line in self._lines)
         if not self._path.exists() or self._path.read_bytes() != text.encode():
             replace_text(self._path, text)
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+        self._events = Events(workdir, purge_step=step + 1) if tensorboard else None
 
     @property
     def lines(self) -> int:
@@ -158,11 +155,9 @@ class Writer:
         if not is_local(self._path):
             self._path.write_text("".join(_dump(line) for line in self._lines))
         else:
-            with self._path.open("a") as file:
-                file.write(_dump(line))
+            append_text(self._path, _dump(line))
         if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         if self._events is not None:

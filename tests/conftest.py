@@ -106,10 +106,13 @@ def teacher_dir(data_dir, tmp_path_factory) -> str:
     return str(workdir)
 
 
-def run_main(*args: str, timeout: float = 300, cwd: pathlib.Path | None = None) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
+def run_main(
+    *args: str, timeout: float = 300, cwd: pathlib.Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, with `env` added to the environment."""
     command = [sys.executable, "-m", "ldrld_jax.main", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT)
+    env = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=env)
 
 
 def comparable_lines(workdir: pathlib.Path | str) -> list[dict]:

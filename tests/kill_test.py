@@ -3,8 +3,11 @@
 LDRLD_JAX_KILLS=50 python -m pytest tests/kill_test.py   # three kills unless this says otherwise
 """
 
+import itertools
 import os
+import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,77 +16,142 @@ import time
 import chex
 import pytest
 
-from tests.conftest import ROOT, comparable_lines, run_main, tiny_overrides
+from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.metrics import read_metrics
+from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.trainer_test import saved
 
 # One worker: the run that nobody kills is made once.
 pytestmark = pytest.mark.xdist_group("kill")
 
 EPOCHS = 8
+STEPS = EPOCHS * 3
 KILLS = int(os.environ.get("LDRLD_JAX_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
 def flags(data_dir, teacher_dir):
-    overrides = [*tiny_overrides(data_dir), f"epochs={EPOCHS}", "checkpoint.every_steps=2", "log.every_steps=5"]
+    overrides = [*tiny_overrides(data_dir), f"epochs={EPOCHS}", "checkpoint.every_steps=2", "data.cache_mb=0"]
     overrides += ["method=ldrld", f"teacher.checkpoint={teacher_dir}"]
     return [f"--config.{override}" for override in overrides]
 
 
+class Process:
+    """The command line in a process of its own, its output in a file."""
+
+    def __init__(self, flags, workdir: pathlib.Path):
+        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+        command = [sys.executable, "-m", "ldrld_jax.main", "--workdir", str(workdir), *flags]
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        self._seen = lines(workdir)
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def until(self, condition) -> None:
+        """Until `condition(self)` or the end."""
+        while not self.ended() and not condition(self):
+            time.sleep(0.001)
+
+    def writes(self) -> bool:
+        """Past imports and compilation: a line has been written, or those after the checkpoint cut off."""
+        return lines(self.workdir) != self._seen
+
+    def evaluates(self) -> bool:
+        """The last line is that of a step after which an evaluation comes."""
+        last = [line for line in lines(self.workdir)[-1:] if self.writes()]
+        return any(line["split"] == "train" and line["step"] % 3 == 0 for line in last)
+
+    def saves(self) -> bool:
+        return any(self.workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+    def kill(self, signum=signal.SIGKILL) -> int:
+        self._process.send_signal(signum)
+        return self._process.wait(timeout=60)
+
+    def wait(self) -> int:
+        return self._process.wait(timeout=300)
+
+    def resumed_from(self) -> int:
+        found = re.search(r"resuming the student at step (\d+)", self.log.read_text())
+        return int(found[1]) if found else 0
+
+
+def lines(workdir) -> list[dict]:
+    return [line for line in read_metrics(workdir) if line["split"] in ("train", "eval")]
+
+
+def last_step(workdir) -> int:
+    return max((line["step"] for line in lines(workdir)), default=0)
+
+
+def newest_step(workdir) -> int:
+    return Checkpoints(workdir / "checkpoints").latest_step or 0
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(flags, tmp_path_factory):
-    """The workdir of a run that nobody killed, and how long it took from its first metrics on."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    process = start(flags, workdir)
-    wait_for_metrics(process, workdir)
+    """The workdir of a run that nobody killed, how long it took to its first metrics, and from there on."""
     begun = time.monotonic()
-    assert process.wait(timeout=300) == 0
-    return workdir, time.monotonic() - begun
-
-
-def start(flags, workdir) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ldrld_jax.main", "--workdir", str(workdir), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def wait_for_metrics(process, workdir) -> None:
-    """Until the process has written to `metrics.jsonl` (or ended): past its imports and compilation."""
-    path = workdir / "metrics.jsonl"
-    before = path.stat().st_mtime_ns if path.exists() else None
-    while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns != before):
-        time.sleep(0.005)
+    process = Process(flags, tmp_path_factory.mktemp("uninterrupted") / "run")
+    process.until(Process.writes)
+    written = time.monotonic()
+    assert process.wait() == 0, process.log.read_text()
+    return process.workdir, written - begun, time.monotonic() - written
 
 
 def assert_same_run(workdir, expected) -> None:
-    steps = EPOCHS * 3
     assert comparable_lines(workdir) == comparable_lines(expected)
-    chex.assert_trees_all_equal(saved(workdir, steps), saved(expected, steps))
+    chex.assert_trees_all_equal(saved(workdir, STEPS), saved(expected, STEPS))
     kept = [{p.name for p in (path / "checkpoints").iterdir()} for path in (workdir, expected)]
     assert kept[0] == kept[1]
 
 
-def test_kill_9_at_random_moments_changes_nothing(flags, uninterrupted, tmp_path):
-    expected, seconds = uninterrupted
-    draw = random.Random(0)
-    for _ in range(KILLS):
-        process = start(flags, tmp_path)
-        wait_for_metrics(process, tmp_path)
-        time.sleep(draw.uniform(0, seconds / 2))
+def test_kill_9_at_any_moment_changes_nothing(flags, uninterrupted, tmp_path):
+    """Prints a table, which pytest shows with -s: a run that has ended is compared, and another is begun."""
+    expected, startup, seconds = uninterrupted
+    draw, runs = random.Random(0), iter(range(10**6))
+    moments = {
+        "start-up": lambda process: time.sleep(draw.uniform(0, startup / 2)),
+        "checkpoint": lambda process: process.until(Process.saves),
+        "evaluation": lambda process: process.until(Process.evaluates),
+        "step": lambda process: None,
+    }
+    print(f"\n{'kill':>4}  {'moment':<10}  {'died at':>7}  {'resumed':>7}  {'again':>5}")
+    workdir, table, moment = tmp_path / str(next(runs)), [], itertools.cycle(moments)
+    name = next(moment)
+    while len(table) < KILLS:
+        process = Process(flags, workdir)
+        if name != "start-up":
+            process.until(Process.writes)
+            time.sleep(draw.uniform(0, seconds / 2))
+        moments[name](process)
+        if process.ended():  # it was not to be caught any more
+            assert process.wait() == 0, process.log.read_text()
+            assert_same_run(workdir, expected)
+            workdir = tmp_path / str(next(runs))
+            continue
         process.kill()
-        process.wait()
-    done = run_main("--workdir", tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path, expected)
+        died, newest = last_step(workdir), newest_step(workdir)
+        table.append((name, died, newest))
+        print(f"{len(table):>4}  {name:<10}  {died:>7}  {newest:>7}  {max(died - newest, 0):>5}")
+        name = next(moment)
+    last = Process(flags, workdir)
+    assert last.wait() == 0, last.log.read_text()
+    assert last.resumed_from() == table[-1][2]
+    assert_same_run(workdir, expected)
+    assert all(died - newest <= 4 for _, died, newest in table)  # one is due every second step, one may be under way
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterrupted, tmp_path, signum):
-    expected, _ = uninterrupted
-    process = start(flags, tmp_path)
-    wait_for_metrics(process, tmp_path)
-    process.send_signal(signum)
-    assert process.wait(timeout=60) == 128 + signum
-    resumed = run_main("--workdir", tmp_path, *flags)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming the student at step" in resumed.stdout
-    assert_same_run(tmp_path, expected)
+    expected, *_ = uninterrupted
+    process = Process(flags, tmp_path / "run")
+    process.until(Process.writes)
+    assert process.kill(signum) == 128 + signum
+    stopped = last_step(process.workdir)
+    resumed = Process(flags, process.workdir)
+    assert resumed.wait() == 0, resumed.log.read_text()
+    assert resumed.resumed_from() == stopped  # no step is lost, none repeated
+    assert_same_run(process.workdir, expected)

@@ -4,17 +4,27 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 
 import chex
+import jax
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file as save
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
+from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.errors import UserError
+from ldrld_jax.models import MODELS
 from ldrld_jax.networks import load_network
 from ldrld_jax.purify import purify
+from tests.checkpoint_test import contents, largest
 from tests.conftest import readme_blocks, run_main, tiny_overrides
+from tests.tiny_net import TinyNet
+from tests.trainer_test import saved as all_arrays
 
 
 def test_overrides_are_told_from_flags():
@@ -98,15 +108,217 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "expected"), WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
-def test_wrong_input_gets_one_line_and_touches_nothing(flags, expected, data_dir, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    tiny = [f"--config.{override}" for override in tiny_overrides(data_dir)]
-    assert main_lib.main(["--workdir", str(workdir), *tiny, *flags]) == 2
+def tear(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_config(run: pathlib.Path, **changes) -> None:
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def tear_the_first_line(run: pathlib.Path) -> None:
+    first, rest = (run / "metrics.jsonl").read_text().split("\n", 1)
+    (run / "metrics.jsonl").write_text(f"{first[:-9]}\n{rest}")
+
+
+def checkpoints_of(run: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((run / "checkpoints").iterdir())
+
+
+def save_other_arrays(run: pathlib.Path, change) -> None:
+    """The newest checkpoint, with its arrays changed and saved as this very run's."""
+    newest = checkpoints_of(run)[-1]
+    saved = Checkpoints(newest.parent)
+    other = Checkpoints(newest.parent, run=saved.run(int(newest.name)))
+    trees = jax.tree.map(change, all_arrays(run, int(newest.name)))
+    other.save(99, trees, saved.host(int(newest.name)))
+    other.close()
+
+
+def images(folder: pathlib.Path, *classes: str) -> None:
+    for split in ("train", "val"):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(folder / split / name / "1.png")
+
+
+def digits(place: pathlib.Path, data_dir: str, pattern: str, do) -> None:
+    shutil.copytree(data_dir, place / "data")
+    for path in (place / "data").rglob(pattern):
+        do(path)
+
+
+FOLDER = ["--config.data.name=image_folder", "--config.data.data_dir={place}/data"]
+FOLDER += ["--config.data.train_split=train", "--config.data.eval_split=val", "--config.data.crop_size=16"]
+TEACHER = [
+    "--workdir={place}/new",
+    "--config.method=kd",
+    "--config.teacher.model=resnet8",
+    "--config.teacher.checkpoint={place}/teacher",
+]
+COPIED = ["--config.data.data_dir={place}/data"]
+EVAL = ["--mode=eval"]
+
+# what is on disk before: of (place, run, data_dir), where `run` holds a finished run less its summary; flags; the line
+ON_DISK = {
+    "workdir, a file": (
+        lambda p, run, _: [shutil.rmtree(run), run.write_text("")],
+        [],
+        "run is a file. Choose another",
+    ),
+    "config, torn": (lambda p, run, _: tear(run / "config.json"), [], "config.json is torn or no JSON"),
+    "config, a list": (lambda p, run, _: (run / "config.json").write_text("[]"), [], "config.json lacks data, seed"),
+    "config, of another run": (lambda p, run, _: change_config(run, seed=5), [], "seed (5 there, 0 here)"),
+    "config to evaluate, torn": (lambda p, run, _: tear(run / "config.json"), EVAL, "config.json is torn or no JSON"),
+    "config to evaluate, a key": (lambda p, run, _: change_config(run, sed=1), EVAL, "there is no config key 'sed'"),
+    "summary, torn": (lambda p, run, _: (run / "summary.json").write_text('{"st'), [], "summary.json is torn or no"),
+    "metrics, torn": (lambda p, run, _: tear_the_first_line(run), [], "line 1 of {place}/run/metrics.jsonl is torn"),
+    "checkpoints, files missing": (
+        lambda p, run, _: [shutil.rmtree(c / "training") for c in checkpoints_of(run)],
+        [],
+        "is whole (6: it cannot be",
+    ),
+    "checkpoints, truncated": (
+        lambda p, run, _: [tear(largest(c)) for c in checkpoints_of(run)],
+        [],
+        "is whole (6: it cannot be read",
+    ),
+    "checkpoints to evaluate, truncated": (
+        lambda p, run, _: [tear(largest(c)) for c in checkpoints_of(run)],
+        EVAL,
+        "is damaged (it cannot be read",
+    ),
+    "checkpoints, without notes": (
+        lambda p, run, _: [tear(c / "_CHECKPOINT_METADATA") for c in checkpoints_of(run)],
+        [],
+        "_METADATA is torn; ",
+    ),
+    "checkpoints, another dtype": (
+        lambda p, run, _: save_other_arrays(run, lambda x: x.astype(np.float16)),
+        [],
+        "is float16[16] there and float",
+    ),
+    "checkpoints, another shape": (
+        lambda p, run, _: save_other_arrays(run, lambda x: np.stack([x, x])),
+        [],
+        "is float32[2, 16] there and float",
+    ),
+    "checkpoints, of another run": (
+        lambda p, run, _: change_config(run, seed=5),
+        ["--config.seed=5"],
+        "another config: seed (0 there, 5 here)",
+    ),
+    "checkpoints to evaluate, of another run": (
+        lambda p, run, _: change_config(run, seed=5),
+        EVAL,
+        "belongs to another run than the config beside it",
+    ),
+    "checkpoints, a file": (
+        lambda p, run, _: [shutil.rmtree(run / "checkpoints"), (run / "checkpoints").write_text("")],
+        [],
+        "checkpoints",
+    ),
+    "teacher, truncated": (
+        lambda p, *_: [save({"fc.weight": np.zeros((9, 9))}, p / "teacher"), tear(p / "teacher")],
+        TEACHER,
+        "truncated",
+    ),
+    "teacher, text": (
+        lambda p, *_: (p / "teacher").write_text("<html> there is no such page"),
+        TEACHER,
+        "text that begins '<html",
+    ),
+    "teacher, an empty folder": (lambda p, *_: (p / "teacher").mkdir(), TEACHER, "holds no run (no config.json)"),
+    "teacher, other weights": (
+        lambda p, *_: save({"fc.weight": np.zeros((9, 9))}, p / "teacher"),
+        TEACHER,
+        "does not fit resnet8 with 10",
+    ),
+    "data, a file": (lambda p, *_: (p / "data").write_text(""), COPIED, "Not a directory: {place}/data"),
+    "data, nowhere to write": (lambda *_: None, ["--config.data.data_dir=/proc/data"], "/proc/data"),
+    "data, truncated": (
+        lambda p, _, data: digits(p, data, "*array_record*", tear),
+        COPIED,
+        "digits, train[:90] are damaged",
+    ),
+    "data, a missing file": (
+        lambda p, _, data: digits(p, data, "*test.array_record*", pathlib.Path.unlink),
+        COPIED,
+        "digits, test[:50] are",
+    ),
+    "data, a torn description": (
+        lambda p, _, data: digits(p, data, "dataset_info.json", tear),
+        COPIED,
+        "the description of digits in",
+    ),
+    "data, strangers' code": (lambda *_: None, ["--config.data.name=someone:digits"], "there is no dataset 'someone:"),
+    "images, nowhere": (lambda *_: None, FOLDER, "there is no folder {place}/data/train"),
+    "images, none": (
+        lambda p, *_: [images(p / "data", "a", "b"), *map(pathlib.Path.unlink, (p / "data").rglob("*.png"))],
+        FOLDER,
+        "there is no image in {place}/data/train",
+    ),
+    "images, one class": (lambda p, *_: images(p / "data", "a"), FOLDER, "has 1 classes, and there is nothing to tell"),
+    "images, an empty class": (
+        lambda p, *_: [images(p / "data", "a", "b"), (p / "data/train/b/1.png").unlink()],
+        FOLDER,
+        "no image of b in",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def a_run(data_dir, tmp_path_factory):
+    """A run of TinyNet, and the flags that made it."""
+    workdir = tmp_path_factory.mktemp("made")
+    flags = [f"--config.{override}" for override in (*tiny_overrides(data_dir), "student.model=tiny_net")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny_net", TinyNet)
+        assert main_lib.main(["--workdir", str(workdir), *flags]) == 0
+    (workdir / "summary.json").unlink()
+    return workdir, flags
+
+
+@pytest.mark.parametrize("case", [*(" ".join(flags) for flags, _ in WRONG), *ON_DISK])
+def test_wrong_input_gets_one_line_and_touches_nothing(case, a_run, data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny_net", TinyNet)
+    made, right = a_run
+    run = tmp_path / "run"
+    if case in ON_DISK:
+        prepare, wrong, expected = ON_DISK[case]
+        shutil.copytree(made, run)
+        prepare(tmp_path, run, data_dir)
+    else:
+        wrong, expected = next(pair for pair in WRONG if " ".join(pair[0]) == case)
+    before = contents(tmp_path)
+    wrong = [flag.format(place=tmp_path) for flag in wrong]
+    assert main_lib.main(["--workdir", str(run), *([] if wrong == EVAL and run.exists() else right), *wrong]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("ldrld_jax: ")
-    assert expected in line
-    assert not workdir.exists()
+    assert expected.format(place=tmp_path) in line
+    assert contents(tmp_path) == before
+
+
+IN_A_PROCESS = {
+    "flag": (["--config.sed=1"], {}, "Did you mean 'seed'?"),
+    "config": (["--config=nowhere.py"], {}, "there is no config file 'nowhere.py'"),
+    "checkpoint": (["--mode=eval"], {}, "there is no checkpoint of a run in"),
+    "platform": ([], {"JAX_PLATFORMS": "nonsense"}, "JAX finds no device for JAX_PLATFORMS='nonsense'"),
+    "plugin": ([], {"JAX_PLATFORMS": "cuda"}, "JAX finds no device for JAX_PLATFORMS='cuda'"),
+    "variable": ([], {"JAX_ENABLE_X64": "maybe"}, "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_PROCESS)
+def test_wrong_input_to_a_process_of_its_own(case, data_dir, tmp_path):
+    wrong, environment, expected = IN_A_PROCESS[case]
+    right = [] if case == "checkpoint" else [f"--config.{override}" for override in tiny_overrides(data_dir)]
+    done = run_main("--workdir", tmp_path / "run", *right, *wrong, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_that_sets_an_unknown_key_is_refused(tmp_path, capsys):
@@ -161,11 +373,7 @@ def test_a_pytorch_file_teaches(teacher_dir, tiny, tmp_path):
     assert tops[0] == tops[1]
 
 
-def test_help_and_a_typo_in_a_process_of_their_own(tmp_path):
+def test_help_in_a_process_of_its_own():
     shown = run_main("--help")
     assert shown.returncode == 0
     assert "--config.seed=1" in shown.stdout
-    wrong = run_main("--config.sed=1", "--workdir", tmp_path / "run")
-    assert (wrong.returncode, wrong.stderr.count("\n"), wrong.stdout) == (2, 1, "")
-    assert "Did you mean 'seed'?" in wrong.stderr
-    assert not (tmp_path / "run").exists()

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
+# Of content, whatever a file is called. Not all that Pillow knows: PostScript would be run, by another program.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
 
 
@@ -19,7 +22,7 @@ def open_image(data: bytes) -> Image.Image:
     """The header of an encoded image; its pixels are not decoded yet.
 
     Raises:
-      BrokenImageError: if the bytes begin like no image format that Pillow knows.
+      BrokenImageError: if the bytes begin like none of `FORMATS`, or claim to be an image too big to be one.
 
     Example:
       >>> open_image(b"hello")
@@ -28,7 +31,7 @@ def open_image(data: bytes) -> Image.Image:
       ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
     """
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's own message for an unknown format is the address of the buffer.
         why = str(error) if "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"

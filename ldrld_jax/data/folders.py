@@ -51,6 +51,10 @@ def open_folder(
     if data_dir is None:
         raise UserError(f"{name} needs a folder. Set data.data_dir to the one that holds train and val.")
     files, class_names = FOLDERS[name](epath.Path(data_dir), split)
+    if len(class_names) < 2:
+        raise UserError(
+            f"{data_dir} has {len(class_names)} classes, and there is nothing to tell apart. Check its layout."
+        )
     empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == "train" else []
     if not files:
         raise UserError(f"there is no image in {data_dir}/{split}. Known are {', '.join(SUFFIXES)}.")
@@ -89,7 +93,7 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
             "data.data_dir=tiny-imagenet-200."
         )
     # Sorted, as a reader of plain folders numbers them: so do the checkpoints that people have.
-    wnids = sorted((root / "wnids.txt").read_text().split())
+    wnids = sorted(_name(line, root / "wnids.txt") for line in (root / "wnids.txt").read_text().split())
     words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
     annotations = root / "val" / "val_annotations.txt"
@@ -99,6 +103,7 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
     files = []
     for line in annotations.read_text().splitlines():
         file, wnid = line.split("\t")[:2]
+        _name(file, annotations)
         if wnid not in label_of:
             raise UserError(f"{annotations} gives {file} the class {wnid}, which is not in wnids.txt.")
         files.append((str(root / "val" / "images" / file), label_of[wnid]))
@@ -109,6 +114,12 @@ FOLDERS: dict[str, Callable[[epath.Path, str], tuple[list[tuple[str, int]], tupl
     "image_folder": _image_folder,
     "tiny_imagenet": _tiny_imagenet,
 }
+
+
+def _name(text: str, place: epath.Path) -> str:
+    if "/" in text or text.startswith("."):
+        raise UserError(f"{place} names {text!r}, which leads out of the dataset. Get the dataset again.")
+    return text
 
 
 def _folders(folder: epath.Path) -> tuple[str, ...]:

@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import io
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
+from google.protobuf import json_format
 
 from ldrld_jax.data.digits import Digits
 from ldrld_jax.errors import UserError, unknown
@@ -25,7 +29,11 @@ class TfdsRecords:
         return len(self.records)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        return self.records.__getitems__(list(indices))
+        try:
+            return self.records.__getitems__(list(indices))
+        except RuntimeError as error:  # of the reader of array_record files
+            reason = " ".join(str(error).split())
+            raise UserError(f"the files of {self.title} are damaged ({reason}). Prepare or copy them again.") from None
 
     def name(self, index: int) -> str:
         record = self.records.__getitems__([index])[0]
@@ -46,6 +54,7 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     """
     # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    _check_name(name)
     try:
         if name == "digits":
             builder = Digits(data_dir=data_dir, file_format="array_record")
@@ -56,8 +65,9 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
         else:
             builder = _builder(name, data_dir)
     except tfds.core.DatasetNotFoundError:
-        known = ["digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
-        raise unknown("dataset", name, known) from None
+        raise _unknown(name) from None
+    except json_format.ParseError as error:
+        raise UserError(f"the description of {name} in {data_dir} is damaged ({error}). Prepare it again.") from None
     if not any(builder.data_path.glob("*.array_record*")):
         raise _not_prepared(name, data_dir, builder)
     features = builder.info.features
@@ -72,10 +82,47 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
-    return TfdsRecords(records, f"{name}, {split}"), tuple(features["label"].names), shape
+    opened = TfdsRecords(records, f"{name}, {split}")
+    opened.__getitems__(sorted({0, len(opened) - 1}))  # what is missing or torn is best told before a run begins
+    return opened, tuple(features["label"].names), shape
+
+
+def _check_name(name: str) -> None:
+    """Refuses what TFDS would take as `namespace:dataset`: code of strangers, which it fetches and runs."""
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name):
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> UserError:
+    known = ["digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
+    return unknown("dataset", name, known)
+
+
+def _check_features(folder: epath.Path) -> None:
+    """TFDS imports the modules that a dataset names in its description: only its own are let through.
+
+    Raises:
+      UserError: if another one is named, or the description is damaged.
+    """
+    found = [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")] if folder.is_dir() else []
+    for path in found:
+        try:
+            named = set(_class_names(json.loads(path.read_text())))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}). Prepare the dataset again.") from None
+        for foreign in sorted(name for name in named if not name.startswith("tensorflow_datasets.core.features.")):
+            raise UserError(f"{path} asks to import {foreign!r}, which is refused. Prepare the dataset yourself.")
+
+
+def _class_names(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        yield from (str(content[key]) for key in ("pythonClassName", "python_class_name") if key in content)
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _class_names(value)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
+    _check_features(epath.Path(data_dir or tfds.core.constants.DATA_DIR) / re.split("[/:]", name)[0])
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ValueError as error:

@@ -1,0 +1,49 @@
+"""TensorBoard's event file."""
+
+import time
+from collections.abc import Mapping
+
+from etils import epath
+
+from ldrld_jax.files import named
+
+_FLUSH_SECONDS = 10.0
+
+
+class Events:
+    """Writes scalars to `<workdir>/events.out.tfevents.*`.
+
+    In the thread that calls, where a full disk is an error like any other; tensorboardX's own
+    SummaryWriter has a thread that dies of it, and tells nobody.
+
+    Args:
+      workdir: where to; `gs://` as well.
+      purge_step: TensorBoard forgets what an earlier file of the run holds from here on.
+    """
+
+    def __init__(self, workdir: epath.Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar, self._path = Event, scalar, workdir / "events.out.tfevents"
+        with named(self._path):
+            self._writer = EventsWriter(str(workdir / "events"))
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars of one step, by name."""
+        with named(self._path):
+            for name, value in values.items():
+                self._add(step, summary=self._scalar(name, value))
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._flushed = time.monotonic()
+                self._writer.flush()
+
+    def _add(self, step: int, **what) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **what))
+
+    def close(self) -> None:
+        with named(self._path):
+            self._writer.close()
