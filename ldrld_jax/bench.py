@@ -88,11 +88,12 @@ class _Measurement:
         )
 
     def _time_input(self) -> tuple[dict[str, float], Any]:
-        """And a batch."""
+        """And an epoch's first batch, which is whole if any is."""
         run = self._run
         batches = to_devices(run.batches.iterate(threads=run.config.data.threads), run.mesh)
+        first = next(batches)
         warm_up(batches, run.batches)
-        return {"input": self._time(lambda: next(batches))}, next(batches)
+        return {"input": self._time(lambda: next(batches))}, first
 
     def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
         """A run's step, and a state of its own, since it is donated."""
@@ -153,7 +154,9 @@ class _Measurement:
         turns = []
         for _ in range(_TURNS):
             begun = time.perf_counter()
-            jax.block_until_ready([work() for _ in range(calls)][-1])
+            for _ in range(calls):
+                done = work()  # the one before is let go: memory holds two batches, not all
+            jax.block_until_ready(done)
             turns.append((time.perf_counter() - begun) / calls)
         return statistics.median(turns)
 
