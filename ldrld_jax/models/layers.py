@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ldrld_jax.models.convolution import conv_general_dilated
+
 Dtype = jax.typing.DTypeLike
 
 # N(0, 2 / (k^2 C_out)), PyTorch's kaiming_normal_(mode="fan_out").
@@ -71,6 +73,7 @@ def conv(
         bias_init=bias_init,
         dtype=dtype,
         param_dtype=param_dtype,
+        conv_general_dilated=conv_general_dilated,
         rngs=rngs,
     )
 
