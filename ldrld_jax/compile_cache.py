@@ -22,7 +22,7 @@ def keep_compiled(folder: str) -> None:
         return
     path = epath.Path(folder).expanduser()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: ours alone
         if "://" not in folder:
             tempfile.TemporaryFile(dir=path).close()  # a folder may exist and be closed to us
     except OSError as error:

@@ -21,6 +21,7 @@ def nowhere():
 def test_a_program_lands_in_the_folder(nowhere, tmp_path):
     keep_compiled(str(tmp_path / "of" / "mine"))
     jax.jit(lambda x: x * 7 + 3)(1.5)
+    assert (tmp_path / "of" / "mine").stat().st_mode & 0o777 == 0o700
     assert any(path.name.startswith("jit__lambda") for path in (tmp_path / "of" / "mine").iterdir())
 
 
