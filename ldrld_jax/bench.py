@@ -17,7 +17,7 @@ from ldrld_jax.bench_result import PARTS, Bench
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.devices import peak_flops
 from ldrld_jax.dispatch import Dispatcher, Step
-from ldrld_jax.loop import Teacher, initial_state, make_step, method_params
+from ldrld_jax.loop import Teacher, initial_state, make_step, method_params, placement
 from ldrld_jax.mesh import replicated, to_devices
 from ldrld_jax.metrics import by_step
 from ldrld_jax.optim import make_optimizer
@@ -45,7 +45,7 @@ def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = N
     Raises:
       UserError: if the config is wrong.
     """
-    with precision_scope(config.precision):
+    with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(""))
         return _Measurement(run, seconds).all(profile)
 
@@ -63,7 +63,7 @@ class _Measurement:
         run, devices = self._run, self._run.mesh.devices.size
         parts, batch = self._time_input()
         step, state = self._step(run, self._teacher)
-        advance = Dispatcher(run, step, 0, replicated(run.mesh), lambda what: None)
+        advance = Dispatcher(run, step, 0, (placement(run, state), replicated(run.mesh)), lambda what: None)
         begun = time.perf_counter()
         lowered = advance.one.lower(state, self._frozen, batch)
         compiled = lowered.compile()  # the jitted function has it as well from now on
@@ -133,7 +133,7 @@ class _Measurement:
         """The student without its teacher, the teacher without the student, the loss without either."""
         plain = dataclasses.replace(self._run, objective=dataclasses.replace(self._run.objective, methods={}))
         step, state = self._step(plain, None)
-        step = jax.jit(step, donate_argnums=0, out_shardings=replicated(plain.mesh))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placement(plain, state), replicated(plain.mesh)))
         parts = {"student": self._time(_Stepping(step, state, None, batch))}
         if self._teacher is not None:
             network, variables = self._teacher.network, self._variables if self._frozen is None else self._frozen

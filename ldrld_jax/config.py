@@ -46,6 +46,8 @@ def default() -> ConfigDict:
     config.batch_size = 64  # global, whatever the number of devices
     config.eval_batch_size = 256
     config.precision = "float32"  # of the computation: float32 | bfloat16 | float64; parameters are never below float32
+    # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
+    config.matmul_precision = "tensorfloat32"
     config.method = "ldrld"  # a key of METHODS, several as "ldrld+kd", or "ce" for plain training
     config.ce_weight = config_dict.placeholder(float)  # unset: the method's published one, else 1
     config.kd_weight = config_dict.placeholder(float)  # times the sum of the distillation terms; likewise
@@ -53,6 +55,10 @@ def default() -> ConfigDict:
     config.standardize = False  # logit standardisation of both sides before every method
     config.label_smoothing = 0.0  # of the cross-entropy
     config.ema_decay = config_dict.placeholder(float)  # evaluate a moving average of the student; unset: the student
+    config.accumulate = 1  # microbatches whose gradients make one step: less memory, the same batch_size
+    config.batch_norm_group = config_dict.placeholder(int)  # statistics of so many examples; unset: of the (micro)batch
+    config.remat = False  # keep only what convolutions and products gave, and compute the rest again: less memory
+    config.non_finite = "stop"  # at a loss or gradient that is not finite: stop | skip the step, and count it
     config.loss = ConfigDict({name: _method_block(name) for name in METHODS})  # unset: the method's default
     config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
     config.data = _data()
@@ -80,7 +86,8 @@ def default() -> ConfigDict:
     config.logits.views = config_dict.placeholder(int)  # k: epoch e is augmented as epoch e % k; unset: each anew
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
-    config.mesh.model = 1
+    config.mesh.model = 1  # devices over which each layer's outputs are split
+    config.mesh.fsdp = False  # split parameters, optimizer state and teacher over mesh.data as well: less memory
     config.log = ConfigDict()
     config.log.every_steps = 50
     config.log.tensorboard = True
@@ -135,6 +142,7 @@ def _optim() -> ConfigDict:
     optim.momentum = 0.9  # sgd; adamw takes it as b1
     optim.nesterov = False
     optim.weight_decay = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
+    optim.clip_norm = config_dict.placeholder(float)  # gradients with a larger norm are scaled down to this one
     optim.schedule = "step"  # step | cosine | constant
     optim.decay_epochs = (150, 180, 210)  # step: after these epochs
     optim.decay_rate = 0.1
@@ -377,7 +385,7 @@ def teacher_models(config: ConfigDict) -> list[str]:
 def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
     """The plain training run that makes one teacher of a resolved config: a config to `resolve`."""
     teacher, recipe = config.teacher, default()
-    for key in ("eval_batch_size", "precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
+    for key in ("eval_batch_size", "precision", "matmul_precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
         recipe[key] = copy.deepcopy(config[key])
     recipe.steps_per_dispatch = config.steps_per_dispatch if teacher.data.loader == "resident" else 1
     recipe.method = "ce"
@@ -394,6 +402,7 @@ _NOT_IDENTITY = (
     "data.threads",
     "data.cache_mb",
     "logits.dir",
+    "remat",
     "teacher.workdir",
     "teacher.data.data_dir",
     "teacher.data.loader",

@@ -6,18 +6,27 @@ from typing import Any
 
 from tqdm import tqdm
 
+_muted = False
+
+
+def mute() -> None:
+    """Says nothing from here on: of several processes one speaks."""
+    global _muted
+    _muted = True
+
 
 def say(text: str) -> None:
     """A line on standard output, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    if not _muted:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class ProgressBar:
     """Loss, top-1, examples/s and time left on standard error; nothing where that is no terminal."""
 
     def __init__(self, start: int, total: int, name: str):
-        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=_muted or None, dynamic_ncols=True)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)

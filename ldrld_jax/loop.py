@@ -17,8 +17,9 @@ from ldrld_jax.dispatch import Dispatcher, Step
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.files import locked, replace_text
+from ldrld_jax.hosts import first, together
 from ldrld_jax.logit_feed import LogitFeed
-from ldrld_jax.mesh import replicated
+from ldrld_jax.mesh import model_shardings, replicated
 from ldrld_jax.objective import Objective
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.profiling import Profile
@@ -105,12 +106,16 @@ def fit(
     optimizer = make_optimizer(config.optim, run.schedule)
     state = initial_state(run, variables, optimizer)
     step_fn = make_step(run, network, teacher, optimizer)
+    if remark := run.of_microbatches(variables):
+        say(remark)
     run.workdir.mkdir(parents=True, exist_ok=True)
-    with locked(run.workdir):
+    with locked(run.workdir) if first() else contextlib.nullcontext():
         run.check_workdir()  # again: nobody else can change it any more
         recorder = _train(run, role, state, step_fn, network, teacher, signals, profile)
         summary = _summary(run, teacher, recorder)
-        replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if first():
+            replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    together(f"the {role} is trained")
     return summary
 
 
@@ -129,7 +134,8 @@ def _train(
         watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds))
         checkpoints = stack.enter_context(contextlib.closing(run.checkpoints()))
         restored = checkpoints.resume(_trees(state))
-        replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
+        if first():
+            replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
         start, host = (restored.step, restored.host) if restored else (0, None)
         span = dict(start=start, steps=run.steps, steps_per_epoch=run.batches.steps_per_epoch)
         recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, **span)))
@@ -143,7 +149,8 @@ def _train(
         elif teacher and teacher.top1 is not None:
             recorder.write(0, "teacher_eval", {"top1": teacher.top1})
         frozen, logits = (teacher.variables, teacher.logits) if teacher else (None, None)
-        advance = Dispatcher(run, step_fn, start, replicated(run.mesh), watchdog.at, logits)
+        shardings = placement(run, state), replicated(run.mesh)
+        advance = Dispatcher(run, step_fn, start, shardings, watchdog.at, logits)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
         while step < run.steps:
@@ -153,7 +160,8 @@ def _train(
             if pending is not None:
                 recorder.add(*pending)
             pending = step, metrics
-            if run.evaluates_at(step) or run.saves_at(step) or signals.stop_at(step):
+            stop = signals.stop_at(step)  # asked after every dispatch: several hosts agree on one
+            if stop or run.evaluates_at(step) or run.saves_at(step):
                 recorder.add(*pending)
                 pending = None
                 pause(step, state)
@@ -198,7 +206,7 @@ class _Pause:
 
 def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: optax.GradientTransformation) -> Step:
     """The train step that a run's config asks for."""
-    data = run.config.data
+    config = run.config
     return make_train_step(
         student,
         teacher.network if teacher else None,
@@ -206,8 +214,11 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         optimizer,
         schedule=run.schedule,
         steps_per_epoch=run.batches.steps_per_epoch,
-        ema_decay=run.config.ema_decay,
-        mixup=Mixup(data.mixup, run.config.seed) if data.mixup else None,
+        ema_decay=config.ema_decay,
+        mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,
+        remat=config.remat,
+        accumulate=config.accumulate,
+        skip_non_finite=config.non_finite == "skip",
     )
 
 
@@ -222,7 +233,19 @@ def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTrans
         # A copy: the state's buffers are donated, none of them twice.
         ema=None if run.config.ema_decay is None else jax.tree.map(jnp.copy, variables),
     )
-    return jax.device_put(state, replicated(run.mesh))
+    return jax.device_put(state, placement(run, state))
+
+
+def placement(run: Run, state: TrainState) -> TrainState:
+    """How a state lies on the mesh: a state of shardings."""
+    everywhere: Any = replicated(run.mesh)
+    return TrainState(
+        step=everywhere,
+        student=run.placement(state.student),
+        method_params=jax.tree.map(lambda _: everywhere, state.method_params),
+        opt_state=model_shardings(state.opt_state, run.mesh, fsdp=run.config.mesh.fsdp),
+        ema=None if state.ema is None else run.placement(state.ema),
+    )
 
 
 def method_params(objective: Objective) -> dict[str, Any]:
@@ -244,6 +267,7 @@ def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str,
         **summary,
         "epochs": config.epochs,
         "steps": run.steps,
+        "skipped_steps": recorder.skipped,
         "examples_per_second": recorder.examples_per_second,
     }
 

@@ -4,11 +4,16 @@ python -m ldrld_jax.main --config configs/cifar100.py:resnet32x4-resnet8x4 --wor
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from ldrld_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 DEFAULT_CONFIG = "configs/digits.py"
 LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
@@ -29,6 +34,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
+    hosts = parser.add_argument_group("a run of several processes, one a host")
+    hosts.add_argument("--distributed", action="store_true", help="who they are says Slurm, Open MPI, GKE, a TPU pod")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: at process 0, the same for all")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     modes = ["train", "eval", "export", "bench", "bench_data"]
     parser.add_argument("--mode", default="train", choices=modes, help="%(default)s")
     parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
@@ -40,6 +50,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             f"--profile traces the steps of --mode train and bench, and --mode is {args.mode}. Leave it out."
         )
+    given = [value is not None for value in (args.coordinator, args.processes, args.process)]
+    if any(given) and (args.distributed or not all(given)):
+        raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
     args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
     overrides = []
@@ -47,7 +60,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
             raise UserError(
-                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --profile, --help."
+                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --profile, "
+                "--distributed, --coordinator, --processes, --process, --help."
             )
         override = flag.removeprefix("--config.")
         if "=" not in override:
@@ -84,7 +98,22 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
     else:
         config = config_lib.load_run(args.workdir, overrides)
+    with _among_others(args):
+        _do(args, config)
+
+
+def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """This process as one of several, if the flags say so."""
+    if not args.distributed and args.coordinator is None:
+        return contextlib.nullcontext()
+    from ldrld_jax import hosts
+
+    return hosts.joined(args.coordinator, args.processes, args.process)
+
+
+def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax import bench, trainer
+    from ldrld_jax.console import say
     from ldrld_jax.data import speed
 
     match args.mode:
@@ -92,13 +121,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile)
         case "eval":
             for name, value in trainer.evaluate(config, args.workdir).items():
-                print(f"{name} {value:.4f}")
+                say(f"{name} {value:.4f}")
         case "export":
-            print(trainer.export(config, args.workdir))
+            say(str(trainer.export(config, args.workdir)))
         case "bench":
-            print(bench.report(config, profile=args.profile))
+            say(bench.report(config, profile=args.profile))
         case "bench_data":
-            print(speed.report(config.data, batch_size=config.batch_size))
+            say(speed.report(config.data, batch_size=config.batch_size))
 
 
 def _check_environment() -> None:
@@ -108,10 +137,16 @@ def _check_environment() -> None:
         raise UserError(f"JAX does not start: {error}. Correct or unset that variable of the environment.") from None
 
 
+def _leave(code: int) -> NoReturn:
+    if "ldrld_jax.hosts" in sys.modules:
+        sys.modules["ldrld_jax.hosts"].exit_with(code)
+    sys.exit(code)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"ldrld_jax: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

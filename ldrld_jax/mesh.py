@@ -18,7 +18,7 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
       model: devices over which a model is split.
 
     Raises:
-      UserError: if there are not as many devices.
+      UserError: if there are not as many devices, or several processes would not share the batch alike.
 
     Example:
       >>> dict(make_mesh(data=1).shape)
@@ -29,6 +29,12 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     if data < 1 or model < 1 or data * model > available:
         raise UserError(
             f"mesh.data x mesh.model must be between 1 and the number of devices ({available}), got {data} x {model}."
+        )
+    hosts = jax.process_count()
+    if hosts > 1 and (data * model != available or data % hosts):
+        raise UserError(
+            f"mesh.data x mesh.model must be all {available} devices of the {hosts} processes and mesh.data a multiple "
+            f"of {hosts}, got {data} x {model}."
         )
     devices = jax.devices()[: data * model]
     # Auto: shardings are hints for the partitioner. jax.make_mesh's default, Explicit, puts them in the types.
@@ -53,6 +59,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def model_shardings(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
+    """How parameters, an optimizer's state or averages lie on the mesh: a sharding per leaf, by its shape alone.
+
+    The last axis, a layer's outputs, is split over "model"; with `fsdp` the largest axis that is left
+    over "data" as well. An axis that its devices do not divide stays whole. Axes of size 1 change nothing.
+
+    Args:
+      tree: arrays, or their shapes.
+      mesh: of `make_mesh`.
+      fsdp: split over "data", so that each device holds a part (ZeRO); False keeps a copy on each.
+
+    Example:
+      >>> mesh = make_mesh(data=1)
+      >>> model_shardings(jax.ShapeDtypeStruct((3, 3, 16, 32), "float32"), mesh, fsdp=True).spec
+      PartitionSpec(None, None, 'data', 'model')
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes: list[str | tuple[str, ...] | None] = [None] * len(leaf.shape)
+        if axes and leaf.shape[-1] % mesh.shape["model"] == 0:
+            axes[-1] = "model"
+        if fsdp:
+            free = [i for i, size in enumerate(leaf.shape) if axes[i] is None and size % mesh.shape["data"] == 0]
+            if free:
+                axes[max(free, key=lambda i: leaf.shape[i])] = "data"
+            elif axes and leaf.shape[-1] % (mesh.shape["model"] * mesh.shape["data"]) == 0:
+                axes[-1] = ("model", "data")
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(sharding, tree)
 
 
 def to_devices(batches: Iterable[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:

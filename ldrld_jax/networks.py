@@ -10,6 +10,7 @@ from ldrld_jax.checkpoint import load_model
 from ldrld_jax.config import identity, saved_config
 from ldrld_jax.errors import UserError
 from ldrld_jax.models import create_model
+from ldrld_jax.models.layers import group_batch_norms
 from ldrld_jax.precision import dtypes
 from ldrld_jax.purify import purify
 from ldrld_jax.torch_import import load_torch_checkpoint
@@ -17,14 +18,25 @@ from ldrld_jax.train_step import Network, Variables
 
 
 def create_network(
-    model: str, data: ConfigDict, *, num_classes: int, channels: int, precision: str, seed: int
+    model: str,
+    data: ConfigDict,
+    *,
+    num_classes: int,
+    channels: int,
+    precision: str,
+    seed: int,
+    batch_norm_groups: int = 1,
 ) -> tuple[Network, Variables]:
     """A freshly initialised model, fed as `data` says (mean, std, image_size).
+
+    Args:
+      batch_norm_groups: see `BatchNorm.groups`.
 
     Raises:
       UserError: if there is no such model.
     """
     module = create_model(model, num_classes, channels, rngs=nnx.Rngs(seed), **dtypes(precision))
+    group_batch_norms(module, batch_norm_groups)
     return _network(module, data, channels, precision)
 
 

@@ -75,19 +75,24 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
     """SGD with momentum as PyTorch writes it, or AdamW.
 
     SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
-    the parameters themselves.
+    the parameters themselves. `clip_norm` bounds the norm of all gradients together, before either.
 
     Raises:
-      UserError: if the name is unknown.
+      UserError: if the name is unknown, or `clip_norm` not positive.
     """
+    if optim.clip_norm is not None and optim.clip_norm <= 0:
+        raise UserError(f"optim.clip_norm must be above 0, got {optim.clip_norm}. Leave it unset to clip nothing.")
+    clip = [] if optim.clip_norm is None else [optax.clip_by_global_norm(optim.clip_norm)]
     if optim.name == "sgd":
         return optax.chain(
+            *clip,
             optax.add_decayed_weights(optim.weight_decay),
             optax.trace(decay=optim.momentum, nesterov=optim.nesterov),
             optax.scale_by_learning_rate(schedule),
         )
     if optim.name == "adamw":
-        return optax.adamw(schedule, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+        adamw = optax.adamw(schedule, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+        return optax.chain(*clip, adamw)
     raise unknown("optim.name", optim.name, ("sgd", "adamw"))
 
 

@@ -1,4 +1,4 @@
-"""What `precision` means: the dtypes of computation and parameters, and double precision where it is asked for."""
+"""What `precision` and `matmul_precision` mean: the dtypes of a run, and how its products are computed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ _DTYPES = {
     "bfloat16": (jnp.bfloat16, jnp.float32),
     "float64": (jnp.float64, jnp.float64),
 }
+# What XLA may do with float32 products where the hardware has something faster.
+_PRODUCTS = ("default", "tensorfloat32", "float32")
 
 
 def dtypes(precision: str) -> dict[str, Any]:
@@ -29,16 +31,23 @@ def dtypes(precision: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def precision_scope(precision: str) -> Iterator[None]:
-    """Double precision where a config asks for it: everything that touches its arrays runs inside.
+def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator[None]:
+    """Double precision where a config asks for it, and the products it asks for: all that a run computes is inside.
+
+    Args:
+      precision: float32, bfloat16 or float64.
+      products: of float32 matrix products and convolutions on a GPU or TPU; the losses' own are always exact.
 
     Raises:
       UserError: if there is no such precision.
     """
+    if products not in _PRODUCTS:
+        raise unknown("matmul_precision", products, _PRODUCTS)
     before = jax.config.read("jax_enable_x64")
     # Not the context manager, which holds for one thread: orbax would restore float32 in its own.
     jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
     try:
-        yield
+        with jax.default_matmul_precision(products):
+            yield
     finally:
         jax.config.update("jax_enable_x64", before)

@@ -6,11 +6,14 @@ import statistics
 import time
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.console import ProgressBar, evaluation_line, say
 from ldrld_jax.metrics import Mean, Means, Writer, add, by_step
+
+_MOST_SKIPPED = 100  # steps in a row
 
 
 class NonFiniteError(RuntimeError):
@@ -22,7 +25,8 @@ class NonFiniteError(RuntimeError):
 class Recorder:
     """What a run knows on the host: the means since the last line, the best and the last evaluation.
 
-    It is part of each checkpoint, so that a resumed run writes the same lines as one that never stopped.
+    Of several processes each keeps one, and the first writes it down. It is part of each checkpoint, so
+    that a resumed run writes the same lines as one that never stopped.
 
     Args:
       workdir: of the run.
@@ -45,19 +49,24 @@ class Recorder:
         steps: int,
         steps_per_epoch: int,
     ):
-        host = host or {"best": {}, "last": {}, "window": {}, "lines": 0}
+        host = host or {"best": {}, "last": {}, "window": {}, "lines": 0, "skipped": 0}
         self.best: dict[str, float] = host["best"]
         self.last: dict[str, float] = host["last"]
+        self.skipped: int = host["skipped"]
+        self._skipped_in_a_row = 0
         self._config, self._role, self._steps, self._steps_per_epoch = config, role, steps, steps_per_epoch
         self._window: Means = {name: Mean(*pair) for name, pair in host["window"].items()}
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=200)
         self._clock: float | None = None
-        self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=config.log.tensorboard)
+        self._writer = None
+        if jax.process_index() == 0:
+            self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=config.log.tensorboard)
         self._bar = ProgressBar(start, steps, f"{role} {config.student.model}")
 
     def to_json(self) -> dict[str, Any]:
         window = {name: list(mean) for name, mean in self._window.items()}
-        return {"best": self.best, "last": self.last, "window": window, "lines": self._writer.lines}
+        kept = {"best": self.best, "last": self.last, "skipped": self.skipped}
+        return {**kept, "window": window, "lines": self._writer.lines if self._writer else 0}
 
     @property
     def examples_per_second(self) -> float:
@@ -76,6 +85,7 @@ class Recorder:
             self._add(at, means)
 
     def _add(self, step: int, means: Means) -> None:
+        self._count_skipped(step, means)
         bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
         if bad:
             raise NonFiniteError(
@@ -84,11 +94,27 @@ class Recorder:
             )
         self._window = add(self._window, means)
         if step % self._config.log.every_steps == 0 or step == self._steps:
-            values = {name: mean.value for name, mean in self._window.items()}
+            values = {name: mean.value for name, mean in self._window.items() if mean.count}
             self.write(step, "train", values | {"examples_per_second": self.examples_per_second})
             self._window = {}
         shown = {"loss": means["loss"].value, "top1": means["top1"].value, "examples/s": self.examples_per_second}
         self._bar.update(step, shown)
+
+    def _count_skipped(self, step: int, means: Means) -> None:
+        """Counts the steps that `non_finite=skip` skipped; so many in a row will not end by themselves."""
+        if "skipped" not in means:
+            return
+        if not means["skipped"].total:
+            self._skipped_in_a_row = 0
+            return
+        if not self.skipped:
+            say(f"step {step} is skipped: its loss or gradient is not finite. Further ones are counted, not shown.")
+        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == _MOST_SKIPPED:
+            raise NonFiniteError(
+                f"the loss or its gradient was not finite for {_MOST_SKIPPED} steps in a row, the last of them {step}. "
+                "The last checkpoint is untouched. Lower optim.learning_rate, or set non_finite=stop to see the term."
+            )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Takes in an evaluation."""
@@ -106,7 +132,8 @@ class Recorder:
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         name = f"teacher_{split}" if self._role == "teacher" else split
-        self._writer.write(step, step / self._steps_per_epoch, name, values)
+        if self._writer is not None:
+            self._writer.write(step, step / self._steps_per_epoch, name, values)
 
     def _tick(self, steps: int) -> None:
         now = time.perf_counter()
@@ -116,4 +143,5 @@ class Recorder:
 
     def close(self) -> None:
         self._bar.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

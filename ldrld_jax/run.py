@@ -1,6 +1,7 @@
 """A planned run: its config checked and its parts built, with nothing written and nothing computed yet."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from ldrld_jax import logit_store
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.stream import Readable, TrainBatches
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import read_json
-from ldrld_jax.mesh import batch_sharding, make_mesh, replicated, shares
+from ldrld_jax.hosts import in_turn
+from ldrld_jax.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
 from ldrld_jax.metrics import read_metrics
 from ldrld_jax.networks import create_network, load_network
 from ldrld_jax.objective import Objective, check_classes, make_objective
@@ -59,25 +61,30 @@ class Run:
             raise UserError(f"log.watchdog_seconds must not be negative, got {config.log.watchdog_seconds}.")
         if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
+        if config.non_finite not in ("stop", "skip"):
+            raise unknown("non_finite", config.non_finite, ("stop", "skip"))
         mesh = make_mesh(config.mesh.data, config.mesh.model)
+        # Each device and each group takes as many rows of a microbatch as the others: some may be padding.
+        divisor = config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
         objective = make_objective(config)
         logit_store.check(config, views=objective.views)
-        batches = make_train_batches(
-            config.data,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            views=objective.views,
-            cycle=config.logits.get("views"),
-            sharding=batch_sharding(mesh),
-            **shares(mesh),
-        )
+        with in_turn("data"):
+            batches = make_train_batches(
+                config.data,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                views=objective.views,
+                cycle=config.logits.get("views"),
+                sharding=batch_sharding(mesh),
+                **(shares(mesh) | {"divisor": divisor}),
+            )
+            eval_source = make_eval_source(config.data)
         padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
         if config.data.mixup < 0 or (config.data.mixup and padded):
             raise UserError(
                 f"data.mixup blends the images of a batch, which may hold no padding: got {config.data.mixup}. Set "
                 "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
             )
-        eval_source = make_eval_source(config.data)
         check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
@@ -103,18 +110,21 @@ class Run:
     def create(self) -> tuple[Network, Variables]:
         """The student before its first step: freshly initialised, or from `student.checkpoint`."""
         config = self.config
-        network, variables = create_network(config.student.model, config.data, seed=config.seed, **self._like_data)
+        groups = batch_norm_groups(config)
+        network, variables = create_network(
+            config.student.model, config.data, seed=config.seed, batch_norm_groups=groups, **self._like_data
+        )
         if config.student.checkpoint is not None:
             _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
         return network, variables
 
     def fresh(self, model: str, data: ConfigDict, seed: int) -> tuple[Network, Variables]:
-        """A network with random weights, on all devices."""
+        """A network with random weights, on the mesh."""
         network, variables = create_network(model, data, seed=seed, **self._like_data)
         return network, self.place(variables)
 
     def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
-        """A network from a checkpoint, its weights on all devices."""
+        """A network from a checkpoint, its weights on the mesh."""
         network, variables = self.read(path, model, data)
         return network, self.place(variables)
 
@@ -123,8 +133,27 @@ class Run:
         return load_network(path, model, data, **self._like_data)
 
     def place(self, variables: Variables) -> Variables:
-        """The weights on all devices."""
-        return jax.device_put(variables, replicated(self.mesh))
+        """The weights on the mesh."""
+        return jax.device_put(variables, self.placement(variables))
+
+    def placement(self, variables: Variables) -> Variables:
+        """How a network's variables lie on the mesh; the few statistics are on each device."""
+        params = model_shardings(variables.params, self.mesh, fsdp=self.config.mesh.fsdp)
+        return Variables(params, jax.tree.map(lambda _: replicated(self.mesh), variables.batch_stats))
+
+    def of_microbatches(self, variables: Variables) -> str | None:
+        """What accumulation makes different from one large batch, in a line; None if nothing."""
+        accumulate = self.config.accumulate
+        parts = [name for name, (method, _, _) in self.objective.methods.items() if not method.decomposes]
+        if variables.batch_stats and self.config.batch_norm_group is None:
+            parts.append("BatchNorm")
+        if accumulate == 1 or not parts:
+            return None
+        micro = self.config.batch_size // accumulate
+        return (
+            f"accumulate={accumulate}: {' and '.join(parts)} see a microbatch of {micro} examples at a time, which is "
+            "not what one large batch gives."
+        )
 
     def check_workdir(self) -> None:
         """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""
@@ -183,3 +212,22 @@ class Run:
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after this step beside those of the evaluations."""
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self._keep_every))
+
+
+def batch_norm_groups(config: ConfigDict) -> int:
+    """In how many groups of a microbatch batch normalisation takes its statistics.
+
+    Raises:
+      UserError: unless a batch divides into microbatches, and those into groups.
+    """
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate must be at least 1 and divide batch_size ({config.batch_size}), got {config.accumulate}."
+        )
+    micro = config.batch_size // config.accumulate
+    group = micro if config.batch_norm_group is None else config.batch_norm_group
+    if group < 1 or micro % group:
+        raise UserError(
+            f"batch_norm_group must be at least 1 and divide batch_size / accumulate ({micro}), got {group}."
+        )
+    return micro // group

@@ -143,6 +143,9 @@ def make_train_step(
     steps_per_epoch: int,
     ema_decay: float | None = None,
     mixup: Mixup | None = None,
+    remat: bool = False,
+    accumulate: int = 1,
+    skip_non_finite: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -160,37 +163,59 @@ def make_train_step(
       steps_per_epoch: of the run.
       ema_decay: of the moving average in the state; None without one.
       mixup: blends the images of a batch; it must have no padding then. None does not.
+      remat: keep only the outputs of convolutions and matrix products for the backward pass, and compute
+        what is cheap (normalisations, activations) from them again.
+      accumulate: microbatches, one after another, whose gradients make one step. Example i is in
+        microbatch i % accumulate: each device takes its own examples, however many devices there are.
+      skip_non_finite: a step whose loss or gradient is not finite changes nothing but the step number;
+        `skipped` in the metrics counts it.
     """
 
+    def forward(params, batch_stats, images, where):
+        return student(Variables(params, batch_stats), images, train=True, where=where)
+
+    if remat:
+        forward = rematerialised(forward)
+
     def step(state: TrainState, teacher_variables: Any, batch: Batch) -> tuple[TrainState, Means]:
-        images, labels, where = _rows(batch)
-        second = None
-        if mixup is not None:
-            images, second = mixup(images, labels, state.step)
+        frozen: Any = state.ema if teacher_variables is None else teacher_variables
         epoch = state.step // steps_per_epoch + 1
-        teacher_logits = batch.get("teacher_logits")
-        if teacher_logits is not None:
-            teacher_logits = teacher_logits.astype(jnp.float64 if student.dtype == jnp.float64 else jnp.float32)
-        elif teacher is not None:
-            frozen: Any = state.ema if teacher_variables is None else teacher_variables
-            teacher_logits, _ = teacher(frozen, images, train=False)
-
-        def loss_of(params):
-            params, method_params = params
-            logits, batch_stats = student(Variables(params, state.student.batch_stats), images, train=True, where=where)
-            loss, terms = objective(
-                teacher_logits,
-                logits,
-                labels,
-                epoch=epoch,
-                where=where,
-                second=second,
-                method_params=method_params,
-            )
-            return loss, (terms, logits, batch_stats)
-
         trained = trainable(state.student, state.method_params)
-        (loss, (terms, logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+
+        def gradients_of(batch: Batch) -> tuple[Tree, Tree, Means]:
+            rows = _rows(batch)
+            images, labels, where = rows["image"], rows["label"], rows.get("mask")
+            teacher_logits = rows.get("teacher_logits")
+            if teacher_logits is not None:
+                teacher_logits = teacher_logits.astype(jnp.float64 if student.dtype == jnp.float64 else jnp.float32)
+            elif teacher is not None:
+                teacher_logits, _ = teacher(frozen, images, train=False)
+
+            def loss_of(params):
+                params, method_params = params
+                logits, batch_stats = forward(params, state.student.batch_stats, images, where)
+                loss, terms = objective(
+                    teacher_logits,
+                    logits,
+                    labels,
+                    epoch=epoch,
+                    where=where,
+                    second=None if share is None else (rows["other_label"], share),
+                    method_params=method_params,
+                )
+                return loss, ({"loss": loss, **terms}, logits, batch_stats)
+
+            gradients, (terms, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
+            return gradients, batch_stats, _metrics(terms, teacher_logits, logits, labels, where, objective.depth)
+
+        share = None
+        if mixup is not None:
+            images, (other, share) = mixup(batch["image"], batch["label"], state.step)
+            batch = {**batch, "image": images, "other_label": other}
+        if accumulate == 1:
+            gradients, batch_stats, metrics = gradients_of(batch)
+        else:
+            gradients, batch_stats, metrics = _accumulated(gradients_of, batch, accumulate)
         gradients = gradients[0], _scaled(objective, gradients[1], epoch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params, method_params = optax.apply_updates(trained, updates)
@@ -198,21 +223,63 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
-
-        metrics = classification(logits, labels, where)
-        if teacher_logits is not None:
-            tops = {
-                "teacher_top": _top_mask(teacher_logits, objective.depth),
-                "student_top": _top_mask(logits, objective.depth),
-            }
-            metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
-        count = metrics["top1"].count
-        means = {**terms, "loss": loss, "learning_rate": schedule(state.step)}
-        # In float64 runs the losses are compared to 1e-9: they keep their dtype.
-        metrics |= {name: Mean(value * count.astype(value.dtype), count) for name, value in means.items()}
-        return TrainState(state.step + 1, after, method_params, opt_state, ema), metrics
+        count = metrics["loss"].count
+        metrics["learning_rate"] = Mean(schedule(state.step).astype(count.dtype) * count, count)
+        new = TrainState(state.step + 1, after, method_params, opt_state, ema)
+        return _unless_non_finite(state, new, gradients, metrics) if skip_non_finite else (new, metrics)
 
     return step
+
+
+def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which keeps for its backward pass what convolutions and matrix products gave, no more."""
+    products = (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
+    return jax.checkpoint(forward, policy=lambda primitive, *_, **__: primitive in products)
+
+
+def _accumulated(gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int):
+    """`gradients_of` the microbatches, one after another: means over all examples, and the metrics' sums."""
+    # Strided, not in blocks: a batch that is split over devices is then split alike in each microbatch.
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
+    rows = batch["label"].shape[0]
+    examples = rows if "mask" not in batch else jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.int32), 1)
+
+    def body(total: Tree, batch: Batch) -> tuple[Tree, Means]:
+        gradients, batch_stats, metrics = gradients_of(batch)
+        own = rows // accumulate if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
+        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / examples)  # noqa: E731
+        return jax.tree.map(add, total, (gradients, batch_stats)), metrics
+
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro))[:2]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, batch_stats), metrics = jax.lax.scan(body, zeros, micro)
+    return gradients, batch_stats, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+
+
+def _metrics(
+    terms: dict[str, jax.Array],
+    teacher_logits: jax.Array | None,
+    logits: jax.Array,
+    labels: jax.Array,
+    where: jax.Array | None,
+    depth: int,
+) -> Means:
+    """The terms of the loss as means over the rows that count, and how well the student does."""
+    metrics = classification(logits, labels, where)
+    if teacher_logits is not None:
+        tops = {"teacher_top": _top_mask(teacher_logits, depth), "student_top": _top_mask(logits, depth)}
+        metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
+    count = metrics["top1"].count
+    # In float64 runs the losses are compared to 1e-9: they keep their dtype.
+    return metrics | {name: Mean(value * count.astype(value.dtype), count) for name, value in terms.items()}
+
+
+def _unless_non_finite(old: TrainState, new: TrainState, gradients: Tree, metrics: Means) -> tuple[TrainState, Means]:
+    """The new state and its metrics; or the old one, with metrics that count in no mean."""
+    finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(optax.tree.norm(gradients))
+    kept = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)._replace(step=new.step)
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
+    return kept, metrics | {"skipped": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
 
 
 def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
@@ -220,13 +287,13 @@ def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree,
     return student.params, method_params
 
 
-def _rows(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Images, labels and mask with a row per view."""
-    images, labels, where = batch["image"], batch["label"], batch.get("mask")
+def _rows(batch: Batch) -> Batch:
+    """The batch with a row per view of an image."""
+    images = batch["image"]
     if images.ndim == 4:
-        return images, labels, where
-    each = lambda x: jnp.repeat(x, images.shape[1], total_repeat_length=images.shape[1] * len(x))  # noqa: E731
-    return images.reshape(-1, *images.shape[2:]), each(labels), None if where is None else each(where)
+        return batch
+    each = lambda x: jnp.repeat(x, images.shape[1], axis=0, total_repeat_length=images.shape[1] * len(x))  # noqa: E731
+    return {key: images.reshape(-1, *images.shape[2:]) if key == "image" else each(x) for key, x in batch.items()}
 
 
 def _top_mask(logits: jax.Array, depth: int) -> jax.Array:

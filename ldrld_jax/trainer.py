@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -11,6 +12,7 @@ from ldrld_jax.compile_cache import keep_compiled
 from ldrld_jax.console import say, summary_table
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
+from ldrld_jax.hosts import catch_signals_of_all, first
 from ldrld_jax.logit_feed import LogitFeed, missing_epochs, open_store
 from ldrld_jax.loop import Teacher, fit
 from ldrld_jax.precision import precision_scope
@@ -40,7 +42,8 @@ def train(
       Interrupted: if SIGTERM or SIGINT came; the state is saved.
     """
     keep_compiled(config.compile_cache)
-    with precision_scope(config.precision), catch_signals(leave_within) as signals:
+    catching = catch_signals(leave_within) if jax.process_count() == 1 else catch_signals_of_all()
+    with precision_scope(config.precision, config.matmul_precision), catching as signals:
         return _train(config, epath.Path(workdir), signals, "student", profile)
 
 
@@ -51,7 +54,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
       UserError: if there is no such run, or it trained another model.
     """
     keep_compiled(config.compile_cache)
-    with precision_scope(config.precision):
+    with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
         network, variables = run.load(str(workdir), config.student.model, config.data)
         return Evaluator(network, run.eval_source, run.config, run.mesh)(variables)
@@ -64,10 +67,11 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
       UserError: if there is no such run, or it trained another model.
     """
     path = epath.Path(workdir) / "student.safetensors"
-    with precision_scope(config.precision):
+    with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
         _, variables = run.load(str(workdir), config.student.model, config.data)
-        save_torch_checkpoint(path, *variables)
+        if first():
+            save_torch_checkpoint(path, *variables)
     return path
 
 

@@ -22,6 +22,7 @@ ALLOWED = {
     "optim": {"errors"},
     "mesh": {"errors"},
     "signals": set(),
+    "hosts": {"console", "errors", "signals"},
     "watchdog": set(),
     "console": set(),
     "compile_cache": set(),
@@ -44,25 +45,25 @@ ALLOWED = {
     "evaluator": {"data", "mesh", "metrics", "train_step"},
     "logit_store": {"errors"},
     "run": {
-        *("checkpoint", "config", "data", "errors", "files", "logit_store", "mesh", "metrics", "networks"),
+        *("checkpoint", "config", "data", "errors", "files", "hosts", "logit_store", "mesh", "metrics", "networks"),
         *("objective", "optim", "train_step"),
     },
     "logit_feed": {"console", "errors", "logit_store", "mesh", "run", "train_step"},
     "dispatch": {"data", "logit_feed", "mesh", "metrics", "run", "train_step"},
     "loop": {
-        *("checkpoint", "config", "console", "dispatch", "errors", "evaluator", "files", "logit_feed", "mesh"),
-        *("objective", "optim", "profiling", "recorder", "run", "signals", "train_step", "watchdog"),
+        *("checkpoint", "config", "console", "dispatch", "errors", "evaluator", "files", "hosts", "logit_feed"),
+        *("mesh", "objective", "optim", "profiling", "recorder", "run", "signals", "train_step", "watchdog"),
     },
     "trainer": {
-        *("compile_cache", "config", "console", "errors", "evaluator", "logit_feed", "loop", "precision", "run"),
-        *("signals", "torch_import", "train_step"),
+        *("compile_cache", "config", "console", "errors", "evaluator", "hosts", "logit_feed", "loop", "precision"),
+        *("run", "signals", "torch_import", "train_step"),
     },
     "bench_result": set(),
     "bench": {
         *("bench_result", "config", "data", "devices", "dispatch", "loop", "mesh", "metrics", "optim"),
         *("precision", "profiling", "run", "train_step"),
     },
-    "main": {"bench", "config", "data", "errors", "trainer"},
+    "main": {"bench", "config", "console", "data", "errors", "hosts", "trainer"},
 }
 
 

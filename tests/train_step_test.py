@@ -160,3 +160,16 @@ def test_mixup_blends_neighbours_and_their_cross_entropies(rng):
     np.testing.assert_allclose(
         terms["ce"], (1 - share) * cross_entropy(logits, labels) + share * cross_entropy(logits, other), rtol=1e-6
     )
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(network, x64):
+    """One image is not a number in float: the gradient is not finite, and nothing moves but the step."""
+    good = batch_of(np.random.default_rng(4), 6)
+    bad = {**good, "image": good["image"].astype(jnp.float64).at[2].set(jnp.nan)}
+    kept, metrics = stepped(network, Objective({}), bad, teacher=False, skip_non_finite=True)
+    assert (int(kept.step), float(metrics["skipped"].total), float(metrics["loss"].count)) == (1, 1.0, 0.0)
+    chex.assert_trees_all_equal(kept.student, network[1])
+    assert all(np.isfinite(mean.total) for mean in metrics.values())
+    moved, metrics = stepped(network, Objective({}), good, teacher=False, skip_non_finite=True)
+    assert float(metrics["skipped"].total) == 0
+    chex.assert_trees_all_close(moved, stepped(network, Objective({}), good, teacher=False)[0], rtol=1e-12)

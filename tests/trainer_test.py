@@ -224,3 +224,12 @@ def test_parameters_and_statistics_are_float32(tiny, tmp_path, precision):
     arrays = saved(tmp_path, 3)
     assert {a.dtype for a in jax.tree.leaves(arrays["model"])} == {jnp.dtype("float32")}
     assert all(np.isfinite(values(tmp_path, "train", "loss")))
+
+
+def test_skipped_steps_are_counted_and_a_hundred_in_a_row_stop_the_run(tiny, tmp_path):
+    flags = ["non_finite=skip", "optim.schedule=constant"]
+    assert trainer.train(tiny(*flags, "epochs=1"), tmp_path / "a")["skipped_steps"] == 0
+    with pytest.raises(NonFiniteError, match=r"for 100 steps in a row, the last of them 10\d"):
+        trainer.train(tiny(*flags, "epochs=60", "optim.learning_rate=1e30"), tmp_path / "b")
+    skipped = values(tmp_path / "b", "train", "skipped")
+    assert (skipped[0], skipped[-1], len(skipped) > 90) == (0.0, 1.0, True)

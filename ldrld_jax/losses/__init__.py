@@ -88,12 +88,14 @@ class Method:
       init: `init(cfg)` gives the parameters that the loss learns, a pytree; None if it learns none.
       gradient_scale: `gradient_scale(epoch)` is what the gradient of these parameters is multiplied
         by before it is applied, a scalar; None leaves it as it is.
+      decomposes: the loss of a batch is the mean of the losses of its parts; not if it compares examples.
     """
 
     config: type[MethodConfig]
     parts: Callable[..., dict[str, jax.Array]]
     init: Callable[[Any], Any] | None = None
     gradient_scale: Callable[[Any], jax.Array] | None = None
+    decomposes: bool = True
 
     def views(self, cfg: MethodConfig) -> int:
         """How many augmentations of every image the loss compares; for 2 the logits are `[2, ..., C]`."""
@@ -191,11 +193,11 @@ METHODS: dict[str, Method] = {
     "dkd": Method(DKDConfig, mean_parts(dkd_terms)),
     "nkd": Method(NKDConfig, mean_parts(nkd_terms)),
     "wsld": Method(WSLDConfig, mean_parts(wsld_terms)),
-    "dist": Method(DISTConfig, without_labels(dist_parts)),
+    "dist": Method(DISTConfig, without_labels(dist_parts), decomposes=False),
     "ttm": Method(TTMConfig, mean_parts(without_labels(ttm_terms))),
     "wttm": Method(WTTMConfig, mean_parts(without_labels(wttm_terms))),
     "rld": Method(RLDConfig, mean_parts(rld_terms)),
     "ldrld": Method(LDRLDConfig, without_labels(ldrld_parts)),
-    "mlkd": Method(MLKDConfig, without_labels(mlkd_parts)),
+    "mlkd": Method(MLKDConfig, without_labels(mlkd_parts), decomposes=False),
     "ctkd": Method(CTKDConfig, mean_parts(without_labels(ctkd_terms)), ctkd_init, ctkd_gradient_scale),
 }

@@ -1,5 +1,6 @@
 """The layers that the families share, with PyTorch's padding, initialisation and statistics."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,13 @@ class BatchNorm(nnx.Module):
     Statistics are float32 at least and taken in two passes, which loses nothing where the mean is
     large. Examples that `mode.where` leaves out count in no statistic, so that a padded batch
     trains exactly as the batch without its padding. Under jit over a mesh the batch is the global one.
+
+    Attributes:
+      groups: statistics are of one in so many examples, as if each group was on a device of its own: example
+        i is in group i % groups, whatever the devices. See `group_batch_norms`.
     """
+
+    groups: int = 1
 
     def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs | None = None):
         del rngs  # nothing here is random: accepted so that all layers are made with the same arguments
@@ -119,31 +126,52 @@ class BatchNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        """`[N, ..., C]` to the same shape in the module's dtype."""
+        """`[N, ..., C]` to the same shape in the module's dtype.
+
+        Raises:
+          TypeError: in training, if N is not a multiple of `groups`.
+        """
         stats_dtype = self.mean[...].dtype
-        x = x.astype(stats_dtype)
+        shape, x = x.shape, x.astype(stats_dtype)
+        per_channel = lambda p: p[...].astype(stats_dtype).reshape(*(1,) * (x.ndim - 1), -1)  # noqa: E731
         if mode.train:
+            # [n, groups, ..., C], example i = a * groups + g: a device that holds rows holds some of each group.
+            x = x.reshape(-1, self.groups, *x.shape[1:])
             mean, var = self._batch_statistics(x, mode.where)
         else:
-            mean, var = self.mean[...], self.var[...]
-        factor = jax.lax.rsqrt(var + 1e-5) * self.scale[...].astype(stats_dtype)
-        lead = (1,) * (x.ndim - 1)
-        y = (x - mean.reshape(*lead, -1)) * factor.reshape(*lead, -1)
-        return (y + self.bias[...].astype(stats_dtype).reshape(*lead, -1)).astype(self.dtype)
+            mean, var = per_channel(self.mean), per_channel(self.var)
+        y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * per_channel(self.scale)) + per_channel(self.bias)
+        return y.reshape(shape).astype(self.dtype)
 
     def _batch_statistics(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance `[C]` of the batch; the running ones move a tenth of the way."""
-        axes = tuple(range(x.ndim - 1))
-        kept = None if where is None else where.reshape(-1, *(1,) * (x.ndim - 1))
-        mean = jnp.mean(x, axes, where=kept, keepdims=True)
-        var = jnp.mean((x - mean) ** 2, axes, where=kept)
-        examples = x.shape[0] if where is None else jnp.sum(where, dtype=var.dtype)
-        count = examples * (x.size // x.shape[0] // x.shape[-1])
+        """Mean and biased variance `[1, groups, ..., C]` of each group.
+
+        The running ones move a tenth of the way to the mean over the groups, weighted by their examples.
+        """
+        total = functools.partial(jnp.sum, axis=(0, *range(2, x.ndim - 1)), keepdims=True)
+        ones = (1,) * (x.ndim - 2)
+        pixels = x.size // (x.shape[0] * x.shape[1] * x.shape[-1])
+        if where is None:
+            kept, count = None, jnp.full((1, x.shape[1], *ones), x.shape[0] * pixels, x.dtype)
+        else:
+            kept = where.reshape(*x.shape[:2], *ones)
+            count = pixels * jnp.sum(kept, axis=0, keepdims=True, dtype=x.dtype)
+        # In a group of padding alone nothing counts: its statistics are 0, and so is its weight.
+        mean = total(x, where=kept) / jnp.maximum(count, 1)
+        var = total((x - mean) ** 2, where=kept) / jnp.maximum(count, 1)
+        weight = count / jnp.maximum(jnp.sum(count), 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
-        mean = mean.reshape(-1)
         for running, batch in ((self.mean, mean), (self.var, unbiased)):
+            batch = jnp.sum(weight * batch, axis=tuple(range(x.ndim - 1)))
             running[...] = 0.9 * running[...] + 0.1 * jax.lax.stop_gradient(batch)
         return mean, var
+
+
+def group_batch_norms(model: nnx.Module, groups: int) -> None:
+    """Makes every batch normalisation of a model take its statistics in so many groups of a batch."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.groups = groups
 
 
 class Sequential(nnx.List):

@@ -1,0 +1,207 @@
+"""Several processes as one run: how they find each other, and that none waits for one that has died."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ldrld_jax.console import mute
+from ldrld_jax.errors import UserError
+from ldrld_jax.signals import Signals
+
+# JAX's own heartbeat, 100 s by default, for a machine that vanishes; a process that dies is noticed at once.
+HEARTBEAT_SECONDS = 40
+_TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
+_APART = "the processes of the run did not come together"
+_TOGETHER = (
+    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster says who "
+    "they are."
+)
+_GRACE_SECONDS = 2.0
+_GOODBYE = -1
+_MESSAGE = struct.Struct("!i")
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
+    """Inside, this process is one of a run's; only the first of them speaks.
+
+    A process that leaves by an error takes the others with it: they end with one line and status 1.
+
+    Args:
+      coordinator: `host:port` at process 0, the same for all; None as the cluster's environment says
+        (Slurm, Open MPI, GKE, a TPU pod), then the others are None as well.
+      processes: how many there are.
+      process: which this one is, from 0.
+
+    Raises:
+      UserError: if the arguments are wrong, or the others do not come.
+    """
+    if processes is not None and not 0 <= (process or 0) < processes:
+        raise UserError(f"--process must be at least 0 and below --processes ({processes}), got {process}.")
+    giving_up = threading.Timer(_TOGETHER_SECONDS, _give_up)
+    giving_up.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=2 * _TOGETHER_SECONDS,  # never reached: it would end in a dump of the stack
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{_APART} ({str(error).splitlines()[0]}). {_TOGETHER}") from error
+    finally:
+        giving_up.cancel()
+    if not first():
+        mute()
+    lifeline = _Lifeline(coordinator.rpartition(":")[0] if coordinator else socket.gethostname())
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "exit_code", 0) >= 128:  # a signal, which all of them obey
+            _leave(lifeline)
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):  # a collective fails when a peer dies: better said by
+            time.sleep(2 * _GRACE_SECONDS)  # the lifeline, which then does not return
+        lifeline.cut()
+        raise
+    _leave(lifeline)
+
+
+def first() -> bool:
+    """Whether this process writes what only one may write: logs, configs, summaries."""
+    return jax.process_index() == 0
+
+
+def together(where: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+@contextlib.contextmanager
+def in_turn(what: str) -> Iterator[None]:
+    """Process 0 before the others: it may prepare what they find prepared."""
+    if not first():
+        together(what)
+    yield
+    if first():
+        together(what)
+
+
+def exit_with(code: int) -> None:
+    """Ends the process; one of several that has failed does not wait for the others to agree."""
+    if code and code < 128 and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def catch_signals_of_all() -> Iterator[Signals]:
+    """SIGTERM or SIGINT to any process, or a notice of preemption, ends all of them after the same step."""
+    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # SIGTERM is JAX's
+    try:
+        yield _SignalsOfAll()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _SignalsOfAll(Signals):
+    def stop_at(self, step: int) -> bool:
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+
+def _give_up() -> None:
+    _end(f"{_APART} within {_TOGETHER_SECONDS} s. {_TOGETHER}")
+
+
+def _end(why: str) -> None:
+    """Ends the process from any thread, whatever the others wait for."""
+    os.write(2, f"\nldrld_jax: {why}\n".encode())
+    os._exit(1)
+
+
+def _leave(lifeline: "_Lifeline") -> None:
+    lifeline.leave()
+    jax.distributed.shutdown()
+
+
+class _Lifeline:
+    """A connection between process 0 and each other one, which breaks when one of them dies.
+
+    A collective whose peer is dead may wait for ever, and JAX's heartbeat ends it late and with a dump of its
+    stack. Where the connection cannot be made, the heartbeat is what is left.
+    """
+
+    def __init__(self, host: str):
+        self._ends: dict[int, socket.socket] = {}
+        with contextlib.suppress(OSError):
+            self._connect(host)
+        for peer, end in self._ends.items():
+            threading.Thread(target=self._watch, args=(peer, end), name=f"lifeline {peer}", daemon=True).start()
+
+    def _connect(self, host: str) -> None:
+        token = secrets.token_bytes(16)
+        with socket.create_server((host, 0)) if first() else contextlib.nullcontext() as server:
+            port = server.getsockname()[1] if server else 0
+            # Also where the name of the host resolves differently: every process takes process 0's.
+            where = np.frombuffer(_MESSAGE.pack(port) + token + host.encode().ljust(255)[:255], np.uint8)
+            said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(where), np.uint8))
+            (port,), token, host = _MESSAGE.unpack(said[:4]), said[4:20], said[20:].decode().strip()
+            if server is None:
+                end = socket.create_connection((host, port), timeout=30)
+                end.sendall(token + _MESSAGE.pack(jax.process_index()))
+                self._ends[0] = end
+            else:
+                server.settimeout(30)
+                while len(self._ends) < jax.process_count() - 1:
+                    end, _ = server.accept()
+                    hello = end.recv(20, socket.MSG_WAITALL)
+                    if len(hello) == 20 and secrets.compare_digest(hello[:16], token):
+                        self._ends[_MESSAGE.unpack(hello[16:])[0]] = end
+
+    def _watch(self, peer: int, end: socket.socket) -> None:
+        end.settimeout(None)
+        try:
+            said = end.recv(4, socket.MSG_WAITALL)
+        except OSError:
+            said = b""
+        dead = peer
+        if len(said) == 4:
+            (dead,) = _MESSAGE.unpack(said)
+            if dead == _GOODBYE:
+                return
+            time.sleep(_GRACE_SECONDS)  # what fails on all processes is reported by each of them
+        self._send(dead)
+        _end(
+            f"process {dead} of {jax.process_count()} has died or failed, see what it says; process "
+            f"{jax.process_index()} stops. The last checkpoint is whole: the same commands resume."
+        )
+
+    def _send(self, message: int) -> None:
+        for end in self._ends.values():
+            with contextlib.suppress(OSError):
+                end.sendall(_MESSAGE.pack(message))
+
+    def leave(self) -> None:
+        """Tells the others that this process has ended as it should."""
+        self._send(_GOODBYE)
+
+    def cut(self) -> None:
+        """Tells the others that this process has failed."""
+        self._send(jax.process_index())

@@ -1,0 +1,106 @@
+"""Several processes on one machine, over loopback, are one run; and end as one."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import main as main_lib
+from ldrld_jax import trainer
+from tests.conftest import ROOT, comparable_lines, tiny_overrides
+from tests.trainer_test import values
+
+CONFIG = "tests/tiny_config.py"
+
+
+def overrides_of(data_dir: str, *more: str) -> list[str]:
+    """A run that is alike in any number of processes; epochs of three steps."""
+    kept = [o for o in tiny_overrides(data_dir) if not o.startswith(("mesh.", "teacher."))]
+    return [*kept, "checkpoint.every_steps=2", *more]
+
+
+def start(processes: int, devices: int, workdir, overrides: list[str]) -> list[subprocess.Popen]:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator=localhost:{port}"]
+    flags += [f"--processes={processes}", *(f"--config.{override}" for override in overrides)]
+    command = [sys.executable, "-m", "ldrld_jax.main", *flags]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    pipes = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return [subprocess.Popen([*command, f"--process={i}"], **pipes) for i in range(processes)]
+
+
+def lines_of(workdir) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def when_it_trains(processes, workdir, lines: int) -> None:
+    """Waits until the run has written so many lines of metrics, or ended."""
+    while all(process.poll() is None for process in processes) and lines_of(workdir) < lines:
+        time.sleep(0.01)
+
+
+def finish(processes, timeout: float = 240) -> list[tuple[int, str]]:
+    """Exit status and standard error of each."""
+    return [(p.returncode, err) for p, (_, err) in ((p, p.communicate(timeout=timeout)) for p in processes)]
+
+
+def expected_losses(workdir, overrides: list[str]) -> list[float]:
+    trainer.train(config_lib.load(CONFIG, [*overrides, "mesh.data=8"]), workdir)
+    return values(workdir, "train", "loss")
+
+
+def test_two_processes_are_one_run_through_a_signal_a_kill_and_two_resumes(data_dir, tmp_path):
+    overrides = overrides_of(data_dir, "precision=float64", "epochs=20")
+    expected = expected_losses(tmp_path / "one", overrides)
+    workdir = tmp_path / "two"
+
+    processes = start(2, 4, workdir, overrides)
+    when_it_trains(processes, workdir, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    for status, error in finish(processes, 30):
+        assert status == 143
+        assert "the state after step" in error.splitlines()[-1]
+    saved = int(re.search(r"after step (\d+)", error)[1])
+    assert len(values(workdir, "train", "loss")) == saved < 60
+
+    processes = start(2, 4, workdir, overrides)
+    when_it_trains(processes, workdir, lines_of(workdir) + 2)
+    processes[1].kill()
+    (status, error), _ = finish(processes, 60)
+    assert status == 1
+    assert error.splitlines()[-1].startswith("ldrld_jax: process 1 of 2 has died or failed")
+
+    for status, error in finish(start(2, 4, workdir, overrides)):
+        assert status == 0, error
+    np.testing.assert_allclose(values(workdir, "train", "loss"), expected, rtol=1e-9)
+    assert [line["step"] for line in comparable_lines(workdir) if line["split"] == "eval"] == list(range(3, 61, 3))
+
+
+def test_four_processes_give_the_losses_of_one(data_dir, tmp_path):
+    overrides = overrides_of(data_dir, "epochs=1")
+    expected = expected_losses(tmp_path / "one", overrides)
+    finished = finish(start(4, 2, tmp_path / "four", overrides))
+    assert [status for status, _ in finished] == [0, 0, 0, 0], finished
+    np.testing.assert_allclose(values(tmp_path / "four", "train", "loss"), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--processes=2"], "give --coordinator, --processes and --process, or --distributed alone."),
+        (["--distributed", "--process=0"], "give --coordinator, --processes and --process, or --distributed alone."),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process must be at least 0 and below"),
+    ],
+)
+def test_flags_that_do_not_say_who_this_is_are_refused(flags, expected, capsys):
+    assert main_lib.main(flags) == 2
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,203 @@
+"""One run on many meshes: the same numbers, the communication that they need and no more, each device's share."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import loop
+from ldrld_jax.mesh import make_mesh, model_shardings, replicated, to_devices
+from ldrld_jax.models import MODELS, create_model
+from ldrld_jax.models.layers import Mode
+from ldrld_jax.optim import make_optimizer
+from ldrld_jax.precision import precision_scope
+from ldrld_jax.purify import purify
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import rematerialised
+from tests.tiny_net import TinyNet
+
+
+def built(config, workdir):
+    """A run, its step over its mesh, its first state, and its teacher's variables: nearly the student's."""
+    run = Run.plan(config_lib.resolve(config), workdir)
+    (student, variables), (_, frozen) = run.create(), run.create()
+    optimizer = make_optimizer(run.config.optim, run.schedule)
+    state = loop.initial_state(run, variables, optimizer)
+    step = loop.make_step(run, student, loop.Teacher(student) if run.objective.methods else None, optimizer)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(loop.placement(run, state), replicated(run.mesh)))
+    frozen = jax.tree.map(lambda x: x * 1.1, frozen)
+    return run, step, state, jax.device_put(frozen, run.placement(frozen))
+
+
+def compiled(config, workdir):
+    run, step, state, frozen = built(config, workdir)
+    (batch,) = to_devices([run.batches[0]], run.mesh)
+    return step.lower(state, frozen, batch).compile()
+
+
+def losses(config, workdir, steps: int) -> list[float]:
+    """The losses of the first steps."""
+    with precision_scope(config.precision):
+        run, step, state, frozen = built(config, workdir)
+        found = []
+        for batch in to_devices((run.batches[i] for i in range(steps)), run.mesh):
+            state, metrics = step(state, frozen, batch)
+            found.append(metrics["loss"].total / metrics["loss"].count)
+        return [float(loss) for loss in found]
+
+
+MESHES = {
+    "2 devices": ["mesh.data=2"],
+    "8 devices": ["mesh.data=8"],
+    "8 devices, FSDP": ["mesh.data=8", "mesh.fsdp=True"],
+    "2x4": ["mesh.data=2", "mesh.model=4"],
+    "4x2, FSDP": ["mesh.data=4", "mesh.model=2", "mesh.fsdp=True"],
+    "1 device, 4 microbatches": ["mesh.data=1", "accumulate=4"],
+    "8 devices, 4 microbatches": ["mesh.data=8", "accumulate=4"],
+    "2x4, FSDP, 4 microbatches": ["mesh.data=2", "mesh.model=4", "mesh.fsdp=True", "accumulate=4"],
+}
+
+
+@pytest.fixture
+def distillation(tiny):
+    """Two full batches of 32 and one of 26 an epoch, ldrld, a moving average, clipped gradients, groups of 8."""
+    flags = ["method=ldrld", "teacher.checkpoint=x", "teacher.model=tiny_net", "batch_size=32", "ema_decay=.9"]
+    return lambda *more: tiny(*flags, "batch_norm_group=8", "optim.clip_norm=1.", "epochs=20", *more)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "tolerance", "mesh"),
+    [("float64", 20, 1e-9, mesh) for mesh in MESHES]
+    + [("float32", 3, 1e-5, mesh) for mesh in ("8 devices", "2x4, FSDP, 4 microbatches")],
+)
+def test_every_mesh_gives_the_same_losses(distillation, on_one_device, tmp_path, precision, steps, tolerance, mesh):
+    if precision not in on_one_device:
+        on_one_device[precision] = losses(distillation("mesh.data=1", f"precision={precision}"), tmp_path, steps)
+    found = losses(distillation(*MESHES[mesh], f"precision={precision}"), tmp_path, steps)
+    assert len(found) == steps
+    np.testing.assert_allclose(found, on_one_device[precision], rtol=tolerance)
+
+
+class Identity(nnx.Module):
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        return x
+
+
+class NoStatistics(TinyNet):
+    """TinyNet without its batch normalisation."""
+
+    def __init__(self, *args, **common):
+        super().__init__(*args, **common)
+        self.bn = Identity()
+
+
+def test_microbatches_of_a_net_without_batch_statistics_are_the_large_batch(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "no_statistics", NoStatistics)
+    flags = ["student.model=no_statistics", "precision=float64", "mesh.data=1", "batch_size=36", "epochs=4"]
+    found = [losses(tiny(*flags, f"accumulate={k}"), tmp_path, 6) for k in (1, 4)]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
+
+
+def communication(text: str) -> dict[str, set[str]]:
+    """The collectives of a compiled program: kind to the shapes that travel."""
+    found: dict[str, set[str]] = {}
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        found.setdefault(kind, set()).update(re.findall(r"\[([\d,]*)\]", re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shapes)))
+    return found
+
+
+def test_data_parallel_steps_reduce_gradients_moments_and_scalars_and_nothing_else(distillation, tmp_path):
+    config = distillation("mesh.data=8", "batch_norm_group=None")
+    text = compiled(config, tmp_path).as_text()
+    gradients, moments = {"3,3,1,16", "16", "10", "10,16", "16,10"}, {"1,16", "1,1,16", "1,1,1,16", "1,1,1,1,16"}
+    found = communication(text)
+    assert set(found) == {"all-reduce"}
+    assert found["all-reduce"] <= gradients | moments | {""}
+    assert "3,3,1,16" in found["all-reduce"]
+
+
+def test_microbatches_stay_on_their_devices(distillation, tmp_path):
+    found = communication(compiled(distillation("mesh.data=8", "accumulate=4"), tmp_path).as_text())
+    assert set(found) == {"all-reduce"}
+    assert max(np.prod([int(n) for n in shape.split(",") if n]) for shape in found["all-reduce"]) == 160
+
+
+def test_fsdp_leaves_each_device_an_eighth(tiny, tmp_path):
+    """At most a seventh: what eight devices do not divide, the biases of the head, is on each of them."""
+    flags = ["student.model=resnet8x4", "mesh.data=8", "method=kd", "teacher.checkpoint=x", "teacher.model=resnet8x4"]
+    sizes = {}
+    for fsdp in (True, False):
+        _, _, state, frozen = built(tiny(*flags, f"mesh.fsdp={fsdp}"), tmp_path)
+        on_first = lambda x: x.addressable_shards[0].data.nbytes  # noqa: E731
+        parts = {"params": state.student.params, "opt_state": state.opt_state, "teacher": frozen.params}
+        sizes[fsdp] = {name: sum(map(on_first, jax.tree.leaves(part))) for name, part in parts.items()}
+    for name, whole in sizes[False].items():
+        assert whole > 4e6
+        assert sizes[True][name] <= whole / 7, name
+
+
+def test_the_compiled_step_takes_an_eighth_of_the_arguments_under_fsdp(distillation, tmp_path):
+    sizes = []
+    for fsdp in (True, False):
+        analysis = compiled(distillation("mesh.data=8", f"mesh.fsdp={fsdp}"), tmp_path).memory_analysis()
+        sizes.append(analysis.argument_size_in_bytes)
+    assert sizes[0] < sizes[1] / 3  # the batch, the statistics and the ten biases of the head are in both
+
+
+def test_an_axis_that_its_devices_do_not_divide_stays_whole():
+    mesh = make_mesh(data=2, model=4)
+    shapes = {"kernel": (3, 3, 16, 32), "head": (10, 64), "bias": (10,), "scale": (16,), "step": ()}
+    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = {name: tuple(s.spec) for name, s in model_shardings(like, mesh, fsdp=True).items()}
+    assert specs == {
+        "kernel": (None, None, "data", "model"),
+        "head": ("data", "model"),
+        "bias": ("data",),
+        "scale": (("model", "data"),),
+        "step": (),
+    }
+    plain = {name: tuple(s.spec) for name, s in model_shardings(like, mesh).items()}
+    assert (plain["kernel"], plain["head"]) == ((None, None, None, "model"), (None, "model"))
+    assert (plain["bias"], plain["scale"], plain["step"]) == ((None,), ("model",), ())
+
+
+def test_accumulation_says_what_does_not_decompose(tiny, tmp_path):
+    flags = ["method=dist+kd", "teacher.checkpoint=x", "teacher.model=tiny_net", "accumulate=4"]
+    for more, expected in (([], "dist and BatchNorm see a microbatch of 10 "), (["batch_norm_group=5"], "4: dist see")):
+        run = Run.plan(config_lib.resolve(tiny(*flags, *more)), tmp_path)
+        assert expected in run.of_microbatches(run.create()[1])
+    run = Run.plan(config_lib.resolve(tiny("accumulate=4", "batch_norm_group=5")), tmp_path)
+    assert run.of_microbatches(run.create()[1]) is None
+
+
+def size(tree) -> int:
+    """Bytes of a tree's arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_rematerialisation_keeps_a_third_for_the_backward_pass_and_the_same_gradient(rng, x64):
+    """Bytes between the passes; what a program then holds is XLA's to decide, and on a CPU it undoes this."""
+    model = create_model("resnet8", 10, 1, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
+    apply, params, batch_stats = purify(model)
+    images = jnp.asarray(rng.normal(size=(4, 8, 8, 1)))
+    forward = functools.partial(apply, train=True)
+    kept, gradients = [], []
+    for function in (forward, rematerialised(forward)):
+        loss = lambda params, function=function: jnp.sum(function(params, batch_stats, images)[0] ** 2)  # noqa: E731
+        residuals = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
+        kept.append(size(residuals) - size(params))  # the parameters are there anyhow
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    assert kept[1] < kept[0] / 3
+    chex.assert_trees_all_close(*gradients, rtol=1e-10, atol=1e-12)
