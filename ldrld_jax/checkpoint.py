@@ -1,21 +1,14 @@
-"""Checkpoints: the only file that touches orbax."""
+"""The checkpoints of a run: which are kept, which one a run goes on from, and that it is as it was written."""
 
-import contextlib
-import errno
-import gc
 import itertools
 import logging
-import sys
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
+from ldrld_jax import orbax_io
 from ldrld_jax.checksum import Described, describe
 from ldrld_jax.errors import UserError
 from ldrld_jax.notes import DamagedError, Note, read_note, rewrite_note, signed
@@ -23,10 +16,7 @@ from ldrld_jax.notes import DamagedError, Note, read_note, rewrite_note, signed
 Json = dict[str, Any]
 logger = logging.getLogger("ldrld_jax")
 
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _DELETED = ".deleted"
-# What tensorstore and XLA say when the machine failed, not the checkpoint.
-_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Restored(NamedTuple):
@@ -63,7 +53,7 @@ class Checkpoints:
         self._directory = epath.Path(directory).resolve()  # tensorstore takes absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
         self._notes = {step: read_note(self._path(step)) for step in self._steps_on_disk()}
-        self._writing: tuple[int, Note, ocp.AsyncResponse] | None = None
+        self._writing: tuple[int, Note, orbax_io.Writing] | None = None
 
     def _path(self, step: int, suffix: str = "") -> epath.Path:
         return self._directory / f"{step}{suffix}"
@@ -142,9 +132,7 @@ class Checkpoints:
             "top1": top1,
             "arrays": {name: describe(tree) for name, tree in trees.items()},
         }
-        with _disk_errors(self._directory):
-            writing = ocp.save_checkpointables_async(self._path(step), trees, custom_metadata=signed(note))
-        self._writing = step, note, writing
+        self._writing = step, note, orbax_io.write(self._path(step), trees, signed(note))
 
     def _rate(self, step: int, host: Json, top1: float) -> None:
         """Adds the evaluation that a signal had cut short when the step was saved."""
@@ -158,8 +146,7 @@ class Checkpoints:
         if self._writing is None:
             return
         (step, note, writing), self._writing = self._writing, None
-        with _disk_errors(self._directory):
-            writing.result()
+        writing.wait()
         self._notes[step] = note
         self._tidy()
 
@@ -210,8 +197,7 @@ class Checkpoints:
         """
         for name, tree in like.items():
             self._check_fit(step, name, tree)
-        abstract = jax.tree.map(_abstract, like)
-        trees = _load(self._path(step), abstract)
+        trees = orbax_io.read(self._path(step), like)
         for name, tree in trees.items():
             self._check_sums(step, name, tree)
         return trees
@@ -248,7 +234,7 @@ class Checkpoints:
             del self._notes[step]
             self._path(step).rename(self._path(step, _DELETED))  # at once: half of one is never taken for one
         for path in self._directory.iterdir():
-            if path.name.endswith((_UNFINISHED, _DELETED)):
+            if path.name.endswith((orbax_io.UNFINISHED, _DELETED)):
                 path.rmtree()
 
     def _set_aside(self, step: int, error: DamagedError, instead: int) -> None:
@@ -295,45 +281,6 @@ def load_model(
     raise UserError(f"{'; '.join(reasons)}. Restore the folder, or give another run's workdir.")
 
 
-def _load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Orbax's load, its errors as one line."""
-    with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ocp.load_checkpointables(path, abstract)
-        except Exception as error:  # dozens of kinds
-            if any(word in str(error) for word in _NOT_DAMAGE):
-                raise
-            reason = _first_cause(error)
-        gc.collect()  # what orbax never awaited complains when it goes
-    raise DamagedError(f"it cannot be read: {reason}")
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    text = " ".join(str(error).partition("[tensorstore_spec")[0].split()).strip(" '\"")
-    return f"{text[:100]} ... {text[-100:]}" if len(text) > 210 else text or type(error).__name__
-
-
-@contextlib.contextmanager
-def _silent(logger_name: str) -> Iterator[None]:
-    log = logging.getLogger(logger_name)
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _abstract(leaf: Any) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return np.empty(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def _as_stored(saved: Described, like: Any) -> Any:
     """The shapes of `like` in the dtypes that they were saved in."""
 
@@ -351,38 +298,3 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _said(array: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if array is None else f"{array[0]}{list(array[1])}"
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: epath.Path) -> Iterator[None]:
-    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        message = "no space left; the last whole checkpoint is intact"
-        raise OSError(errno.ENOSPC, message, str(directory)) from None
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
-
-
-def _reported_elsewhere(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full disk that orbax logs from its threads: `_disk_errors` says it in one line."""
-    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
-
-
-def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The writes that a failed checkpoint leaves behind end when nobody waits for them: tensorstore prints that."""
-
-    def report(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return report
-
-
-logging.getLogger("absl").addFilter(_reported_elsewhere)
-sys.unraisablehook = _but_late_writes(sys.unraisablehook)  # which is how tensorstore's threads print

@@ -1,0 +1,118 @@
+"""Reads and writes a checkpoint's arrays: the only file that touches orbax, and hears what its threads have to say."""
+
+import contextlib
+import errno
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from ldrld_jax.notes import DamagedError, Note
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends that is still being written
+# What tensorstore and XLA say when the machine failed, not the checkpoint.
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class Writing:
+    """A checkpoint that is written in the background."""
+
+    def __init__(self, path: epath.Path, response: ocp.AsyncResponse):
+        self._path, self._response = path, response
+
+    def wait(self) -> None:
+        """Until it is whole; raises the OSError of a full disk."""
+        with _disk_errors(self._path.parent):
+            self._response.result()
+
+
+def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
+    """Copies the trees and writes them, with a note; a checkpoint appears under its path when it is whole."""
+    with _disk_errors(path.parent):
+        return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
+
+
+def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
+    """The trees of a checkpoint that `like` names: leaves with a sharding as it says, the others as NumPy arrays.
+
+    Raises:
+      DamagedError: if they cannot be read; what orbax makes many lines of is one.
+    """
+    abstract = jax.tree.map(_abstract, like)
+    with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ocp.load_checkpointables(path, abstract)
+        except Exception as error:  # dozens of kinds
+            if any(word in str(error) for word in _NOT_DAMAGE):
+                raise
+            reason = _first_cause(error)
+        gc.collect()  # what orbax never awaited complains when it goes
+    raise DamagedError(f"it cannot be read: {reason}")
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = " ".join(str(error).partition("[tensorstore_spec")[0].split()).strip(" '\"")
+    return f"{text[:100]} ... {text[-100:]}" if len(text) > 210 else text or type(error).__name__
+
+
+@contextlib.contextmanager
+def _silent(logger_name: str) -> Iterator[None]:
+    log = logging.getLogger(logger_name)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _abstract(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return np.empty(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: epath.Path) -> Iterator[None]:
+    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        message = "no space left; the last whole checkpoint is intact"
+        raise OSError(errno.ENOSPC, message, str(directory)) from None
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def _reported_elsewhere(record: logging.LogRecord) -> bool:
+    """False for the tracebacks of a full disk that orbax logs from its threads: `_disk_errors` says it in one line."""
+    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
+
+
+def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The writes that a failed checkpoint leaves behind end when nobody waits for them: tensorstore prints that."""
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return report
+
+
+logging.getLogger("absl").addFilter(_reported_elsewhere)
+sys.unraisablehook = _but_late_writes(sys.unraisablehook)  # which is how tensorstore's threads print
