@@ -1,6 +1,7 @@
 """How fast a config trains on this machine, and where the time of a step goes: nothing is trained or written."""
 
 import contextlib
+import copy
 import dataclasses
 import statistics
 import time
@@ -74,18 +75,28 @@ class _Measurement:
         run_seconds = self._time_run(advance, one.state, profile)
         in_use = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         parts |= self._time_alone(batch)
-        peak = peak_flops(jax.devices()[0].device_kind, run.config.precision)
+        peak = peak_flops(jax.devices()[0].device_kind, run.config.precision, run.config.matmul_precision)
         return Bench(
             title=self._title(),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
             batch_size=run.config.batch_size,
             part_seconds={name: parts[name] for name in PARTS if name in parts},
-            flops=count_flops(lowered, compiled, devices),
+            flops=self._flops(lowered, compiled, batch),
             peak=None if peak is None else peak * devices,
             program_bytes=_program_bytes(compiled),
             peak_bytes=in_use,
         )
+
+    def _flops(self, lowered: Any, compiled: Any, batch: Any) -> float | None:
+        """Of the step without microbatches, whose loop's body counts once, and without what `remat` does twice."""
+        run = self._run
+        if run.config.accumulate == 1 and not run.config.remat:
+            return count_flops(lowered, compiled, run.mesh.devices.size)
+        config = copy.deepcopy(run.config)
+        config.accumulate, config.remat = 1, False
+        step, state = self._step(dataclasses.replace(run, config=config), self._teacher)
+        return count_flops(jax.jit(step).lower(state, self._frozen, batch))
 
     def _time_input(self) -> tuple[dict[str, float], Any]:
         """And an epoch's first batch, which is whole if any is."""
@@ -212,7 +223,7 @@ def _loss_and_gradient(run: Run) -> Callable[..., Any]:
     return lambda teacher, student, labels: gradient(student, teacher, labels)
 
 
-def count_flops(lowered: Any, compiled: Any, devices: int) -> float | None:
+def count_flops(lowered: Any, compiled: Any = None, devices: int = 1) -> float | None:
     """Floating point operations of a program, over all `devices` that it is split over; None if XLA does not say.
 
     What XLA replaces by a library's call it may not count any more, and what it adds the program as
@@ -220,15 +231,15 @@ def count_flops(lowered: Any, compiled: Any, devices: int) -> float | None:
 
     Example:
       >>> lowered = jax.jit(jnp.dot).lower(jnp.ones((8, 16)), jnp.ones((16, 4)))
-      >>> count_flops(lowered, lowered.compile(), devices=1)
+      >>> count_flops(lowered, lowered.compile())
       1024.0
     """
-    counts = []
+    counts = [0.0]
     for program, times in ((lowered, 1), (compiled, devices)):
-        analysis = program.cost_analysis() or {}
-        analysis = analysis[0] if isinstance(analysis, list) else analysis
+        analysis = program.cost_analysis() if program is not None else {}
+        analysis = analysis[0] if isinstance(analysis, list) else analysis or {}
         counts.append(times * analysis.get("flops", 0.0))
-    return max(counts) if max(counts) > 0 else None
+    return max(counts) or None
 
 
 def _program_bytes(compiled: Any) -> int | None:

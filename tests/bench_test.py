@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax import bench
+from ldrld_jax import config as config_lib
 from ldrld_jax.bench_result import PARTS, Bench
 from ldrld_jax.mesh import batch_sharding, make_mesh
+from ldrld_jax.run import Run
 
 
 def test_a_bench_of_a_distillation(tiny, tmp_path, monkeypatch, capsys):
@@ -42,6 +45,20 @@ def test_the_flops_of_a_net_of_matrices_are_counted(devices):
     lowered = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w[0] @ w[1]) ** 2))).lower(weights, x)
     products = 2 * 16 * (2 * 32 * 64 + 3 * 64 * 8)
     assert products <= bench.count_flops(lowered, lowered.compile(), devices) < 1.15 * products
+
+
+def test_microbatches_and_recomputation_do_not_change_the_flops(tiny):
+    def flops(*overrides):
+        run = Run.plan(
+            config_lib.resolve(tiny("mesh.data=1", "data.train_split=train[:80]", *overrides)), epath.Path("")
+        )
+        measurement = bench._Measurement(run, 0.1)
+        step, state = measurement._step(run, None)
+        batch = next(run.batches.iterate())
+        lowered = jax.jit(step).lower(state, None, batch)
+        return measurement._flops(lowered, None, batch)
+
+    assert flops("accumulate=4", "remat=True") == pytest.approx(flops(), rel=1e-3)
 
 
 def test_shares_and_the_share_of_the_peak():

@@ -24,3 +24,18 @@ from ldrld_jax.devices import peak_flops
 )
 def test_a_device_finds_its_peak(kind, precision, expected):
     assert peak_flops(kind, precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "products", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "tensorfloat32", 156e12),
+        ("NVIDIA A100-SXM4-40GB", "float32", 19.5e12),
+        ("TPU v5e", "default", 197e12),
+        ("TPU v4", "tensorfloat32", 275e12 / 3),
+        ("TPU v6e", "float32", 153e12),
+    ],
+)
+def test_the_peak_of_float32_is_that_of_how_it_is_multiplied(kind, products, expected):
+    assert peak_flops(kind, "float32", products) == expected
+    assert peak_flops(kind, "bfloat16", products) == peak_flops(kind, "bfloat16")
