@@ -6,6 +6,7 @@ ResNet8 on the part of CIFAR-100 that `--fraction` says, by the loss of `--metho
 prepares it. Whole runs take turns, so that the load of others disturbs all alike, and their programs are compiled
 once for all turns. An epoch is timed from the line of metrics that ends the one before to its own: steps, input and,
 where there is one, the store; its first epoch, which compiles, and the evaluation after the last are left out.
+Beside the seconds stand the processor's, of all cores, which the load of others disturbs less.
 """
 
 import argparse
@@ -36,13 +37,13 @@ def config_of(args: argparse.Namespace, flags: list[str], store: str) -> Any:
     return config_lib.load("configs/cifar100.py:resnet20-resnet8", overrides)
 
 
-def epochs_of(config: Any) -> tuple[list[float], list[float]]:
-    """Seconds of each epoch of a run but the first, and the losses of all."""
+def epochs_of(config: Any) -> tuple[list[tuple[float, float]], list[float]]:
+    """Seconds of each epoch of a run but the first, and the processor's seconds; the losses of all epochs."""
     ends, losses, write = [], [], Recorder.write
 
     def timed(self, step, split, values):
         if split == "train":
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
             losses.append(values["loss"])
         write(self, step, split, values)
 
@@ -52,7 +53,7 @@ def epochs_of(config: Any) -> tuple[list[float], list[float]]:
             trainer.train(config, workdir)
     finally:
         Recorder.write = write
-    return [after - before for before, after in itertools.pairwise(ends)], losses
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)], losses
 
 
 def main() -> None:
@@ -64,17 +65,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
-    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNS}
     losses = {}
     for _ in range(args.turns):
         with tempfile.TemporaryDirectory() as store:
             for name, flags in RUNS.items():
                 times, losses[name] = epochs_of(config_of(args, flags, store))
                 seconds[name] += times
-    base = statistics.median(seconds["ce, no teacher"])
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        print(f"| {name} | {middle:.3f} | {min(times):.3f}..{max(times):.3f} | {middle / base:.2f} |")
+    base = [statistics.median(times) for times in zip(*seconds["ce, no teacher"], strict=True)]
+    for name, pairs in seconds.items():
+        cells = [f"{name:26}"]
+        for times, first in zip(zip(*pairs, strict=True), base, strict=True):
+            middle = statistics.median(times)
+            cells += [f"{middle:.3f}", f"{min(times):.3f}..{max(times):.3f}", f"{middle / first:.2f}"]
+        print(f"| {' | '.join(cells)} |")
     wrote, read, online = (losses[name] for name in list(RUNS)[2:] + list(RUNS)[1:2])
     apart = [f"{abs(a / b - 1):.1e}" for a, b in zip(read, online, strict=True)]
     print(f"epochs' losses, first run and later runs: {'equal' if wrote == read else 'NOT EQUAL'}")

@@ -83,7 +83,7 @@ def test_another_order_method_loader_and_batch_size_read_the_logits_of_the_very_
     """A row is what the teacher says of the image as this run shows it, rounded."""
     trainer.train(stored("epochs=1"), tmp_path / "wrote")
     assert taught == [103]
-    flags = ["seed=3", "data.augment_seed=0", "method=ldrld", "epochs=1", "batch_size=32"]
+    flags = ["seed=3", "data.augment_seed=0", "method=dist", "epochs=1", "batch_size=32"]
     for loader in ("stream", "resident"):
         trainer.train(stored(*flags, f"data.loader={loader}"), tmp_path / loader)
     assert taught == [103]
