@@ -1,6 +1,6 @@
 """A run that dies at any moment goes on by the same command, and ends as if it had not died.
 
-LDRLD_JAX_KILLS=50 python -m pytest tests/kill_test.py   # three kills unless this says otherwise
+LDRLD_JAX_KILLS=50 python -m pytest -n 0 -s tests/kill_test.py   # three kills unless this says otherwise
 """
 
 import itertools

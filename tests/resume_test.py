@@ -142,3 +142,9 @@ def test_two_runs_in_one_workdir_are_one_too_many(tiny, tmp_path, straight):
         trainer.train(tiny(*FLAGS), straight)
     (tmp_path / "aside").rename(straight / "summary.json")
     assert contents(straight) == before
+
+
+def test_one_checkpoint_every_so_many_epochs_is_kept_for_good(tiny, tmp_path):
+    flags = ["checkpoint.keep_every_epochs=2", "checkpoint.keep_last=1", "eval_every_epochs=5", "epochs=5"]
+    trainer.train(tiny(*flags), tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [6, 12, 15]
