@@ -1,0 +1,221 @@
+"""How fast a training step is: ours beside PyTorch's, plain and strong, and beside XLA's own convolutions.
+
+python benchmarks/train.py                                      # resnet32x4 -> resnet8x4, batch 64, 32 pixels
+python benchmarks/train.py --student_only --models resnet8x4 resnet20
+python benchmarks/train.py --models imagenet_resnet34,imagenet_resnet18 --sizes 224 --batch 1024 --precision bfloat16
+
+Synthetic images, 8-bit, cropped and mirrored at 32 pixels. The contestants take turns in one process, so that the
+load of others disturbs all alike. Ours and "torch strong" keep the images on the device; "torch plain" makes its
+batches on the host, in one DataLoader without workers; "xla" is ours with the convolutions as XLA has them on a CPU
+(elsewhere the two are one program). MFU is FLOPs by XLA's count over the time and the device's peak
+(`ldrld_jax/devices.py`), left out where that is not known. --seconds bounds the turns, not the compilation.
+"CPU ms" is the processors' time, which other programs on the machine disturb least.
+On a machine with a GPU both frameworks take it.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same device
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch_step
+from torch_step import Recipe
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.bench import count_flops
+from ldrld_jax.data.augment import Draws
+from ldrld_jax.data.resident import make_batch
+from ldrld_jax.devices import peak_flops
+from ldrld_jax.models import convolution
+from ldrld_jax.networks import create_network
+from ldrld_jax.objective import make_objective
+from ldrld_jax.optim import make_optimizer, make_schedule
+from ldrld_jax.train_step import TrainState, make_train_step, trainable
+
+CONTESTANTS = ("ours", "xla", "torch plain", "torch strong")
+
+
+def make_config(recipe: Recipe) -> Any:
+    method = "ldrld" if recipe.teacher else "ce"
+    overrides = [f"student.model={recipe.student}", f"method={method}"]
+    return config_lib.resolve(config_lib.load("configs/cifar100.py", overrides))
+
+
+class OurStep:
+    """The step of the trainer over images that lie on the device; see `torch_step.Step`."""
+
+    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray):
+        config = make_config(recipe)
+        config.data.mean, config.data.std = recipe.mean, recipe.std
+        shape = dict(num_classes=recipe.classes, channels=3, precision=recipe.precision, seed=0)
+        student, variables = create_network(recipe.student, config.data, **shape)
+        teacher, self.frozen = None, None
+        if recipe.teacher:
+            teacher, self.frozen = create_network(recipe.teacher, config.data, **shape)
+        self.objective = make_objective(config)
+        schedule = make_schedule(config.optim, steps_per_epoch=100, epochs=240)
+        optimizer = make_optimizer(config.optim, schedule)
+        step = make_train_step(student, teacher, self.objective, optimizer, schedule=schedule, steps_per_epoch=100)
+        opt_state = optimizer.init(trainable(variables, {}))
+        self.state = TrainState(jnp.zeros((), jnp.int32), variables, {}, opt_state)
+        self.recipe = recipe
+        self.batches = self._resident(images, labels)
+        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, next(self.batches))
+        self.step = lowered.compile()
+        self.flops = count_flops(lowered, self.step, 1)
+
+    def run(self, count: int) -> float:
+        for _ in range(count):
+            self.state, metrics = self.step(self.state, self.frozen, next(self.batches))
+        return float(metrics["loss"].total)
+
+    def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, jax.Array]]:
+        recipe, pad = self.recipe, self.recipe.pad
+        padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        stored = jax.device_put((padded, labels))
+        make = make_batch(recipe.batch, recipe.batch, (recipe.size, recipe.size), None)
+        rng = np.random.default_rng(0)
+        while True:
+            n = len(images)
+            top, left = rng.integers(0, 2 * pad + 1, (2, n), np.int32)
+            draws = Draws(rng.permutation(n).astype(np.int32), top, left, (rng.random(n) < 0.5) & (pad > 0))
+            draws = jax.device_put(Draws(*(value.astype(np.int32) for value in draws)))
+            for start in range(0, n - recipe.batch + 1, recipe.batch):
+                batch = make(stored, draws, np.int32(start), np.int32(recipe.batch))
+                yield {key: batch[key] for key in ("image", "label")}
+
+
+def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
+    """Value and gradient of the objective's distillation terms by the student's logits, without cross-entropy."""
+    rng = np.random.default_rng(0)
+    teacher, student = (jnp.asarray(rng.standard_normal((recipe.batch, recipe.classes), np.float32)) for _ in range(2))
+    labels = jnp.zeros(recipe.batch, jnp.int32)
+    ((method, cfg, _),) = objective.methods.values()
+    graded = jax.jit(jax.value_and_grad(lambda z: method.loss(teacher, z, labels, cfg)))
+
+    def run(count: int) -> Any:
+        for _ in range(count):
+            result = graded(student)
+        return jax.block_until_ready(result)
+
+    return run
+
+
+def contestants(recipe: Recipe, names: list[str], images: int, compile: bool) -> tuple[dict[str, Any], float | None]:
+    """What runs, by name, compiled and warm, and the FLOPs of our step."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, recipe.size, recipe.size, 3), np.uint8)
+    labels = rng.integers(0, recipe.classes, images).astype(np.int32)
+    made: dict[str, Any] = {}
+    flops = None
+    for name in names:
+        if name == "ours":
+            step = OurStep(recipe, pixels, labels)
+            made[name], flops = step.run, step.flops
+            if recipe.teacher:
+                made["loss alone"] = loss_alone(recipe, step.objective)
+        elif name == "xla":
+            by_xla = lambda function, *arrays, spread_on_cpu: function(convolution.plain, *arrays)  # noqa: E731
+            with mock.patch.object(convolution, "_by_platform", by_xla):
+                made[name] = OurStep(recipe, pixels, labels).run
+        elif recipe.student in torch_step.MODELS and (recipe.teacher or recipe.student) in torch_step.MODELS:
+            strong = name == "torch strong"
+            made[name] = torch_step.Step(recipe, pixels, labels, strong=strong, compile=compile).run
+    for run in made.values():
+        run(2)
+    return made, flops
+
+
+def measure(made: dict[str, Any], seconds: float, steps: int) -> dict[str, tuple[float, float]]:
+    """Median seconds a step, by the clock and of the processors, over turns of `steps` until `seconds` are over."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    begun = time.perf_counter()
+    while len(taken[next(iter(made))]) < 2 or time.perf_counter() - begun < seconds:
+        for name, run in made.items():
+            start = time.perf_counter(), time.process_time()
+            run(steps)
+            after = time.perf_counter(), time.process_time()
+            taken[name].append(((after[0] - start[0]) / steps, (after[1] - start[1]) / steps))
+    clocks = {name: zip(*times, strict=True) for name, times in taken.items()}
+    return {name: tuple(map(statistics.median, both)) for name, both in clocks.items()}
+
+
+def lines(recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None) -> list[str]:
+    """One Markdown line a contestant."""
+    kind = jax.devices()[0].device_kind
+    title = f"{recipe.teacher} -> {recipe.student}" if recipe.teacher else recipe.student
+    ours = seconds.get("ours")
+    out = []
+    for name, (wall, cpu) in seconds.items():
+        whole = name != "loss alone"
+        half = recipe.precision == "bfloat16" and name != "torch plain"
+        peak = peak_flops(kind, "bfloat16" if half else "float32")
+        cells = [
+            *(f"{title}, {recipe.size} pixels", name, f"{1e3 * wall:.1f}", f"{1e3 * cpu:.1f}"),
+            f"{recipe.batch / wall:.1f}" if whole else "",
+            *((f"{wall / ours[0]:.3g}", f"{cpu / ours[1]:.3g}") if ours else ("", "")),
+            f"{100 * flops / wall / peak:.1f} %" if whole and flops and peak else "",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+HEADER = """\
+| models | | ms a step | CPU ms | examples/s | time / ours | CPU time / ours | MFU |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def recipes(flags: argparse.Namespace) -> Iterator[Recipe]:
+    for models in flags.models:
+        teacher, _, student = models.rpartition(",")
+        large = student.startswith("imagenet")
+        for size in flags.sizes:
+            yield Recipe(
+                student=student,
+                teacher=None if flags.student_only or not teacher else teacher,
+                batch=flags.batch,
+                size=size,
+                classes=1000 if large else 100,
+                pad=0 if large else 4,
+                precision=flags.precision,
+                mean=(0.485, 0.456, 0.406) if large else (0.5071, 0.4867, 0.4408),
+                std=(0.229, 0.224, 0.225) if large else (0.2675, 0.2565, 0.2761),
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet32x4,resnet8x4"], metavar="[TEACHER,]STUDENT")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[32], help="pixels a side")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--student_only", action="store_true", help="cross-entropy without the teacher")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the turns of each pair, after the warm-up")
+    parser.add_argument("--steps", type=int, default=None, help="a turn's; 1 on a CPU, 10 elsewhere")
+    parser.add_argument("--images", type=int, default=2048, help="so many synthetic images, at least a batch")
+    parser.add_argument("--compile", action="store_true", help='torch.compile for "torch strong"')
+    flags = parser.parse_args()
+    if flags.images < flags.batch:
+        sys.exit(f"--images must be at least the batch, {flags.batch}, got {flags.images}. Give more images.")
+    device = jax.devices()[0]
+    steps = flags.steps or (1 if device.platform == "cpu" else 10)
+    names = [name for name in CONTESTANTS if name in flags.contestants]
+    print(f"jax {jax.__version__}, torch {torch_step.torch.__version__} on {device.device_kind}, {flags.precision}\n")
+    print(HEADER)
+    for recipe in recipes(flags):
+        made, flops = contestants(recipe, names, flags.images, flags.compile)
+        print("\n".join(lines(recipe, measure(made, flags.seconds, steps), flops)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
