@@ -85,8 +85,9 @@ def test_two_processes_are_one_run_through_a_signal_a_kill_and_two_resumes(data_
     assert [line["step"] for line in comparable_lines(workdir) if line["split"] == "eval"] == list(range(3, 61, 3))
 
 
-def test_four_processes_give_the_losses_of_one(data_dir, tmp_path):
-    overrides = overrides_of(data_dir, "epochs=1")
+def test_four_processes_give_the_losses_of_one_whose_logit_store_they_read(data_dir, tmp_path):
+    teacher = ["teacher.model=tiny_net", "teacher.epochs=1", f"teacher.workdir={tmp_path / 'teacher'}"]
+    overrides = overrides_of(data_dir, "epochs=1", "method=kd", *teacher, f"logits.dir={tmp_path / 'logits'}")
     expected = expected_losses(tmp_path / "one", overrides)
     finished = finish(start(4, 2, tmp_path / "four", overrides))
     assert [status for status, _ in finished] == [0, 0, 0, 0], finished
