@@ -78,7 +78,7 @@ def default() -> ConfigDict:
     # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
     config.teacher.data = _placeholders(config.data)
     config.teacher.optim = _placeholders(config.optim)
-    config.steps_per_dispatch = 1  # so many steps in one program, with data.loader=resident: see docs/bench.md
+    config.steps_per_dispatch = 1  # so many in one program, with data.loader=resident; not on a CPU: docs/bench.md
     config.compile_cache = "~/.cache/ldrld_jax/compiled"  # compiled programs are kept here for the next start; "": not
     config.logits = ConfigDict()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
     config.logits.dir = config_dict.placeholder(str)  # where it lies, for any number of runs; unset: no store
