@@ -84,6 +84,8 @@ def _backward(strides, padding, saved, gradient):
         return jax.linear_transpose(lambda x: conv(x, kernel, strides, padding), x)(gradient)[0]
 
     def by_kernel(conv, x, kernel, gradient):
+        if conv is spread:
+            x = _written_down(x, kernel)
         return jax.linear_transpose(lambda kernel: conv(x, kernel, strides, padding), kernel)(gradient)[0]
 
     # With a stride the gradient by the input is a dilated convolution already.
@@ -91,6 +93,17 @@ def _backward(strides, padding, saved, gradient):
     return _by_platform(by_x, *saved, gradient, spread_on_cpu=by_x_spread), _by_platform(
         by_kernel, *saved, gradient, spread_on_cpu=True
     )
+
+
+def _written_down(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, as an array in memory; `other` is any array that each device has.
+
+    Eigen takes it transposed. XLA would compute it anew inside of the transposition, with all that led to it since
+    the convolutions before, element by element in the wrong order: two thirds of a resnet20's step. It fuses nothing
+    over the borders of a condition.
+    """
+    number = other[(0,) * other.ndim] >= -jnp.inf  # always, but XLA cannot know: a NaN is not
+    return lax.cond(number, lambda x: x, lambda x: 2 * x, x)
 
 
 _convolution.defvjp(_forward, _backward)

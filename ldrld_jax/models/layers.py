@@ -1,6 +1,5 @@
 """The layers that the families share, with PyTorch's padding, initialisation and statistics."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from ldrld_jax.models.convolution import conv_general_dilated
+from ldrld_jax.models.normalisation import EPSILON, Moments, normalise
 
 Dtype = jax.typing.DTypeLike
 
@@ -133,38 +133,25 @@ class BatchNorm(nnx.Module):
         """
         stats_dtype = self.mean[...].dtype
         shape, x = x.shape, x.astype(stats_dtype)
-        per_channel = lambda p: p[...].astype(stats_dtype).reshape(*(1,) * (x.ndim - 1), -1)  # noqa: E731
-        if mode.train:
-            # [n, groups, ..., C], example i = a * groups + g: a device that holds rows holds some of each group.
-            x = x.reshape(-1, self.groups, *x.shape[1:])
-            mean, var = self._batch_statistics(x, mode.where)
-        else:
-            mean, var = per_channel(self.mean), per_channel(self.var)
-        y = (x - mean) * (jax.lax.rsqrt(var + 1e-5) * per_channel(self.scale)) + per_channel(self.bias)
+        scale, bias = (p[...].astype(stats_dtype) for p in (self.scale, self.bias))
+        if not mode.train:
+            lead = (1,) * (x.ndim - 1)
+            factor = (jax.lax.rsqrt(self.var[...] + EPSILON) * scale).reshape(*lead, -1)
+            y = (x - self.mean[...].reshape(*lead, -1)) * factor + bias.reshape(*lead, -1)
+            return y.astype(self.dtype)
+        # [n, groups, ..., C], example i = a * groups + g: a device that holds rows holds some of each group.
+        x = x.reshape(-1, self.groups, *x.shape[1:])
+        y, moments = normalise(x, scale, bias, None if mode.where is None else mode.where.reshape(x.shape[:2]))
+        self._average(moments)
         return y.reshape(shape).astype(self.dtype)
 
-    def _batch_statistics(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Mean and biased variance `[1, groups, ..., C]` of each group.
-
-        The running ones move a tenth of the way to the mean over the groups, weighted by their examples.
-        """
-        total = functools.partial(jnp.sum, axis=(0, *range(2, x.ndim - 1)), keepdims=True)
-        ones = (1,) * (x.ndim - 2)
-        pixels = x.size // (x.shape[0] * x.shape[1] * x.shape[-1])
-        if where is None:
-            kept, count = None, jnp.full((1, x.shape[1], *ones), x.shape[0] * pixels, x.dtype)
-        else:
-            kept = where.reshape(*x.shape[:2], *ones)
-            count = pixels * jnp.sum(kept, axis=0, keepdims=True, dtype=x.dtype)
-        # In a group of padding alone nothing counts: its statistics are 0, and so is its weight.
-        mean = total(x, where=kept) / jnp.maximum(count, 1)
-        var = total((x - mean) ** 2, where=kept) / jnp.maximum(count, 1)
+    def _average(self, moments: Moments) -> None:
+        """The running statistics move a tenth of the way to the mean over the groups, weighted by their examples."""
+        mean, var, count = jax.lax.stop_gradient(moments)
         weight = count / jnp.maximum(jnp.sum(count), 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, unbiased)):
-            batch = jnp.sum(weight * batch, axis=tuple(range(x.ndim - 1)))
-            running[...] = 0.9 * running[...] + 0.1 * jax.lax.stop_gradient(batch)
-        return mean, var
+            running[...] = 0.9 * running[...] + 0.1 * jnp.sum(weight * batch, axis=tuple(range(batch.ndim - 1)))
 
 
 def group_batch_norms(model: nnx.Module, groups: int) -> None:

@@ -18,6 +18,7 @@ from ldrld_jax.models.layers import (
     shuffle_channels,
     torch_default,
 )
+from ldrld_jax.models.normalisation import normalise
 
 FLOAT32 = dict(dtype=jnp.float32, param_dtype=jnp.float32)
 
@@ -140,3 +141,31 @@ def test_the_default_initialisation_is_pytorchs():
     bound = (3 * 3 * 20) ** -0.5
     assert 0.99 * bound < jnp.abs(kernel).max() <= bound
     np.testing.assert_allclose(kernel.std(), bound / 3**0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_derivative_of_batch_norm_is_that_of_its_formula(rng, x64, groups, masked):
+    """Every row has a gradient, padding too: it reaches the moments of the examples that count."""
+    x = jnp.asarray(rng.normal(2.0, 3.0, (6, groups, 2, 3, 4)))
+    scale, bias, weights = jnp.asarray(rng.normal(size=4)), jnp.asarray(rng.normal(size=4)), rng.normal(size=x.shape)
+    kept = jnp.asarray(rng.random((6, groups)) < 0.7) if masked else None
+
+    def formula(x, scale, bias):
+        mask = None if kept is None else kept.reshape(6, groups, 1, 1, 1)
+        mean = jnp.mean(x, (0, 2, 3), where=mask, keepdims=True)
+        var = jnp.mean((x - mean) ** 2, (0, 2, 3), where=mask, keepdims=True)
+        lead = (1,) * 4
+        y = (x - mean) / jnp.sqrt(var + 1e-5) * scale.reshape(*lead, -1) + bias.reshape(*lead, -1)
+        return jnp.sum(y * weights)
+
+    ours = jax.grad(lambda *args: jnp.sum(normalise(*args, kept)[0] * weights), (0, 1, 2))(x, scale, bias)
+    chex.assert_trees_all_close(ours, jax.grad(formula, (0, 1, 2))(x, scale, bias), rtol=1e-10, atol=1e-12)
+
+
+def test_a_group_of_padding_alone_has_no_say(rng):
+    x = jnp.asarray(rng.normal(size=(3, 2, 1, 1, 4)), jnp.float32)
+    kept = jnp.array([[True, False]] * 3)
+    y, moments = normalise(x, jnp.ones(4), jnp.zeros(4), kept)
+    assert moments.number.ravel().tolist() == [3, 0]
+    assert bool(jnp.isfinite(y).all())
