@@ -102,7 +102,7 @@ def in_turn(what: str) -> Iterator[None]:
 
 def exit_with(code: int) -> None:
     """Ends the process; one of several that has failed does not wait for the others to agree."""
-    if code and code < 128 and jax.process_count() > 1:
+    if code and code < 128 and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -75,6 +75,7 @@ def make_key(
         "model": config.teacher.model,
         "ensemble": config.teacher.ensemble if len(networks) > 1 else None,
         "precision": config.precision,
+        "matmul_precision": config.matmul_precision,
         **{name: [getattr(network, name) for network in networks] for name in ("mean", "std", "image_size")},
         "weights": [checksum(variables) for variables in weights],
     }

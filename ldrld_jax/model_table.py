@@ -84,6 +84,8 @@ def _flops(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
+        elif equation.primitive.name == "cond":  # a convolution has a form per platform: one of them is taken
+            total += max(_flops(branch) for branch in equation.params["branches"])
         else:
             inner = jax.tree.leaves(list(equation.params.values()))
             total += sum(_flops(leaf) for leaf in inner if hasattr(leaf, "eqns"))

@@ -233,8 +233,9 @@ def make_train_step(
 
 def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, which keeps for its backward pass what convolutions and matrix products gave, no more."""
-    products = (jax.lax.conv_general_dilated_p, jax.lax.dot_general_p)
-    return jax.checkpoint(forward, policy=lambda primitive, *_, **__: primitive in products)
+    kept = jax.checkpoint_policies
+    products = kept.save_from_both_policies(kept.dots_saveable, kept.save_only_these_names("convolution"))
+    return jax.checkpoint(forward, policy=products)
 
 
 def _accumulated(gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int):

@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_parses():
 WRONG = [
     (["--config.seedd=1"], "there is no config key 'seedd'. Did you mean 'seed'?"),
     (["--config.loss.ldrld.deph=3"], "Did you mean 'loss.ldrld.depth'?"),
-    (["--config.optim=3"], "optim is a block: set one of optim.decay_epochs"),
+    (["--config.optim=3"], "optim is a block: set one of optim.clip_norm, optim.decay_epochs"),
     (["--config.seed=1.5"], "seed must be a int, got 1.5"),
     (["--config.seed=one"], "seed must be a int, got 'one'"),
     (["--config.data.flip=3"], "data.flip must be a bool, got 3"),

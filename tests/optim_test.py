@@ -81,3 +81,14 @@ def test_the_first_decay():
     assert first_decay_epoch(optim()) == 150
     assert first_decay_epoch(optim(schedule="cosine")) == 0
     assert first_decay_epoch(optim(schedule="constant")) == float("inf")
+
+
+def test_gradients_are_clipped_by_their_norm_together():
+    """Two gradients of norm 5 together: at clip_norm 1 a fifth of each, at 10 untouched, before the weight decay."""
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}
+    for clip_norm, share in ((1.0, 0.2), (10.0, 1.0), (None, 1.0)):
+        block = optim(clip_norm=clip_norm, learning_rate=1.0, schedule="constant")
+        optimizer = make_optimizer(block, make_schedule(block, steps_per_epoch=1, epochs=1))
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-3 * share, -4 * share], rtol=1e-6)

@@ -3,7 +3,6 @@
 import functools
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,11 +186,11 @@ def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def test_rematerialisation_keeps_a_third_for_the_backward_pass_and_the_same_gradient(rng, x64):
+def test_rematerialisation_keeps_products_alone_for_the_backward_pass_and_the_same_gradient(rng):
     """Bytes between the passes; what a program then holds is XLA's to decide, and on a CPU it undoes this."""
-    model = create_model("resnet8", 10, 1, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
+    model = create_model("resnet8", 10, 1, rngs=nnx.Rngs(0))
     apply, params, batch_stats = purify(model)
-    images = jnp.asarray(rng.normal(size=(4, 8, 8, 1)))
+    images = jnp.asarray(rng.normal(size=(4, 8, 8, 1)), jnp.float32)
     forward = functools.partial(apply, train=True)
     kept, gradients = [], []
     for function in (forward, rematerialised(forward)):
@@ -199,5 +198,6 @@ def test_rematerialisation_keeps_a_third_for_the_backward_pass_and_the_same_grad
         residuals = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
         kept.append(size(residuals) - size(params))  # the parameters are there anyhow
         gradients.append(jax.jit(jax.grad(loss))(params))
-    assert kept[1] < kept[0] / 3
-    chex.assert_trees_all_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert 0.25 * kept[0] < kept[1] < 0.4 * kept[0]  # the convolutions' outputs are among them
+    for plain, again in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(again, plain, atol=1e-5 * float(jnp.max(jnp.abs(plain))))

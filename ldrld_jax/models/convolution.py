@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 8  # below, as in a stem of three colours, YNNPACK is the faster one forwards
@@ -36,9 +37,11 @@ def conv_general_dilated(
       options: more of `jax.lax.conv_general_dilated`'s.
     """
     if feature_group_count == 1 and x.dtype == jnp.float32:
-        return _convolution(x, kernel, tuple(strides), tuple(map(tuple, padding)))
-    options["feature_group_count"] = feature_group_count
-    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+        y = _convolution(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+    else:
+        options["feature_group_count"] = feature_group_count
+        y = lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    return checkpoint_name(y, "convolution")  # what `jax.checkpoint` may keep by this name
 
 
 def plain(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:

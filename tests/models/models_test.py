@@ -15,7 +15,7 @@ from ldrld_jax.models import MODELS, create_model, layers
 from ldrld_jax.purify import purify
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
-SHARED_FILES = ("layers", "residual")
+SHARED_FILES = ("convolution", "layers", "normalisation", "residual")
 
 
 def abstract(name, num_classes=7, in_channels=3, **dtypes):
