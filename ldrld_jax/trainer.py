@@ -42,7 +42,7 @@ def train(
       Interrupted: if SIGTERM or SIGINT came; the state is saved.
     """
     keep_compiled(config.compile_cache)
-    catching = catch_signals(leave_within) if jax.process_count() == 1 else catch_signals_of_all()
+    catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), catching as signals:
         return _train(config, epath.Path(workdir), signals, "student", profile)
 
