@@ -74,8 +74,8 @@ def model_shardings(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
 
     Example:
       >>> mesh = make_mesh(data=1)
-      >>> model_shardings(jax.ShapeDtypeStruct((3, 3, 16, 32), "float32"), mesh, fsdp=True).spec
-      PartitionSpec(None, None, 'data', 'model')
+      >>> tuple(model_shardings(jax.ShapeDtypeStruct((3, 3, 16, 32), "float32"), mesh, fsdp=True).spec)
+      (None, None, 'data', 'model')
     """
 
     def sharding(leaf: Any) -> NamedSharding:
