@@ -42,9 +42,9 @@ def default() -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0  # of initialisation, order and, unless data.augment_seed is set, augmentation
-    config.epochs = 1
+    config.epochs = 1  # full passes over the training split
     config.batch_size = 64  # global, whatever the number of devices
-    config.eval_batch_size = 256
+    config.eval_batch_size = 256  # likewise
     config.precision = "float32"  # of the computation: float32 | bfloat16 | float64; parameters are never below float32
     # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
     config.matmul_precision = "tensorfloat32"
@@ -63,7 +63,7 @@ def default() -> ConfigDict:
     config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
     config.data = _data()
     config.student = ConfigDict()
-    config.student.model = "resnet8"
+    config.student.model = "resnet8"  # a key of MODELS: python -m ldrld_jax.model_table
     config.student.checkpoint = config_dict.placeholder(str)  # weights to start from
     config.optim = _optim()
     config.teacher = ConfigDict()
@@ -73,8 +73,8 @@ def default() -> ConfigDict:
     config.teacher.workdir = config_dict.placeholder(str)  # unset: WORKDIR/teacher; set it to share one teacher
     config.teacher.ensemble = ENSEMBLES[0]  # what an ensemble averages: logits | probabilities
     config.teacher.min_top1 = 0.0  # percent on the evaluation split; a weaker teacher is refused
-    config.teacher.seed = 0
-    config.teacher.batch_size = config_dict.placeholder(int)
+    config.teacher.seed = 0  # of the teacher that the run trains first
+    config.teacher.batch_size = config_dict.placeholder(int)  # unset: the student's
     # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
     config.teacher.data = _placeholders(config.data)
     config.teacher.optim = _placeholders(config.optim)
@@ -89,14 +89,14 @@ def default() -> ConfigDict:
     config.mesh.model = 1  # devices over which each layer's outputs are split
     config.mesh.fsdp = False  # split parameters, optimizer state and teacher over mesh.data as well: less memory
     config.log = ConfigDict()
-    config.log.every_steps = 50
-    config.log.tensorboard = True
+    config.log.every_steps = 50  # a line of metrics.jsonl each, the mean since the one before
+    config.log.tensorboard = True  # write event files too
     config.log.watchdog_seconds = 300.0  # without progress, until the stacks of all threads are printed; 0: never
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = config_dict.placeholder(int)  # beside those after each evaluation
     config.checkpoint.keep_last = 2  # beside the best, which is always kept
     config.checkpoint.keep_every_epochs = config_dict.placeholder(int)  # one every so many epochs is kept for good
-    config.eval_every_epochs = 1
+    config.eval_every_epochs = 1  # and after the last epoch
     return config
 
 
@@ -104,8 +104,8 @@ def _data() -> ConfigDict:
     data = ConfigDict()
     data.name = "digits"  # any TFDS image classification dataset, or the digits that ship with scikit-learn
     data.data_dir = config_dict.placeholder(str)  # unset: TFDS's own default, ~/tensorflow_datasets
-    data.train_split = "train"
-    data.eval_split = "test"
+    data.train_split = "train"  # "train[:90%]" takes a part
+    data.eval_split = "test"  # likewise; "validation" or "val" elsewhere
     data.loader = "stream"  # stream | resident: all images decoded in each device's memory, batches made there
     data.threads = 4  # that prepare batches ahead of the step
     data.cache_mb = 1024  # decoded images that are always the same are kept in host memory up to this
@@ -128,9 +128,9 @@ def _data() -> ConfigDict:
     data.fraction = 1.0  # of each class that is trained on
     data.imbalance = 1.0  # largest class over smallest, sizes falling exponentially with the label
     data.label_noise = "none"  # none | symmetric (to any other class) | asymmetric (to the next class)
-    data.label_noise_rate = 0.0
+    data.label_noise_rate = 0.0  # the share of training labels that are changed
     data.mean = (0.5,)  # per channel, of pixels scaled to 0..1
-    data.std = (0.5,)
+    data.std = (0.5,)  # likewise
     data.image_size = config_dict.placeholder(int)  # resize to a square before the model; unset: as stored
     return data
 
@@ -138,16 +138,16 @@ def _data() -> ConfigDict:
 def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.name = "sgd"  # sgd | adamw
-    optim.learning_rate = 0.05
+    optim.learning_rate = 0.05  # the highest of the schedule
     optim.momentum = 0.9  # sgd; adamw takes it as b1
-    optim.nesterov = False
+    optim.nesterov = False  # look ahead along the momentum
     optim.weight_decay = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
     optim.clip_norm = config_dict.placeholder(float)  # gradients with a larger norm are scaled down to this one
     optim.schedule = "step"  # step | cosine | constant
     optim.decay_epochs = (150, 180, 210)  # step: after these epochs
-    optim.decay_rate = 0.1
+    optim.decay_rate = 0.1  # step: times this each time
     optim.warmup = "none"  # official | linear | none
-    optim.warmup_epochs = 20
+    optim.warmup_epochs = 20  # of either form
     return optim
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -121,9 +120,3 @@ def comparable_lines(workdir: pathlib.Path | str) -> list[dict]:
     for line in lines:
         line["values"] = {k: v for k, v in line["values"].items() if not k.endswith(("_per_second", "_seconds"))}
     return lines
-
-
-def readme_blocks(language: str) -> list[str]:
-    """The code blocks of one language in the README."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    return [code for found, code in fences if found == language]

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shlex
 import shutil
 
 import chex
@@ -21,7 +20,7 @@ from ldrld_jax.models import MODELS
 from ldrld_jax.networks import load_network
 from ldrld_jax.purify import purify
 from tests.checkpoint_test import contents, largest
-from tests.conftest import readme_blocks, run_main, tiny_overrides
+from tests.conftest import run_main, tiny_overrides
 from tests.tiny_net import TinyNet
 from tests.trainer_test import saved as all_arrays
 
@@ -36,22 +35,6 @@ def test_without_flags_it_is_the_digits_run():
     args, overrides = main_lib.parse([])
     assert (args.config or main_lib.DEFAULT_CONFIG, args.workdir) == ("configs/digits.py", "runs/digits")
     assert (args.mode, overrides) == ("train", [])
-
-
-def test_the_readmes_five_lines_run():
-    scope: dict = {}
-    exec(readme_blocks("python")[0], scope)
-    assert float(scope["loss"]) == 0  # both sides' logits are equal classes
-    assert scope["gradient"].shape == (8, 100)
-
-
-def test_every_command_of_the_readme_parses():
-    lines = [line for block in readme_blocks("") for line in block.splitlines() if "ldrld_jax.main" in line]
-    assert len(lines) == 5
-    for line in lines:
-        args, overrides = main_lib.parse(shlex.split(line.rpartition("ldrld_jax.main")[2]))
-        config = config_lib.load(args.config or main_lib.DEFAULT_CONFIG, overrides)
-        assert config_lib.resolve(config).method == "ldrld"
 
 
 # flags, and what the one line must say

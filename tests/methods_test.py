@@ -12,7 +12,8 @@ from ldrld_jax import main as main_lib
 from ldrld_jax import trainer
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
-from tests.conftest import comparable_lines, readme_blocks, tiny_overrides
+from tests.conftest import comparable_lines, tiny_overrides
+from tests.pages import PAGES, blocks
 from tests.trainer_test import saved, values
 
 
@@ -127,7 +128,8 @@ def methods_restored():
 
 def test_the_readmes_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
     path = tmp_path / "match.py"
-    path.write_text(next(block for block in readme_blocks("python") if 'METHODS["match"]' in block))
+    (code,) = (block.code for block in blocks(PAGES["README.md"], "python") if 'METHODS["match"]' in block.code)
+    path.write_text(code)
     flags = [f"--config.{o}" for o in tiny_overrides(data_dir) if not o.startswith("method=")]
     flags += [f"--config.teacher.checkpoint={teacher_dir}", "--config.loss.match.scale=.25", "--config.data.mean=.3"]
     with methods_restored():

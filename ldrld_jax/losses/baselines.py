@@ -15,7 +15,12 @@ from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KDConfig(MethodConfig):
-    """Hinton's distillation: temperature T > 0, and whether both sides' logits are standardised first."""
+    """Hinton's distillation.
+
+    Attributes:
+      temperature: T > 0 of both sides; the loss is multiplied by T^2.
+      standardize: whether both sides' logits are standardised first.
+    """
 
     temperature: Positive = 4.0
     standardize: bool = False
@@ -30,7 +35,11 @@ class CTKDConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TTMConfig(MethodConfig):
-    """Transformed teacher matching: gamma >= 0 is the power of the teacher's probabilities, 1/T of kd."""
+    """Transformed teacher matching.
+
+    Attributes:
+      gamma: >= 0, the power of the teacher's probabilities, 1/T of kd.
+    """
 
     gamma: float = 0.1
 
@@ -38,7 +47,11 @@ class TTMConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WTTMConfig(MethodConfig):
-    """Weighted transformed teacher matching: gamma >= 0 is the power of the teacher's probabilities."""
+    """Weighted transformed teacher matching.
+
+    Attributes:
+      gamma: >= 0, the power of the teacher's probabilities, whose sum is the example's weight.
+    """
 
     gamma: float = 0.2
 

@@ -45,7 +45,12 @@ class DKDConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NKDConfig(MethodConfig):
-    """Normalised distillation: temperature T > 0 and weight gamma of the non-target part."""
+    """Normalised distillation.
+
+    Attributes:
+      temperature: T > 0 of the non-target part, which is multiplied by T^2.
+      gamma: weight of the non-target part.
+    """
 
     temperature: Positive = 3.0
     gamma: float = 3.5
@@ -54,7 +59,12 @@ class NKDConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WSLDConfig(MethodConfig):
-    """Weighted soft labels: temperature T > 0 and weight alpha."""
+    """Weighted soft labels.
+
+    Attributes:
+      temperature: T > 0 of the soft labels; the loss is multiplied by T^2.
+      alpha: weight of the term.
+    """
 
     temperature: Positive = 4.0
     alpha: float = 2.25

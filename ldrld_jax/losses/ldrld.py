@@ -25,7 +25,7 @@ class LDRLDConfig(MethodConfig):
       alpha: weight of the local part (pairs and integrity).
       beta: weight of the remainder.
       rank_by: whose logits choose and rank the d classes; the paper takes the student's.
-      irw_epsilon: eps > 0 of the inverse rank weight, 1 / (|i - j| + eps).
+      irw_epsilon: eps > 0 of the inverse rank weight, `1 / (|i - j| + eps)`.
       erd_scale: delta of the exponential rank decay, delta exp(-lambda (i + j)).
       erd_decay: lambda of the same.
       use_irw: False sets the inverse rank weight to 1.

@@ -1,0 +1,112 @@
+"""Parts of pages that are made from the code when the site is built, so that no copy of it can grow old."""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import main
+from ldrld_jax.losses import METHODS
+from ldrld_jax.models import MODELS
+
+
+def key_comments() -> Iterator[tuple[str, str]]:
+    """Every key that `config.py` sets a default for, and its comment: behind it, or in the lines above it."""
+    source = inspect.getsource(config_lib)
+    comments, own_line = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            kept = own_line if token.line.lstrip().startswith("#") else comments
+            kept[token.start[0]] = token.string.lstrip("# ")
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    for name, prefix in (("default", ""), ("_data", "data."), ("_optim", "optim.")):
+        for node in functions[name].body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                key = prefix + ast.unparse(node.targets[0]).partition(".")[2]
+                yield key, comments.get(node.lineno, own_line.get(node.lineno - 1, ""))
+
+
+def config_keys() -> str:
+    """A table of all keys but those of the methods."""
+    rows, config = [], config_lib.default()
+    for key, comment in key_comments():
+        value = _value(config, key)
+        if not isinstance(value, ConfigDict):
+            rows.append((f"`{key}` {_shown(config, key)}", comment, "yes" if _identifies(key) else "no"))
+        elif comment:
+            rows.append((f"`{key}.*`", comment, ""))
+    return _table(("key and default", "what it is", "identity"), rows)
+
+
+def method_keys() -> str:
+    """A table of each method's own keys."""
+    rows = []
+    for name, method in METHODS.items():
+        texts = attributes(method.config)
+        for field in dataclasses.fields(method.config):
+            rows.append((f"`loss.{name}.{field.name}` = {field.default}", texts.get(field.name, "")))
+    return _table(("key and default", "what it is"), rows)
+
+
+def attributes(config: type) -> dict[str, str]:
+    """What a config's docstring says of each of its fields."""
+    _, _, block = inspect.getdoc(config).partition("Attributes:\n")
+    block = block.partition("\n\n")[0]
+    lines = re.findall(r"^  (\w+): (.+(?:\n   .+)*)", block, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in lines}
+
+
+def command_line() -> str:
+    """What `--help` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        main.parse(["--help"])
+    return f"```text\n{printed.getvalue()}```"
+
+
+def models() -> str:
+    """The names of all models."""
+    return ", ".join(f"`{name}`" for name in MODELS)
+
+
+def _value(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _shown(config: ConfigDict, key: str) -> str:
+    *path, last = key.split(".")
+    block = _value(config, ".".join(path)) if path else config
+    return f"({block.get_type(last).__name__})" if block[last] is None else f"= {block[last]}"
+
+
+def _identifies(key: str) -> bool:
+    return not f"{key}.".startswith(config_lib._NOT_IDENTITY)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+MADE: tuple[Callable[[], str], ...] = (config_keys, method_keys, command_line, models)
+
+
+def fill(app, page: str, source: list[str]) -> None:
+    """Puts what a function of `MADE` gives in the place of the line `<!-- generated: NAME -->` of a page."""
+    for make in MADE:
+        marker = f"<!-- generated: {make.__name__} -->"
+        if marker in source[0]:
+            source[0] = source[0].replace(marker, make())
+
+
+def setup(app):
+    app.connect("source-read", fill)
+    return {"parallel_read_safe": True}

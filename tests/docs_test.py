@@ -1,0 +1,209 @@
+"""The pages: code that runs, commands that their programs understand, keys that exist, a site without a warning."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import re
+import runpy
+import sys
+import tomllib
+import warnings
+
+import pytest
+
+import ldrld_jax
+from ldrld_jax import config as config_lib
+from ldrld_jax import losses
+from ldrld_jax import main as main_lib
+from ldrld_jax.losses import METHODS
+from ldrld_jax.models import MODELS
+from tests.conftest import ROOT
+from tests.methods_test import methods_restored
+from tests.pages import PAGES, SHELL, blocks, commands
+
+PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
+COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
+# Programs of others: they are named right, and no more can be known without running them.
+OTHERS = {".", ".ci/run", "cd", "curl", "git", "mypy", "ruff", "tfds", "unzip", "xprof"}
+KEYS = set(config_lib.flat(config_lib.default().to_dict()))
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
+    """From top to bottom in one scope; a block that defines a config is read as a config file, too."""
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {"__name__": "page"}
+    with methods_restored():
+        for block in blocks(PAGES[name], "python"):
+            exec(compile(block.code, f"{name}:{block.line}", "exec"), scope)
+            if "def get_config" in block.code:
+                (tmp_path / "mine.py").write_text(block.code)
+                config_lib.resolve(config_lib.load("mine.py", ["teacher.model=resnet8", "teacher.epochs=1"]))
+    if name == "README.md":
+        assert float(scope["loss"]) == 0  # both sides' logits are equal classes
+        assert scope["gradient"].shape == (8, 100)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_commands_of_a_page_are_understood_by_their_programs(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in blocks(PAGES[name], *SHELL):
+        for command in commands(block.code):
+            with _named(f"{name}:{block.line}: {' '.join(command)}"):
+                _check(command, monkeypatch)
+
+
+@contextlib.contextmanager
+def _named(where):
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        pytest.fail(f"{where}\n{type(error).__name__}: {error}")
+
+
+def _check(command, monkeypatch):
+    match command:
+        case ["python", "-m", "ldrld_jax.main", *flags]:
+            _check_main(flags)
+        case ["python", "-c", code]:
+            compile(code, "-c", "exec")
+        case ["python", "-m", "pytest", *flags]:
+            assert all((ROOT / flag).exists() for flag in flags if "/" in flag)
+        case ["python", "-m", "venv" | "sphinx", *_]:
+            pass
+        case ["python", "-m", module, *flags]:
+            _check_program(f"{module.replace('.', '/')}.py", flags, monkeypatch)
+        case ["python", program, *flags]:
+            _check_program(program, flags, monkeypatch)
+        case ["pip", "install", *what]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            named = [name for part in what for name in re.findall(r"(?:\.|ldrld_jax)\[(.*)\]", part)]
+            assert {extra for name in named for extra in name.split(",")} <= set(extras)
+        case [program, *_]:
+            assert program in OTHERS
+
+
+def _check_main(flags):
+    args, overrides = main_lib.parse(flags)
+    config = config_lib.resolve(config_lib.load(args.config or main_lib.DEFAULT_CONFIG, overrides))
+    teachers = config_lib.teacher_models(config) if config_lib.method_names(config) else []
+    assert {config.student.model, *teachers} <= {*MODELS, config_lib.SELF}
+
+
+class Parsed(Exception):
+    """Raised where a program has understood its flags, before it does anything."""
+
+
+def _check_program(program, flags, monkeypatch):
+    """Starts a program of ours and stops it as soon as it has parsed its flags."""
+    if "argparse" not in (ROOT / program).read_text():
+        return
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser, args=None, namespace=None):
+        _, unknown = parse(parser, args, namespace)
+        assert not unknown
+        raise Parsed
+
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+        patch.setattr(sys, "argv", [program, *flags])
+        patch.syspath_prepend((ROOT / program).parent)
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_fence_of_a_page_is_executed_parsed_or_output(name):
+    languages = {block.language for block in blocks(PAGES[name])}
+    assert {language for language in languages if not language.startswith("{")} <= {"python", "text", *SHELL}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_config_key_that_a_page_names_exists(name):
+    text = PAGES[name].read_text()
+    flags = re.findall(r"--config\.([a-z][\w.]*)", text)
+    tops = "|".join({key.partition(".")[0] for key in KEYS if "." in key})
+    quoted = re.findall(rf"`((?:{tops})\.[a-z_\d.]+)(?:=[^`]*)?`", text)
+    assert {key for key in [*flags, *quoted] if not key.endswith((".py", ".npz"))} <= KEYS
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_line_of_a_page_but_a_tables_is_longer_than_120_columns(name):
+    lines = PAGES[name].read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """docs/generated.py."""
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_marker_of_a_page_is_filled(generated):
+    markers = {name for page in PAGES.values() for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text())}
+    assert markers == {make.__name__ for make in generated.MADE}
+
+
+def test_every_config_key_has_a_comment(generated):
+    comments = dict(generated.key_comments())
+    of_blocks = ("loss.", "loss_weight.", "teacher.data.", "teacher.optim.")  # described with their block
+    assert not [key for key in KEYS if not key.startswith(of_blocks) and not comments[key]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_field_of_a_methods_config_is_described(generated, name):
+    config = METHODS[name].config
+    assert set(generated.attributes(config)) == {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("module", [ldrld_jax, losses], ids=lambda module: module.__name__)
+def test_every_public_name_has_a_docstring_of_its_own(module):
+    """But for the two tables, which docs/api.md describes; a dataclass that has none gets its signature for one."""
+    things = {name: getattr(module, name) for name in module.__all__ if name not in ("METHODS", "MODELS")}
+    assert not [name for name, thing in things.items() if not thing.__doc__ or thing.__doc__.startswith(f"{name}(")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site: its folder, the names that it documents, what the build complained of."""
+    for package in ("sphinx", "furo", "myst_parser", "latex2mathml"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[docs]'")
+    from sphinx.application import Sphinx
+
+    out, complaints, path = tmp_path_factory.mktemp("site"), io.StringIO(), list(sys.path)
+    with warnings.catch_warnings(action="ignore"):  # of Sphinx and its parts about one another
+        app = Sphinx(
+            ROOT / "docs", ROOT / "docs", out, out / "doctrees", "html", status=None, warning=complaints, freshenv=True
+        )
+        app.build()
+    sys.path[:] = path
+    return out, set(app.env.domains.python_domain.objects), complaints.getvalue()
+
+
+def test_the_site_builds_without_a_warning(site):
+    """A page that is in no table of contents, a link that leads nowhere, a docstring that is no reST: each warns."""
+    assert site[2] == ""
+
+
+def test_the_site_documents_every_public_name(site):
+    _, documented, _ = site
+    assert {f"ldrld_jax.{name}" for name in ldrld_jax.__all__} <= documented
+    rest = set(losses.__all__) - set(ldrld_jax.__all__)
+    assert {f"ldrld_jax.losses.{name}" for name in rest} <= documented
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site):
+    pages = list(site[0].rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").glob("*.md")))
+    loads = r"""<(?:script|img|iframe)[^>]*src=["']https?:|<link[^>]*href=["']https?:"""
+    assert not [page.name for page in pages if re.search(loads, page.read_text())]
+
+
+def test_what_is_made_from_the_code_stands_in_the_site(site):
+    configs = (site[0] / "configs.html").read_text()
+    assert all(f">{key}<" in re.sub(r"</?span[^>]*>", "", configs) for key in ("optim.warmup", "loss.ldrld.depth"))
