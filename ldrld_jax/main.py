@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 DEFAULT_CONFIG = "configs/digits.py"
+MODES = ("train", "eval", "predict", "export", "bench", "bench_data")
 LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
 
 
@@ -39,8 +40,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: at process 0, the same for all")
     hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
     hosts.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
-    modes = ["train", "eval", "export", "bench", "bench_data"]
-    parser.add_argument("--mode", default="train", choices=modes, help="%(default)s")
+    parser.add_argument("--mode", default="train", choices=MODES, help="%(default)s; predict takes IMAGE... at the end")
     parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
     try:
         args, rest = parser.parse_known_args(list(argv))
@@ -55,9 +55,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
     args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
-    overrides = []
+    overrides, args.images = [], []
     while rest:
         flag = rest.pop(0)
+        if args.mode == "predict" and not flag.startswith("-"):
+            args.images.append(flag)
+            continue
         if not flag.startswith("--config."):
             raise UserError(
                 f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --profile, "
@@ -69,6 +72,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 raise UserError(f"{flag} needs a value: {flag}=VALUE.")
             override = f"{override}={rest.pop(0)}"
         overrides.append(override)
+    if args.mode == "predict" and not args.images:
+        raise UserError("--mode predict needs images: --mode predict --workdir DIR IMAGE...")
     return args, overrides
 
 
@@ -92,14 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Does what the flags say; imports what that takes, so that a wrong one is answered at once."""
     _check_environment()
+    if args.mode == "predict":
+        _predict(args, overrides)
+        return
+    config = _config(args, overrides)
+    with _among_others(args):
+        _do(args, config)
+
+
+def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict":
     from ldrld_jax import config as config_lib
 
     if args.mode in ("train", "bench", "bench_data") or args.config:
-        config = config_lib.load(args.config or DEFAULT_CONFIG, overrides)
-    else:
-        config = config_lib.load_run(args.workdir, overrides)
-    with _among_others(args):
-        _do(args, config)
+        return config_lib.load(args.config or DEFAULT_CONFIG, overrides)
+    return config_lib.load_run(args.workdir, overrides)
 
 
 def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
@@ -111,8 +122,24 @@ def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager
     return hosts.joined(args.coordinator, args.processes, args.process)
 
 
+def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
+    """By a run's best student, or by an exported one, which takes neither data set nor config."""
+    from ldrld_jax import export, predict
+    from ldrld_jax.console import say
+
+    paths = predict.find(args.images)
+    if not export.is_exported(args.workdir):
+        student, _ = export.student_of(_config(args, overrides), args.workdir)
+    elif args.config or overrides:
+        raise UserError(f"{args.workdir} holds an exported student, which no config changes. Leave --config out.")
+    else:
+        student = export.read_student(args.workdir)
+    for path, classes in predict.predict(student, paths):
+        say(predict.line(path, classes))
+
+
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax import bench, trainer
+    from ldrld_jax import bench, export, trainer
     from ldrld_jax.console import say
     from ldrld_jax.data import speed
 
@@ -123,7 +150,7 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
             for name, value in trainer.evaluate(config, args.workdir).items():
                 say(f"{name} {value:.4f}")
         case "export":
-            say(str(trainer.export(config, args.workdir)))
+            say(str(export.export(config, args.workdir)))
         case "bench":
             say(bench.report(config, profile=args.profile))
         case "bench_data":

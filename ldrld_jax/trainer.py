@@ -1,4 +1,4 @@
-"""What the command line does with a config: a run with its teacher before it, an evaluation, an export."""
+"""What the command line does with a config: a run with its teacher before it, or an evaluation."""
 
 import dataclasses
 from typing import Any
@@ -12,13 +12,12 @@ from ldrld_jax.compile_cache import keep_compiled
 from ldrld_jax.console import say, summary_table
 from ldrld_jax.errors import UserError
 from ldrld_jax.evaluator import Evaluator
-from ldrld_jax.hosts import catch_signals_of_all, first
+from ldrld_jax.hosts import catch_signals_of_all
 from ldrld_jax.logit_feed import LogitFeed, missing_epochs, open_store
 from ldrld_jax.loop import Teacher, fit
 from ldrld_jax.precision import precision_scope
 from ldrld_jax.run import Run
 from ldrld_jax.signals import Signals, catch_signals
-from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import Network
 
 
@@ -58,21 +57,6 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
         network, variables = run.load(str(workdir), config.student.model, config.data)
         return Evaluator(network, run.eval_source, run.config, run.mesh)(variables)
-
-
-def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
-    """Writes a run's best student as `student.safetensors`, a PyTorch state_dict under the published names.
-
-    Raises:
-      UserError: if there is no such run, or it trained another model.
-    """
-    path = epath.Path(workdir) / "student.safetensors"
-    with precision_scope(config.precision, config.matmul_precision):
-        run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
-        _, variables = run.load(str(workdir), config.student.model, config.data)
-        if first():
-            save_torch_checkpoint(path, *variables)
-    return path
 
 
 def _train(

@@ -57,14 +57,21 @@ ALLOWED = {
     },
     "trainer": {
         *("compile_cache", "config", "console", "errors", "evaluator", "hosts", "logit_feed", "loop", "precision"),
-        *("run", "signals", "torch_import", "train_step"),
+        *("run", "signals", "train_step"),
     },
+    "preprocessing": {"data", "train_step"},
+    "model_card": set(),
+    "export": {
+        *("config", "data", "errors", "files", "hosts", "model_card", "networks", "precision", "preprocessing"),
+        *("torch_import", "train_step"),
+    },
+    "predict": {"data", "errors", "export", "preprocessing"},
     "bench_result": set(),
     "bench": {
         *("bench_result", "config", "data", "devices", "dispatch", "loop", "mesh", "metrics", "optim"),
         *("precision", "profiling", "run", "train_step"),
     },
-    "main": {"bench", "config", "console", "data", "errors", "hosts", "trainer"},
+    "main": {"bench", "config", "console", "data", "errors", "export", "hosts", "predict", "trainer"},
 }
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file as save
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import load_torch_checkpoint, trainer
+from ldrld_jax import export, load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
 from ldrld_jax.checkpoint import Checkpoints
 from ldrld_jax.errors import UserError
@@ -340,8 +340,8 @@ def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, cap
     summary = json.loads(pathlib.Path(teacher_dir, "summary.json").read_text())
     assert printed["top1"] == f"{summary['best_top1']:.4f}"
     assert main_lib.main(["--mode=export", "--workdir", teacher_dir]) == 0
-    path = capsys.readouterr().out.strip()
-    module = load_torch_checkpoint(path, "resnet8", num_classes=10, in_channels=1)
+    folder = capsys.readouterr().out.strip()
+    module = load_torch_checkpoint(f"{folder}/student.safetensors", "resnet8", num_classes=10, in_channels=1)
     config = config_lib.load_run(teacher_dir)
     _, ours = load_network(teacher_dir, "resnet8", config.data, num_classes=10, channels=1, precision="float32")
     _, params, batch_stats = purify(module)
@@ -349,7 +349,7 @@ def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, cap
 
 
 def test_a_pytorch_file_teaches(teacher_dir, tiny, tmp_path):
-    exported = trainer.export(config_lib.load_run(teacher_dir), teacher_dir)
+    exported = export.export(config_lib.load_run(teacher_dir), teacher_dir) / "student.safetensors"
     tops = [
         trainer.train(tiny("method=kd", "epochs=1", f"teacher.checkpoint={path}"), tmp_path / name)["teacher_top1"]
         for name, path in (("ours", teacher_dir), ("theirs", exported))

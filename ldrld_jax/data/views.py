@@ -10,7 +10,7 @@ import math
 from typing import ClassVar, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldrld_jax.data.decode import BrokenImageError, open_image, pixels, upright_size
 
@@ -77,6 +77,25 @@ class CentreCrop:
         left, top = (round((side - self.size) / 2) for side in scaled)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
         return _as_array(image, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The largest middle part of the shape's proportions, resized to it; an image of that size is untouched.
+
+    Example:
+      >>> Fitted((32, 32, 3)).shape
+      (32, 32, 3)
+    """
+
+    shape: Shape
+    exif: bool = True
+    random: ClassVar[bool] = False
+
+    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+        height, width, channels = self.shape
+        image = pixels(open_image(data), channels=channels, exif=self.exif)
+        return _as_array(ImageOps.fit(image, (width, height), BILINEAR), self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

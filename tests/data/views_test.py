@@ -9,7 +9,7 @@ from PIL import Image
 from ldrld_jax.data.augment import generator
 from ldrld_jax.data.decode import BrokenImageError, open_image, pixels
 from ldrld_jax.data.rand_augment import OPERATIONS, RandAugment
-from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, crop_box
+from ldrld_jax.data.views import AsStored, CentreCrop, Fitted, RandomResizedCrop, RandomRotation, crop_box
 from tests.data.images import encoded, jpeg, photograph
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -29,6 +29,13 @@ def test_evaluation_is_pillows_resize_and_centre_crop(size, rng):
     left, top = round((scaled[0] - 224) / 2.0), round((scaled[1] - 224) / 2.0)
     expected = image.resize(scaled, BILINEAR).crop((left, top, left + 224, top + 224))
     np.testing.assert_array_equal(CentreCrop(256, 224)(data), np.asarray(expected))
+
+
+def test_a_fitted_image_is_its_middle_and_one_that_fits_is_untouched(rng):
+    data = jpeg(rng, 200, 90)
+    middle = decoded(data).resize((32, 32), BILINEAR, box=(55, 0, 145, 90))
+    np.testing.assert_array_equal(Fitted((32, 32, 3))(data), np.asarray(middle))
+    np.testing.assert_array_equal(Fitted((90, 200, 3))(data), np.asarray(decoded(data)))
 
 
 def test_a_training_crop_is_pillows_crop_and_resize(rng):

@@ -1,0 +1,157 @@
+"""The README.md beside an exported student: what it was trained on, by what, and how good it is."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+
+import ldrld_jax
+
+# Of what the data are under, as their publishers say; nothing here is legal advice.
+_LICENCES = {
+    "digits": "UCI's page of the data set names CC BY 4.0",
+    "cifar10": "its authors name none; they ask to cite Krizhevsky, 2009",
+    "cifar100": "its authors name none; they ask to cite Krizhevsky, 2009",
+    "imagenet2012": "ImageNet's terms of access: non-commercial research and education only",
+    "tiny_imagenet": "a part of ImageNet, whose terms of access are: non-commercial research and education only",
+}
+_UNKNOWN = "not known to this software"
+
+
+def model_card(
+    config: dict[str, Any], summary: dict[str, Any] | None, *, shape: Sequence[int], classes: int, parameters: int
+) -> str:
+    """Markdown with the YAML header that model hubs read.
+
+    Args:
+      config: of the run, resolved, as in its config.json.
+      summary: as in its summary.json; None for a run that has not ended.
+      shape: of an image, height, width, channels.
+      classes: C.
+      parameters: of the student, numbers that were trained.
+    """
+    title = f"{config['student']['model']} on {config['data']['name']}"
+    title += f", distilled from {_name(config['teacher'])}" if config["teacher"] else ", trained from its labels"
+    facts = {
+        "data set": _data(config["data"]),
+        "licence of the data": _LICENCES.get(config["data"]["name"].partition("/")[0], _UNKNOWN),
+        "student": f"{config['student']['model']}, {parameters:,} parameters, {classes} classes, {config['precision']}",
+        "teacher": _teacher(config, summary),
+        "method": _method(config),
+        "seeds": _seeds(config),
+        "training": f"{config['epochs']} epochs, batches of {config['batch_size']}",
+        "accuracy, best epoch": _accuracy(summary, "best"),
+        "accuracy, last epoch": _accuracy(summary, "last"),
+        "made by": ", ".join(f"{package.__name__} {package.__version__}" for package in (ldrld_jax, jax, flax)),
+    }
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+    height, width, channels = shape
+    return f"""---
+{_header(config, summary, title)}
+---
+
+# {title}
+
+| | |
+| --- | --- |
+{table}
+
+The files hold the best epoch by top-1 of all that were evaluated. It was chosen on the very images it is measured on:
+the last epoch's figure is the one without that choice. Whatever an image shows, one of the {classes} classes is named.
+
+## Use
+
+```python
+from pathlib import Path
+import numpy as np
+from jax import export
+
+student = export.deserialize(bytearray(Path("student.stablehlo").read_bytes()))
+labels = Path("labels.txt").read_text().splitlines()
+images = np.zeros((1, {height}, {width}, {channels}), np.uint8)  # yours, made as preprocessing.json says
+print([labels[i] for i in np.asarray(student.call(images)).argmax(axis=-1)])
+```
+
+It takes jax, numpy and flatbuffers, and any number of images, on a CPU, a CUDA GPU or a TPU. The pixels are
+normalised inside. `python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does it all.
+
+`student.stablehlo` is a program: run one only if you trust where it came from. JAX promises to run it by versions up to
+six months newer and three weeks older than the one above. `student.safetensors` has the same weights for good, as a
+PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too.
+"""
+
+
+def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str) -> str:
+    """YAML; the values are JSON, which is YAML too."""
+    header: dict[str, Any] = {
+        "library_name": "jax",
+        "pipeline_tag": "image-classification",
+        "license": "unknown",
+        "datasets": [config["data"]["name"]],
+        "metrics": ["accuracy"],
+        "tags": ["jax", "stablehlo", "knowledge-distillation", *_methods(config)],
+    }
+    if summary is not None:
+        metrics = [
+            {"type": "accuracy", "name": f"{when} {name}", "value": summary[f"{when}_{name}"]}
+            for when in ("best", "last")
+            for name in ("top1", "top5")
+        ]
+        data = {"type": config["data"]["name"], "name": config["data"]["name"], "split": _evaluated_on(config["data"])}
+        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": metrics}
+        header["model-index"] = [{"name": title, "results": [result]}]
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+
+
+def _methods(config: dict[str, Any]) -> list[str]:
+    return [] if config["method"] == "ce" else config["method"].split("+")
+
+
+def _evaluated_on(data: dict[str, Any]) -> str:
+    return f"{data['held_out']:g} of {data['train_split']}" if data["held_out"] else data["eval_split"]
+
+
+def _data(data: dict[str, Any]) -> str:
+    return f"{data['name']}, trained on `{data['train_split']}`, evaluated on `{_evaluated_on(data)}`"
+
+
+def _name(teacher: dict[str, Any]) -> str:
+    return "its own moving average" if teacher["model"] == "ema" else teacher["model"]
+
+
+def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
+    teacher = config["teacher"]
+    if not teacher:
+        return "none"
+    if teacher["checkpoint"] is not None:
+        origin = f", from {', '.join(path.rstrip('/').rpartition('/')[2] for path in teacher['checkpoint'].split(','))}"
+    else:
+        origin = f", trained for {teacher['epochs']} epochs" if teacher["epochs"] is not None else ""
+    top1 = None if summary is None else summary["teacher_top1"]
+    return _name(teacher) + origin + ("" if top1 is None else f", top-1 {top1:.2f} %")
+
+
+def _method(config: dict[str, Any]) -> str:
+    blocks = [
+        f"{name} ({', '.join(f'{key} {value}' for key, value in config['loss'][name].items())}) "
+        f"times {config['loss_weight'][name]:g}"
+        for name in _methods(config)
+    ]
+    weights = f"ce_weight {config['ce_weight']:g}"
+    if blocks:
+        weights += f", kd_weight {config['kd_weight']:g}, kd_warmup_epochs {config['kd_warmup_epochs']}"
+    return "; ".join([*blocks, weights]) if blocks else f"cross-entropy with the labels, {weights}"
+
+
+def _seeds(config: dict[str, Any]) -> str:
+    teacher = config["teacher"]
+    return f"{config['seed']}" + (f", the teacher's {teacher['seed']}" if teacher and teacher["epochs"] else "")
+
+
+def _accuracy(summary: dict[str, Any] | None, when: str) -> str:
+    if summary is None:
+        return "the run had not ended"
+    epoch, top1, top5 = (summary[f"{when}_{name}"] for name in ("epoch", "top1", "top5"))
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} % (epoch {epoch:g})"

@@ -1,0 +1,73 @@
+"""The top classes of image files: `--mode predict`."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.views import View
+from ldrld_jax.errors import UserError
+from ldrld_jax.export import Student
+from ldrld_jax.preprocessing import view_of
+
+_BATCH = 64
+
+Classes = list[tuple[str, float]]
+
+
+def find(patterns: Iterable[str]) -> list[epath.Path]:
+    """The files that are named, or that match where the name of a file is a pattern such as `*.jpg`.
+
+    Raises:
+      UserError: if there is no such file, or it is a folder.
+    """
+    paths = []
+    for pattern in patterns:
+        path = epath.Path(pattern)
+        if path.is_dir():
+            raise UserError(f"{pattern} is a folder. Name its images: {pattern.rstrip('/')}/*.png.")
+        found = [path] if path.exists() else sorted(path.parent.glob(path.name))
+        if not found:
+            raise UserError(f"there is no image {pattern}.")
+        paths += found
+    return paths
+
+
+def predict(student: Student, paths: Sequence[epath.Path], top: int = 5) -> Iterator[tuple[epath.Path, Classes]]:
+    """The `top` classes of each image with their probabilities in 0..1, the likeliest first.
+
+    Args:
+      student: of `export.student_of` or `export.read_student`.
+      paths: image files in any format of `decode.FORMATS`, grey or colour.
+      top: so many, or all if there are fewer.
+
+    Raises:
+      UserError: at a file that is no image, or a broken one.
+    """
+    view = view_of(student.preprocessing)
+    probabilities_of = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
+    for start in range(0, len(paths), _BATCH):
+        batch = paths[start : start + _BATCH]
+        images = np.stack([_read(path, view) for path in batch])
+        for path, probabilities in zip(batch, np.asarray(probabilities_of(images)), strict=True):
+            best = np.argsort(-probabilities, kind="stable")[:top]
+            yield path, [(student.labels[i], float(probabilities[i])) for i in best]
+
+
+def _read(path: epath.Path, view: View) -> np.ndarray:
+    try:
+        return view(path.read_bytes())
+    except BrokenImageError as error:
+        raise UserError(f"{path} is broken or no image that is known: {error}.") from error
+
+
+def line(path: epath.Path, classes: Classes) -> str:
+    """What is printed for an image.
+
+    Example:
+      >>> line(epath.Path("scan.png"), [("seven", 0.91), ("one", 0.0512)])
+      'scan.png  seven 91.00 %, one 5.12 %'
+    """
+    return f"{path}  " + ", ".join(f"{name} {100 * probability:.2f} %" for name, probability in classes)

@@ -1,0 +1,57 @@
+"""What an image goes through before a deployed student sees it, as JSON from which any program can do the same."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ldrld_jax.data.views import CentreCrop, Fitted, Shape, View
+from ldrld_jax.train_step import Network
+
+
+def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> dict[str, Any]:
+    """The content of preprocessing.json.
+
+    Args:
+      network: says what happens inside of the exported function.
+      data: the block of the run's config, which says how evaluation looks at an image.
+      shape: of an image as the function takes it.
+      classes: C.
+
+    Returns:
+      `input` and `output` are the function's signature, `before` is done to an image to make its input,
+      in this order, and `inside` is what the function itself does first.
+    """
+    height, width, channels = shape
+    return {
+        "input": {"dtype": "uint8", "shape": ["batch", *shape], "colours": {1: "grey", 3: "RGB"}[channels]},
+        "output": {"dtype": "float32", "shape": ["batch", classes], "values": "logits"},
+        "before": {
+            "turn_as_exif_says": data.exif,
+            "transparent_on": "white",
+            # null: so far that the crop just fits, which leaves an image of the crop's size as it is
+            "resize_shorter_side": None if data.crop_size is None else data.resize_size or data.crop_size,
+            "resize_filter": "bilinear, antialiased, as Pillow's",
+            "crop_centre": [height, width],
+        },
+        "inside": {
+            "scale": 1 / 255,
+            "resize": network.image_size,
+            "mean": list(network.mean),
+            "std": list(network.std),
+        },
+    }
+
+
+def view_of(preprocessing: dict[str, Any]) -> View:
+    """The view that does what `before` says.
+
+    Example:
+      >>> before = {"turn_as_exif_says": True, "resize_shorter_side": 256}
+      >>> view_of({"input": {"shape": ["batch", 224, 224, 3]}, "before": before})
+      CentreCrop(resize=256, size=224, channels=3, exif=True)
+    """
+    _, height, width, channels = preprocessing["input"]["shape"]
+    before = preprocessing["before"]
+    if before["resize_shorter_side"] is None:
+        return Fitted((height, width, channels), before["turn_as_exif_says"])
+    return CentreCrop(before["resize_shorter_side"], height, channels, before["turn_as_exif_says"])
