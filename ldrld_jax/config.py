@@ -382,6 +382,13 @@ def teacher_models(config: ConfigDict) -> list[str]:
     return config.teacher.model.split(",")
 
 
+def teacher_workdirs(config: ConfigDict, workdir: epath.Path) -> list[tuple[str, epath.Path]]:
+    """The model and the workdir of each teacher that a resolved config trains first, for a run in `workdir`."""
+    root = epath.Path(config.teacher.workdir or workdir / "teacher")
+    models = teacher_models(config)
+    return [(models[0], root)] if len(models) == 1 else [(m, root / f"{i}-{m}") for i, m in enumerate(models)]
+
+
 def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
     """The plain training run that makes one teacher of a resolved config: a config to `resolve`."""
     teacher, recipe = config.teacher, default()

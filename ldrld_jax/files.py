@@ -86,3 +86,14 @@ def locked(folder: epath.Path) -> Iterator[None]:
         except OSError:  # no locks here, as on some network file systems
             pass
         yield
+
+
+def is_locked(folder: epath.Path) -> bool:
+    """Whether another process, or this one, holds the lock on a folder; False where there is no folder."""
+    if not folder.is_dir():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except UserError:
+        return True

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/digits.py"
 MODES = ("train", "eval", "predict", "export", "bench", "bench_data")
+_FLAGS = (
+    *("--config", "--workdir", "--mode", "--profile", "--distributed", "--coordinator", "--processes", "--process"),
+    "--help",
+)
 LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
 
 
@@ -55,26 +59,43 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
     args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
-    overrides, args.images = [], []
+    args.images = []
+    overrides = overrides_in(rest, _FLAGS, args.images if args.mode == "predict" else None)
+    if args.mode == "predict" and not args.images:
+        raise UserError("--mode predict needs images: --mode predict --workdir DIR IMAGE...")
+    return args, overrides
+
+
+def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | None = None) -> list[str]:
+    """The `--config.key=value` flags that a parser left over, as `key=value`.
+
+    Args:
+      rest: what it left.
+      known: its flags, for the error.
+      words: is given what is no flag; None if there may be no such thing.
+
+    Raises:
+      UserError: if there is another flag, or a value is missing.
+
+    Example:
+      >>> overrides_in(["--config.seed=1", "--config.method", "kd"], [])
+      ['seed=1', 'method=kd']
+    """
+    rest, overrides = list(rest), []
     while rest:
         flag = rest.pop(0)
-        if args.mode == "predict" and not flag.startswith("-"):
-            args.images.append(flag)
+        if words is not None and not flag.startswith("-"):
+            words.append(flag)
             continue
         if not flag.startswith("--config."):
-            raise UserError(
-                f"there is no flag {flag!r}. Known: --config, --config.KEY=VALUE, --workdir, --mode, --profile, "
-                "--distributed, --coordinator, --processes, --process, --help."
-            )
+            raise UserError(f"there is no flag {flag!r}. Known: {', '.join(['--config.KEY=VALUE', *known])}.")
         override = flag.removeprefix("--config.")
         if "=" not in override:
             if not rest:
                 raise UserError(f"{flag} needs a value: {flag}=VALUE.")
             override = f"{override}={rest.pop(0)}"
         overrides.append(override)
-    if args.mode == "predict" and not args.images:
-        raise UserError("--mode predict needs images: --mode predict --workdir DIR IMAGE...")
-    return args, overrides
+    return overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:

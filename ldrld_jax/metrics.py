@@ -190,3 +190,15 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
                 ) from None
             del lines[number - 1 :]
     return lines
+
+
+def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
+    """The values of a run's last evaluation beside its step and epoch; empty if there is none yet.
+
+    Raises:
+      UserError: see `read_metrics`.
+    """
+    for line in reversed(read_metrics(workdir)):
+        if line["split"] == "eval":
+            return {"step": line["step"], "epoch": line["epoch"], **line["values"]}
+    return {}

@@ -85,8 +85,7 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
         return None
     if config.model == config_lib.SELF:
         return Teacher(student)
-    models = config_lib.teacher_models(run.config)
-    paths = config.checkpoint.split(",") if config.checkpoint else _train_teachers(run, models, signals)
+    paths = config.checkpoint.split(",") if config.checkpoint else _train_teachers(run, signals)
     teacher = Teacher.read(run, paths)
     store = open_store(run, teacher.network, teacher.variables) if run.config.logits else None
     top1 = store.teacher_top1(run.config.data.eval_split) if store else None
@@ -110,12 +109,11 @@ def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | No
     return Teacher(teacher.network, top1=top1, logits=feed)
 
 
-def _train_teachers(run: Run, models: list[str], signals: Signals) -> list[str]:
+def _train_teachers(run: Run, signals: Signals) -> list[str]:
     """Trains each teacher in its workdir, or finds it trained; gives the workdirs."""
-    root = epath.Path(run.config.teacher.workdir or run.workdir / "teacher")
-    places = [root] if len(models) == 1 else [root / f"{i}-{model}" for i, model in enumerate(models)]
-    for i, (place, model) in enumerate(zip(places, models, strict=True)):
+    places = config_lib.teacher_workdirs(run.config, run.workdir)
+    for i, (model, place) in enumerate(places):
         recipe = config_lib.teacher_recipe(run.config, model)
         recipe.seed += i  # an ensemble of one model is one of several seeds
         _train(recipe, place, signals, role="teacher")
-    return [str(place) for place in places]
+    return [str(place) for _, place in places]

@@ -71,6 +71,7 @@ ALLOWED = {
         *("bench_result", "config", "data", "devices", "dispatch", "loop", "mesh", "metrics", "optim"),
         *("precision", "profiling", "run", "train_step"),
     },
+    "sweep": {"config", "errors", "files", "main", "metrics", "report"},
     "main": {"bench", "config", "console", "data", "errors", "export", "hosts", "predict", "trainer"},
 }
 

@@ -1,0 +1,118 @@
+"""The command line of a sweep."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+
+from etils import epath
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import is_local
+from ldrld_jax.main import overrides_in
+from ldrld_jax.report import collect, table
+from ldrld_jax.sweep.plan import Job, load, parse_grid, plan
+from ldrld_jax.sweep.schedule import Sweep
+
+_FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--dry_run", "--help")
+
+
+class _Screen:
+    """The jobs, redrawn in place on a terminal; elsewhere a line whenever one changes its state."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+        self._height = 0
+
+    def __call__(self, jobs: Iterable[Job]) -> None:
+        if sys.stdout.isatty():
+            lines = [job.line() for job in jobs]
+            print(f"\x1b[{self._height}F\x1b[J" * bool(self._height) + "\n".join(lines), flush=True)
+            self._height = len(lines)
+            return
+        for job in jobs:
+            if self._states.get(job.name) != job.state:
+                self._states[job.name] = job.state
+                print(job.line(), flush=True)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the overrides of every run.
+
+    Raises:
+      UserError: if a flag is unknown or lacks its value.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m ldrld_jax.sweep", allow_abbrev=False, exit_on_error=False, description="Many runs of a config."
+    )
+    parser.add_argument("sweep", metavar="FILE[:ARG]", nargs="?", help="with a get_sweep(): experiments/methods.py")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="in place of the sweep's own")
+    parser.add_argument("--grid", metavar="KEY=V,V", action="append", default=[], help="every combination of these too")
+    parser.add_argument("--workdir", metavar="DIR", help="where the runs' workdirs lie (runs/<name>-sweep)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="so many at a time, each on its share of the cores"
+    )
+    parser.add_argument("--gpus", metavar="I,J", help="one at a time on each of these (CUDA_VISIBLE_DEVICES)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th: for a Slurm array")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of what is missing; run nothing")
+    try:
+        args, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if not args.sweep and not args.config:
+        raise UserError("a sweep needs a FILE with a get_sweep(), or --config and --grid.")
+    name = pathlib.Path((args.sweep or args.config).partition(":")[0]).stem
+    args.workdir = args.workdir or str(pathlib.Path("runs") / f"{name}-sweep")
+    if args.jobs < 1 or (args.gpus and args.jobs > 1):
+        raise UserError("--jobs must be at least 1, and --gpus says by itself how many run at a time.")
+    try:
+        args.shard = tuple(map(int, args.shard.split("/")))
+        index, count = args.shard
+        if not 0 <= index < count:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--shard is I/N with 0 <= I < N, got {args.shard!r}.") from None
+    return args, overrides_in(rest, _FLAGS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; 0 if every run is complete, 1 if one failed, 2 for wrong input."""
+    try:
+        return run(*parse(sys.argv[1:] if argv is None else argv))
+    except (UserError, OSError) as error:
+        print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ldrld_jax.sweep: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the flags say."""
+    workdir = epath.Path(args.workdir)
+    index, count = args.shard
+    sweep = load(args.sweep) if args.sweep else {}
+    if args.config:
+        sweep["config"] = args.config
+    sweep["grid"] = sweep.get("grid", {}) | dict(map(parse_grid, args.grid))
+    jobs = plan(sweep, workdir, overrides)[index::count]
+    for job in jobs:
+        job.look()
+    if args.dry_run:
+        for job in jobs:
+            print(f"{job.state:9}  {' '.join(job.command)}")
+        return 0
+    logs = (workdir if is_local(workdir) else epath.Path("runs") / workdir.name) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    gpus = args.gpus.split(",") if args.gpus else []
+    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}] * args.jobs
+    Sweep(jobs, slots, logs, _Screen()).run()
+    print(f"\n{table(collect([workdir]).summaries)}")
+    for job in jobs:
+        if job.state == "failed":
+            print(f"failed: {job.name}: {logs / job.name}.txt", file=sys.stderr)
+    return 1 if any(job.state == "failed" for job in jobs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Which runs a sweep has: each with its config, its command, and how far it is."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import is_locked, read_json
+from ldrld_jax.metrics import last_evaluation
+
+_KEYS = {"config", "overrides", "runs", "grid"}
+
+
+def load(path: str) -> dict[str, Any]:
+    """What the `get_sweep()` of a sweep file `FILE[:ARG]` gives.
+
+    Raises:
+      UserError: if the file is not there or fails.
+    """
+    file, _, arg = path.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise UserError(
+            f"there is no sweep file {file!r}. The paper's lie in experiments/; or give --config and --grid."
+        )
+    try:
+        get_sweep = runpy.run_path(file)["get_sweep"]
+        return get_sweep(arg) if arg else get_sweep()
+    except Exception as error:
+        raise UserError(f"sweep {path} failed: {type(error).__name__}: {error}") from error
+
+
+def parse_grid(text: str) -> tuple[str, list[str]]:
+    """`key=v1,v2` as the key and its values; commas in brackets do not part.
+
+    Raises:
+      UserError: if it is something else.
+
+    Example:
+      >>> parse_grid("optim.decay_epochs=(2,3),(4,)")
+      ('optim.decay_epochs', ['(2,3)', '(4,)'])
+    """
+    key, equals, values = text.partition("=")
+    found = re.findall(r"(?:\([^)]*\)|\[[^]]*\]|[^,])+", values)
+    if not equals or not found:
+        raise UserError(f"--grid is KEY=VALUE,VALUE, got {text!r}.")
+    return key, found
+
+
+@dataclasses.dataclass
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+      name: what it overrides; its workdir's name.
+      workdir: of the run.
+      command: that trains it.
+      identity: of its config, as the run will save it.
+      teachers: the workdirs of the teachers that it trains or finds trained.
+      state: waiting | running | elsewhere (another process has its workdir) | done | failed.
+    """
+
+    name: str
+    workdir: epath.Path
+    command: list[str]
+    identity: dict[str, Any]
+    teachers: list[epath.Path]
+    state: str = "waiting"
+
+    def look(self) -> None:
+        """Sets the state of a job that nobody here runs from what lies on disk."""
+        self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
+
+    def _complete(self) -> bool:
+        path = self.workdir / "summary.json"
+        saved = config_lib.saved_config(self.workdir) if path.exists() else None
+        if saved is None or config_lib.identity(saved) != self.identity:
+            return False
+        return read_json(path, "A run's summary", keys={"epochs"})["epochs"] == self.identity["epochs"]
+
+    def line(self) -> str:
+        """How far it is."""
+        found = last_evaluation(self.workdir)
+        reached = f"  epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}" if found else ""
+        return f"{self.state:9}  {self.name}{reached}"
+
+
+def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = ()) -> list[Job]:
+    """The jobs of a sweep, each config loaded and resolved: what is wrong with one is said before any starts.
+
+    Args:
+      sweep: what `get_sweep()` gives.
+      workdir: of the sweep.
+      overrides: `key=value`, of every run.
+
+    Raises:
+      UserError: if a key or a value is not allowed, or two runs are the same.
+
+    Example:
+      >>> sweep = {"config": "configs/digits.py", "runs": [{"method": "ce"}], "grid": {"seed": [0, 1]}}
+      >>> [job.name for job in plan(sweep, epath.Path("runs/digits"))]
+      ['method=ce,seed=0', 'method=ce,seed=1']
+    """
+    if not isinstance(sweep, dict) or "config" not in sweep or not set(sweep) <= _KEYS:
+        given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
+        raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
+    overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]
+    grid = sweep.get("grid", {})
+    if not all(isinstance(values, list | tuple) for values in grid.values()):
+        raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    jobs = [
+        _job(sweep["config"], workdir, overrides, run | point) for run in sweep.get("runs", [{}]) for point in points
+    ]
+    names = [job.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Leave one of them out.")
+    return jobs
+
+
+def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str, Any]) -> Job:
+    own_overrides = [f"{key}={value}" for key, value in own.items()]
+    name = ",".join(own_overrides).replace(" ", "").replace("/", "_") or "run"
+    given = [*overrides, *own_overrides]
+    config = config_lib.resolve(config_lib.load(file, given))
+    teachers = []
+    if config.teacher.get("epochs") is not None:
+        if config.teacher.workdir is None:
+            config.teacher.workdir = str(workdir / "teachers" / f"{config.teacher.model}-{_short(_recipes(config))}")
+            given.append(f"teacher.workdir={config.teacher.workdir}")
+        teachers = [place for _, place in config_lib.teacher_workdirs(config, workdir / name)]
+    if config.logits.get("dir") is not None:
+        given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config))}")
+    command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]
+    flags = [f"--config.{override}" for override in given]
+    return Job(name, workdir / name, command + flags, config_lib.identity(config), teachers)
+
+
+def _recipes(config: Any) -> list[dict[str, Any]]:
+    """What decides whether two runs' teachers are the same."""
+    models = config_lib.teacher_models(config)
+    return [config_lib.identity(config_lib.resolve(config_lib.teacher_recipe(config, model))) for model in models]
+
+
+def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
+    """What decides whether two runs can share a logit store; more than needed only costs another store."""
+    keys = config_lib.identity(config)
+    seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
+    seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}
+    return seen | {"data.augment_seed": seed, "precision": config.precision}
+
+
+def _short(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

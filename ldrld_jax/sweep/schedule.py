@@ -1,0 +1,98 @@
+"""Runs the jobs of a sweep in processes, so many at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from ldrld_jax.files import is_locked
+from ldrld_jax.sweep.plan import Job
+
+_POLL_SECONDS = 1.0
+
+
+class Sweep:
+    """Runs jobs in processes, so many at a time, until none is left that can run.
+
+    Args:
+      jobs: of `plan`.
+      slots: an environment to add for each process that may run at the same time; on a machine with
+        several cores each slot gets its share of them.
+      logs: the folder for what the processes print.
+      show: is given the jobs whenever something changed.
+    """
+
+    def __init__(
+        self, jobs: list[Job], slots: list[dict[str, str]], logs: epath.Path, show: Callable[[list[Job]], None]
+    ):
+        self.jobs, self.slots, self.logs, self.show = jobs, slots, logs, show
+        self.running: dict[int, tuple[Job, subprocess.Popen]] = {}
+
+    def run(self) -> None:
+        """Returns when every job is done or failed; SIGTERM and Ctrl-C are passed on, once each, and waited for."""
+        handler = signal.signal(signal.SIGTERM, _raise_exit)
+        try:
+            while self._turn():
+                self.show(self.jobs)
+                time.sleep(_POLL_SECONDS)
+            self.show(self.jobs)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self._stop(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def _turn(self) -> bool:
+        """Collects what ended and starts what can; whether there is anything to wait for."""
+        for slot, (job, process) in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[slot]
+                job.look()
+                job.state = "failed" if job.state == "waiting" else job.state
+        for job in self.jobs:
+            if job.state in ("waiting", "elsewhere"):
+                job.look()
+            free = set(range(len(self.slots))) - set(self.running)
+            if job.state == "waiting" and free and self._teachers_free(job):
+                slot = min(free)
+                self.running[slot] = (job, self._start(job, slot))
+                job.state = "running"
+        return any(job.state in ("waiting", "running", "elsewhere") for job in self.jobs)
+
+    def _teachers_free(self, job: Job) -> bool:
+        """Whether nobody trains one of a job's teachers at the moment."""
+        missing = {str(place) for place in job.teachers if not (place / "summary.json").exists()}
+        in_hand = {str(place) for other, _ in self.running.values() for place in other.teachers}
+        return not missing & in_hand and not any(is_locked(epath.Path(place)) for place in missing)
+
+    def _start(self, job: Job, slot: int) -> subprocess.Popen:
+        with (self.logs / f"{job.name}.txt").open("a") as log:
+            process = subprocess.Popen(
+                job.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self.slots[slot],
+                start_new_session=True,  # Ctrl-C reaches it once, through _stop
+            )
+        if len(self.slots) > 1 and hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(process.pid, cores[slot :: len(self.slots)] or cores)
+        return process
+
+    def _stop(self, number: signal.Signals) -> None:
+        for _, process in self.running.values():
+            process.send_signal(number)
+        try:
+            for _, process in self.running.values():
+                process.wait()
+        except (KeyboardInterrupt, SystemExit):
+            self._stop(number)
+
+
+def _raise_exit(number: int, frame: Any) -> None:
+    sys.exit(128 + number)

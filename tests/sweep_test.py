@@ -1,0 +1,210 @@
+"""Sweeps: which runs there are, which share a teacher or a logit store, and that only what is missing runs."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from typing import ClassVar
+
+import pytest
+from etils import epath
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import locked
+from ldrld_jax.sweep.__main__ import main, parse
+from ldrld_jax.sweep.plan import load, plan
+from ldrld_jax.sweep.schedule import Sweep
+from tests.conftest import ROOT, comparable_lines
+
+
+def jobs_of(workdir, *overrides, **sweep):
+    return plan({"config": "configs/digits.py"} | sweep, epath.Path(workdir), overrides)
+
+
+def test_every_entry_of_runs_meets_every_combination_of_the_grid(tmp_path):
+    jobs = jobs_of(
+        tmp_path, "epochs=3", runs=[{"method": "kd"}, {"method": "ce"}], grid={"seed": [0, 1], "batch_size": [8]}
+    )
+    assert [job.name for job in jobs] == [
+        *("method=kd,seed=0,batch_size=8", "method=kd,seed=1,batch_size=8"),
+        *("method=ce,seed=0,batch_size=8", "method=ce,seed=1,batch_size=8"),
+    ]
+    assert [job.identity["epochs"] for job in jobs] == [3] * 4
+    assert jobs[1].command[-3:-1] == ["--config.seed=1", "--config.batch_size=8"]
+
+
+def test_runs_share_a_teacher_where_its_recipe_is_the_same(tmp_path):
+    runs = [{"method": "kd"}, {"loss.ldrld.depth": 3}, {"optim.learning_rate": 0.1}, {"teacher.data.imbalance": 10.0}]
+    teachers = [job.teachers for job in jobs_of(tmp_path, runs=runs)]
+    assert teachers[0] == teachers[1]
+    # the teacher's unset recipe is the student's
+    assert len({str(places) for places in teachers}) == 3
+    assert all(str(place).startswith(f"{tmp_path}/teachers/resnet20-") for (place,) in teachers)
+
+
+def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
+    runs = [{"method": "kd"}, {"method": "ldrld", "data.label_noise": "symmetric"}, {"seed": 1}, {"data.pad": 2}]
+    jobs = jobs_of(tmp_path, "logits.dir=/store", "teacher.checkpoint=x", "data.augment_seed=0", runs=runs)
+    stores = [next(flag for flag in job.command if "logits.dir=/store/" in flag) for job in jobs]
+    assert stores[0] == stores[1] == stores[2] != stores[3]
+    (anew,) = jobs_of(tmp_path, "logits.dir=/store", "teacher.checkpoint=x", runs=[{"seed": 1}])
+    assert stores[2] not in anew.command
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"runs": [{"seed": 0}, {"seed": 0}]}, "names a run twice: seed=0"),
+        ({"runs": [{"sede": 0}]}, "there is no config key 'sede'. Did you mean 'seed'?"),
+        ({"grid": {"seed": 3}}, "a list of values for each key"),
+        ({"seeds": [3]}, "got config, seeds"),
+        ({"runs": [{"loss.ldrld.depth": 1}]}, "loss.ldrld: depth"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message):
+    with pytest.raises(UserError, match=message):
+        jobs_of(tmp_path, **sweep)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "needs a FILE"),
+        (["nothing.py"], "there is no sweep file 'nothing.py'"),
+        (["experiments/ablations.py:depht"], "there is no ablation 'depht'"),
+        (["experiments/methods.py", "--shard", "4/4"], "--shard is I/N"),
+        (["experiments/methods.py", "--jobs", "0"], "--jobs must be at least 1"),
+        (["experiments/methods.py", "--grid", "seed"], "--grid is KEY=VALUE"),
+        (["experiments/methods.py", "--gird", "seed=1"], "there is no flag '--gird'"),
+    ],
+)
+def test_wrong_flags_get_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main([*argv, *(["--dry_run"] if argv else [])]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_sweep_of_the_experiments_plans(tmp_path):
+    ablations = runpy.run_path(str(ROOT / "experiments/ablations.py"))["ABLATIONS"]
+    for sweep in ["methods.py", "laptop.py", *(f"ablations.py:{name}" for name in ablations)]:
+        jobs = plan(load(f"{ROOT}/experiments/{sweep}"), epath.Path(tmp_path))
+        assert len(jobs) > 1
+        # one teacher for all, or one for each bias
+        assert len({str(job.teachers) for job in jobs if job.teachers}) == {
+            "noisy_teacher": 4,
+            "long_tailed_teacher": 3,
+        }.get(sweep.partition(":")[2], 1)
+
+
+class _Instant:
+    """In place of a process: what a run leaves, as soon as it starts."""
+
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, command, **_):
+        self.pid = os.getpid()
+        self.workdir = pathlib.Path(command[command.index("--workdir") + 1])
+        self.started.append(self.workdir.name)
+
+    def poll(self):
+        return 0
+
+
+def finish(job):
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    nested = {}
+    for key, value in job.identity.items():
+        *path, last = key.split(".")
+        block = nested
+        for part in path:
+            block = block.setdefault(part, {})
+        block[last] = value
+    (job.workdir / "config.json").write_text(json.dumps(nested))
+    (job.workdir / "summary.json").write_text(json.dumps({"epochs": job.identity["epochs"]}))
+
+
+@pytest.fixture
+def schedule(monkeypatch, tmp_path):
+    """A sweep's turns over jobs whose processes end at once, and what was started."""
+    monkeypatch.setattr(subprocess, "Popen", _Instant)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    _Instant.started = []
+    return lambda jobs, slots=1: Sweep(jobs, [{}] * slots, epath.Path(tmp_path), lambda _: None)
+
+
+def test_what_is_complete_is_not_started_and_what_left_nothing_has_failed(schedule, tmp_path):
+    jobs = jobs_of(tmp_path, "method=ce", grid={"seed": [0, 1]})
+    finish(jobs[0])
+    sweep = schedule(jobs)
+    while sweep._turn():
+        pass
+    assert _Instant.started == ["seed=1"]
+    assert [job.state for job in jobs] == ["done", "failed"]
+
+
+def test_a_longer_run_is_missing_again(tmp_path):
+    finish(jobs_of(tmp_path, "method=ce", "epochs=2")[0])
+    (longer,) = jobs_of(tmp_path, "method=ce", "epochs=3")
+    longer.look()
+    assert longer.state == "waiting"
+
+
+def test_a_teacher_is_trained_by_one_run_while_the_others_wait(schedule, tmp_path):
+    jobs = jobs_of(tmp_path, grid={"method": ["kd", "dkd", "ce"]})
+    sweep = schedule(jobs, slots=3)
+    sweep._turn()
+    assert _Instant.started == ["method=kd", "method=ce"]  # ce has no teacher
+    (place,) = jobs[0].teachers
+    place.mkdir(parents=True)
+    with locked(place):  # by another process
+        sweep._turn()
+        assert "method=dkd" not in _Instant.started
+    (place / "summary.json").write_text("{}")
+    sweep._turn()
+    assert _Instant.started[-1] == "method=dkd"
+
+
+def test_a_run_of_another_process_is_waited_for(schedule, tmp_path):
+    (job,) = jobs_of(tmp_path, "method=ce")
+    job.workdir.mkdir(parents=True)
+    sweep = schedule([job])
+    with locked(job.workdir):
+        assert sweep._turn()
+        assert (job.state, _Instant.started) == ("elsewhere", [])
+    finish(job)
+    assert not sweep._turn()
+    assert (job.state, _Instant.started) == ("done", [])
+
+
+def test_shards_are_disjoint_and_together_all():
+    shards = [parse(["x.py", "--shard", f"{i}/3"])[0].shard for i in range(3)]
+    assert shards == [(0, 3), (1, 3), (2, 3)]
+    jobs = list(range(8))
+    assert sorted(job for index, count in shards for job in jobs[index::count]) == jobs
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_runs_only_what_is_missing(data_dir, tmp_path):
+    """Real processes: the first run of two is complete when the sweep is killed, the second goes on."""
+    command = [sys.executable, "-m", "ldrld_jax.sweep", "--config", "tests/tiny_config.py"]
+    command += ["--grid", "seed=0,1", "--workdir", str(tmp_path), "--config.method=ce"]
+    command += [f"--config.data.data_dir={data_dir}", "--config.data.train_split=train[:40]"]
+    command += ["--config.data.eval_split=test[:40]", "--config.mesh.data=1"]
+    first = tmp_path / "seed=0/summary.json"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as sweep:
+        deadline = time.monotonic() + 120
+        while not first.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        sweep.send_signal(signal.SIGKILL)
+    written = first.stat().st_mtime_ns
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "done       seed=0" in again.stdout
+    assert "done       seed=1" in again.stdout
+    assert first.stat().st_mtime_ns == written
+    losses = [comparable_lines(tmp_path / f"seed={seed}")[-2]["values"]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
