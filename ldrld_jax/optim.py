@@ -43,6 +43,11 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
             "optim.learning_rate must not be negative and optim.warmup_epochs at least 1, "
             f"got {optim.learning_rate} and {optim.warmup_epochs}."
         )
+    if optim.warmup == "official" and optim.warmup_epochs < 2:
+        raise UserError(
+            "optim.warmup=official keeps (warmup_epochs - 1) / warmup_epochs of the rate until the first decay, and "
+            "with warmup_epochs=1 that is nothing. Set it to at least 2, or warmup=linear."
+        )
     boundaries = jnp.asarray(optim.decay_epochs, jnp.int32)
 
     def decay(step: jax.Array) -> jax.Array:

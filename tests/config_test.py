@@ -1,18 +1,28 @@
 """Configs: files over defaults, overrides over files, and what a resolved config holds."""
 
+import functools
 import pathlib
+import re
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
+from ldrld_jax.models import create_model
 from tests.conftest import ROOT
 
+PAIRS = re.findall(r"^\| (\w+-\w+) +\|", (ROOT / "configs/cifar100.py").read_text(), re.MULTILINE)
 CONFIGS = [
-    *("digits.py", "cifar100.py", "cifar100.py:resnet56-resnet20", "tiny_imagenet.py", "image_folder.py"),
+    *("digits.py", "cifar100.py", "cifar100_laptop.py", "image_folder.py"),
     *("imagenet.py", "imagenet.py:imagenet_resnet50-imagenet_mobilenetv1"),
+    *("tiny_imagenet.py", "tiny_imagenet.py:imagenet_resnet18-ShuffleV2"),
+    *(f"cifar100.py:{pair}" for pair in PAIRS),
 ]
 
 
@@ -20,11 +30,32 @@ def test_every_config_file_is_tested():
     assert {name.partition(":")[0] for name in CONFIGS} == {path.name for path in (ROOT / "configs").glob("*.py")}
 
 
+IMAGES = {"digits": (8, 8, 1), "cifar100": (32, 32, 3), "tiny_imagenet": (64, 64, 3), "imagenet2012": (224, 224, 3)}
+
+
+@functools.cache
+def parameters(model: str, shape: tuple[int, int, int], classes: int) -> int:
+    """How many a model has that takes images of a shape, without computing anything."""
+    common = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+
+    def built():
+        module = create_model(model, classes, shape[-1], rngs=nnx.Rngs(0), **common)
+        return module(jnp.zeros((2, *shape)), train=False), nnx.state(module, nnx.Param)
+
+    logits, params = nnx.eval_shape(built)
+    chex.assert_shape(logits, (2, classes))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_loads_and_resolves(name):
-    config = config_lib.resolve(config_lib.load(f"configs/{name}"))
+def test_every_config_loads_locks_and_builds(name):
+    config = config_lib.resolve(config_lib.load(f"configs/{name}")).lock()
     assert config.method == "ldrld"
-    assert "resnet" in config.teacher.model
+    with pytest.raises(AttributeError):
+        config.sede = 1
+    shape = IMAGES.get(config.data.name, (224, 224, 3))
+    student, teacher = (parameters(model, shape, 100) for model in (config.student.model, config.teacher.model))
+    assert 60_000 < student < teacher
 
 
 def test_configs_do_not_import_the_package():
