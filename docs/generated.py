@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main
+from ldrld_jax.identity import NOT_IDENTITY
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 
@@ -88,7 +89,7 @@ def _shown(config: ConfigDict, key: str) -> str:
 
 
 def _identifies(key: str) -> bool:
-    return not f"{key}.".startswith(config_lib._NOT_IDENTITY)
+    return not f"{key}.".startswith(NOT_IDENTITY)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import read_json
+from ldrld_jax.identity import flat as flat
+from ldrld_jax.identity import identity as identity
 from ldrld_jax.losses import METHODS
 
 ENSEMBLES = ("logits", "probabilities")
@@ -400,41 +402,3 @@ def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
     recipe.student.model = model
     recipe.data, recipe.optim = copy.deepcopy(teacher.data), copy.deepcopy(teacher.optim)
     return recipe
-
-
-# Where and how fast a run runs, not what it computes.
-_NOT_IDENTITY = (
-    "data.data_dir",
-    "data.loader",
-    "data.threads",
-    "data.cache_mb",
-    "logits.dir",
-    "remat",
-    "teacher.workdir",
-    "teacher.data.data_dir",
-    "teacher.data.loader",
-    "teacher.data.threads",
-    "teacher.data.cache_mb",
-    "steps_per_dispatch",
-    "compile_cache",
-    "mesh.",
-    "log.",
-    "checkpoint.",
-)
-
-
-def identity(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
-    """Of a resolved config: the keys that two runs must share to be the same run, dotted and flat."""
-    keys = flat(config.to_dict() if isinstance(config, ConfigDict) else config)
-    return {key: value for key, value in keys.items() if not key.startswith(_NOT_IDENTITY)}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config under dotted keys, its tuples as the lists that JSON makes of them."""
-    keys: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            keys |= flat(value, f"{prefix}{key}.")
-        else:
-            keys[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return keys

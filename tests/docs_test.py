@@ -76,7 +76,9 @@ def _check(command, monkeypatch):
         case ["python", "-m", "venv" | "sphinx", *_]:
             pass
         case ["python", "-m", module, *flags]:
-            _check_program(f"{module.replace('.', '/')}.py", flags, monkeypatch)
+            path = module.replace(".", "/")
+            program = f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py"
+            _check_program(program, flags, monkeypatch)
         case ["python", program, *flags]:
             _check_program(program, flags, monkeypatch)
         case ["pip", "install", *what]:

@@ -34,10 +34,10 @@ ALLOWED = {
     "orbax_io": {"notes"},
     "checkpoint": {"checksum", "errors", "notes", "orbax_io"},
     "model_table": {"models", "purify"},
-    "report": set(),
+    "identity": set(),
     "torch_files": {"errors"},
     "torch_import": {"errors", "models", "purify", "torch_files"},
-    "config": {"errors", "files", "losses"},
+    "config": {"errors", "files", "identity", "losses"},
     "objective": {"config", "errors", "losses"},
     "train_step": {"losses", "metrics", "objective"},
     "recorder": {"console", "metrics"},
@@ -66,6 +66,11 @@ ALLOWED = {
         *("torch_import", "train_step"),
     },
     "predict": {"data", "errors", "export", "preprocessing"},
+    # Finding runs and the table import none of these; only `outputs` runs networks.
+    "report": {
+        *("checkpoint", "compile_cache", "config", "data", "errors", "files", "identity", "loop", "losses", "mesh"),
+        *("precision", "run", "train_step"),
+    },
     "bench_result": set(),
     "bench": {
         *("bench_result", "config", "data", "devices", "dispatch", "loop", "mesh", "metrics", "optim"),

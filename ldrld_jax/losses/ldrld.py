@@ -90,10 +90,11 @@ def rank_weights(cfg: LDRLDConfig) -> jax.Array:
     References:
       Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025, arXiv 2507.15911.
     """
-    return jnp.asarray(_rank_weights(cfg), jnp.result_type(float))
+    return jnp.asarray(host_rank_weights(cfg), jnp.result_type(float))
 
 
-def _rank_weights(cfg: LDRLDConfig) -> np.ndarray:
+def host_rank_weights(cfg: LDRLDConfig) -> np.ndarray:
+    """As `rank_weights`, in float64 and without starting a device."""
     rank = np.arange(1.0, cfg.depth + 1)
     i, j = rank[:, None], rank[None, :]
     irw = 1 / (np.abs(i - j) + cfg.irw_epsilon) if cfg.use_irw else 1.0
@@ -116,7 +117,7 @@ def _local_terms(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tu
     def weighted_pair_kl(teacher_pair, student_pair, weight):
         return weight * bernoulli_kl(teacher_pair, student_pair)
 
-    weights = jnp.asarray(_rank_weights(cfg)[i, j], student.dtype)
+    weights = jnp.asarray(host_rank_weights(cfg)[i, j], student.dtype)
     pairs = jax.vmap(weighted_pair_kl)(pair(teacher), pair(student), weights)
     log_p, log_q = jax.nn.log_softmax(teacher, axis=0), jax.nn.log_softmax(student, axis=0)
     return jnp.sum(pairs, axis=0), jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)
@@ -276,7 +277,7 @@ def parts_of_terms(
     if cfg.depth == 2 and cfg.pair_reduction == "mean":
         # The official code tells pairs from the full set by its size, so at d = 2 the full set is
         # weighted as the one pair it is. The golden case with d = 2 holds this.
-        integrity = integrity * float(_rank_weights(cfg)[0, 1])
+        integrity = integrity * float(host_rank_weights(cfg)[0, 1])
     parts = {"pairs": local_weight * mean(terms.pairs)}
     if cfg.use_integrity:
         parts["integrity"] = local_weight * mean(integrity)

@@ -1,0 +1,68 @@
+"""HTML and SVG as strings that are safe by construction: what is not markup is escaped."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An element; children that are not Markup are escaped, those and attributes that are None left out.
+
+    Attributes are named as in Python: `class_` is class, `text_anchor` text-anchor; numbers lose their last digits.
+
+    Example:
+      >>> tag("text", "a < b", x=1.23456, text_anchor="end", class_="label")
+      '<text x="1.23" text-anchor="end" class="label">a &lt; b</text>'
+    """
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    text = "".join(f' {key}="{html.escape(_text(value))}"' for key, value in given.items())
+    return Markup(f"<{name}{text}>{join(children)}</{name}>")
+
+
+def join(children: Any) -> Markup:
+    """Several pieces one after another."""
+    return Markup("".join(c if isinstance(c, Markup) else html.escape(_text(c)) for c in children if c is not None))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def figure(picture: Markup, caption: str, *beside: Markup) -> Markup:
+    """A picture with its caption."""
+    return tag("figure", picture, *beside, tag("figcaption", caption))
+
+
+def grid(items: Sequence[Markup], *, wide: bool = False) -> Markup | None:
+    """Figures beside one another, as many as there is room for; None of none."""
+    return tag("div", *items, class_="grid wide" if wide else "grid") if items else None
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Markup:
+    """A table of text and numbers, a line a method, in a box of its own that scrolls."""
+    columns = [[row[i] for row in rows] for i in range(len(header))]
+    classes = ["number" if any(map(_is_number, column)) else None for column in columns]
+    head = tag("tr", *(tag("th", name, scope="col", class_=kind) for name, kind in zip(header, classes, strict=True)))
+    body = [tag("tr", *map(_cell, header, row)) for row in rows]
+    return scrolling(
+        tag("table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body)), caption
+    )
+
+
+def scrolling(content: Markup, label: str) -> Markup:
+    """A box that scrolls sideways, by the keyboard too."""
+    return tag("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def _cell(name: str, text: str) -> Markup:
+    if name == "method":
+        return tag("th", text, scope="row")
+    return tag("td", text, class_="number" if _is_number(text) else None)
+
+
+def _is_number(text: str) -> bool:
+    return text[:1] in tuple("0123456789+-")

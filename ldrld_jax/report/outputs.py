@@ -1,0 +1,176 @@
+"""Runs the students and teachers of runs over their evaluation split, and keeps what the pictures need of it."""
+
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.compile_cache import keep_compiled
+from ldrld_jax.data.stream import eval_batches
+from ldrld_jax.errors import UserError
+from ldrld_jax.loop import Teacher
+from ldrld_jax.mesh import shares, to_devices
+from ldrld_jax.precision import precision_scope
+from ldrld_jax.report import analysis, cache
+from ldrld_jax.report.collect import FoundRun
+from ldrld_jax.report.groups import Comparison
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import Network, Variables
+
+_HEADS = ("fc", "linear", "classifier", "head")  # what the models call their last layer
+
+
+class Outputs(NamedTuple):
+    """Of a network over the evaluation split, in its order.
+
+    Attributes:
+      logits: `[n, C]`.
+      labels: `[n]`, -1 for an image that was skipped.
+      embedding: of what the last layer reads, for the images that `analysis.chosen` takes; None if it is not known.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    embedding: dict[str, Any] | None
+
+
+def analyse(comparisons: list[Comparison], out: epath.Path, data_dir: str | None = None) -> list[str]:
+    """Analyses every run that has not been: the pictures of features for the first seed of each experiment.
+
+    Args:
+      comparisons: of `groups.compare`.
+      out: where an analysis is kept if its run's folder cannot be written to.
+      data_dir: where the data lie, if not where they lay when the run was trained.
+
+    Returns:
+      A line for every run, or teacher, of which it was not possible: why.
+    """
+    notes: list[str] = []
+    teachers: dict[str, Outputs] = {}
+    for group in (group for comparison in comparisons for group in comparison.groups):
+        for found in group.runs:
+            try:
+                _analyse(found, out, data_dir, teachers, notes, features=found is group.first)
+            except UserError as error:
+                notes.append(f"{found.folder}: no analysis: {error}")
+    return notes
+
+
+def _analyse(
+    found: FoundRun,
+    out: epath.Path,
+    data_dir: str | None,
+    teachers: dict[str, Outputs],
+    notes: list[str],
+    *,
+    features: bool,
+) -> None:
+    step = Checkpoints(epath.Path(found.folder) / "checkpoints").best_step
+    known = cache.read(found.folder, out)
+    if known and known["step"] == step and (known["features"] or not features):
+        return
+    print(f"analysing {found.folder}", file=sys.stderr)
+    config = _config(found.folder, data_dir)
+    keep_compiled(config.compile_cache)
+    with precision_scope(config.precision, config.matmul_precision):
+        run = Run.plan(config, epath.Path(found.folder))
+        student = outputs(run, *run.load(found.folder, config.student.model, config.data), features=features)
+        teacher = None
+        if run.objective.methods and config.teacher.model != config_lib.SELF:
+            try:
+                teacher = _teacher(run, teachers)
+            except UserError as error:
+                notes.append(f"{found.folder}: analysed without its teacher: {error}")
+    names = run.batches.source.class_names
+    cache.write(found.folder, out, {"step": step, "features": features, **described(student, teacher, names)})
+
+
+def _config(folder: str, data_dir: str | None) -> ConfigDict:
+    """The run's own, resolved; on one device, whatever it was trained on, and without its store of logits."""
+    config = config_lib.load_run(folder)
+    config.data.data_dir = data_dir or config.data.data_dir
+    config.data.loader, config.steps_per_dispatch = "stream", 1
+    config.mesh.data, config.mesh.model, config.mesh.fsdp = 1, 1, False
+    config.logits.dir = None
+    return config_lib.resolve(config)
+
+
+def _teacher(run: Run, known: dict[str, Outputs]) -> Outputs:
+    """The outputs of a run's teacher, which many runs may share."""
+    given = run.config.teacher.checkpoint
+    trained = [str(place) for _, place in config_lib.teacher_workdirs(run.config, run.workdir)]
+    paths = given.split(",") if given else trained
+    key = repr((paths, run.config.teacher.ensemble, run.config.teacher.data.to_dict(), run.config.data.to_dict()))
+    if key not in known:
+        teacher = Teacher.load(run, paths)
+        known[key] = outputs(run, teacher.network, teacher.variables, features=isinstance(teacher.network, Network))
+    return known[key]
+
+
+def outputs(run: Run, network: Any, variables: Any, *, features: bool) -> Outputs:
+    """Runs a network over the evaluation split of a run, and over the chosen images once more for its features."""
+    source, size = run.eval_source, run.config.eval_batch_size
+    forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0].astype(jnp.float32))
+    batches = eval_batches(source, size, threads=run.config.data.threads, **shares(run.mesh))
+    logits, labels = [], []
+    for start, batch in zip(range(0, len(source), size), to_devices(batches, run.mesh), strict=True):
+        rows = min(size, len(source) - start)  # the others are padding
+        logits.append(np.asarray(forward(variables, batch["image"]))[:rows])
+        labels.append(np.where(batch["mask"], batch["label"], -1)[:rows])
+    result = Outputs(np.concatenate(logits), np.concatenate(labels), None)
+    identity = headless(variables) if features else None
+    if identity is None:
+        return result
+    chosen = analysis.chosen(result.labels)
+    parts = np.array_split(chosen, max(1, len(chosen) // 50))
+    found = np.concatenate([np.asarray(forward(identity, source.read(part)[0])) for part in parts])
+    return result._replace(embedding=analysis.embedding(found, result.labels[chosen]))
+
+
+def headless(variables: Variables) -> Variables | None:
+    """Weights with which a model gives what its last layer reads, `[n, F]`; None if that layer has an unknown name.
+
+    The logits are affine in it: an identity takes the place of the kernel, zeros that of the bias.
+    """
+    name = next((name for name in _HEADS if name in variables.params), None)
+    if name is None:
+        return None
+    head = variables.params[name]
+    width = next(leaf.shape[0] for leaf in jax.tree.leaves(head) if leaf.ndim == 2)
+    identity = lambda leaf: jnp.eye(width, dtype=leaf.dtype) if leaf.ndim == 2 else jnp.zeros(width, leaf.dtype)  # noqa: E731
+    return variables._replace(params={**variables.params, name: jax.tree.map(identity, head)})
+
+
+def described(student: Outputs, teacher: Outputs | None, names: tuple[str, ...]) -> dict[str, Any]:
+    """What an analysis keeps, of the images that were not skipped."""
+    kept = student.labels >= 0
+    logits, labels = student.logits[kept], student.labels[kept]
+    chosen = analysis.chosen(student.labels)
+    result: dict[str, Any] = {
+        "images": len(labels),
+        "classes": len(names),
+        "calibration": analysis.calibration(logits, labels)._asdict(),
+        "embedding": student.embedding,
+        "embedded": [names[label] for label in student.labels[chosen]] if student.embedding else [],
+        "teacher": None,
+    }
+    if teacher is None:
+        return result
+    taught = teacher.logits[kept]
+    difference = analysis.correlation_difference(taught, logits)
+    return result | {
+        "agreement": analysis.agreement(taught, logits),
+        "correlation": analysis.shrunk(difference).round(3).tolist(),
+        "correlation_mean": round(float(difference.mean()), 5),
+        "pairs": analysis.disagreeing_pairs(taught, logits, labels, names),
+        "teacher": {
+            "calibration": analysis.calibration(taught, labels)._asdict(),
+            "embedding": teacher.embedding,
+        },
+    }

@@ -1,0 +1,99 @@
+"""The table of the report: a line per experiment, mean and deviation over its seeds."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ldrld_jax.report.collect import FoundRun
+from ldrld_jax.report.groups import Comparison, Group, compare
+from ldrld_jax.report.published import published
+
+
+class Table(NamedTuple):
+    """Cells as text; a column that would be empty is not there."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def table(runs: Iterable[FoundRun]) -> str:
+    """A Markdown table of finished runs, the best mean of last-epoch accuracy first; deviations are of the sample.
+
+    Args:
+      runs: `collect(folders).summaries`.
+
+    Example:
+      >>> config = {"method": "kd", "data.name": "digits", "student.model": "resnet8", "teacher.model": "resnet20"}
+      >>> def run(seed):
+      ...     tops = {"best_top1": 97.0 + seed, "last_top1": 96.0 + seed, "teacher_top1": 99.0}
+      ...     return FoundRun("", config | {"epochs": 2, "seed": seed}, tops | {"examples_per_second": 1e3})
+      >>> print(table([run(0), run(1)]))
+      | teacher | student | method | seeds | best top-1 % | last top-1 % | teacher top-1 % | examples/s |
+      | --- | --- | --- | --- | --- | --- | --- | --- |
+      | resnet20 | resnet8 | kd | 2 | 97.50 ± 0.71 | 96.50 ± 0.71 | 99.00 | 1000 |
+    """
+    return markdown(results(compare(runs)))
+
+
+def results(comparisons: Sequence[Comparison]) -> Table:
+    """The table as cells."""
+    rows = [_row(comparison, group) for comparison in comparisons for group in comparison.groups]
+    header = list(rows[0]) if rows else []
+    if len(comparisons) == 1 or len({comparison.data for comparison in comparisons}) == 1:
+        header.remove("data") if rows else None
+    shown = [name for name in header if name not in _OPTIONAL or any(row[name] for row in rows)]
+    return Table(shown, [[row[name] for name in shown] for row in rows])
+
+
+_OPTIONAL = ("setting", "against our kd", "published")
+
+
+def _row(comparison: Comparison, group: Group) -> dict[str, str]:
+    kd = comparison.own_kd(group)
+    return {
+        "data": comparison.data,
+        "teacher": group.first.teacher or "none",
+        "student": comparison.student,
+        "method": group.method,
+        "setting": group.setting,
+        "seeds": str(len({run.seed for run in group.runs})),
+        "best top-1 %": spread(group.values("best_top1")),
+        "last top-1 %": spread(group.values("last_top1")),
+        "against our kd": f"{group.mean('last_top1') - kd.mean('last_top1'):+.2f}" if kd else "",
+        "published": published(group.first.config),
+        "teacher top-1 %": spread(group.values("teacher_top1")),
+        "examples/s": f"{group.mean('examples_per_second'):.0f}",
+    }
+
+
+_FIRST = ("method", "last top-1 %", "best top-1 %", "against our kd", "published", "seeds")
+
+
+def for_phones(cells: Table) -> Table:
+    """The same for a narrow screen: method and setting in one cell, then what matters most."""
+    rows = [dict(zip(cells.header, row, strict=True)) for row in cells.rows]
+    for row in rows:
+        row["method"] = f"{row['method']} {row.pop('setting', '')}".strip()
+    header = sorted(rows[0] if rows else (), key=lambda name: (*_FIRST, name).index(name))
+    return Table(header, [[row[name] for name in header] for row in rows])
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and sample deviation; the mean alone of values that do not differ; "" of none.
+
+    Example:
+      >>> spread([1.0, 2.0, 3.0]), spread([2.0]), spread([])
+      ('2.00 ± 1.00', '2.00', '')
+    """
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def markdown(cells: Table) -> str:
+    """A table as Markdown; "" for one without rows."""
+    if not cells.rows:
+        return ""
+    lines = [cells.header, ["---"] * len(cells.header), *cells.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

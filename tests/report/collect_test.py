@@ -1,0 +1,86 @@
+"""Runs are found and read, whatever else lies beside them."""
+
+import json
+import subprocess
+import sys
+
+from ldrld_jax import report
+from ldrld_jax.report.__main__ import main
+from tests.conftest import ROOT
+from tests.report.folders import line, write
+
+
+def names(notes):
+    return [note.partition(": ")[0].rpartition("/")[2] for note in notes]
+
+
+def test_finished_running_broken_and_foreign_folders_are_told_apart(tmp_path, capsys):
+    write(tmp_path, "a", 95.0)
+    write(tmp_path, "b", 97.0, seed=1)
+    running = write(tmp_path, "running", seed=2)
+    (running / "summary.json").unlink()
+    (running / "metrics.jsonl").write_text(line("teacher_eval", 0, 99.0) + line("eval", 3, 90.5) + '{"step": 4, "ep')
+    (write(tmp_path, "torn") / "summary.json").write_text('{"last_top1": 9')
+    (write(tmp_path, "empty") / "summary.json").write_text("{}")
+    (write(tmp_path, "binary") / "config.json").write_bytes(b"\xff\xfe\x00")
+    (write(tmp_path, "other") / "config.json").write_text('{"architectures": ["Bert"]}')
+    (write(tmp_path, "typed") / "config.json").write_text((tmp_path / "a/config.json").read_text().replace("0,", "{},"))
+    (write(tmp_path, "none") / "config.json").unlink()
+    (tmp_path / "foreign" / "deeper").mkdir(parents=True)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert [row.split(" | ")[3:6] for row in out.splitlines()[2:]] == [["2", "97.00", "96.00 ± 1.41"]]
+    notes = err.splitlines()[:-1]
+    assert names(notes) == ["foreign", "binary", "empty", "none", "other", "running", "running", "torn", "typed"]
+    for part in ("foreign: no run here", "no number best_top1", "no config.json", "lacks data.name", "1 torn line"):
+        assert part in err
+    assert "epoch 3.0 of 4, best top-1 so far 90.50, last written" in err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(note.partition(": ")[0] in page for note in notes)
+    assert (tmp_path / "out" / "report.md").read_text() == out
+
+
+def test_sweeps_are_searched_and_teachers_are_no_runs_of_the_table(tmp_path):
+    run = write(tmp_path, "sweep/method=kd,seed=0")
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    write(run, "teacher", 99.0, method="ce")  # a run's own
+    shared = write(tmp_path, "sweep/teacher", 99.0, method="ce")
+    (shared / "metrics.jsonl").write_text(line("teacher_train", 1, 50.0))
+    write(tmp_path, "1/2/3/4")
+    found = report.collect([tmp_path, run])
+    assert [summary.folder for summary in found.summaries] == [str(run)]
+    assert names(found.notes) == ["1"]  # deeper than is looked
+
+
+def test_nothing_to_report_is_a_failure_and_so_is_nowhere_to_write(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert not (tmp_path / "nothing").exists()
+    write(tmp_path, "a")
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "a"), "--out", str(tmp_path / "file")]) == 2
+    assert "Set --out." in capsys.readouterr().err
+
+
+def test_a_running_run_alone_has_a_page(tmp_path, capsys):
+    (write(tmp_path, "a") / "summary.json").unlink()
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "a (not finished)" in (tmp_path / "report.html").read_text()
+
+
+def test_collecting_and_the_table_load_no_big_library(tmp_path):
+    write(tmp_path, "a")
+    code = "import sys; from ldrld_jax import report; print(report.table(report.collect(sys.argv[1:]).summaries)); "
+    code += "print([name for name in ('jax', 'numpy', 'flax', 'sklearn') if name in sys.modules])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    assert out[-1] == "[]"
+    assert len(out) == 4
+
+
+def test_the_digits_of_the_repository_give_the_table_of_their_readme():
+    found = report.collect([ROOT / "experiments" / "digits"])
+    config = json.loads((ROOT / "experiments/digits/ldrld/config.json").read_text())
+    assert found.notes == []
+    assert {run.config["epochs"] for run in found.summaries} == {config["epochs"]}
+    assert "| resnet20 | resnet8 | dkd | 1 | 99.44 | 99.44 | +0.28 | 99.16 | 1745 |" in report.table(found.summaries)

@@ -1,0 +1,89 @@
+"""Runs are grouped by all that they compute but the seed, named by what differs, and compared with the right ones."""
+
+from ldrld_jax.report.curves import learning, overview, rank_matrices, sweeps
+from ldrld_jax.report.groups import compare
+from ldrld_jax.report.published import published
+from ldrld_jax.report.table import results, table
+from tests.report.folders import found
+
+
+def column(runs, name):
+    cells = results(compare(runs))
+    return [row[cells.header.index(name)] for row in cells.rows]
+
+
+def test_seeds_are_averaged_and_the_best_last_epoch_comes_first():
+    runs = [found(seed=seed, last=last) for seed, last in ((0, 95.0), (1, 97.0), (2, 96.0))]
+    runs += [found(method="ldrld", last=98.25), found(method="ce", teacher={}, last=90.0)]
+    assert column(runs, "method") == ["ldrld", "kd", "ce"]
+    assert column(runs, "last top-1 %") == ["98.25", "96.00 ± 1.00", "90.00"]  # the deviation of 95, 96, 97
+    assert column(runs, "seeds") == ["1", "3", "1"]
+    assert column(runs, "teacher") == ["resnet20", "resnet20", "none"]
+    assert column(runs, "against our kd") == ["+2.25", "", "-6.00"]
+    assert "published" not in table(runs)
+
+
+def test_runs_that_differ_in_a_key_are_rows_of_their_own_named_by_it():
+    switch = dict(method="ldrld", loss__ldrld__use_irw=True, loss__ldrld__depth=7)
+    runs = [found(seed=s, **switch) for s in (0, 1)] + [found(**switch | dict(loss__ldrld__use_irw=False), last=95.0)]
+    assert column(runs, "setting") == ["", "use_irw=False"]
+    assert compare(runs)[0].usual == {"use_irw": True}
+    assert column(runs, "seeds") == ["2", "1"]
+
+
+def test_where_a_run_lay_and_what_the_teacher_inherits_make_no_difference():
+    places = [found(data__data_dir=place, seed=seed) for seed, place in enumerate("ab")]
+    assert column(places, "seeds") == ["2"]
+    runs = [found(data__fraction=f, teacher__data__fraction=f, last=90 + f) for f in (0.1, 0.5)]
+    assert column(runs, "setting") == ["fraction=0.5", "fraction=0.1"]
+
+
+def test_own_kd_is_the_best_one_under_the_same_conditions():
+    runs = [found(method="dkd", last=97.0), found(last=96.0, loss__kd__temperature=4.0)]
+    runs += [found(last=95.0, loss__kd__temperature=2.0), found(last=80.0, data__fraction=0.1)]
+    cells = dict(zip(column(runs, "last top-1 %"), column(runs, "against our kd"), strict=True))
+    assert cells == {"97.00": "+1.00", "96.00": "", "95.00": "", "80.00": ""}
+
+
+def test_a_sweep_is_a_line_by_the_number_that_differs_noise_of_rate_0_being_of_any_kind():
+    runs = [found(method=m, last=last, seed=s) for m, last in (("kd", 90.0), ("ldrld", 92.0)) for s in (0, 1)]
+    for kind, rate, last in (("symmetric", 0.2, 80.0), ("asymmetric", 0.2, 70.0), ("symmetric", 0.4, 60.0)):
+        runs.append(found(last=last, data__label_noise=kind, data__label_noise_rate=rate))
+    [(key, lines)] = sweeps(compare(runs)[0].groups)
+    assert key == "data.label_noise_rate"
+    points = {line.label: [(point.x, point.y) for point in line.points] for line in lines}
+    assert points == {
+        "kd asymmetric": [(0.0, 90.0), (0.2, 70.0)],
+        "kd symmetric": [(0.0, 90.0), (0.2, 80.0), (0.4, 60.0)],
+    }
+
+
+def test_a_learning_curve_is_the_mean_over_seeds_where_all_were_evaluated():
+    curves = ((1.0, 50.0), (2.0, 60.0)), ((1.0, 54.0),)
+    [line] = learning(compare([found(seed=s, curve=curve) for s, curve in enumerate(curves)])[0])
+    assert [(point.x, point.y) for point in line.points] == [(1.0, 52.0)]
+    assert abs(line.points[0].deviation - 8**0.5) < 1e-12
+
+
+def test_published_figures_stand_beside_the_recipe_they_belong_to_and_no_other():
+    whole = dict(data__name="cifar100", epochs=240, student__model="resnet8x4", teacher__model="resnet32x4")
+    shown = lambda **changes: published(found(**whole | changes).config)  # noqa: E731
+    assert shown(method="ldrld") == "77.20"
+    assert (shown(), shown(standardize=True), shown(method="dkd")) == ("73.33", "76.62", "76.32")
+    assert shown(method="ce", teacher={}) == "72.50"
+    for changes in (dict(epochs=15), dict(data__fraction=0.2), dict(method="ldrld", loss__ldrld__use_erd=False)):
+        assert shown(**changes) == ""
+    pair = dict(student__model="imagenet_resnet18", teacher__model="imagenet_resnet34", data__name="imagenet2012")
+    assert shown(**pair, epochs=100) == "70.66 to 71.37"
+    [row] = overview(compare([found(**whole)])[0])
+    assert (row.label, row.published) == ("kd", 73.33)
+
+
+def test_rank_matrices_are_the_factors_and_their_product():
+    ldrld = dict(method="ldrld", loss__ldrld__irw_epsilon=1.5, loss__ldrld__erd_scale=2.0, loss__ldrld__erd_decay=0.05)
+    runs = [found(**ldrld, loss__ldrld__depth=depth, seed=depth) for depth in (7, 3)]
+    runs += [found(**ldrld, loss__ldrld__depth=0), found()]  # a depth that no config may have
+    matrices = {tuple(map(len, weights)): weights for _, weights in rank_matrices(compare(runs)[0].groups)}
+    assert set(matrices) == {(7, 7, 7), (3, 3, 3)}
+    irw, erd, product = matrices[7, 7, 7]
+    assert (round(irw[0][1], 4), round(erd[0][1], 4), round(product[0][1], 4)) == (0.4, 1.7214, 0.6886)

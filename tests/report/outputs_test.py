@@ -1,0 +1,96 @@
+"""The pictures of logits are of the run's best checkpoint and of its teacher, and are computed once."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from ldrld_jax import config as config_lib
+from ldrld_jax import trainer
+from ldrld_jax.purify import purify
+from ldrld_jax.report import collect, outputs
+from ldrld_jax.report.__main__ import main
+from ldrld_jax.report.groups import compare
+from ldrld_jax.run import Run
+from ldrld_jax.train_step import Variables
+from tests.conftest import ROOT
+from tests.tiny_net import TinyNet
+
+
+def untrained(config, workdir: pathlib.Path) -> float:
+    """A run that ended with the weights it began with; its top-1."""
+    run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
+    with contextlib.closing(run.checkpoints()) as checkpoints:
+        checkpoints.save(1, {"model": run.create()[1]._asdict()}, {}, top1=10.0)
+    (workdir / "config.json").write_text(run.config.to_json())
+    top1 = trainer.evaluate(config, workdir)["top1"]
+    summary = {"best_top1": top1, "last_top1": top1, "examples_per_second": 1.0}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    return top1
+
+
+def analyse(folder, out):
+    return outputs.analyse(compare(collect([folder]).summaries), epath.Path(out))
+
+
+def test_an_analysis_is_of_the_best_checkpoint_and_its_teacher_and_made_once(tiny, tmp_path, capsys):
+    workdir, teacher, out = tmp_path / "run", tmp_path / "teacher", tmp_path / "out"
+    taught = untrained(tiny("seed=1", "mesh.data=1"), teacher)
+    top1 = untrained(
+        tiny("method=kd", "teacher.model=tiny_net", f"teacher.checkpoint={teacher}", "mesh.data=1"), workdir
+    )
+    assert main([str(workdir), "--analyse", "--out", str(out)]) == 0
+    capsys.readouterr()
+    found = json.loads((workdir / "analysis.json").read_text())
+    for expected, of in ((top1, found), (taught, found["teacher"])):
+        right = np.dot(of["calibration"]["examples"], of["calibration"]["accuracy"])
+        assert 100 * right / 50 == pytest.approx(expected, abs=0.02)
+        assert np.shape(of["embedding"]["xy"]) == (50, 2)
+    assert np.shape(found["correlation"]) == (10, 10)
+    assert found["correlation_mean"] > 0
+    assert {pair["first"] for pair in found["pairs"]} <= set("0123456789")
+    page = (out / "report.html").read_text()
+    assert all(part in page for part in ("t-SNE of features, kd", "corr(student)|, kd", "teacher: ECE"))
+
+    assert analyse(workdir, out) == []
+    assert "analysing" not in capsys.readouterr().err
+
+    shutil.rmtree(teacher)
+    (workdir / "analysis.json").unlink()
+    (workdir / "analysis.json").mkdir()  # a place that cannot be written to
+    [note] = analyse(workdir, out)
+    assert "analysed without its teacher" in note
+    [kept] = (out / "analyses").iterdir()
+    assert json.loads(kept.read_text())["calibration"] == found["calibration"]
+
+    shutil.rmtree(workdir / "checkpoints")
+    kept.unlink()
+    [note] = analyse(workdir, out)
+    assert "no analysis: there is no checkpoint" in note
+
+
+def test_features_are_what_the_last_layer_reads(rng):
+    apply, params, stats = purify(TinyNet(10, 1, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32))
+    images = jnp.asarray(rng.normal(size=(3, 8, 8, 1)), jnp.float32)
+    headless = outputs.headless(Variables(params, stats))
+    features, logits = (
+        np.asarray(apply(weights, stats, images, train=False)[0]) for weights in (headless.params, params)
+    )
+    kernel, bias = (np.asarray(params["fc"][name]) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(features @ kernel + bias, logits, atol=1e-6)
+    assert outputs.headless(Variables({"conv": {}}, stats)) is None
+
+
+def test_the_last_layer_of_every_model_has_a_name_that_is_known():
+    files = (ROOT / "tests" / "golden" / f"{name}.json" for name in ("torch_models", "torch_models_more"))
+    models = {name: keys for file in files for name, keys in json.loads(file.read_text()).items()}
+    for name, keys in models.items():  # as published, and as ours are named
+        last = [key for key, shape in keys.items() if len(shape) == 2][-1]
+        assert last.partition(".")[0] in outputs._HEADS, name
+    assert len(models) >= 28

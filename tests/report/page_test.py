@@ -1,0 +1,174 @@
+"""The page loads nothing, fits a phone, and can be read without seeing its pictures or colours."""
+
+import html.parser
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldrld_jax.report import Report
+from ldrld_jax.report.groups import compare
+from ldrld_jax.report.outputs import Outputs, described
+from ldrld_jax.report.page import page
+from tests.report.folders import found
+
+STYLE = (pathlib.Path(page.__code__.co_filename).parent / "style.css").read_text()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def document() -> str:
+    """A page with every picture, of made-up runs."""
+    rng = np.random.default_rng(0)
+    curve = ((1.0, 50.0), (2.0, 60.0), (4.0, 96.0))
+    runs = [found(f"{m}{s}", 90 + s, curve, method=m, seed=s) for m in ("kd", "dkd") for s in (0, 1)]
+    ldrld = dict(method="ldrld", loss__ldrld__irw_epsilon=1.5)
+    runs += [found(f"d{d}", 93 + d / 4, curve, **ldrld, loss__ldrld__depth=d) for d in (3, 5, 7)]
+    runs.append(found("ce", 85, method="ce", teacher={}))
+    labels = np.arange(120) % 10
+    teacher = Outputs(4 * np.eye(10)[labels] + rng.normal(size=(120, 10)), labels, None)
+    xy = {"xy": rng.uniform(size=(120, 2)).tolist(), "silhouette": 0.1}
+    analyses = {}
+    for run in runs:
+        student = Outputs(teacher.logits + rng.normal(size=(120, 10)), labels, xy)
+        names = tuple(f"class {i} {HOSTILE}" for i in range(10))
+        analyses[run.folder] = described(student, None if run.method == "ce" else teacher, names)
+    report = Report(runs, [found("folder/running", curve=curve, seed=9)], [f"{HOSTILE}: no run here"])
+    return page(report, compare(report.summaries, report.running), analyses)
+
+
+class Reader(html.parser.HTMLParser):
+    """What a screen reader goes by; and whether tags are closed as they were opened."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self._open = [], []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def test_nothing_is_loaded_and_nothing_of_the_runs_becomes_markup(document):
+    assert not re.search(r"https?:|@import|url\(", document)
+    reader = Reader(document)
+    assert reader.all("script", "link", "img", "iframe", "object") == []
+    for attributes in (attributes for _, attributes in reader.tags):
+        places = [attributes.get(name, "#") for name in ("href", "src", "srcset", "action")]
+        assert all(place.startswith(("#", "data:image/png;base64,")) for place in places)
+    assert HOSTILE not in document
+
+
+def test_it_can_be_read_by_ear_and_by_keyboard(document):
+    reader = Reader(document)
+    assert reader.all("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in reader.tags if re.fullmatch("h[1-6]", tag)]
+    assert (levels[0], levels.count(1)) == (1, 1)
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("caption") == tags.count("table") > 3
+    assert all(attributes["scope"] in ("row", "col") for attributes in reader.all("th"))
+    pictures = [attributes for attributes in reader.all("svg") if attributes.get("aria-hidden") != "true"]
+    assert len(pictures) > 20
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
+    scrolling = [attributes for attributes in reader.all("div") if attributes.get("class") == "scroll"]
+    assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in scrolling)
+    anchors = {attributes["id"] for _, attributes in reader.tags if "id" in attributes}
+    assert {attributes["href"][1:] for attributes in reader.all("a")} <= anchors
+    assert ":focus-visible" in STYLE
+
+
+def test_every_picture_is_there(document):
+    for name in (
+        "overview",
+        "curves",
+        "sweeps",
+        "ranks",
+        "closeness",
+        "correlation",
+        "pairs",
+        "features",
+        "calibration",
+    ):
+        assert f'id="c0-{name}"' in document
+    assert "ldrld depth=7: 94.75 at 4" not in document
+    assert "kd: 96.00 at 4" in document
+    assert "running (not finished)" in document
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
+    block = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[scheme]
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+
+    def luminance(name):
+        channels = np.frombuffer(bytes.fromhex(colours[name][1:]), np.uint8) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    def contrast(*names):
+        low, high = sorted(map(luminance, names))
+        return (high + 0.05) / (low + 0.05)
+
+    for paper in ("paper", "card"):
+        assert min(contrast(text, paper) for text in ("ink", "soft", "accent")) >= 4.5
+        assert min(contrast(mark, paper) for mark in ("over", "under", *(f"c{i}" for i in range(10)))) >= 3
+
+
+MEASURE = """
+<body style="margin:0;display:flex;background:#888"><script>
+const text = %s, told = [];
+for (const width of [390, 1280]) {
+  const frame = document.createElement("iframe");
+  frame.style = `width:${width}px;height:2000px;border:0;margin-right:10px`;
+  frame.srcdoc = text;
+  frame.onload = () => {
+    const root = frame.contentDocument.documentElement, view = frame.contentWindow;
+    const boxes = (what) => [...root.querySelectorAll(what)].filter(e => !e.closest(".scroll"))
+                            .map(e => e.getBoundingClientRect());
+    const loaded = view.performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
+    told.push({width, loaded, scroll: root.scrollWidth, right: Math.max(...boxes("main *").map(box => box.right)),
+               small: Math.min(...boxes("details[open] svg text, .comparison > * svg text").map(box => box.height))});
+    if (told.length == 2) console.log("MEASURED " + JSON.stringify(told).replaceAll('"', "'"));
+  };
+  document.body.append(frame);
+}
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: apt-get install chromium")
+def test_chromium_shows_it_whole_on_a_phone_and_on_a_desk(document, tmp_path):
+    (tmp_path / "both.html").write_text(MEASURE % json.dumps(document).replace("</", "<\\/"))
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    flags += ["--window-size=1690,2000", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += [f"--screenshot={tmp_path / 'both.png'}", (tmp_path / "both.html").as_uri()]
+    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120)
+    [measured] = re.findall(r"MEASURED (\[.*?\])", done.stderr)
+    for view in json.loads(measured.replace("'", '"')):
+        assert view["scroll"] == view["width"]
+        assert view["right"] <= view["width"]
+        assert view["loaded"] == 0
+        assert view["small"] >= 8  # pixels of a line of text in a chart
+    with Image.open(tmp_path / "both.png") as shot:
+        assert shot.size == (1690, 2000)
+        for left, right in ((0, 390), (400, 1680)):
+            pixels = np.asarray(shot.convert("L").crop((left, 0, right, 2000)), float)
+            assert np.median(pixels) > 200  # paper
+            assert 0.01 < np.mean(pixels < 128) < 0.5  # ink
