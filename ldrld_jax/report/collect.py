@@ -99,7 +99,11 @@ def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epat
     if any((folder / mark).exists() for mark in _MARKS):
         yield folder
     elif depth and folder.is_dir():
-        children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        try:
+            children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except OSError as error:
+            notes.append(f"{folder}: it cannot be read ({error.strerror or error})")
+            return
         within: list[list[str]] = [[] for _ in children]
         found = [list(_workdirs(child, own, depth - 1)) for child, own in zip(children, within, strict=True)]
         for child, runs, own in zip(children, found, within, strict=True):
@@ -112,8 +116,8 @@ def _add(report: Report, workdir: epath.Path) -> None:
     config = flat(_json_object(workdir / "config.json"))
     if missing := _CONFIG - set(config):
         raise _NoRunError(f"config.json is not of ldrld_jax (it lacks {', '.join(sorted(missing))})")
-    texts = all(isinstance(config[key], str) for key in ("method", "student.model", "data.name"))
-    if not texts or not _is_number(config["seed"]):
+    names = [config[key] for key in ("method", "student.model", "data.name")] + [config.get("teacher.model") or ""]
+    if not all(isinstance(name, str) for name in names) or not _is_number(config["seed"]):
         raise _NoRunError("config.json is not of ldrld_jax (a name that is no text, or a seed that is no number)")
     lines, torn = _metrics(workdir / "metrics.jsonl")
     if any(line["split"] == "teacher_train" for line in lines):
@@ -134,7 +138,7 @@ def _json_object(path: epath.Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise _NoRunError(f"it has no {path.name}") from None
-    except ValueError as error:  # no JSON, or no text
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
         raise _NoRunError(f"{path.name} is torn or no JSON ({error})") from None
     if not isinstance(content, dict):
         raise _NoRunError(f"{path.name} holds no JSON object")
@@ -165,7 +169,7 @@ def _line(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
         whole = _is_number(line["epoch"]) and (line["split"] != "eval" or _is_number(line["values"]["top1"]))
         return line if whole else None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -18,7 +18,7 @@ def matrix(values: Sequence[Sequence[float]], title: str, *, most: float) -> Mar
     pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
     cells = [_cell(values[i][j], i, j - 1, cell, most, written=size <= 10) for i, j in pairs]
     ranks = [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
-    ranks += [tag("text", j + 1, x=(j + 0.3) * cell + 22, y=16, text_anchor="middle") for j in range(1, size)]
+    ranks += [tag("text", j + 1, x=(j + 0.3) * cell - 1, y=16, text_anchor="middle") for j in range(1, size)]
     told = ", ".join(f"ranks {i + 1} and {j + 1}: {values[i][j]:.3f}" for i, j in pairs[:40])
     picture = svg((size - 0.1) * cell, (size - 0.3) * cell, title, f"Weights of pairs: {told}", *ranks, *cells)
     return tag("div", picture, style=f"max-width:{(size - 0.1) * cell:.0f}px")  # no larger than its numbers

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from ldrld_jax import report
 from ldrld_jax.report.__main__ import main
 from tests.conftest import ROOT
-from tests.report.folders import line, write
+from tests.report.folders import config, line, write
 
 
 def names(notes):
@@ -84,3 +86,24 @@ def test_the_digits_of_the_repository_give_the_table_of_their_readme():
     assert found.notes == []
     assert {run.config["epochs"] for run in found.summaries} == {config["epochs"]}
     assert "| resnet20 | resnet8 | dkd | 1 | 99.44 | 99.44 | +0.28 | 99.16 | 1745 |" in report.table(found.summaries)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"seed": "0"}'),
+        ("config.json", json.dumps(config(teacher__model=["resnet20"]))),
+        ("config.json", json.dumps(config(student__model={"a": 1}))),
+        ("summary.json", '{"best_top1": NaN, "last_top1": "96", "examples_per_second": true}'),
+        ("summary.json", "null"),
+        ("metrics.jsonl", '[]\n"eval"\n{"epoch": "1"}\n{"epoch": 1, "split": "eval", "values": 3}\n' + "[" * 100_000),
+    ],
+)
+def test_no_content_of_a_file_stops_the_report(tmp_path, capsys, file, content):
+    write(tmp_path, "good")
+    (write(tmp_path, "bad", seed=1) / file).write_text(content)
+    assert main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    assert names(err.splitlines())[0] == "bad"
