@@ -144,16 +144,14 @@ def test_kill_9_at_any_moment_changes_nothing(flags, uninterrupted, tmp_path):
     assert all(died - newest <= 4 for _, died, newest in table)  # one is due every second step, one may be under way
 
 
-def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterrupted, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterrupted, tmp_path, signum):
     expected, *_ = uninterrupted
-    stopped = 0
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        process = Process(flags, tmp_path / "run")
-        process.until(Process.writes)
-        assert process.kill(signum) == 128 + signum
-        assert process.resumed_from() == stopped  # no step is lost, none repeated
-        stopped = last_step(process.workdir)
+    process = Process(flags, tmp_path / "run")
+    process.until(Process.writes)
+    assert process.kill(signum) == 128 + signum
+    stopped = last_step(process.workdir)
     resumed = Process(flags, process.workdir)
     assert resumed.wait() == 0, resumed.log.read_text()
-    assert resumed.resumed_from() == stopped
+    assert resumed.resumed_from() == stopped  # no step is lost, none repeated
     assert_same_run(process.workdir, expected)

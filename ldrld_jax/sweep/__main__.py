@@ -87,24 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
-    """The jobs that the flags name: this shard's.
-
-    Raises:
-      UserError: if the sweep or one of its configs is wrong.
-    """
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the flags say."""
+    workdir = epath.Path(args.workdir)
+    index, count = args.shard
     sweep = load(args.sweep) if args.sweep else {}
     if args.config:
         sweep["config"] = args.config
     sweep["grid"] = sweep.get("grid", {}) | dict(map(parse_grid, args.grid))
-    index, count = args.shard
-    return plan(sweep, epath.Path(args.workdir), overrides)[index::count]
-
-
-def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Does what the flags say."""
-    workdir = epath.Path(args.workdir)
-    jobs = jobs_of(args, overrides)
+    jobs = plan(sweep, workdir, overrides)[index::count]
     for job in jobs:
         job.look()
     if args.dry_run:
