@@ -26,3 +26,5 @@ highlight_language = "sh"
 default_role = "code"  # docstrings write `x` as Markdown does
 autodoc_typehints = "none"  # shapes, units and ranges stand in the docstrings
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # a config's fields as one list, as the arguments of a function are
+napoleon_attr_annotations = False

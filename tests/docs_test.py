@@ -1,6 +1,7 @@
 """The pages: code that runs, commands that their programs understand, keys that exist, a site without a warning."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -19,6 +20,7 @@ from ldrld_jax import losses
 from ldrld_jax import main as main_lib
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
+from ldrld_jax.sweep import __main__ as sweep_lib
 from tests.conftest import ROOT
 from tests.methods_test import methods_restored
 from tests.pages import PAGES, SHELL, blocks, commands
@@ -57,6 +59,19 @@ def test_the_commands_of_a_page_are_understood_by_their_programs(name, monkeypat
                 _check(command, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")], ids=lambda path: path.name
+)
+def test_the_commands_of_a_docstring_are_understood_by_their_programs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ")
+    found = [line for line in text.splitlines() if line.startswith("python ")]
+    assert found
+    for command in commands("\n".join(found)):
+        with _named(f"{path.name}: {' '.join(command)}"):
+            _check(command, monkeypatch)
+
+
 @contextlib.contextmanager
 def _named(where):
     try:
@@ -71,6 +86,8 @@ def _check(command, monkeypatch):
             _check_main(flags)
         case ["python", "-c", code]:
             compile(code, "-c", "exec")
+        case ["python", "-m", "ldrld_jax.sweep", *flags]:
+            assert sweep_lib.jobs_of(*sweep_lib.parse(flags))
         case ["python", "-m", "pytest", *flags]:
             assert all((ROOT / flag).exists() for flag in flags if "/" in flag)
         case ["python", "-m", "venv" | "sphinx", *_]:
@@ -115,7 +132,12 @@ def _check_program(program, flags, monkeypatch):
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         patch.setattr(sys, "argv", [program, *flags])
         patch.syspath_prepend((ROOT / program).parent)
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            pytest.skip(f"{program} compares with PyTorch, which is not installed: pip install '.[torch]'")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -87,15 +87,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Does what the flags say."""
-    workdir = epath.Path(args.workdir)
-    index, count = args.shard
+def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
+    """The jobs that the flags name: this shard's.
+
+    Raises:
+      UserError: if the sweep or one of its configs is wrong.
+    """
     sweep = load(args.sweep) if args.sweep else {}
     if args.config:
         sweep["config"] = args.config
     sweep["grid"] = sweep.get("grid", {}) | dict(map(parse_grid, args.grid))
-    jobs = plan(sweep, workdir, overrides)[index::count]
+    index, count = args.shard
+    return plan(sweep, epath.Path(args.workdir), overrides)[index::count]
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what the flags say."""
+    workdir = epath.Path(args.workdir)
+    jobs = jobs_of(args, overrides)
     for job in jobs:
         job.look()
     if args.dry_run:
