@@ -29,7 +29,7 @@ PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
 PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/export_test.py runs it
 COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
 # Programs of others: they are named right, and no more can be known without running them.
-OTHERS = {".", ".ci/run", "cd", "curl", "git", "mypy", "ruff", "tfds", "unzip", "xprof"}
+OTHERS = {".", ".ci/run", "cd", "curl", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}
 FILES = (".py", ".npz", ".safetensors", ".stablehlo")
 KEYS = set(config_lib.flat(config_lib.default().to_dict()))
 
