@@ -57,6 +57,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     given = [value is not None for value in (args.coordinator, args.processes, args.process)]
     if any(given) and (args.distributed or not all(given)):
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
+    if args.mode == "predict" and (args.distributed or any(given)):
+        raise UserError("--mode predict is one process. Leave --distributed, --coordinator and the like out.")
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
     args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
     args.images = []

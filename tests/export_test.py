@@ -1,6 +1,7 @@
 """The exported files and predictions: they say what the Flax student says, in a process that knows nothing of it."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -17,11 +18,13 @@ from PIL import Image
 from ldrld_jax import config as config_lib
 from ldrld_jax import export, load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
-from ldrld_jax.data.pipeline import make_eval_source
+from ldrld_jax.data.pipeline import _eval_view, make_eval_source
 from ldrld_jax.model_card import model_card
 from ldrld_jax.models import MODELS
 from ldrld_jax.networks import load_network
 from ldrld_jax.precision import precision_scope
+from ldrld_jax.preprocessing import describe, view_of
+from ldrld_jax.train_step import Network
 from tests.conftest import tiny_overrides
 from tests.pages import PAGES, blocks
 from tests.tiny_net import TinyNet
@@ -62,7 +65,9 @@ def run(tiny_net, data_dir, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def cifar_run(tiny_net, cifar100_dir, tmp_path) -> pathlib.Path:
-    return trained(tmp_path, cifar100_dir, "data.name=cifar100", "data.mean=(.51,.49,.44)", "data.std=(.27,.26,.28)")
+    return trained(
+        tmp_path, cifar100_dir, "mesh.data=1", "data.name=cifar100", "data.mean=(.51,.49,.44)", "data.std=(.27,.26,.28)"
+    )
 
 
 @pytest.mark.parametrize("name", ["run", "cifar_run"])
@@ -116,6 +121,19 @@ def test_a_network_that_resizes_its_images_is_exported_with_the_resizing(run):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     program = export._program(network, jax.tree.map(np.asarray, variables), (8, 8, 1))
     np.testing.assert_allclose(program.call(images), network(variables, images, train=False)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [[], ["crop_size=16", "resize_size=20"], ["crop_size=16", "exif=False"]], ids=str)
+def test_what_preprocessing_json_describes_is_what_evaluation_does(overrides, rng):
+    data = config_lib.load("configs/digits.py", [f"data.{override}" for override in overrides]).data
+    exif, encoded = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(encoded, "png", exif=exif)
+    view = _eval_view((40, 40, 3), data)
+    described = describe(Network(lambda: None, mean=(0.5,), std=(0.5,)), data, view.shape, classes=10)
+    again = view_of(json.loads(json.dumps(described)))
+    assert again.shape == view.shape
+    np.testing.assert_array_equal(again(encoded.getvalue()), view(encoded.getvalue()))
 
 
 def test_one_file_serves_all_platforms_and_is_as_large_as_its_weights(run):
@@ -206,6 +224,7 @@ WRONG = {
     "no run": (["--workdir={place}/nothing", "{place}/a.txt"], "there is no checkpoint of a run in {place}/nothing"),
     "a config": (["--config.seed=1", "{place}/a.txt"], "holds an exported student, which no config changes"),
     "another flag": (["--top=3", "{place}/a.txt"], "there is no flag '--top=3'"),
+    "processes": (["--distributed", "{place}/a.txt"], "--mode predict is one process"),
     "a torn program": (
         ["--workdir={place}/torn", "{place}/a.txt"],
         "student.stablehlo is torn, or of a version of JAX",
