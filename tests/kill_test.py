@@ -30,10 +30,11 @@ KILLS = int(os.environ.get("LDRLD_JAX_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def flags(data_dir, teacher_dir):
+def flags(data_dir, tmp_path_factory):
     overrides = [*tiny_overrides(data_dir), f"epochs={EPOCHS}", "checkpoint.every_steps=2", "data.cache_mb=0"]
-    overrides += ["method=ldrld", f"teacher.checkpoint={teacher_dir}"]
-    return [f"--config.{override}" for override in overrides]
+    overrides += ["method=ldrld", "teacher.model=tiny_net", "teacher.epochs=1"]
+    overrides += [f"teacher.workdir={tmp_path_factory.mktemp('teacher')}"]  # the first run trains it
+    return ["--config", "tests/tiny_config.py", *(f"--config.{override}" for override in overrides)]
 
 
 class Process:

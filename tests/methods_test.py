@@ -126,12 +126,13 @@ def methods_restored():
         METHODS.update(before)
 
 
-def test_the_readmes_own_method_is_used_from_a_config(teacher_dir, data_dir, tmp_path):
+def test_the_readmes_own_method_is_used_from_a_config(tiny, teacher_dir, data_dir, tmp_path):
     path = tmp_path / "match.py"
     (code,) = (block.code for block in blocks(PAGES["README.md"], "python") if 'METHODS["match"]' in block.code)
     path.write_text(code)
     flags = [f"--config.{o}" for o in tiny_overrides(data_dir) if not o.startswith("method=")]
     flags += [f"--config.teacher.checkpoint={teacher_dir}", "--config.loss.match.scale=.25", "--config.data.mean=.3"]
+    flags += ["--config.student.model=tiny_net"]  # known through `tiny`
     with methods_restored():
         assert main_lib.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *flags]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
