@@ -1,0 +1,63 @@
+"""How large a step each method asks for: the norm of its weighted loss's gradient by one example's logits.
+
+python experiments/gradients.py runs/logits
+
+Teacher logits are the first 1,024 of a logit store's first epoch, labels the teacher's first classes. The student is
+one that has learnt nothing (noise of .3) and one half way (half the teacher's logits, noise of 1); batches of 64.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+
+from ldrld_jax.losses import METHODS
+
+# kd_weight, ce_weight and the method's own settings, as in configs/cifar100_laptop.py.
+SETTINGS = {
+    "ce": (0.0, 1.0, {}),
+    "kd": (0.9, 0.1, {}),
+    "dkd": (1.0, 1.0, {}),
+    "dist": (2.0, 1.0, {}),
+    "ldrld": (1.0, 1.0, dict(depth=7, temperature=4.0, alpha=10.5, beta=7.0)),
+}
+EXAMPLES, BATCH = 1024, 64
+
+
+def mean_norm(method: str, teacher: jax.Array, student: jax.Array) -> float:
+    kd_weight, ce_weight, settings = SETTINGS[method]
+
+    def loss(student, teacher):
+        labels = jnp.argmax(teacher, axis=-1)
+        ce = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(student), labels[:, None], axis=-1))
+        if not kd_weight:
+            return ce_weight * ce
+        distil = METHODS[method].loss(teacher, student, labels, METHODS[method].config(**settings))
+        return kd_weight * distil + ce_weight * ce
+
+    gradient = jax.jit(jax.grad(loss))
+    batches = [slice(i, i + BATCH) for i in range(0, EXAMPLES, BATCH)]
+    by_example = [BATCH * gradient(student[rows], teacher[rows]) for rows in batches]  # the loss is a mean
+    return float(jnp.mean(jnp.linalg.norm(jnp.concatenate(by_example), axis=-1)))
+
+
+def main(store: str) -> None:
+    place = {"driver": "file", "path": str(next(pathlib.Path(store).rglob("00000"))) + "/"}
+    logits = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()[:EXAMPLES].read().result()
+    teacher, rng = jnp.asarray(logits, jnp.float32), np.random.default_rng(0)
+    students = {
+        "start": jnp.asarray(0.3 * rng.normal(size=teacher.shape), jnp.float32),
+        "half way": 0.5 * teacher + jnp.asarray(rng.normal(size=teacher.shape), jnp.float32),
+    }
+    norms = {name: {m: round(mean_norm(m, teacher, s), 2) for m in SETTINGS} for name, s in students.items()}
+    print(json.dumps(norms, indent=2))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python experiments/gradients.py STORE")
+    main(sys.argv[1])

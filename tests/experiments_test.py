@@ -1,0 +1,51 @@
+"""The figures of experiments/README.md are those of the logs beside it, which name no folder of a machine."""
+
+import json
+import re
+import runpy
+
+import pytest
+
+from ldrld_jax.report import collect, table
+from tests.conftest import ROOT
+
+README = (ROOT / "experiments/README.md").read_text()
+# A command that reports a folder, and the next table.
+TABLES = dict(re.findall(r"ldrld_jax\.report experiments/([\w/]+)[^\n]*\n.*?\n((?:\|[^\n]*\n)+)", README, re.DOTALL))
+
+
+@pytest.mark.parametrize("folder", TABLES)
+def test_a_table_is_what_the_report_prints_of_its_folder(folder):
+    report = collect([ROOT / "experiments" / folder])
+    assert report.notes == []
+    assert TABLES[folder].strip() == table(report.summaries)
+
+
+def test_every_folder_of_logs_has_its_table():
+    folders = {path.parent.parent.name for path in (ROOT / "experiments").glob("*/*/summary.json")}
+    assert folders == set(TABLES)
+
+
+def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
+    keep = runpy.run_path(str(ROOT / "experiments/keep.py"))["main"]
+    run = tmp_path / "runs/method=kd"
+    run.mkdir(parents=True)
+    config = {"seed": 3, "compile_cache": "~/x", "data": {"data_dir": "/x"}, "logits": {}}
+    (run / "config.json").write_text(json.dumps(config | {"teacher": {"checkpoint": "/x/resnet20.pth"}}))
+    lines = [{"step": 1, "split": "train"}, {"step": 2, "split": "eval", "values": {"top1": 5.0}}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "summary.json").write_text('{"last_top1": 5.0}')
+    (tmp_path / "runs/method=ce").mkdir()  # not finished
+    keep(str(tmp_path / "runs"), str(tmp_path / "kept"))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["method=kd"]
+    kept = {path.name: path.read_text() for path in (tmp_path / "kept/method=kd").iterdir()}
+    assert set(kept) == {"config.json", "metrics.jsonl", "summary.json"}
+    expected = {"seed": 3, "compile_cache": None, "data": {"data_dir": None}, "logits": {}}
+    assert json.loads(kept["config.json"]) == expected | {"teacher": {"checkpoint": "resnet20.pth"}}
+    assert json.loads(kept["metrics.jsonl"]) == lines[1]
+    assert json.loads(kept["summary.json"]) == {"last_top1": 5.0}
+
+
+def test_no_log_names_a_folder_of_a_machine():
+    for path in (ROOT / "experiments").rglob("*.json"):
+        assert not re.search(r'"/|://|~', path.read_text()), path
