@@ -5,7 +5,7 @@ python -m ldrld_jax.sweep experiments/laptop.py --jobs 2 --config.teacher.checkp
 
 published  none: the recipe is the 240 epochs' cut to a sixteenth, its decays after 9, 11 and 13; warmed up over one
            epoch, as the official form would take nothing at all of the rate for so short a one
-ours       experiments/README.md: five methods, and the parts of LDRLD
+ours       experiments/README.md: five methods, three seeds; about 12 minutes of processor time a run
 Every image is cropped alike in runs of all seeds (`data.augment_seed`), so that they can share one logit store.
 Without `teacher.checkpoint` the teacher is trained first, on all images.
 """

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ldrld_jax.sweep: interrupted; the same command goes on", file=sys.stderr)
+        print("ldrld_jax.sweep: interrupted, the runs have saved and left; the same command goes on", file=sys.stderr)
         return 130
 
 
