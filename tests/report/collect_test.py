@@ -80,14 +80,6 @@ def test_collecting_and_the_table_load_no_big_library(tmp_path):
     assert len(out) == 4
 
 
-def test_the_digits_of_the_repository_give_the_table_of_their_readme():
-    found = report.collect([ROOT / "experiments" / "digits"])
-    config = json.loads((ROOT / "experiments/digits/ldrld/config.json").read_text())
-    assert found.notes == []
-    assert {run.config["epochs"] for run in found.summaries} == {config["epochs"]}
-    assert "| resnet20 | resnet8 | dkd | 1 | 99.44 | 99.44 | +0.28 | 99.16 | 1745 |" in report.table(found.summaries)
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [
