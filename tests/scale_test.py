@@ -78,7 +78,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("precision", "steps", "tolerance", "mesh"),
     [("float64", 20, 1e-9, mesh) for mesh in MESHES]
-    + [("float32", 3, 1e-5, mesh) for mesh in ("2x4, FSDP, 4 microbatches",)],
+    + [("float32", 3, 1e-5, mesh) for mesh in ("8 devices", "2x4, FSDP, 4 microbatches")],
 )
 def test_every_mesh_gives_the_same_losses(distillation, on_one_device, tmp_path, precision, steps, tolerance, mesh):
     if precision not in on_one_device:

@@ -31,10 +31,10 @@ def test_the_cifar100_config_trains_on_the_real_images(cifar100_dir, tmp_path):
     overrides = [f"data.data_dir={cifar100_dir}", "data.train_split=train[:320]", "data.eval_split=test[:200]"]
     overrides += ["epochs=1", "teacher.epochs=1", "log.every_steps=1", "mesh.data=1"]
     flags = [f"--config.{override}" for override in overrides]
-    done = run_main("--config", "configs/cifar100.py:resnet8-resnet8", "--workdir", tmp_path, *flags)
+    done = run_main("--config", "configs/cifar100.py:resnet20-resnet8", "--workdir", tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["steps"], summary["teacher"], summary["student"]) == (5, "resnet8", "resnet8")
+    assert (summary["steps"], summary["teacher"], summary["student"]) == (5, "resnet20", "resnet8")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["values"]["ce"] for line in lines if line["split"] == "train"]
     assert all(3 < loss < 8 for loss in losses)  # log(100) = 4.6 at chance
