@@ -15,7 +15,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked
-from ldrld_jax.sweep.__main__ import main, parse
+from ldrld_jax.sweep.__main__ import _fitting, main, parse
 from ldrld_jax.sweep.plan import load, plan
 from ldrld_jax.sweep.schedule import Sweep
 from tests.conftest import ROOT, comparable_lines
@@ -185,6 +185,21 @@ def test_shards_are_disjoint_and_together_all():
     assert shards == [(0, 3), (1, 3), (2, 3)]
     jobs = list(range(8))
     assert sorted(job for index, count in shards for job in jobs[index::count]) == jobs
+
+
+def test_what_a_terminal_shows_fits_it(tmp_path):
+    jobs = jobs_of(tmp_path, "method=ce", grid={"seed": list(range(9))})
+    assert len(_fitting(jobs, 80, 10)) == 9
+    jobs[0].state, jobs[1].state, jobs[2].state = "done", "running", "failed"
+    jobs[1].workdir.mkdir()
+    line = {"step": 3, "epoch": 1.0, "split": "eval", "values": {"top1": 12.345}}
+    (jobs[1].workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert _fitting(jobs, 48, 9) == [
+        "1 of 9 done",
+        "running    seed=1  epoch 1/20  top-1 12.35"[:47],
+        "failed     seed=2",
+    ]
+    assert _fitting(jobs, 20, 3) == ["1 of 9 done", "running    seed=1  "]
 
 
 @pytest.mark.slow

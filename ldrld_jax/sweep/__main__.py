@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -26,7 +27,7 @@ class _Screen:
 
     def __call__(self, jobs: Iterable[Job]) -> None:
         if sys.stdout.isatty():
-            lines = [job.line() for job in jobs]
+            lines = _fitting(list(jobs), *shutil.get_terminal_size())
             print(f"\x1b[{self._height}F\x1b[J" * bool(self._height) + "\n".join(lines), flush=True)
             self._height = len(lines)
             return
@@ -34,6 +35,16 @@ class _Screen:
             if self._states.get(job.name) != job.state:
                 self._states[job.name] = job.state
                 print(job.line(), flush=True)
+
+
+def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
+    """A line per job; where they are too many for the terminal, of those under way, below how many are done."""
+    lines = [job.line() for job in jobs]
+    if len(lines) >= rows:
+        done = sum(job.state == "done" for job in jobs)
+        active = [line for job, line in zip(jobs, lines, strict=True) if job.state not in ("done", "waiting")]
+        lines = [f"{done} of {len(jobs)} done", *active][: rows - 1]
+    return [line[: columns - 1] for line in lines]
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -67,6 +67,7 @@ class Job:
       identity: of its config, as the run will save it.
       teachers: the workdirs of the teachers that it trains or finds trained.
       state: waiting | running | elsewhere (another process has its workdir) | done | failed.
+      reached: its last evaluation, once `line` has read it.
     """
 
     name: str
@@ -75,9 +76,11 @@ class Job:
     identity: dict[str, Any]
     teachers: list[epath.Path]
     state: str = "waiting"
+    reached: str = ""
 
     def look(self) -> None:
         """Sets the state of a job that nobody here runs from what lies on disk."""
+        self.reached = ""
         self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
 
     def _complete(self) -> bool:
@@ -89,9 +92,11 @@ class Job:
 
     def line(self) -> str:
         """How far it is."""
-        found = last_evaluation(self.workdir)
-        reached = f"  epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}" if found else ""
-        return f"{self.state:9}  {self.name}{reached}"
+        if self.state in ("running", "elsewhere") or not self.reached:  # what has ended is read once
+            found = last_evaluation(self.workdir)
+            if found:
+                self.reached = f"epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}"
+        return f"{self.state:9}  {self.name}  {self.reached}".rstrip()
 
 
 def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = ()) -> list[Job]:
