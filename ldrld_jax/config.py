@@ -286,7 +286,7 @@ def _parse(config: ConfigDict, key: str, text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        raise UserError(f"{key} must be a {kind.__name__}, got {text!r}.") from None
+        raise UserError(f"{key} must be of type {kind.__name__}, got {text!r}.") from None
 
 
 def _set(config: ConfigDict, key: str, value: Any, source: str) -> None:
@@ -300,7 +300,7 @@ def _set(config: ConfigDict, key: str, value: Any, source: str) -> None:
             raise TypeError
         block[last] = value
     except TypeError:
-        raise UserError(f"{key} must be a {kind.__name__}, got {value!r} ({source}).") from None
+        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r} ({source}).") from None
 
 
 def method_names(config: ConfigDict) -> list[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
-from ldrld_jax.logit_feed import LogitFeed
+from ldrld_jax.logit_store.feed import LogitFeed
 from ldrld_jax.mesh import to_devices
 from ldrld_jax.metrics import Means
 from ldrld_jax.run import Run

@@ -140,15 +140,15 @@ def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager
     """This process as one of several, if the flags say so."""
     if not args.distributed and args.coordinator is None:
         return contextlib.nullcontext()
-    from ldrld_jax import hosts
+    from ldrld_jax.runtime import hosts
 
     return hosts.joined(args.coordinator, args.processes, args.process)
 
 
 def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
     """By a run's best student, or by an exported one, which takes neither data set nor config."""
-    from ldrld_jax import export, predict
     from ldrld_jax.console import say
+    from ldrld_jax.deploy import export, predict
 
     paths = predict.find(args.images)
     if not export.is_exported(args.workdir):
@@ -162,9 +162,11 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax import bench, export, trainer
+    from ldrld_jax import trainer
+    from ldrld_jax.bench import step
     from ldrld_jax.console import say
     from ldrld_jax.data import speed
+    from ldrld_jax.deploy import export
 
     match args.mode:
         case "train":
@@ -175,7 +177,7 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
         case "export":
             say(str(export.export(config, args.workdir)))
         case "bench":
-            say(bench.report(config, profile=args.profile))
+            say(step.report(config, profile=args.profile))
         case "bench_data":
             say(speed.report(config.data, batch_size=config.batch_size))
 
@@ -188,8 +190,8 @@ def _check_environment() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    if "ldrld_jax.hosts" in sys.modules:
-        sys.modules["ldrld_jax.hosts"].exit_with(code)
+    if "ldrld_jax.runtime.hosts" in sys.modules:
+        sys.modules["ldrld_jax.runtime.hosts"].exit_with(code)
     sys.exit(code)
 
 

@@ -6,7 +6,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from ldrld_jax.checkpoint import load_model
+from ldrld_jax.checkpoint.folder import load_model
 from ldrld_jax.config import identity, saved_config
 from ldrld_jax.errors import UserError
 from ldrld_jax.models import create_model

@@ -10,18 +10,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import logit_store
-from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import read_json
-from ldrld_jax.hosts import in_turn
+from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
 from ldrld_jax.metrics import read_metrics
 from ldrld_jax.networks import create_network, load_network
 from ldrld_jax.objective import Objective, check_classes, make_objective
 from ldrld_jax.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.runtime.hosts import in_turn
 from ldrld_jax.train_step import Network, Variables
 
 _POSITIVE = (

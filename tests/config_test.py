@@ -136,7 +136,7 @@ def test_every_method_has_a_block_with_all_its_fields():
 
 
 def test_a_wrong_override_names_the_key():
-    with pytest.raises(UserError, match=r"optim\.learning_rate must be a float, got 'fast'"):
+    with pytest.raises(UserError, match=r"optim\.learning_rate must be of type float, got 'fast'"):
         config_lib.load("configs/digits.py", ["optim.learning_rate=fast"])
 
 

@@ -14,7 +14,7 @@ from ldrld_jax import trainer
 from ldrld_jax.dispatch import count_steps
 from ldrld_jax.metrics import Mean
 from ldrld_jax.recorder import NonFiniteError, Recorder
-from ldrld_jax.signals import Interrupted, Signals
+from ldrld_jax.runtime.signals import Interrupted, Signals
 from tests.conftest import comparable_lines
 from tests.trainer_test import saved
 

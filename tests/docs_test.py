@@ -26,7 +26,7 @@ from tests.methods_test import methods_restored
 from tests.pages import PAGES, SHELL, blocks, commands
 
 PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
-PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/export_test.py runs it
+PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/deploy/export_test.py runs it
 COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
 # Programs of others: they are named right, and no more can be known without running them.
 OTHERS = {".", ".ci/run", "cd", "curl", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}

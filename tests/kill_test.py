@@ -16,7 +16,7 @@ import time
 import chex
 import pytest
 
-from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.metrics import read_metrics
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.trainer_test import saved

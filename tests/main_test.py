@@ -12,14 +12,15 @@ from PIL import Image
 from safetensors.numpy import save_file as save
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import export, load_torch_checkpoint, trainer
+from ldrld_jax import load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
-from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.deploy import export
 from ldrld_jax.errors import UserError
 from ldrld_jax.models import MODELS
 from ldrld_jax.networks import load_network
 from ldrld_jax.purify import purify
-from tests.checkpoint_test import contents, largest
+from tests.checkpoint.saved import contents, largest
 from tests.conftest import run_main, tiny_overrides
 from tests.tiny_net import TinyNet
 from tests.trainer_test import saved as all_arrays
@@ -42,9 +43,9 @@ WRONG = [
     (["--config.seedd=1"], "there is no config key 'seedd'. Did you mean 'seed'?"),
     (["--config.loss.ldrld.deph=3"], "Did you mean 'loss.ldrld.depth'?"),
     (["--config.optim=3"], "optim is a block: set one of optim.clip_norm, optim.decay_epochs"),
-    (["--config.seed=1.5"], "seed must be a int, got 1.5"),
-    (["--config.seed=one"], "seed must be a int, got 'one'"),
-    (["--config.data.flip=3"], "data.flip must be a bool, got 3"),
+    (["--config.seed=1.5"], "seed must be of type int, got 1.5"),
+    (["--config.seed=one"], "seed must be of type int, got 'one'"),
+    (["--config.data.flip=3"], "data.flip must be of type bool, got 3"),
     (["--config.seed"], "--config.seed needs a value"),
     (["--confg=x.py"], "there is no flag '--confg=x.py'"),
     (["train"], "there is no flag 'train'"),

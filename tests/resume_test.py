@@ -9,9 +9,9 @@ import chex
 import pytest
 
 from ldrld_jax import config, files, loop, main, metrics, trainer
-from ldrld_jax.checkpoint import Checkpoints
-from ldrld_jax.signals import Interrupted, Signals
-from tests.checkpoint_test import contents, flip, largest
+from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.runtime.signals import Interrupted, Signals
+from tests.checkpoint.saved import contents, flip, largest
 from tests.conftest import comparable_lines
 from tests.trainer_test import saved
 

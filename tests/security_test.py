@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.decode import BrokenImageError, open_image
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
-from tests.checkpoint_test import save, trees
+from tests.checkpoint.saved import save, trees
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax import loop, trainer
-from ldrld_jax.checkpoint import Checkpoints
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.recorder import NonFiniteError
 from tests.conftest import comparable_lines

@@ -10,8 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.checkpoint import Checkpoints
-from ldrld_jax.compile_cache import keep_compiled
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import UserError
 from ldrld_jax.loop import Teacher
@@ -21,6 +20,7 @@ from ldrld_jax.report import analysis, cache
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison
 from ldrld_jax.run import Run
+from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.train_step import Network, Variables
 
 _HEADS = ("fc", "linear", "classifier", "head")  # what the models call their last layer

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import logit_store
 from ldrld_jax.errors import UserError
-from ldrld_jax.logit_feed import missing_epochs, open_store
-from ldrld_jax.logit_store import LogitStore
+from ldrld_jax.logit_store import store as logit_store
+from ldrld_jax.logit_store.feed import missing_epochs, open_store
+from ldrld_jax.logit_store.store import LogitStore
 from ldrld_jax.networks import create_network
 from ldrld_jax.run import Run
 

@@ -8,9 +8,9 @@ from etils import epath
 
 from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.data.views import View
+from ldrld_jax.deploy.export import Student
+from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError
-from ldrld_jax.export import Student
-from ldrld_jax.preprocessing import view_of
 
 _BATCH = 64
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ldrld_jax.notes import DamagedError, Note
+from ldrld_jax.checkpoint.note import DamagedError, Note
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends that is still being written
 # What tensorstore and XLA say when the machine failed, not the checkpoint.

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ldrld_jax.signals import Interrupted, catch_signals
+from ldrld_jax.runtime.signals import Interrupted, catch_signals
 from tests.conftest import ROOT
 
 

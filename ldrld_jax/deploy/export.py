@@ -15,14 +15,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import preprocessing
 from ldrld_jax.data.pipeline import make_eval_source
+from ldrld_jax.deploy import preprocessing
+from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import named, read_json, replace_text
-from ldrld_jax.hosts import first
-from ldrld_jax.model_card import model_card
 from ldrld_jax.networks import load_network
 from ldrld_jax.precision import precision_scope
+from ldrld_jax.runtime.hosts import first
 from ldrld_jax.torch_import import save_torch_checkpoint
 from ldrld_jax.train_step import Network, Variables
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldrld_jax.console import say
 from ldrld_jax.errors import UserError
-from ldrld_jax.logit_store import LogitStore, make_key
+from ldrld_jax.logit_store.store import LogitStore, make_key
 from ldrld_jax.mesh import batch_sharding, to_devices
 from ldrld_jax.run import Run
 from ldrld_jax.train_step import Ensemble, Network

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from ldrld_jax.compile_cache import keep_compiled
+from ldrld_jax.runtime.compile_cache import keep_compiled
 
 
 @pytest.fixture

@@ -15,31 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldrld_jax.checkpoint import Checkpoints, load_model
-from ldrld_jax.checksum import describe
+from ldrld_jax.checkpoint.checksum import describe
+from ldrld_jax.checkpoint.folder import Checkpoints, load_model
 from ldrld_jax.errors import UserError
-
-
-def trees(step: int):
-    value = float(step)
-    model = {"params": {"w": jnp.full((3, 2), value)}, "batch_stats": {"mean": jnp.full(2, -value)}}
-    return {"model": model, "training": {"step": jnp.int32(step), "opt_state": ({"trace": jnp.zeros(3)}, ())}}
-
-
-def save(path, *checkpoints, **policy):
-    saver = Checkpoints(path, run={"seed": 0, "epochs": 1}, **policy)
-    for step, top1 in checkpoints:
-        saver.save(step, trees(step), {"note": step / 3}, top1)
-    saver.close()
-    return names(path)
-
-
-def names(path):
-    return sorted(p.name for p in path.iterdir())
-
-
-def contents(path):
-    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file()}
+from tests.checkpoint.saved import contents, flip, largest, names, save, trees
 
 
 @pytest.mark.parametrize(
@@ -133,16 +112,6 @@ def test_the_checkpoint_of_another_run_is_no_model_of_this_one(tmp_path):
     assert load_model(tmp_path, trees(0)["model"], run={"seed": 0, "epochs": 2})
     with pytest.raises(UserError, match="1 belongs to another run than the config beside it"):
         load_model(tmp_path, trees(0)["model"], run={"seed": 1, "epochs": 1})
-
-
-def flip(path: pathlib.Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
-    path.write_bytes(bytes(data))
-
-
-def largest(checkpoint: pathlib.Path) -> pathlib.Path:
-    return max((checkpoint / "model").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 def tampered(checkpoint: pathlib.Path, change) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from ldrld_jax.watchdog import Watchdog
+from ldrld_jax.runtime.watchdog import Watchdog
 
 
 def wait_for(path, text, times=1):

@@ -16,14 +16,15 @@ import yaml
 from PIL import Image
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import export, load_torch_checkpoint, trainer
+from ldrld_jax import load_torch_checkpoint, trainer
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import _eval_view, make_eval_source
-from ldrld_jax.model_card import model_card
+from ldrld_jax.deploy import export
+from ldrld_jax.deploy.model_card import model_card
+from ldrld_jax.deploy.preprocessing import describe, view_of
 from ldrld_jax.models import MODELS
 from ldrld_jax.networks import load_network
 from ldrld_jax.precision import precision_scope
-from ldrld_jax.preprocessing import describe, view_of
 from ldrld_jax.train_step import Network
 from tests.conftest import tiny_overrides
 from tests.pages import PAGES, blocks

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from ldrld_jax import orbax_io
-from ldrld_jax.checksum import Described, describe
+from ldrld_jax.checkpoint import orbax_io
+from ldrld_jax.checkpoint.checksum import Described, describe
+from ldrld_jax.checkpoint.note import DamagedError, Note, read_note, rewrite_note, signed
 from ldrld_jax.errors import UserError
-from ldrld_jax.notes import DamagedError, Note, read_note, rewrite_note, signed
 
 Json = dict[str, Any]
 logger = logging.getLogger("ldrld_jax")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import logit_feed, trainer
+from ldrld_jax import trainer
 from ldrld_jax.errors import UserError
-from ldrld_jax.logit_feed import missing_epochs, open_store
-from ldrld_jax.logit_store import LogitStore
+from ldrld_jax.logit_store import feed as logit_feed
+from ldrld_jax.logit_store.feed import missing_epochs, open_store
+from ldrld_jax.logit_store.store import LogitStore
 from ldrld_jax.run import Run
 from tests.conftest import comparable_lines
 from tests.trainer_test import saved, values

@@ -14,17 +14,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.bench_result import PARTS, Bench
+from ldrld_jax.bench.devices import peak_flops
+from ldrld_jax.bench.result import PARTS, Bench
 from ldrld_jax.data.speed import warm_up
-from ldrld_jax.devices import peak_flops
 from ldrld_jax.dispatch import Dispatcher, Step
 from ldrld_jax.loop import Teacher, initial_state, make_step, method_params, placement
 from ldrld_jax.mesh import replicated, to_devices
 from ldrld_jax.metrics import by_step
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.precision import precision_scope
-from ldrld_jax.profiling import Profile
 from ldrld_jax.run import Run
+from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train_step import Network, TrainState
 
 _TURNS = 5

@@ -6,9 +6,9 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldrld_jax import bench
 from ldrld_jax import config as config_lib
-from ldrld_jax.bench_result import PARTS, Bench
+from ldrld_jax.bench import step as bench
+from ldrld_jax.bench.result import PARTS, Bench
 from ldrld_jax.mesh import batch_sharding, make_mesh
 from ldrld_jax.run import Run
 

@@ -1,0 +1,1 @@
+"""A trained student out in the world: `--mode export` and `--mode predict`."""
