@@ -49,7 +49,7 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_caught():
 # Inside one long call of C, as a compilation is: no handler of Python's can run.
 STUCK = """
 import hashlib, os, signal, sys, threading
-sys.path.insert(0, "ldrld_jax")  # the file alone: importing the package takes seconds
+sys.path.insert(0, "ldrld_jax/runtime")  # the file alone: importing the package takes seconds
 from signals import catch_signals
 with catch_signals(leave_within=float(sys.argv[1])) as signals:
     signals.in_time = sys.argv[2] == "saving"
