@@ -49,7 +49,8 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
     with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ocp.load_checkpointables(path, abstract)
+            # One after another: of several at once, those behind a damaged one are never awaited, and Python says so.
+            return {name: ocp.load_checkpointables(path, {name: tree})[name] for name, tree in abstract.items()}
         except Exception as error:  # dozens of kinds
             if any(word in str(error) for word in _NOT_DAMAGE):
                 raise

@@ -8,12 +8,10 @@ import numpy as np
 from flax import nnx
 
 from ldrld_jax.models.convolution import conv_general_dilated
+from ldrld_jax.models.initializers import kaiming_normal_fan_out, torch_default, torch_uniform
 from ldrld_jax.models.normalisation import EPSILON, Moments, normalise
 
 Dtype = jax.typing.DTypeLike
-
-# N(0, 2 / (k^2 C_out)), PyTorch's kaiming_normal_(mode="fan_out").
-kaiming_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Mode(NamedTuple):
@@ -26,21 +24,6 @@ class Mode(NamedTuple):
 def at_least_float32(*dtypes: Dtype) -> Dtype:
     """Of sums that bfloat16 cannot hold: float64 if any of the dtypes is, otherwise float32."""
     return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
-
-
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for weights; `torch_uniform` is the same for biases.
-torch_default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def torch_uniform(fan_in: int) -> nnx.Initializer:
-    """PyTorch's default initialisation of a bias, which only the weight's fan-in bounds."""
-
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        del out_sharding
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def conv(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
@@ -13,7 +14,6 @@ from ldrld_jax.models.layers import (
     conv,
     global_average_pool,
     linear,
-    torch_default,
 )
 
 _conv = functools.partial(conv, kernel_init=torch_default)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ldrld_jax.models.initializers import normal
 from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
 
 
@@ -71,7 +72,7 @@ class MobileNetV2(nnx.Module):
                 linear(
                     1280,
                     num_classes,
-                    kernel_init=nnx.initializers.normal(0.01),
+                    kernel_init=normal(0.01),
                     bias_init=nnx.initializers.zeros,
                     **common,
                 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
@@ -16,7 +17,6 @@ from ldrld_jax.models.layers import (
     global_average_pool,
     linear,
     shuffle_channels,
-    torch_default,
 )
 
 _conv = functools.partial(conv, kernel_init=torch_default)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ldrld_jax.models.initializers import normal
 from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear, max_pool
 
 
@@ -36,7 +37,7 @@ class VGG(nnx.Module):
         self.classifier = linear(
             512,
             num_classes,
-            kernel_init=nnx.initializers.normal(0.01),
+            kernel_init=normal(0.01),
             bias_init=nnx.initializers.zeros,
             **common,
         )

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.models.layers import Dtype, at_least_float32, linear, torch_default, torch_uniform
+from ldrld_jax.models.initializers import normal, torch_default, torch_uniform
+from ldrld_jax.models.layers import Dtype, at_least_float32, linear
 
 # timm truncates N(0, .02^2) at +-2, a hundred standard deviations away.
-_normal = nnx.initializers.normal(0.02)
+_normal = normal(0.02)
 _linear = functools.partial(linear, kernel_init=_normal, bias_init=nnx.initializers.zeros)
 
 
@@ -95,7 +96,7 @@ class VisionTransformer(nnx.Module):
         common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         tokens = 1 + self.grid**2
         self.dtype = dtype
-        self.cls_token = nnx.Param(nnx.initializers.normal(1e-6)(rngs.params(), (1, 1, width), param_dtype))
+        self.cls_token = nnx.Param(normal(1e-6)(rngs.params(), (1, 1, width), param_dtype))
         self.pos_embed = nnx.Param(_normal(rngs.params(), (1, tokens, width), param_dtype))
         # A dict for the published key, patch_embed.proj; a convolution whose stride is its kernel, unpadded.
         self.patch_embed = nnx.Dict(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
@@ -16,7 +17,6 @@ from ldrld_jax.models.layers import (
     global_average_pool,
     max_pool,
     shuffle_channels,
-    torch_default,
 )
 from ldrld_jax.models.normalisation import normalise
 
