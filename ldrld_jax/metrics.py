@@ -51,13 +51,8 @@ def add(left: Means, right: Means) -> Means:
       >>> add({"loss": Mean(1.0, 1)}, {"loss": Mean(3.0, 1)})["loss"].value
       2.0
     """
-    return {name: left[name] + right[name] if name in left and name in right else (left | right)[name]
-            for name in left | right}  # fmt: skip
-
-
-def on_host(means: Means) -> Means:
-    """The same as Python floats; waits for the device."""
-    return {name: Mean(float(mean.total), float(mean.count)) for name, mean in jax.device_get(means).items()}
+    both = left | right
+    return both | {name: left[name] + right[name] for name in left.keys() & right.keys()}
 
 
 def by_step(means: Means) -> list[Means]:
