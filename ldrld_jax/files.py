@@ -1,6 +1,7 @@
 """Small files on disk: written whole or not at all, read with an error that names them, and a lock."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -37,6 +38,21 @@ def named(path: epath.Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@contextlib.contextmanager
+def full_disk_named(path: epath.PathLike, message: str) -> Iterator[None]:
+    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise OSError(errno.ENOSPC, message, str(path)) from None
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 def read_json(path: epath.Path, what: str, *, keys: set[str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ ALLOWED = {
     "precision": {"errors"},
     "networks": {"errors", "checkpoint", "config", "models", "precision", "purify", "torch_import", "train_step"},
     "evaluator": {"data", "mesh", "metrics", "train_step"},
-    "logit_store.store": {"errors"},
+    "logit_store.store": {"errors", "files", "identity"},
     "run": {
         *("checkpoint", "config", "data", "errors", "files", "logit_store.store", "mesh", "metrics", "networks"),
         *("objective", "optim", "runtime", "train_step"),

@@ -1,7 +1,6 @@
 """Reads and writes a checkpoint's arrays: the only file that touches orbax, and hears what its threads have to say."""
 
 import contextlib
-import errno
 import gc
 import logging
 import sys
@@ -15,7 +14,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax.checkpoint.note import DamagedError, Note
+from ldrld_jax.files import full_disk_named, is_full_disk
 
+_FULL = "no space left; the last whole checkpoint is intact"
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends that is still being written
 # What tensorstore and XLA say when the machine failed, not the checkpoint.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -29,13 +30,13 @@ class Writing:
 
     def wait(self) -> None:
         """Until it is whole; raises the OSError of a full disk."""
-        with _disk_errors(self._path.parent):
+        with full_disk_named(self._path.parent, _FULL):
             self._response.result()
 
 
 def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
     """Copies the trees and writes them, with a note; a checkpoint appears under its path when it is whole."""
-    with _disk_errors(path.parent):
+    with full_disk_named(path.parent, _FULL):
         return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
 
 
@@ -84,25 +85,9 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-@contextlib.contextmanager
-def _disk_errors(directory: epath.Path) -> Iterator[None]:
-    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        message = "no space left; the last whole checkpoint is intact"
-        raise OSError(errno.ENOSPC, message, str(directory)) from None
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
-
-
 def _reported_elsewhere(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full disk that orbax logs from its threads: `_disk_errors` says it in one line."""
-    return not (record.exc_info and _is_full_disk(record.exc_info[1]))
+    """False for tracebacks of a full disk that orbax logs from its threads: `full_disk_named` says it in one line."""
+    return not (record.exc_info and is_full_disk(record.exc_info[1]))
 
 
 def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

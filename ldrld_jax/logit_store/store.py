@@ -4,14 +4,12 @@
 is augmented; `DIR/00007/whole` appears once all of it is there. Any zarr reader opens the arrays.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,10 +18,13 @@ import tensorstore as ts
 from ml_collections import ConfigDict
 
 from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.files import full_disk_named
+from ldrld_jax.identity import flat
 
 DTYPES = ("float16", "bfloat16", "float32")
 Key = dict[str, Any]
 
+_FULL = "no space left for the logit store; its whole epochs are intact"
 _CHUNK_BYTES = 2**24  # of a file: large enough for any disk, small enough to be read by several threads
 
 # Of the data block: what changes neither which image has which index, nor what the teacher sees of it. The
@@ -169,7 +170,7 @@ class LogitStore:
             return None
         try:
             note = json.loads(content.value)
-            theirs, ours = _flat(note["key"]), _flat(self.key)
+            theirs, ours = flat(note["key"]), flat(self.key)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
         differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))
@@ -181,7 +182,7 @@ class LogitStore:
     def create(self, *, teacher_top1: float, eval_split: str) -> None:
         """Writes the key, unless somebody has; raises a UserError if it is another."""
         note = {"teacher_top1": teacher_top1, "eval_split": eval_split, "key": self.key}
-        with self._disk_errors():
+        with full_disk_named(self.directory, _FULL):
             missing = self._files.read("key.json").result()
             if missing.state == "missing":
                 text = json.dumps(note, indent=2) + "\n"
@@ -223,7 +224,7 @@ class LogitStore:
         Raises:
           OSError: if the disk is full; the epochs before it are whole.
         """
-        with self._disk_errors():
+        with full_disk_named(self.directory, _FULL):
             ts.open(self._array(epoch), open=True, create=True).result().write(logits).result()
             self._files.write(f"{epoch:05}/whole", b"").result()
 
@@ -256,17 +257,6 @@ class LogitStore:
         place = f"{self.directory.rstrip('/')}/{epoch:05}"
         return UserError(f"{place} is damaged: {how}. Delete this folder: the next run writes it again.")
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
-        try:
-            yield
-        except Exception as error:
-            if "No space left on device" not in str(error):
-                raise
-            what = "no space left for the logit store; its whole epochs are intact"
-            raise OSError(errno.ENOSPC, what, self.directory) from error
-
 
 def human_bytes(size: float) -> str:
     """A size as people write it.
@@ -277,10 +267,3 @@ def human_bytes(size: float) -> str:
     """
     power = min(len(str(int(size))) - 1, 14) // 3
     return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    for name, value in tree.items():
-        parts |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return parts
