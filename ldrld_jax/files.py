@@ -5,12 +5,15 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
 from ldrld_jax.errors import UserError
+
+_LOOK_SECONDS = 0.2  # longer than it takes `is_locked` to look
 
 
 def replace_text(path: epath.Path, text: str) -> None:
@@ -93,23 +96,28 @@ def locked(folder: epath.Path) -> Iterator[None]:
         yield
         return
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is running in {folder}. Wait for it to end, or choose another workdir."
-            ) from None
-        except OSError:  # no locks here, as on some network file systems
-            pass
+        if not _lock(file):
+            time.sleep(_LOOK_SECONDS)  # perhaps somebody looked whether it is locked
+            if not _lock(file):
+                raise UserError(
+                    f"another process is running in {folder}. Wait for it to end, or choose another workdir."
+                )
         yield
 
 
 def is_locked(folder: epath.Path) -> bool:
     """Whether another process, or this one, holds the lock on a folder; False where there is no folder."""
-    if not folder.is_dir():
+    if not folder.is_dir() or not is_local(folder):
         return False
+    with (folder / ".lock").open("a") as file:
+        return not _lock(file)
+
+
+def _lock(file: IO[str]) -> bool:
     try:
-        with locked(folder):
-            return False
-    except UserError:
-        return True
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here, as on some network file systems
+        pass
+    return True
