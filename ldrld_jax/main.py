@@ -163,7 +163,7 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax import trainer
-    from ldrld_jax.bench import step
+    from ldrld_jax.bench import step as bench
     from ldrld_jax.console import say
     from ldrld_jax.data import speed
     from ldrld_jax.deploy import export
@@ -177,7 +177,7 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
         case "export":
             say(str(export.export(config, args.workdir)))
         case "bench":
-            say(step.report(config, profile=args.profile))
+            say(bench.report(config, profile=args.profile))
         case "bench_data":
             say(speed.report(config.data, batch_size=config.batch_size))
 
