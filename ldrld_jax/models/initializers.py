@@ -1,7 +1,8 @@
 """PyTorch's initialisations, drawn by few programs.
 
-The numbers are those of `nnx.initializers`, bit for bit. But a draw is a program of its own for each shape, and its
-compilation is most of what a network's initialisation takes: here all shapes up to a power of 4 share one.
+The numbers are those of `nnx.initializers`: bit for bit by jax 0.10, by jax 0.12 but for the last bit, which XLA rounds
+by the shape. But there a draw is a program of its own for each shape, and its compilation is most of what a network's
+initialisation takes: here all shapes up to a power of 4 share one.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Initialisations: the numbers that Flax's give, by few programs."""
+"""Initialisations: the numbers that Flax's give, up to XLA's rounding by shape, by few programs."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,12 @@ PAIRS = {
 }
 
 
+def assert_equal_up_to_the_last_bits(drawn, expected):
+    """Two of them: jax 0.10 gives the very bits, 0.12 rounds by the shape."""
+    wide, eps = np.float64, jnp.finfo(drawn.dtype).eps
+    np.testing.assert_allclose(np.asarray(drawn, wide), np.asarray(expected, wide), rtol=2 * float(eps), atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in PAIRS), ("normal", "float64"), ("torch_default", "bfloat16")]
 )
@@ -25,12 +31,12 @@ def test_the_numbers_are_those_of_flax(x64, name, dtype):
     init, other = PAIRS[name]
     drawn, expected = (draw(jax.random.key(3), SHAPE, jnp.dtype(dtype)) for draw in (init, other))
     assert (drawn.shape, drawn.dtype) == (SHAPE, dtype)
-    np.testing.assert_array_equal(drawn, expected)
+    assert_equal_up_to_the_last_bits(drawn, expected)
 
 
 def test_they_are_the_same_in_a_program():
     init, key = ours.kaiming_normal_fan_out, jax.random.key(3)
-    np.testing.assert_array_equal(jax.jit(lambda key: init(key, SHAPE))(key), init(key, SHAPE))
+    assert_equal_up_to_the_last_bits(jax.jit(lambda key: init(key, SHAPE))(key), init(key, SHAPE))
 
 
 def test_as_many_are_drawn_as_the_next_power_of_four():
