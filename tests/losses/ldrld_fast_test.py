@@ -20,7 +20,6 @@ import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
 from ldrld_jax.losses import ldrld_reference
 from ldrld_jax.losses.divergence import bernoulli_kl
-from ldrld_jax.losses.top import not_in_top, take, top_classes
 
 EXAMPLES = int(os.environ.get("LDRLD_JAX_EXAMPLES", "0"))
 BATCH, BATCH_AND_CLASSES = P("data"), P("data", "model")
@@ -120,18 +119,6 @@ def test_terms_and_gradient_are_the_plain_versions(shape, temperature, rank_by, 
 @pytest.mark.parametrize("rank_by", ["student", "teacher"])
 def test_terms_and_gradient_are_the_plain_versions_at_a_thousand_classes(rank_by, rng):
     assert_close_to_plain(*logits(rng, 8, 1000), LDRLDConfig(rank_by=rank_by, depth=4))
-
-
-def test_the_largest_classes_are_found_in_order(rng):
-    for classes, depth in [(7, 7), (1003, 4)]:
-        for row in (rng.normal(size=classes), np.round(rng.normal(size=classes)), np.zeros(classes)):
-            top = top_classes(jnp.asarray(row, jnp.float32), depth)
-            expected = np.argsort(-np.asarray(row, np.float32), kind="stable")
-            np.testing.assert_array_equal(top.classes, expected[:depth])
-            np.testing.assert_array_equal(top.values, np.asarray(row, np.float32)[expected[:depth]])
-            np.testing.assert_array_equal(take(jnp.asarray(row, jnp.float32), top), top.values)
-            rest = not_in_top(jnp.asarray(row, jnp.float32), top)
-            np.testing.assert_array_equal(np.flatnonzero(rest), np.sort(expected[depth:]))
 
 
 def test_the_bernoulli_kl_keeps_its_digits_where_both_sides_are_sure():

@@ -1,0 +1,81 @@
+"""The selection of the largest classes: the CPU's form and the accelerators', both run on a CPU."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldrld_jax import LDRLDConfig
+from ldrld_jax.losses import ldrld, ldrld_parts
+from ldrld_jax.losses import top as top_lib
+from ldrld_jax.losses.top import not_in_top, take, top_classes
+from tests.losses.ldrld_test import CASES, golden, logits, relative
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def form(request, monkeypatch):
+    """Runs a test with each of the two forms in place of the platform's choice."""
+
+    def choose(*arrays, cpu, default):
+        return (cpu if request.param == "cpu" else default)(*arrays)
+
+    monkeypatch.setattr(top_lib, "platform_dependent", choose)
+    ldrld._terms_of_rows.clear_cache()
+    yield
+    ldrld._terms_of_rows.clear_cache()
+
+
+@pytest.mark.parametrize(("classes", "depth"), [(1, 1), (2, 2), (7, 7), (37, 4), (1003, 3), (1003, 8)])
+def test_the_largest_classes_are_found_in_order(form, classes, depth, rng):
+    ruled_out = np.where(rng.random(classes) < 0.5, -np.inf, rng.normal(size=classes))
+    for row in (rng.normal(size=classes), np.round(rng.normal(size=classes)), np.zeros(classes), ruled_out):
+        row = np.asarray(row, np.float32)
+        top = top_classes(jnp.asarray(row), depth)
+        expected = np.argsort(-row, kind="stable")
+        np.testing.assert_array_equal(top.classes, expected[:depth])
+        np.testing.assert_array_equal(top.values, np.maximum(row, -1e30)[expected[:depth]])
+        np.testing.assert_array_equal(take(jnp.asarray(row), top), row[expected[:depth]])
+        np.testing.assert_array_equal(np.flatnonzero(not_in_top(jnp.asarray(row), top)), np.sort(expected[depth:]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_nan_makes_every_value_nan(form, depth):
+    for place in range(6):
+        row = jnp.arange(6.0).at[place].set(jnp.nan)
+        assert np.isnan(top_classes(row, depth).values).all()
+
+
+def test_the_derivative_of_take_is_that_of_a_gather(form, rng):
+    row, tangent = jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
+    top = top_classes(row, 3)
+    classes = top.classes.astype(int)
+    value, slope = jax.jvp(lambda z: take(z, top), (row,), (tangent,))
+    chex.assert_trees_all_equal((value, slope), (row[classes], tangent[classes]))
+    weights = jnp.asarray([1.0, 2.0, 3.0])
+    gradient = jax.grad(lambda z: jnp.vdot(weights, take(z, top) ** 2))(row)
+    chex.assert_trees_all_close(gradient, jnp.zeros(9).at[classes].set(2 * weights * row[classes]), rtol=1e-6)
+    hessian = jax.hessian(lambda z: jnp.vdot(weights, take(z, top) ** 2))(row)
+    chex.assert_trees_all_close(hessian, jnp.diag(jnp.zeros(9).at[classes].set(2 * weights)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_either_form_gives_the_official_loss_and_gradient(form, case, x64):
+    teacher, student, cfg, get = golden(case, jnp.float64)
+
+    def loss(student):
+        return sum(ldrld_parts(teacher, student, cfg).values())
+
+    value, gradient = jax.value_and_grad(loss)(student)
+    assert relative(value, get("loss")) < 1e-12
+    assert relative(gradient, get("grad")) < 1e-12
+
+
+def test_one_program_is_exported_for_all_platforms(rng):
+    teacher, student = logits(rng, 4, 300, dtype=np.float32)
+    step = jax.jit(jax.value_and_grad(ldrld.ldrld_loss, argnums=1))
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(teacher, student, LDRLDConfig())
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    chex.assert_trees_all_close(
+        exported.call(teacher, student, LDRLDConfig()), step(teacher, student, LDRLDConfig()), rtol=1e-6
+    )
