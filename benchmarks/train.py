@@ -8,7 +8,7 @@ Synthetic images, 8-bit, cropped and mirrored at 32 pixels. The contestants take
 load of others disturbs all alike. Ours and "torch strong" keep the images on the device; "torch plain" makes its
 batches on the host, in one DataLoader without workers; "xla" is ours with the convolutions as XLA has them on a CPU
 (elsewhere the two are one program). MFU is FLOPs by XLA's count over the time and the device's peak
-(`ldrld_jax/bench/devices.py`), left out where that is not known. --seconds bounds the turns, not the compilation.
+(`ldrld_jax/runtime/devices.py`), left out where that is not known. --seconds bounds the turns, not the compilation.
 "CPU ms" is the processors' time, which other programs on the machine disturb least.
 On a machine with a GPU both frameworks take it.
 """
@@ -31,7 +31,6 @@ import torch_step
 from torch_step import Recipe
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.bench.devices import peak_flops
 from ldrld_jax.bench.step import count_flops
 from ldrld_jax.data.augment import Draws
 from ldrld_jax.data.resident import make_batch
@@ -39,6 +38,7 @@ from ldrld_jax.models import convolution
 from ldrld_jax.networks import create_network
 from ldrld_jax.objective import make_objective
 from ldrld_jax.optim import make_optimizer, make_schedule
+from ldrld_jax.runtime.devices import peak_flops
 from ldrld_jax.train_step import TrainState, make_train_step, trainable
 
 CONTESTANTS = ("ours", "xla", "torch plain", "torch strong")

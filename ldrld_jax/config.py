@@ -86,6 +86,11 @@ def default() -> ConfigDict:
     config.logits.dir = config_dict.placeholder(str)  # where it lies, for any number of runs; unset: no store
     config.logits.dtype = "float16"  # in which they are stored and taught: float16 | bfloat16 | float32
     config.logits.views = config_dict.placeholder(int)  # k: epoch e is augmented as epoch e % k; unset: each anew
+    config.compile = ConfigDict()  # of --mode compile: what it takes of data that are not here and not described
+    config.compile.train_images = config_dict.placeholder(int)  # of the training split
+    config.compile.eval_images = config_dict.placeholder(int)  # of the evaluation split
+    config.compile.classes = config_dict.placeholder(int)
+    config.compile.image_shape = config_dict.placeholder(tuple)  # height, width, channels, as stored
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left
     config.mesh.model = 1  # devices over which each layer's outputs are split
@@ -193,7 +198,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = default()
     for key, value in _leaves(changes):
         _set(config, key, value, source=file)
-    return _overridden(config, overrides)
+    return overridden(config, overrides)
 
 
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -210,7 +215,7 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if key == "compile_cache":  # of this machine, whoever made the run: what lies there is executed
             continue
         _set(config, key, value, source=f"{workdir}/config.json")
-    return _overridden(config, overrides)
+    return overridden(config, overrides)
 
 
 def saved_config(workdir: epath.Path) -> dict[str, Any] | None:
@@ -225,7 +230,12 @@ def saved_config(workdir: epath.Path) -> dict[str, Any] | None:
     return read_json(path, "A run's config", keys={"seed", "student", "data"})
 
 
-def _overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """Sets the `key=value` overrides in a config, and returns it.
+
+    Raises:
+      UserError: if a key or value is not allowed.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:

@@ -20,13 +20,17 @@ class Evaluator:
 
     A source that is kept in memory goes to the devices as a whole, at the first evaluation, and is then
     evaluated by one program; others stream through one batch at a time. The numbers are the same.
+
+    Attributes:
+      step: the program of one batch, `step(variables, batch)`.
+      split: the program of a whole split, `split(variables, batches)`, `[batches, rows, ...]` each.
     """
 
     def __init__(self, network: Network | Ensemble, source: Readable, config: ConfigDict, mesh: Mesh):
         self._source, self._config, self._mesh = source, config, mesh
         step = make_eval_step(network)
-        self._step = jax.jit(step, out_shardings=replicated(mesh))
-        self._split = jax.jit(
+        self.step = jax.jit(step, out_shardings=replicated(mesh))
+        self.split = jax.jit(
             lambda variables, batches: jax.lax.map(lambda batch: step(variables, batch), batches),
             out_shardings=replicated(mesh),
         )
@@ -47,11 +51,11 @@ class Evaluator:
         if isinstance(self._source, InMemory):
             if self._stored is None:
                 self._stored = self._to_devices()
-            yield self._split(variables, self._stored)
+            yield self.split(variables, self._stored)
             return
         pending = None
         for batch in to_devices(self._batches(), self._mesh):
-            means = self._step(variables, batch)
+            means = self.step(variables, batch)
             if pending is not None:
                 yield pending
             pending = means

@@ -16,7 +16,7 @@ NOT_IDENTITY = (
     "teacher.data.threads",
     "teacher.data.cache_mb",
     "steps_per_dispatch",
-    "compile_cache",
+    "compile",  # the cache's place, and what --mode compile assumes
     "mesh.",
     "log.",
     "checkpoint.",

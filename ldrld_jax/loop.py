@@ -219,13 +219,21 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         remat=config.remat,
         accumulate=config.accumulate,
         skip_non_finite=config.non_finite == "skip",
+        # XLA for CPU computes convolutions inside a loop several times slower than outside of one.
+        unroll=run.mesh.devices.flat[0].platform == "cpu",
     )
 
 
 def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, on all devices."""
+    """Returns the state before the first step, on all devices."""
+    state = first_state(run, variables, optimizer)
+    return jax.device_put(state, placement(run, state))
+
+
+def first_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step, wherever its arrays happen to lie."""
     learnt = method_params(run.objective)
-    state = TrainState(
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=variables,
         method_params=learnt,
@@ -233,7 +241,6 @@ def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTrans
         # A copy: the state's buffers are donated, none of them twice.
         ema=None if run.config.ema_decay is None else jax.tree.map(jnp.copy, variables),
     )
-    return jax.device_put(state, placement(run, state))
 
 
 def placement(run: Run, state: TrainState) -> TrainState:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "eval", "predict", "export", "bench", "bench_data")
+MODES = ("train", "eval", "predict", "export", "compile", "bench", "bench_data")
 _FLAGS = (
     *("--config", "--workdir", "--mode", "--profile", "--distributed", "--coordinator", "--processes", "--process"),
-    "--help",
+    *("--target", "--json", "--help"),
 )
 LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
 
@@ -45,6 +45,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
     hosts.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     parser.add_argument("--mode", default="train", choices=MODES, help="%(default)s; predict takes IMAGE... at the end")
+    ahead = parser.add_argument_group("compile: for devices that are not here")
+    ahead.add_argument("--target", metavar="NAME", help="v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ...")
+    ahead.add_argument("--json", metavar="FILE", help="where to write the table for machines")
     parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
     try:
         args, rest = parser.parse_known_args(list(argv))
@@ -54,6 +57,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             f"--profile traces the steps of --mode train and bench, and --mode is {args.mode}. Leave it out."
         )
+    if (args.mode == "compile") != (args.target is not None):
+        raise UserError("--mode compile and --target NAME go together: --mode compile --target h100.")
+    if args.json is not None and args.mode != "compile":
+        raise UserError(f"--json is of --mode compile, and --mode is {args.mode}. Remove it.")
     given = [value is not None for value in (args.coordinator, args.processes, args.process)]
     if any(given) and (args.distributed or not all(given)):
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
@@ -131,7 +138,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict":
     from ldrld_jax import config as config_lib
 
-    if args.mode in ("train", "bench", "bench_data") or args.config:
+    if args.mode in ("train", "compile", "bench", "bench_data") or args.config:
         return config_lib.load(args.config or DEFAULT_CONFIG, overrides)
     return config_lib.load_run(args.workdir, overrides)
 
@@ -163,6 +170,7 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax import trainer
+    from ldrld_jax.aot import report as ahead
     from ldrld_jax.bench import step as bench
     from ldrld_jax.console import say
     from ldrld_jax.data import speed
@@ -176,6 +184,8 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
                 say(f"{name} {value:.4f}")
         case "export":
             say(str(export.export(config, args.workdir)))
+        case "compile":
+            ahead.report(config, args.target, args.json)
         case "bench":
             say(bench.report(config, profile=args.profile))
         case "bench_data":

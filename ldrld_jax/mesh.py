@@ -1,7 +1,7 @@
 """The device mesh, and the two ways in which arrays lie on it."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ldrld_jax.errors import UserError
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-    """A mesh `("data", "model")` over all devices, or over the first `data * model` of them.
+def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes a mesh `("data", "model")` over all devices, or over the first `data * model` of them.
 
     Args:
       data: devices over which the batch is split; -1 for all that `model` leaves.
       model: devices over which a model is split.
+      devices: of a topology that is only compiled for; None for those that are here.
 
     Raises:
       UserError: if there are not as many devices, or several processes would not share the batch alike.
@@ -24,19 +25,19 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
       >>> dict(make_mesh(data=1).shape)
       {'data': 1, 'model': 1}
     """
-    available = _device_count()
+    available = _device_count() if devices is None else len(devices)
     data = available // model if data == -1 and model >= 1 else data
     if data < 1 or model < 1 or data * model > available:
         raise UserError(
             f"mesh.data x mesh.model must be between 1 and the number of devices ({available}), got {data} x {model}."
         )
-    hosts = jax.process_count()
+    hosts = jax.process_count() if devices is None else 1
     if hosts > 1 and (data * model != available or data % hosts):
         raise UserError(
             f"mesh.data x mesh.model must be all {available} devices of the {hosts} processes and mesh.data a multiple "
             f"of {hosts}, got {data} x {model}."
         )
-    devices = jax.devices()[: data * model]
+    devices = (jax.devices() if devices is None else devices)[: data * model]
     # Auto: shardings are hints for the partitioner. jax.make_mesh's default, Explicit, puts them in the types.
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 

@@ -40,6 +40,19 @@ def create_network(
     return _network(module, data, channels, precision)
 
 
+def outline_network(
+    model: str, data: ConfigDict, *, num_classes: int, channels: int, precision: str, batch_norm_groups: int = 1
+) -> tuple[Network, Variables]:
+    """Returns what `create_network` does with shapes in place of the weights, and makes none.
+
+    Raises:
+      UserError: if there is no such model.
+    """
+    module = nnx.eval_shape(lambda: create_model(model, num_classes, channels, rngs=nnx.Rngs(0), **dtypes(precision)))
+    group_batch_norms(module, batch_norm_groups)
+    return _network(module, data, channels, precision)
+
+
 def load_network(
     path: str, model: str, data: ConfigDict, *, num_classes: int, channels: int, precision: str
 ) -> tuple[Network, Variables]:
@@ -61,9 +74,7 @@ def load_network(
     run = ConfigDict(saved)
     if run.student.model != model:
         raise UserError(f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run.")
-    # In shapes alone: the weights are about to be read.
-    module = nnx.eval_shape(lambda: create_model(model, num_classes, channels, rngs=nnx.Rngs(0), **dtypes(precision)))
-    network, like = _network(module, run.data, channels, precision)
+    network, like = outline_network(model, run.data, num_classes=num_classes, channels=channels, precision=precision)
     return network, Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,14 +12,16 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.data.described import Describer
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import read_json
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
 from ldrld_jax.metrics import read_metrics
-from ldrld_jax.networks import create_network, load_network
+from ldrld_jax.networks import create_network, load_network, outline_network
 from ldrld_jax.objective import Objective, check_classes, make_objective
 from ldrld_jax.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
 from ldrld_jax.runtime.hosts import in_turn
@@ -42,8 +45,13 @@ class Run:
     objective: Objective
 
     @classmethod
-    def plan(cls, config: ConfigDict, workdir: epath.Path) -> "Run":
+    def plan(cls, config: ConfigDict, workdir: epath.Path, *, absent: Sequence[jax.Device] | None = None) -> "Run":
         """Builds the parts of a resolved config, and finds what is wrong with it before anything is written.
+
+        Args:
+          config: the resolved config.
+          workdir: where the run's files lie.
+          absent: devices to plan for that are not here: the data are then only described, and no image is read.
 
         Raises:
           UserError: the first thing that is wrong.
@@ -63,7 +71,7 @@ class Run:
             raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
         if config.non_finite not in ("stop", "skip"):
             raise unknown("non_finite", config.non_finite, ("stop", "skip"))
-        mesh = make_mesh(config.mesh.data, config.mesh.model)
+        mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
         # Each device and each group takes as many rows of a microbatch as the others: some may be padding.
         divisor = config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
         objective = make_objective(config)
@@ -76,9 +84,12 @@ class Run:
                 views=objective.views,
                 cycle=config.logits.get("views"),
                 sharding=batch_sharding(mesh),
+                open_source=open_source if absent is None else Describer(config.compile, "train_images"),
                 **(shares(mesh) | {"divisor": divisor}),
             )
-            eval_source = make_eval_source(config.data)
+            eval_source = make_eval_source(
+                config.data, open_source=open_source if absent is None else Describer(config.compile, "eval_images")
+            )
         padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
         if config.data.mixup < 0 or (config.data.mixup and padded):
             raise UserError(
@@ -88,7 +99,7 @@ class Run:
         check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
-        jax.eval_shape(lambda: create_network(config.student.model, config.data, seed=0, **run._like_data)[1])
+        run.outline(config.student.model, config.data)  # a wrong name shows here
         return run
 
     @property
@@ -117,6 +128,10 @@ class Run:
         if config.student.checkpoint is not None:
             _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
         return network, variables
+
+    def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
+        """Returns a network with its variables as shapes: no weight is made."""
+        return outline_network(model, data, batch_norm_groups=batch_norm_groups, **self._like_data)
 
     def fresh(self, model: str, data: ConfigDict, seed: int) -> tuple[Network, Variables]:
         """A network with random weights, on the mesh."""

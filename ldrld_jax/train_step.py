@@ -146,6 +146,7 @@ def make_train_step(
     remat: bool = False,
     accumulate: int = 1,
     skip_non_finite: bool = False,
+    unroll: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -169,6 +170,7 @@ def make_train_step(
         microbatch i % accumulate: each device takes its own examples, however many devices there are.
       skip_non_finite: a step whose loss or gradient is not finite changes nothing but the step number;
         `skipped` in the metrics counts it.
+      unroll: write the microbatches out one after another instead of as a loop, which a CPU is slow in.
     """
 
     def forward(params, batch_stats, images, where):
@@ -215,7 +217,7 @@ def make_train_step(
         if accumulate == 1:
             gradients, batch_stats, metrics = gradients_of(batch)
         else:
-            gradients, batch_stats, metrics = _accumulated(gradients_of, batch, accumulate)
+            gradients, batch_stats, metrics = _accumulated(gradients_of, batch, accumulate, unroll)
         gradients = gradients[0], _scaled(objective, gradients[1], epoch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params, method_params = optax.apply_updates(trained, updates)
@@ -238,7 +240,9 @@ def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(forward, policy=products)
 
 
-def _accumulated(gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int):
+def _accumulated(
+    gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int, unroll: bool
+) -> tuple[Tree, Tree, Means]:
     """`gradients_of` the microbatches, one after another: means over all examples, and the metrics' sums."""
     # Strided, not in blocks: a batch that is split over devices is then split alike in each microbatch.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
@@ -253,9 +257,7 @@ def _accumulated(gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batc
 
     shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    # XLA for CPU computes convolutions inside a loop several times slower than outside of one.
-    unroll = accumulate if jax.default_backend() == "cpu" else 1
-    (gradients, batch_stats), metrics = jax.lax.scan(body, zeros, micro, unroll=unroll)
+    (gradients, batch_stats), metrics = jax.lax.scan(body, zeros, micro, unroll=accumulate if unroll else 1)
     return gradients, batch_stats, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
 

@@ -26,6 +26,7 @@ ALLOWED = {
     "runtime.hosts": {"console", "errors", "runtime.signals"},
     "runtime.watchdog": set(),
     "runtime.compile_cache": set(),
+    "runtime.devices": set(),
     "runtime.profiling": {"console"},
     "purify": set(),
     "checkpoint.checksum": set(),
@@ -61,6 +62,15 @@ ALLOWED = {
         *("config", "console", "errors", "evaluator", "logit_store.feed", "loop", "precision", "run"),
         *("runtime.compile_cache", "runtime.hosts", "runtime.signals", "train_step"),
     },
+    "aot.hlo": set(),
+    "aot.targets": {"errors", "runtime.devices"},
+    "aot.programs": {
+        *("config", "data", "dispatch", "evaluator", "logit_store.feed", "loop", "mesh", "optim", "run", "train_step"),
+    },
+    "aot.cost": {"aot.hlo", "aot.programs", "aot.targets"},
+    "aot.report": {
+        *("aot.cost", "aot.programs", "aot.targets", "config", "console", "errors", "files", "precision", "run"),
+    },
     "deploy.preprocessing": {"data", "train_step"},
     "deploy.model_card": set(),
     "deploy.export": {
@@ -73,15 +83,24 @@ ALLOWED = {
         *("checkpoint.folder", "config", "data", "errors", "files", "identity", "loop", "losses", "mesh"),
         *("precision", "run", "runtime.compile_cache", "train_step"),
     },
-    "bench.devices": set(),
     "bench.result": set(),
     "bench.step": {
-        *("bench.devices", "bench.result", "config", "data", "dispatch", "loop", "mesh", "metrics", "optim"),
-        *("precision", "run", "runtime.profiling", "train_step"),
+        *("bench.result", "config", "data", "dispatch", "loop", "mesh", "metrics", "optim"),
+        *("precision", "run", "runtime.devices", "runtime.profiling", "train_step"),
     },
     "sweep": {"config", "errors", "files", "main", "metrics", "report"},
     "main": {
-        *("bench.step", "config", "console", "data", "deploy.export", "deploy.predict", "errors", "runtime.hosts"),
+        *(
+            "aot.report",
+            "bench.step",
+            "config",
+            "console",
+            "data",
+            "deploy.export",
+            "deploy.predict",
+            "errors",
+            "runtime.hosts",
+        ),
         "trainer",
     },
 }

@@ -14,7 +14,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.bench.devices import peak_flops
 from ldrld_jax.bench.result import PARTS, Bench
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.dispatch import Dispatcher, Step
@@ -24,6 +23,7 @@ from ldrld_jax.metrics import by_step
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.precision import precision_scope
 from ldrld_jax.run import Run
+from ldrld_jax.runtime.devices import peak_flops
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train_step import Network, TrainState
 

@@ -1,6 +1,7 @@
 """The data of a run from the `data` block of its config: the one place that the trainer asks."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import NamedSharding
@@ -14,6 +15,8 @@ from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, View
 from ldrld_jax.errors import UserError, unknown
 
+Open = Callable[..., Source]  # as `sources.open_source`
+
 
 def make_train_batches(
     data: ConfigDict,
@@ -26,6 +29,7 @@ def make_train_batches(
     views: int = 1,
     cycle: int | None = None,
     sharding: NamedSharding | None = None,
+    open_source: Open = open_source,
 ) -> TrainBatches:
     """The training batches, by step.
 
@@ -35,6 +39,7 @@ def make_train_batches(
       seed: of the order, and of the augmentation unless `data.augment_seed` is set.
       divisor, host, hosts, views, cycle: see `stream.TrainBatches`.
       sharding: how a batch lies on the devices, for the resident loader.
+      open_source: opens a split; a `described.Describer` for data that are not here.
 
     Raises:
       UserError: the first thing that is wrong with the block or the data.
@@ -77,8 +82,8 @@ def make_train_batches(
     return batches
 
 
-def make_eval_source(data: ConfigDict) -> Readable:
-    """What is evaluated on: `data.eval_split`, or what `data.held_out` puts aside of the training split.
+def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Readable:
+    """Opens what is evaluated on: `data.eval_split`, or what `data.held_out` puts aside of the training split.
 
     Raises:
       UserError: as `make_train_batches`.

@@ -65,20 +65,23 @@ class Images:
 
     Args:
       batches: what a batch is.
-      stored: all images, with their padding, and labels.
+      stored: all images, with their padding, and labels; None if no batch is made and only the programs are wanted.
+
+    Attributes:
+      make: the program of one batch, see `make_batch`.
     """
 
-    def __init__(self, batches: ResidentBatches, stored: tuple[jax.Array, jax.Array]):
+    def __init__(self, batches: ResidentBatches, stored: tuple[jax.Array, jax.Array] | None):
         self._batches, self._stored = batches, stored
         self._draws: tuple[int, Any] = (-1, None)
-        self._make = make_batch(batches.batch_size, batches.rows, batches.source.image_shape[:2], batches.sharding)
+        self.make = make_batch(batches.batch_size, batches.rows, batches.source.image_shape[:2], batches.sharding)
 
     def batch(self, step: int) -> DeviceBatch:
         """The batch of `step`: one dispatch."""
         stored, draws, position = self.at(step)
         start = int(position) * self._batches.batch_size
         count = min(self._batches.batch_size, len(self._batches.source) - start)
-        return self._padding_known(self._make(stored, draws, np.int32(start), np.int32(count)), count)
+        return self._padding_known(self.make(stored, draws, np.int32(start), np.int32(count)), count)
 
     def at(self, step: int) -> tuple[Any, Draws, np.int32]:
         """What the batch of `step` is made of: the images, the epoch's draws and the batch's place in the epoch."""
@@ -91,7 +94,7 @@ class Images:
     def whole(self, stored: Any, draws: Draws, position: jax.Array) -> DeviceBatch:
         """A batch without missing examples, of what `at` gives: for use inside a program."""
         count = self._batches.batch_size
-        batch = self._make(stored, draws, position * count, jnp.int32(count))
+        batch = self.make(stored, draws, position * count, jnp.int32(count))
         return self._padding_known(batch, count)
 
     def _padding_known(self, batch: DeviceBatch, count: int) -> DeviceBatch:

@@ -52,39 +52,48 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     Raises:
       UserError: see `sources.open_source`.
     """
-    # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    _check_name(name)
-    try:
-        if name == "digits":
-            builder = Digits(data_dir=data_dir, file_format="array_record")
-            if not builder.is_prepared():
-                tfds.disable_progress_bar()
-                with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
-                    builder.download_and_prepare()
-        else:
-            builder = _builder(name, data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise _unknown(name) from None
-    except json_format.ParseError as error:
-        raise UserError(f"the description of {name} in {data_dir} is damaged ({error}). Prepare it again.") from None
+    builder = make_builder(name, data_dir)
+    if name == "digits" and not builder.is_prepared():
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
+            builder.download_and_prepare()
     if not any(builder.data_path.glob("*.array_record*")):
         raise _not_prepared(name, data_dir, builder)
     features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise UserError(
-            f"dataset {name} has no image and label, but {', '.join(features)}. Choose a classification one."
-        )
-    shape = features["image"].shape
-    if shape[-1] not in (1, 3):
-        raise UserError(f"dataset {name} has images of {shape[-1]} channels, and 1 or 3 are known. Choose another.")
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
     opened = TfdsRecords(records, f"{name}, {split}")
     opened.__getitems__(sorted({0, len(opened) - 1}))  # what is missing or torn is best told before a run begins
-    return opened, tuple(features["label"].names), shape
+    return opened, tuple(features["label"].names), features["image"].shape
+
+
+def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """Returns the builder of an image classification dataset, whether it is prepared or not.
+
+    Raises:
+      UserError: if there is no such dataset, its description is damaged, or it has not one image and label a record.
+    """
+    # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    _check_name(name)
+    try:
+        digits = name == "digits"
+        builder = Digits(data_dir=data_dir, file_format="array_record") if digits else _builder(name, data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise _unknown(name) from None
+    except json_format.ParseError as error:
+        raise UserError(f"the description of {name} in {data_dir} is damaged ({error}). Prepare it again.") from None
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise UserError(
+            f"dataset {name} has no image and label, but {', '.join(features)}. Choose a classification one."
+        )
+    channels = features["image"].shape[-1]
+    if channels not in (1, 3):
+        raise UserError(f"dataset {name} has images of {channels} channels, and 1 or 3 are known. Choose another.")
+    return builder
 
 
 def _check_name(name: str) -> None:

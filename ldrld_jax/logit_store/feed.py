@@ -77,7 +77,7 @@ class LogitFeed:
     def __init__(self, run: Run, store: LogitStore, teacher: tuple[Network | Ensemble, Any] | None = None):
         self._store, self._batches, self._mesh = store, run.batches, run.mesh
         self._epochs, self._threads = run.config.epochs, run.config.data.threads
-        self._teach = teacher and _rounded(*teacher, store, run.mesh)
+        self._teach = teacher and functools.partial(teacher_program(teacher[0], store.dtype, run.mesh), teacher[1])
         self._ahead = _ReadAhead(store)
         self._epoch = -1
         self._stored: np.ndarray | None = None  # of the epoch
@@ -156,13 +156,13 @@ class LogitFeed:
             sheet.add(position, teach(batch["image"]))
 
 
-def _rounded(network: Network | Ensemble, variables: Any, store: LogitStore, mesh: Mesh) -> Callable[..., jax.Array]:
-    """The teacher as a program of its own: logits `[n, C]` in the store's dtype of images `[n, ...]`."""
+def teacher_program(network: Network | Ensemble, dtype: Any, mesh: Mesh) -> Any:
+    """Returns the teacher as a program of its own: `program(variables, images [n, ...])` gives logits `[n, C]`."""
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return network(variables, images, train=False)[0].astype(jnp.dtype(store.dtype))
+        return network(variables, images, train=False)[0].astype(jnp.dtype(dtype))
 
-    return functools.partial(jax.jit(logits, out_shardings=batch_sharding(mesh)), variables)
+    return jax.jit(logits, out_shardings=batch_sharding(mesh))
 
 
 class _ReadAhead:

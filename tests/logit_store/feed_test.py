@@ -34,14 +34,14 @@ def stored(tiny, tmp_path):
 @pytest.fixture
 def taught(monkeypatch):
     """How often a batch went to the teacher, evaluations of it as many hundreds."""
-    counts, make, evaluator = [0], logit_feed._rounded, trainer.Evaluator
+    counts, make, evaluator = [0], logit_feed.teacher_program, trainer.Evaluator
 
     def counted(*args):
         teach = make(*args)
 
-        def call(images):
+        def call(variables, images):
             counts[0] += 1
-            return teach(images)
+            return teach(variables, images)
 
         return call
 
@@ -49,7 +49,7 @@ def taught(monkeypatch):
         counts[0] += 100
         return evaluator(*args)
 
-    monkeypatch.setattr(logit_feed, "_rounded", counted)
+    monkeypatch.setattr(logit_feed, "teacher_program", counted)
     monkeypatch.setattr(trainer, "Evaluator", evaluated)
     return counts
 
@@ -166,8 +166,9 @@ def test_several_hosts_read_but_do_not_write(stored, tmp_path):
 
 
 def test_a_logit_that_the_dtype_cannot_hold_names_one_that_can(stored, tmp_path, monkeypatch):
-    make = logit_feed._rounded
-    monkeypatch.setattr(logit_feed, "_rounded", lambda *args: lambda images: make(*args)(images) / jnp.float16(0))
+    make = logit_feed.teacher_program
+    infinite = lambda *args: lambda *inputs: make(*args)(*inputs) / jnp.float16(0)  # noqa: E731
+    monkeypatch.setattr(logit_feed, "teacher_program", infinite)
     with pytest.raises(UserError, match=r"not finite as float16\. Set logits\.dtype=bfloat16"):
         trainer.train(stored("epochs=1"), tmp_path / "run")
     assert not pathlib.Path(tmp_path / "logits" / "00000").exists()

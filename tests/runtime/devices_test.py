@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldrld_jax.bench.devices import peak_flops
+from ldrld_jax.runtime.devices import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation: what a run's programs need and cost on devices that are not here."""

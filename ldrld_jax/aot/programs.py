@@ -1,0 +1,197 @@
+"""The programs of a run, in shapes alone: no image is read and no weight is made."""
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.data.resident import Images, ResidentBatches
+from ldrld_jax.data.sources import InMemory
+from ldrld_jax.dispatch import Step, several_steps
+from ldrld_jax.evaluator import Evaluator
+from ldrld_jax.logit_store.feed import teacher_program
+from ldrld_jax.loop import Teacher, first_state, make_step, placement
+from ldrld_jax.mesh import replicated
+from ldrld_jax.optim import make_optimizer
+from ldrld_jax.run import Run, batch_norm_groups
+from ldrld_jax.train_step import Ensemble, Network, make_eval_step
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program that a run dispatches.
+
+    Attributes:
+      name: what it does.
+      jitted: as the run has it.
+      arguments: by name, trees of `jax.ShapeDtypeStruct` with their shardings.
+      examples: images that go through it in one dispatch, on all devices.
+      times: how often its loop runs `one`.
+      one: the function without loops whose operations are counted, and its arguments; None where none count.
+    """
+
+    name: str
+    jitted: Any
+    arguments: dict[str, Tree]
+    examples: int
+    times: int = 1
+    one: tuple[Any, dict[str, Tree]] | None = None
+
+    def count_flops(self, platform: str) -> float | None:
+        """Returns the floating point operations of a dispatch on all devices; None where they do not matter."""
+        if self.one is None:
+            return None
+        function, arguments = self.one
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(arguments.values()))
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
+        analysis = lowered.cost_analysis() or {}
+        return self.times * analysis["flops"] if "flops" in analysis else None
+
+    def argument_bytes(self) -> dict[str, int]:
+        """Returns the bytes of each argument on one device, without the compiler's padding."""
+        return {name: sum(map(_local_bytes, jax.tree.leaves(tree))) for name, tree in self.arguments.items()}
+
+
+def programs_of(run: Run) -> Iterator[Program]:
+    """Yields the programs of a run that was planned for absent devices, the train step first.
+
+    The smaller last batch of an epoch that keeps its remainder has a program of its own, which is not among them.
+    """
+    config, mesh = run.config, run.mesh
+    groups = batch_norm_groups(config)
+    network, variables = run.outline(config.student.model, config.data, batch_norm_groups=groups)
+    teacher = _teacher(run, network)
+    optimizer = make_optimizer(config.optim, run.schedule)
+    state = jax.eval_shape(lambda variables: first_state(run, variables, optimizer), variables)
+    shardings = placement(run, state)
+    state, out = _placed(state, shardings), (shardings, replicated(mesh))
+    step = make_step(run, network, teacher, optimizer)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
+    batch = _batch(run)
+    weights = {"state": state, "teacher": teacher and teacher.variables}
+    stored = bool(config.logits)
+    beside = {"teacher_logits": _logits(run)} if stored else {}
+    if stored and teacher is not None:
+        weights["teacher"] = None
+    arguments = {**weights, "batch": batch | beside}
+    one = _whole_step(run, network, teacher), arguments
+    yield Program("train step", jit(step), arguments, config.batch_size, one=one)
+    if isinstance(run.batches, ResidentBatches):
+        count, scalar = config.steps_per_dispatch, jax.ShapeDtypeStruct((), jnp.int32)  # a scalar comes from the host
+        images = Images(run.batches, None)
+        if count > 1:
+            several = jit(several_steps(step, images.whole, count))
+            stacked = {name: _stacked(x, count) for name, x in beside.items()}
+            arguments = {**weights, "beside": stacked, **_resident(run), "first": scalar}
+            yield Program(f"{count} train steps", several, arguments, count * config.batch_size, count, one)
+        made = {**_resident(run), "start": scalar, "count": scalar}
+        yield Program("batch of resident images", images.make, made, config.batch_size)
+    if stored and teacher is not None:
+        program = teacher_program(teacher.network, config.logits.dtype, mesh)
+        taught = {"teacher": teacher.variables, "images": batch["image"]}
+        yield Program("teacher of the logit store", program, taught, config.batch_size, one=(program, taught))
+    yield _evaluation(run, network, state.evaluated)
+
+
+def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
+    """Returns the evaluation as a run has it: the whole split at once where it is kept in memory, else a batch."""
+    evaluator = Evaluator(network, run.eval_source, run.config, run.mesh)
+    devices = run.mesh.shape["data"]
+    rows = -(-run.config.eval_batch_size // devices) * devices
+    shape = (rows, *run.eval_source.image_shape)
+    batch = {
+        "image": _struct(shape, jnp.uint8, run, "data"),
+        "label": _struct(shape[:1], jnp.int32, run, "data"),
+        "mask": _struct(shape[:1], jnp.bool_, run, "data"),
+    }
+    arguments = {"variables": variables, "batch": batch}
+    one = make_eval_step(network), arguments
+    if not isinstance(run.eval_source, InMemory):
+        return Program("evaluation", evaluator.step, arguments, rows, one=one)
+    batches = -(-len(run.eval_source) // run.config.eval_batch_size)
+    split = {name: _stacked(x, batches) for name, x in batch.items()}
+    return Program(
+        "evaluation", evaluator.split, {"variables": variables, "split": split}, batches * rows, batches, one
+    )
+
+
+def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
+    """Returns the train step without microbatches, whose loop would count once, and without what remat does twice."""
+    config = copy.deepcopy(run.config)
+    config.accumulate, config.remat = 1, False
+    optimizer = make_optimizer(config.optim, run.schedule)
+    return make_step(dataclasses.replace(run, config=config), student, teacher, optimizer)
+
+
+def _teacher(run: Run, student: Network) -> Teacher | None:
+    """Returns the teacher with its variables as shapes, None for plain training."""
+    config = run.config
+    if not run.objective.methods:
+        return None
+    if config.teacher.model == config_lib.SELF:
+        return Teacher(student)
+    outlines = [run.outline(model, config.teacher.data) for model in config_lib.teacher_models(config)]
+    placed = [(network, _placed(variables, run.placement(variables))) for network, variables in outlines]
+    if len(placed) == 1:
+        return Teacher(*placed[0])
+    networks, variables = zip(*placed, strict=True)
+    return Teacher(Ensemble(networks, config.teacher.ensemble), variables)
+
+
+def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a whole batch of a run, its rows split over the devices."""
+    batches = run.batches
+    rows = -(-batches.batch_size // batches.divisor) * batches.divisor
+    views = (batches.views,) if batches.views > 1 else ()
+    batch = {
+        "image": _struct((rows, *views, *batches.source.image_shape), jnp.uint8, run, "data"),
+        "label": _struct((rows,), jnp.int32, run, "data"),
+    }
+    if batches.masked or rows != batches.batch_size:
+        batch["mask"] = _struct((rows,), jnp.bool_, run, "data")
+    return batch
+
+
+def _logits(run: Run) -> jax.ShapeDtypeStruct:
+    rows = _batch(run)["label"].shape[0]
+    shape = rows, len(run.batches.source.class_names)
+    return _struct(shape, jnp.dtype(run.config.logits.dtype), run, "data")
+
+
+def _resident(run: Run) -> dict[str, Tree]:
+    """Returns the training set as it lies on each device, and what an epoch draws."""
+    batches = run.batches
+    height, width, channels = batches.source.image_shape
+    images = len(batches.source), height + 2 * batches.pad, width + 2 * batches.pad, channels
+    stored = _struct(images, jnp.uint8, run), _struct(images[:1], jnp.int32, run)
+    draws = jax.tree.map(lambda values: _struct(values.shape, jnp.int32, run), batches.draws(0))
+    return {"images": stored, "draws": draws}
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, run: Run, *axes: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(run.mesh, PartitionSpec(*axes)))
+
+
+def _stacked(x: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    """Returns `count` of an array that is split over the devices, one after the other."""
+    assert isinstance(x.sharding, NamedSharding)
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
+    return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
+
+
+def _placed(tree: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize

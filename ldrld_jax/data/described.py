@@ -1,0 +1,114 @@
+"""Data sets by what is known of them alone: enough to compile a run for, nothing to read."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax.data import folders, tfds_records
+from ldrld_jax.data.sources import Source, open_source
+from ldrld_jax.errors import UserError
+
+# Images by split where no description on disk tells: TFDS has a data set's classes and shape in its code, not its size.
+_SIZES = {
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "digits": {"train": 1_438, "test": 359},
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "tiny_imagenet": {"train": 100_000, "val": 10_000},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Undelivered:
+    """Records that are counted and not there; their labels are spread evenly over the classes."""
+
+    count: int
+    classes: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, indices: Sequence[int]) -> NoReturn:
+        raise UserError(f"record {indices[0]} is only described, and nothing of it can be read.")
+
+    def name(self, index: int) -> str:
+        return f"record {index} of a described data set"
+
+    def labels(self) -> np.ndarray:
+        return np.arange(self.count, dtype=np.int32) % self.classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Describer:
+    """Opens splits as `sources.open_source` does, without their images.
+
+    Attributes:
+      known: the `compile` block of a config, which completes what no description tells.
+      images: the key of that block that has the number of images, "train_images" or "eval_images".
+    """
+
+    known: ConfigDict
+    images: str
+
+    def __call__(self, name: str, split: str, data_dir: str | None, *, on_error: str = "raise") -> Source:
+        """Describes a split.
+
+        Raises:
+          UserError: if the data set is unknown, or is not here and a key of `compile` that tells of it is missing.
+        """
+        if name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir():
+            return open_source(name, split, data_dir, on_error=on_error)  # lists the files, which is all it does
+        classes, shape, count = _folder(name, split) if name in folders.FOLDERS else _tfds(name, split, data_dir)
+        classes = self._complete("classes", classes, name)
+        shape = self._complete("image_shape", shape, name)
+        count = self._complete(self.images, count, name)
+        names = tuple(f"class {i}" for i in range(classes))
+        return Source(Undelivered(count, classes), names, tuple(shape), on_error=on_error)
+
+    def _complete(self, key: str, described: Any, name: str) -> Any:
+        value = self.known[key] if described is None else described
+        if value is None:
+            raise UserError(
+                f"data.name={name} is not here, and no description of it gives compile.{key}. Set "
+                f"--config.compile.{key}, or data.data_dir to where the data lie."
+            )
+        return value
+
+
+def _folder(name: str, split: str) -> tuple[int | None, tuple[Any, ...] | None, int | None]:
+    """Returns classes, shape and images of a folder that is not here; None for what is not known."""
+    if name == "tiny_imagenet":
+        return 200, (64, 64, 3), _SIZES[name].get(split)
+    return None, (None, None, 3), None
+
+
+def _tfds(name: str, split: str, data_dir: str | None) -> tuple[int, tuple[Any, ...], int | None]:
+    """Returns classes, shape and images of a TFDS data set; None for images that no description counts."""
+    builder = tfds_records.make_builder(name, data_dir)
+    label, image = builder.info.features["label"], builder.info.features["image"]
+    sizes = {key: info.num_examples for key, info in builder.info.splits.items()} or _SIZES.get(name, {})
+    return label.num_classes, image.shape, _count(split, sizes) if sizes else None
+
+
+def _count(split: str, sizes: dict[str, int]) -> int:
+    """Counts the images of a split such as `train[:90%]`.
+
+    Raises:
+      UserError: if there is no such split.
+
+    Example:
+      >>> _count("train[:10%]", {"train": 1000}), _count("train+test[5:]", {"train": 20, "test": 10})
+      (100, 25)
+    """
+    infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except ValueError as error:
+        raise UserError(f"split {split!r} cannot be read: {error}") from None
+    ends = ((part.from_ or 0, sizes[part.splitname] if part.to is None else part.to) for part in parts)
+    return sum(end - start for start, end in ends)
