@@ -80,9 +80,8 @@ class OurStep:
 
     def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, jax.Array]]:
         recipe, pad = self.recipe, self.recipe.pad
-        padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        stored = jax.device_put((padded, labels))
-        make = make_batch(recipe.batch, recipe.batch, (recipe.size, recipe.size), None)
+        stored = jax.device_put((images.reshape(len(images), -1), labels))
+        make = make_batch(recipe.batch, recipe.batch, images.shape[1:], pad, None)
         rng = np.random.default_rng(0)
         while True:
             n = len(images)

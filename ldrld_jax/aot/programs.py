@@ -170,8 +170,7 @@ def _logits(run: Run) -> jax.ShapeDtypeStruct:
 def _resident(run: Run) -> dict[str, Tree]:
     """Returns the training set as it lies on each device, and what an epoch draws."""
     batches = run.batches
-    height, width, channels = batches.source.image_shape
-    images = len(batches.source), height + 2 * batches.pad, width + 2 * batches.pad, channels
+    images = len(batches.source), math.prod(batches.source.image_shape)
     stored = _struct(images, jnp.uint8, run), _struct(images[:1], jnp.int32, run)
     draws = jax.tree.map(lambda values: _struct(values.shape, jnp.int32, run), batches.draws(0))
     return {"images": stored, "draws": draws}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import platform_dependent
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.data.augment import Draws
@@ -46,8 +47,7 @@ class ResidentBatches(TrainBatches):
     def on_devices(self) -> "Images":
         """Reads all images and puts them there."""
         images, labels = self.source.read(np.arange(len(self.source)))
-        padded = np.pad(images, ((0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)))
-        return Images(self, self.put((padded, labels)))
+        return Images(self, self.put((images.reshape(len(images), -1), labels)))
 
     def put(self, tree: Any) -> Any:
         """Arrays to every device."""
@@ -65,7 +65,7 @@ class Images:
 
     Args:
       batches: what a batch is.
-      stored: all images, with their padding, and labels; None if no batch is made and only the programs are wanted.
+      stored: all images, a row each, and labels; None if no batch is made and only the programs are wanted.
 
     Attributes:
       make: the program of one batch, see `make_batch`.
@@ -74,7 +74,8 @@ class Images:
     def __init__(self, batches: ResidentBatches, stored: tuple[jax.Array, jax.Array] | None):
         self._batches, self._stored = batches, stored
         self._draws: tuple[int, Any] = (-1, None)
-        self.make = make_batch(batches.batch_size, batches.rows, batches.source.image_shape[:2], batches.sharding)
+        shape = batches.source.image_shape
+        self.make = make_batch(batches.batch_size, batches.rows, shape, batches.pad, batches.sharding)
 
     def batch(self, step: int) -> DeviceBatch:
         """The batch of `step`: one dispatch."""
@@ -106,14 +107,18 @@ class Images:
 
 @functools.lru_cache(maxsize=4)
 def make_batch(
-    batch_size: int, rows: int, crop: tuple[int, int], sharding: NamedSharding | None
+    batch_size: int, rows: int, shape: tuple[int, int, int], pad: int, sharding: NamedSharding | None
 ) -> Callable[..., DeviceBatch]:
-    """`make(stored, draws, start, count)`: the `count` examples from place `start` of an epoch's order.
+    """Returns `make(stored, draws, start, count)`: the `count` examples from place `start` of an epoch's order.
+
+    The images are `stored` flat, `[n, height * width * channels]`: a TPU gathers their rows where they lie, and would
+    write all images anew in another layout, at every step, if they had four axes.
 
     Args:
       batch_size: examples of a whole batch.
       rows: `batch_size` rounded up to the devices.
-      crop: height and width of an image; those that are `stored` have their padding.
+      shape: height, width and channels of an image.
+      pad: zeros around it, of which the draws may crop some in.
       sharding: of the batch.
 
     Returns:
@@ -128,18 +133,54 @@ def make_batch(
             place = jax.lax.with_sharding_constraint(place, sharding)
         index = draws.order[jnp.minimum(start + place, draws.order.shape[0] - 1)]
         mask = (place < count) & (labels[index] >= 0)
-        crops = _crops(images, draws.at(index), crop)
+        _, *draw = draws.at(index)
+        crops = platform_dependent(
+            images[index].reshape(rows, *shape),
+            *draw,
+            tpu=functools.partial(crop_by_products, pad=pad),
+            default=functools.partial(crop_by_slices, pad=pad),
+        )
         batch = {"image": jnp.where(mask[:, None, None, None], crops, 0), "label": jnp.where(mask, labels[index], 0)}
         return batch | {"mask": mask}
 
     return jax.jit(make, out_shardings=sharding)
 
 
-def _crops(images: jax.Array, draws: Draws, crop: tuple[int, int]) -> jax.Array:
-    def one(index, top, left, flip):
-        image = jax.lax.dynamic_slice(images, (index, top, left, jnp.zeros_like(index)), (1, *crop, images.shape[-1]))[
-            0
-        ]
-        return jnp.where(flip, image[:, ::-1], image)
+def crop_by_slices(images: jax.Array, top: jax.Array, left: jax.Array, flip: jax.Array, *, pad: int) -> jax.Array:
+    """Crops zero-padded images, each at its place, and mirrors some.
 
-    return jax.vmap(one)(*draws)
+    Args:
+      images: `[n, height, width, channels]` uint8.
+      top, left: `[n]` int32, 0 to 2 `pad`, where the crop begins in the padded image.
+      flip: `[n]`, whether to mirror it.
+      pad: zeros on each side.
+
+    Returns:
+      `[n, height, width, channels]` uint8.
+    """
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def one(image, top, left, flip):
+        crop = jax.lax.dynamic_slice(image, (top, left, jnp.zeros_like(top)), images.shape[1:])
+        return jnp.where(flip, crop[:, ::-1], crop)
+
+    return jax.vmap(one)(padded, top, left, flip)
+
+
+def crop_by_products(images: jax.Array, top: jax.Array, left: jax.Array, flip: jax.Array, *, pad: int) -> jax.Array:
+    """Does what `crop_by_slices` does, by matrix products: on a TPU slices at many places are a loop.
+
+    A product with rows of one 1 and zeros picks, and bfloat16 holds every whole number up to 256.
+    """
+    height, width = images.shape[1:3]
+    rows = top[:, None] + jnp.arange(height, dtype=jnp.int32)[None, :]
+    across = jnp.arange(width, dtype=jnp.int32)[None, :]
+    columns = left[:, None] + jnp.where(flip[:, None], width - 1 - across, across)
+    picked = jnp.einsum("nij,njwc->niwc", _picks(rows - pad, height), images.astype(jnp.bfloat16))
+    picked = jnp.einsum("nij,nhjc->nhic", _picks(columns - pad, width), picked)
+    return picked.astype(images.dtype)
+
+
+def _picks(places: jax.Array, size: int) -> jax.Array:
+    """Returns `[n, k, size]` bfloat16 with a 1 at each of the places `[n, k]`; a place outside of `size` has none."""
+    return (places[:, :, None] == jnp.arange(size, dtype=places.dtype)[None, None, :]).astype(jnp.bfloat16)

@@ -4,12 +4,13 @@ import itertools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldrld_jax import trainer
-from ldrld_jax.data.augment import draw
-from ldrld_jax.data.resident import ResidentBatches, make_batch
+from ldrld_jax.data.augment import draw, pad_crop_flip
+from ldrld_jax.data.resident import ResidentBatches, crop_by_products, crop_by_slices, make_batch
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.errors import UserError
@@ -77,10 +78,22 @@ def test_each_device_holds_its_rows_of_a_batch():
 
 def test_the_devices_make_their_rows_without_talking():
     mesh = make_mesh(data=8)
-    stored, draws = jax.device_put((Noise(50).read(np.arange(50)), draw(0, 0, 50)), replicated(mesh))
-    make = make_batch(16, 16, (6, 5), batch_sharding(mesh))
+    images, labels = Noise(50).read(np.arange(50))
+    stored, draws = jax.device_put(((images.reshape(50, -1), labels), draw(0, 0, 50)), replicated(mesh))
+    make = make_batch(16, 16, images.shape[1:], 0, batch_sharding(mesh))
     program = make.lower(stored, draws, np.int32(0), np.int32(16)).compile().as_text()
     assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_crops_by_products_are_those_by_slices(pad, rng):
+    images = rng.integers(0, 256, (40, 7, 5, 3), np.uint8)
+    draws = draw(0, 0, 40, pad=pad, flip=True)
+    places = [jnp.asarray(values, jnp.int32) for values in draws[1:]]
+    slices = crop_by_slices(images, *places, pad=pad)
+    np.testing.assert_array_equal(crop_by_products(images, *places, pad=pad), slices)
+    expected = pad_crop_flip(images, draws._replace(order=np.arange(40)), pad=pad)
+    np.testing.assert_array_equal(slices, expected)
 
 
 def test_it_is_for_one_host():
