@@ -1,0 +1,143 @@
+"""LDRLD's terms by a kernel that reads the logits once, with derivatives in both modes.
+
+The kernel keeps no array of the logits' size. A term's derivative is made of the logits and a few numbers of each row,
+elementwise, so that XLA fuses it into what uses it (the cross-entropy's gradient reads the same student logits).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldrld_jax.losses.common import check_logits, check_rows
+from ldrld_jax.losses.divergence import RULED_OUT
+from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms
+from ldrld_jax.losses.ldrld_kernel import RowSums, local_terms, row_sums_gpu, row_sums_tpu
+
+Kernel = Callable[[jax.Array, jax.Array, LDRLDConfig], RowSums]
+
+
+def _kernel_of_the_platform(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> RowSums:
+    """Computes `RowSums` by the kernel of the platform that the program is lowered for, interpreted on a CPU."""
+    return jax.lax.platform_dependent(
+        teacher,
+        student,
+        cpu=lambda t, s: row_sums_tpu(t, s, cfg, interpret=True),
+        cuda=lambda t, s: row_sums_gpu(t, s, cfg),
+        tpu=lambda t, s: row_sums_tpu(t, s, cfg),
+    )
+
+
+def ldrld_terms(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    cfg: LDRLDConfig,
+    *,
+    where: jax.Array | None = None,
+    kernel: Kernel = _kernel_of_the_platform,
+) -> LDRLDTerms:
+    """As `ldrld_jax.ldrld_terms` with `implementation="pallas"`; `kernel` is the one to use."""
+    teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
+    check_logits(teacher, student)
+    if jnp.float64 in (teacher.dtype, student.dtype):
+        raise ValueError('implementation="pallas" is for float32 and less, got float64. Use implementation="xla".')
+    # bfloat16 is raised inside the kernel, which then reads half as much.
+    teacher, student = (z if z.dtype == jnp.bfloat16 else z.astype(jnp.float32) for z in (teacher, student))
+    kept = None if where is None else check_rows("where", where, student.shape[:-1]).reshape(-1)
+    rows = [z.reshape(-1, z.shape[-1]) for z in (jax.lax.stop_gradient(teacher), student)]
+    terms = _compiled_terms(*rows, kept, cfg, kernel)
+    return LDRLDTerms(*(term.reshape(student.shape[:-1]) for term in terms))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _terms(teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel):
+    """The three terms `[3, N]` of rows `[N, C]`; 0 where `kept` `[N]` is False."""
+    return _row_sums(teacher, student, kept, cfg, kernel).terms
+
+
+@_terms.defjvp
+def _(cfg, kernel, primals, tangents):
+    sums = _row_sums(*primals, cfg, kernel)
+    return sums.terms, _derivative(*primals, sums, tangents[1], cfg)
+
+
+_compiled_terms = jax.jit(_terms, static_argnums=(3, 4))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _row_sums(
+    teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel
+) -> RowSums:
+    """What the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits are there."""
+    sums = kernel(teacher, student, cfg)
+    if kept is None:
+        return sums
+    return jax.tree.map(lambda z: jnp.where(kept[None, :], z, jnp.zeros_like(z)), sums)
+
+
+@_row_sums.defjvp
+def _(cfg, kernel, primals, tangents):
+    """For derivatives of the derivative: those of what `_derivative` takes, by XLA."""
+    sums = _row_sums(*primals, cfg, kernel)
+    teacher, student, tangent = _cleaned(*primals, tangents[1])
+    at_rank = _at_ranks(sums, student)
+    picked = [[jnp.sum(jnp.where(at, z, 0.0), axis=-1)[None, :] for at in at_rank] for z in (teacher, student, tangent)]
+    slopes = lambda students: tuple(z[: cfg.depth] for z in local_terms(picked[0], students, cfg)[2:])  # noqa: E731
+    _, slopes_tangent = jax.jvp(slopes, (picked[1],), (picked[2],))
+    # The maxima count as constants, and the scales then move with the sums of exponentials alone.
+    q = _rest_softmax(student, sums.maxima[1], sums.scales[1], at_rank, cfg) * (1 / cfg.temperature)
+    shrink = -sums.scales[1] * jnp.sum(q * tangent, axis=-1) * (1 / cfg.temperature)
+    moved = RowSums(
+        terms=_derivative(*primals, sums, tangents[1], cfg),
+        maxima=jnp.zeros_like(sums.maxima),
+        scales=jnp.stack([jnp.zeros_like(shrink), shrink]),
+        classes=np.zeros(sums.classes.shape, jax.dtypes.float0),
+        pair_slopes=slopes_tangent[0],
+        integrity_slopes=slopes_tangent[1],
+    )
+    return sums, moved
+
+
+# Without it reverse mode would keep masks of the logits' size; with it, the logits and `sums`.
+@functools.partial(jax.checkpoint, static_argnums=(5,), prevent_cse=False)
+def _derivative(
+    teacher: jax.Array,
+    student: jax.Array,
+    kept: jax.Array | None,
+    sums: RowSums,
+    tangent: jax.Array,
+    cfg: LDRLDConfig,
+) -> jax.Array:
+    """The derivative of the terms along `tangent`, `[3, N]`: linear in it, and elementwise when transposed."""
+    teacher, student, tangent = _cleaned(teacher, student, kept, tangent)
+    at_rank = _at_ranks(sums, student)
+    picked = jnp.stack([jnp.sum(jnp.where(at, tangent, 0.0), axis=-1) for at in at_rank])
+    p, q = (
+        _rest_softmax(z, sums.maxima[side], sums.scales[side], at_rank, cfg) for side, z in enumerate((teacher, student))
+    )
+    local = (jnp.sum(slopes * picked, axis=0) for slopes in (sums.pair_slopes, sums.integrity_slopes))
+    return jnp.stack([*local, jnp.sum((q - p) * tangent, axis=-1)])
+
+
+def _cleaned(teacher: jax.Array, student: jax.Array, kept: jax.Array | None, tangent: jax.Array) -> list[jax.Array]:
+    """Logits and tangent `[N, C]` in float32: -inf raised, 0 in the rows that are not kept."""
+    arrays = [jnp.maximum(z.astype(jnp.float32), RULED_OUT) for z in (teacher, student)]
+    arrays.append(tangent.astype(jnp.float32))
+    return arrays if kept is None else [jnp.where(kept[:, None], z, 0.0) for z in arrays]
+
+
+def _at_ranks(sums: RowSums, student: jax.Array) -> list[jax.Array]:
+    """Where the class of each rank is, d masks `[N, C]`: comparisons that XLA fuses, in place of a scatter."""
+    classes = jax.lax.broadcasted_iota(jnp.int32, student.shape, 1)
+    return [classes == chosen[:, None] for chosen in sums.classes]
+
+
+def _rest_softmax(
+    logits: jax.Array, maximum: jax.Array, scale: jax.Array, at_rank: list[jax.Array], cfg: LDRLDConfig
+) -> jax.Array:
+    """T times the softmax of `[N, C]` logits over the classes of no rank, 0 elsewhere."""
+    ranked = functools.reduce(jnp.logical_or, at_rank)
+    exponent = jnp.where(ranked, RULED_OUT, logits - maximum[:, None]) * (1 / cfg.temperature)
+    return jnp.exp(exponent) * scale[:, None]
