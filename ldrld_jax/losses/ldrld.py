@@ -219,13 +219,18 @@ def ldrld_terms(
         As with every psum, leave `check_vma` on if you differentiate inside the `shard_map`.
       block_rows: how many rows to work on at a time, to bound temporary memory by blocks of so many
         rows beside one array `[..., C]`; by default all at once. Under a batch-sharded `jit` leave it
-        out, or use it inside `shard_map`.
+        out, or use it inside `shard_map`. The Pallas kernel holds no such array and ignores it.
+      implementation: "xla", or "pallas" for a kernel that reads the logits once: Mosaic on a TPU, Triton on an NVIDIA
+        GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU; the program is lowered with that of its
+        platform. On several devices call it inside a `shard_map` over the rows: a kernel is not partitioned by XLA.
+        None takes the kernel on the devices that `PROVEN_DEVICES` names, none so far, and "xla" elsewhere.
 
     Returns:
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1.
+      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
+        also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> teacher, student = jnp.array([[3.0, 1.0, 0.0, -2.0]]), jnp.array([[1.0, 2.0, 0.0, 0.0]])
@@ -347,12 +352,14 @@ def ldrld_loss(
         without it the mean is local.
       class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, as in `ldrld_terms`.
       block_rows: how many rows to work on at a time, as in `ldrld_terms`; changes memory, not the loss.
+      implementation: None, "xla" or "pallas", as in `ldrld_terms`.
 
     Returns:
       A scalar, float32 (float64 for float64 logits), in nats times T^2; 0 if nothing is kept.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1.
+      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
+        also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> z = jnp.array([[3.0, 1.0, 0.0, -2.0]])

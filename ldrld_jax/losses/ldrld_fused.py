@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from ldrld_jax.losses.common import check_logits, check_rows
 from ldrld_jax.losses.divergence import RULED_OUT
@@ -18,16 +20,55 @@ from ldrld_jax.losses.ldrld_kernel import RowSums, local_terms, row_sums_gpu, ro
 
 Kernel = Callable[[jax.Array, jax.Array, LDRLDConfig], RowSums]
 
+_row_sums_p = Primitive("ldrld_row_sums")
+"""A primitive, because `lax.platform_dependent` lowers a `pallas_call` of any branch for all platforms of an export."""
+_row_sums_p.multiple_results = True
+_row_sums_p.def_impl(lambda *rows, cfg: jax.jit(functools.partial(_row_sums_p.bind, cfg=cfg))(*rows))
+
 
 def _kernel_of_the_platform(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> RowSums:
     """Computes `RowSums` by the kernel of the platform that the program is lowered for, interpreted on a CPU."""
-    return jax.lax.platform_dependent(
-        teacher,
-        student,
-        cpu=lambda t, s: row_sums_tpu(t, s, cfg, interpret=True),
-        cuda=lambda t, s: row_sums_gpu(t, s, cfg),
-        tpu=lambda t, s: row_sums_tpu(t, s, cfg),
-    )
+    return RowSums(*_row_sums_p.bind(teacher, student, cfg=cfg))
+
+
+@_row_sums_p.def_abstract_eval
+def _(teacher, student, *, cfg):
+    count = student.shape[0]
+    outputs = [((3, count), jnp.float32), *[((2, count), jnp.float32)] * 2]
+    outputs += [((cfg.depth, count), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    # Inside a shard_map, the axes over which the values differ.
+    varying = max((teacher.manual_axis_type, student.manual_axis_type), key=lambda z: len(z.varying))
+    return [jax.core.ShapedArray(shape, jnp.dtype(dtype), manual_axis_type=varying) for shape, dtype in outputs]
+
+
+def _batched(rows, axes, *, cfg):
+    """More rows of the same kernel."""
+    size = next(z.shape[axis] for z, axis in zip(rows, axes, strict=True) if axis is not None)
+    rows = [
+        jnp.broadcast_to(z[None], (size, *z.shape)) if axis is None else jnp.moveaxis(z, axis, 0)
+        for z, axis in zip(rows, axes, strict=True)
+    ]
+    _, count, classes = rows[0].shape
+    outputs = _row_sums_p.bind(*(z.reshape(size * count, classes) for z in rows), cfg=cfg)
+    return [z.reshape(-1, size, count) for z in outputs], [1] * len(outputs)
+
+
+batching.primitive_batchers[_row_sums_p] = _batched
+
+
+def _register(platform: str, kernel: Kernel) -> None:
+    lower = mlir.lower_fun(lambda teacher, student, cfg: kernel(teacher, student, cfg))
+
+    def lower_on_one_device(ctx, *rows, cfg):
+        # A kernel knows nothing of the shard_map around it.
+        return lower(ctx.replace(avals_in=[jax.core.ShapedArray(z.shape, z.dtype) for z in ctx.avals_in]), *rows, cfg=cfg)
+
+    mlir.register_lowering(_row_sums_p, lower_on_one_device, platform=platform)
+
+
+_register("cpu", functools.partial(row_sums_tpu, interpret=True))
+_register("cuda", row_sums_gpu)
+_register("tpu", row_sums_tpu)
 
 
 def ldrld_terms(
@@ -47,7 +88,7 @@ def ldrld_terms(
     teacher, student = (z if z.dtype == jnp.bfloat16 else z.astype(jnp.float32) for z in (teacher, student))
     kept = None if where is None else check_rows("where", where, student.shape[:-1]).reshape(-1)
     rows = [z.reshape(-1, z.shape[-1]) for z in (jax.lax.stop_gradient(teacher), student)]
-    terms = _compiled_terms(*rows, kept, cfg, kernel)
+    terms = _compiled_terms(*rows, kept, cfg, kernel) if student.size else jnp.zeros((3, 0))
     return LDRLDTerms(*(term.reshape(student.shape[:-1]) for term in terms))
 
 
