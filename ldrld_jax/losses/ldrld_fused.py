@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.losses.common import check_logits, check_rows
 from ldrld_jax.losses.divergence import RULED_OUT
@@ -36,9 +37,10 @@ def _(teacher, student, *, cfg):
     count = student.shape[0]
     outputs = [((3, count), jnp.float32), *[((2, count), jnp.float32)] * 2]
     outputs += [((cfg.depth, count), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-    # Inside a shard_map, the axes over which the values differ.
-    varying = max((teacher.manual_axis_type, student.manual_axis_type), key=lambda z: len(z.varying))
-    return [jax.core.ShapedArray(shape, jnp.dtype(dtype), manual_axis_type=varying) for shape, dtype in outputs]
+    # Inside a shard_map a type says over which axes the values differ.
+    like = max((teacher, student), key=lambda z: len(z.manual_axis_type.varying))
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(None, like.sharding.spec[0]))
+    return [like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding) for shape, dtype in outputs]
 
 
 def _batched(rows, axes, *, cfg):
