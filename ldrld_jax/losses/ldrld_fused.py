@@ -4,6 +4,7 @@ The kernel keeps no array of the logits' size. A term's derivative is made of th
 elementwise, so that XLA fuses it into what uses it (the cross-entropy's gradient reads the same student logits).
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -58,18 +59,33 @@ def _batched(rows, axes, *, cfg):
 batching.primitive_batchers[_row_sums_p] = _batched
 
 
-def _register(platform: str, kernel: Kernel) -> None:
+def _some_gpu() -> contextlib.AbstractContextManager:
+    """Returns a context in which Triton's code can be made on a machine without a GPU.
+
+    From jax 0.12 on it is made for a device. Where there is none it is the oldest kind that is served; XLA compiles
+    the code for the device that it then finds.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if jax.default_backend() == "gpu" or (described is not None and described.platform == "gpu"):
+        return contextlib.nullcontext()
+    oldest = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=oldest))
+
+
+def _register(platform: str, kernel: Kernel, context: Callable = contextlib.nullcontext) -> None:
     lower = mlir.lower_fun(lambda teacher, student, cfg: kernel(teacher, student, cfg))
 
     def lower_on_one_device(ctx, *rows, cfg):
         # A kernel knows nothing of the shard_map around it.
-        return lower(ctx.replace(avals_in=[jax.core.ShapedArray(z.shape, z.dtype) for z in ctx.avals_in]), *rows, cfg=cfg)
+        ctx = ctx.replace(avals_in=[jax.core.ShapedArray(z.shape, z.dtype) for z in ctx.avals_in])
+        with context():
+            return lower(ctx, *rows, cfg=cfg)
 
     mlir.register_lowering(_row_sums_p, lower_on_one_device, platform=platform)
 
 
 _register("cpu", functools.partial(row_sums_tpu, interpret=True))
-_register("cuda", row_sums_gpu)
+_register("cuda", row_sums_gpu, _some_gpu)
 _register("tpu", row_sums_tpu)
 
 

@@ -279,6 +279,7 @@ def test_batch_sharded_rows_in_a_shard_map(inside, rng):
     assert_same(jax.jit(function)(teacher, student), both(teacher, student, CFG)[1])
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
 def test_one_program_is_exported_for_three_platforms(rng):
     teacher, student = logits(rng, 8, 100)
     function = jax.jit(lambda t, s: jax.value_and_grad(pallas_loss, 1)(t, s, CFG))
