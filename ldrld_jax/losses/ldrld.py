@@ -180,7 +180,9 @@ def _takes_kernel(implementation: Implementation, class_axis_name: AxisName) -> 
     if implementation == "pallas" and class_axis_name is not None:
         raise ValueError('implementation="pallas" takes whole rows of classes. Use "xla" with class_axis_name.')
     if implementation is None and class_axis_name is None:
-        return any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
+        proven = any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
+        # XLA cannot partition a kernel: in a program over several devices it takes a shard_map around it.
+        return proven and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
     return implementation == "pallas"
 
 
@@ -223,7 +225,8 @@ def ldrld_terms(
       implementation: "xla", or "pallas" for a kernel that reads the logits once: Mosaic on a TPU, Triton on an NVIDIA
         GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU; the program is lowered with that of its
         platform. On several devices call it inside a `shard_map` over the rows: a kernel is not partitioned by XLA.
-        None takes the kernel on the devices that `PROVEN_DEVICES` names, none so far, and "xla" elsewhere.
+        None takes the kernel on the devices that `PROVEN_DEVICES` names, none so far, if there is one or the call is
+        inside a `shard_map`, and "xla" elsewhere.
 
     Returns:
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.

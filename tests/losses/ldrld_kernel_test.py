@@ -295,17 +295,23 @@ def test_one_program_is_exported_for_three_platforms(rng):
     assert_same(again.call(teacher, student), both(teacher, student, CFG)[1])
 
 
-def test_none_takes_the_kernel_where_it_is_proven_and_nowhere_else(rng, monkeypatch):
-    teacher, student = logits(rng, 2, 10)
+def test_none_takes_the_kernel_where_it_is_proven_and_need_not_be_partitioned(rng, monkeypatch):
+    teacher, student = logits(rng, 8, 10)
+    devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
-    def calls_kernel(implementation):
-        traced = jax.make_jaxpr(lambda t, s: ldrld_loss(t, s, CFG, implementation=implementation))(teacher, student)
-        return "pallas_call" in str(traced)
+    def calls_kernel(implementation, sharded):
+        def terms(teacher, student):
+            return jnp.stack(ldrld_terms(teacher, student, CFG, implementation=implementation))
+
+        if sharded:
+            terms = jax.shard_map(terms, mesh=devices, in_specs=(P("data"), P("data")), out_specs=P(None, "data"))
+        return "ldrld_row_sums" in str(jax.make_jaxpr(terms)(teacher, student))
 
     assert {} == ldrld.PROVEN_DEVICES
-    assert [calls_kernel(name) for name in (None, "xla", "pallas")] == [False, False, True]
-    monkeypatch.setitem(ldrld.PROVEN_DEVICES, jax.devices()[0].device_kind, "2026-11-26, jax 0.12.0")
-    assert [calls_kernel(name) for name in (None, "xla", "pallas")] == [True, False, True]
+    assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [False, False, True]
+    monkeypatch.setitem(ldrld.PROVEN_DEVICES, jax.devices()[0].device_kind, "the date, the version")
+    assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [True, False, True]
+    assert [calls_kernel(name, sharded=False) for name in (None, "xla", "pallas")] == [False, False, True]
 
 
 def test_what_the_kernel_cannot_do_is_said(x64):
