@@ -173,9 +173,8 @@ def _derivative(
     teacher, student, tangent = _cleaned(teacher, student, kept, tangent)
     at_rank = _at_ranks(sums, student)
     picked = jnp.stack([jnp.sum(jnp.where(at, tangent, 0.0), axis=-1) for at in at_rank])
-    p, q = (
-        _rest_softmax(z, sums.maxima[side], sums.scales[side], at_rank, cfg) for side, z in enumerate((teacher, student))
-    )
+    sides = zip((teacher, student), sums.maxima, sums.scales, strict=True)
+    p, q = (_rest_softmax(*side, at_rank, cfg) for side in sides)
     local = (jnp.sum(slopes * picked, axis=0) for slopes in (sums.pair_slopes, sums.integrity_slopes))
     return jnp.stack([*local, jnp.sum((q - p) * tangent, axis=-1)])
 

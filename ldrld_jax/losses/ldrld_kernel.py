@@ -178,8 +178,9 @@ def _finish(rows: _Rows, classes: int, cfg: LDRLDConfig) -> tuple[jax.Array, ...
     local = local_terms(*_ranking_first(rows.ranked, rows.paired, cfg), cfg)
     pairs, integrity, pair_slopes, integrity_slopes = local
     if classes > cfg.depth:
-        mean = rest.difference / (rest.teacher_sum * cfg.temperature)
-        remainder = mean - jnp.log(rest.teacher_sum) + jnp.log(rest.student_sum)
+        # One logarithm of a ratio near 1 is closer than the difference of two.
+        log_ratio = jnp.log(rest.teacher_sum / rest.student_sum)
+        remainder = rest.difference / (rest.teacher_sum * cfg.temperature) - log_ratio
         scales = [cfg.temperature / total for total in (rest.teacher_sum, rest.student_sum)]
     else:
         remainder, scales = jnp.zeros_like(pairs), [jnp.zeros_like(pairs)] * 2
@@ -230,17 +231,13 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
         entropy, slope = _bernoulli_kl(teacher - teachers[j], student - students[j])
         pairs, pair_slopes = pairs + weight * entropy, pair_slopes + weight * slope
 
-    logs, probabilities = [], []
-    for logits in (teacher, student):
-        shifted = jnp.where(real, logits - _rowwise_max(jnp.where(real, logits, -jnp.inf)), -jnp.inf)
-        exponentials = jnp.exp(shifted)
-        total = _rowwise_sum(exponentials)
-        logs.append(jnp.where(real, shifted, 0.0) - jnp.log(total))
-        probabilities.append(exponentials / total)
-    integrity = _rowwise_sum(probabilities[0] * (logs[0] - logs[1]))
+    p, q = (jnp.where(real, z - _rowwise_max(jnp.where(real, z, -jnp.inf)), RULED_OUT) for z in (teacher, student))
+    difference, p, q = p - q, jnp.exp(p), jnp.exp(q)
+    p_sum, q_sum = _rowwise_sum(p), _rowwise_sum(q)
+    integrity = _rowwise_sum(p * difference) / p_sum - jnp.log(p_sum / q_sum)
     # Each pair stands in the sum twice.
     values = (0.5 * cfg.temperature**2 * _rowwise_sum(pairs), cfg.temperature**2 * integrity)
-    slopes = (pair_slopes, probabilities[1] - probabilities[0])
+    slopes = (pair_slopes, q / q_sum - p / p_sum)
     return *values, *(jnp.where(real & sloping, cfg.temperature * slope, 0.0) for slope in slopes)
 
 

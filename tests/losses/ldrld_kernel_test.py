@@ -65,7 +65,7 @@ def terms_and_grads(teacher, student, cfg, kernel=None, where=None):
 def assert_close_to_plain(teacher, student, cfg, kernel):
     """2e-5 of the largest entry of each term and of each gradient, against the plain version in float64.
 
-    The second summand is the rounding of a KL, a difference of numbers near 1; it matters to the smallest.
+    The second summand is the rounding of T^2 times a KL, a difference of numbers near 1; it matters to the smallest.
     """
     ours = terms_and_grads(teacher, student, cfg, kernel)
     with jax.enable_x64(True):
@@ -74,7 +74,7 @@ def assert_close_to_plain(teacher, student, cfg, kernel):
     for a, b, factor in zip(ours, exact, (cfg.temperature**2, cfg.temperature), strict=True):
         for part in range(3):
             difference = np.max(np.abs(np.asarray(a[part], np.float64) - b[part]))
-            assert difference <= 2e-5 * np.max(np.abs(b[part])) + factor * 1e-7, part
+            assert difference <= 2e-5 * np.max(np.abs(b[part])) + factor * 5e-7, part
 
 
 @KERNEL
@@ -219,13 +219,15 @@ def test_bfloat16_is_raised_inside(kernel, rng, strict_dtypes):
 # What follows goes through the public functions, interpreted by what a CPU takes.
 
 
-@functools.partial(compiled, static_argnames="block_rows")
-def both(teacher, student, cfg, **keywords):
+def uncompiled_both(teacher, student, cfg, **keywords):
     """Value and gradient of both implementations."""
     return [
         jax.value_and_grad(functools.partial(ldrld_loss, implementation=name, **keywords), 1)(teacher, student, cfg)
         for name in ("pallas", "xla")
     ]
+
+
+both = compiled(uncompiled_both, static_argnames="block_rows")
 
 
 def assert_same(ours, theirs):
@@ -255,7 +257,7 @@ def test_vmap_scan_and_blocks_of_rows_agree_with_the_xla_path(rng):
     teacher, student = logits(rng, 3, 4, 30)
     assert_same(*jax.vmap(lambda t, s: both(t, s, CFG))(teacher, student))
     assert_same(*jax.vmap(lambda s: both(teacher[0], s, CFG), in_axes=1)(student.transpose(1, 0, 2)))
-    assert_same(*compiled(lambda t, s: jax.lax.map(lambda rows: both(*rows, CFG), (t, s)))(teacher, student))
+    assert_same(*compiled(lambda t, s: jax.lax.map(lambda rows: uncompiled_both(*rows, CFG), (t, s)))(teacher, student))
     assert_same(*both(teacher, student, CFG, block_rows=5))
 
 
@@ -273,9 +275,7 @@ def test_batch_sharded_rows_in_a_shard_map(inside, rng):
             jax.value_and_grad(loss, 1), mesh=devices, in_specs=(rows, rows), out_specs=(P(), rows)
         )
     else:
-        function = jax.value_and_grad(
-            jax.shard_map(loss, mesh=devices, in_specs=(rows, rows), out_specs=P()), 1
-        )
+        function = jax.value_and_grad(jax.shard_map(loss, mesh=devices, in_specs=(rows, rows), out_specs=P()), 1)
     assert_same(jax.jit(function)(teacher, student), both(teacher, student, CFG)[1])
 
 
@@ -307,7 +307,7 @@ def test_none_takes_the_kernel_where_it_is_proven_and_need_not_be_partitioned(rn
             terms = jax.shard_map(terms, mesh=devices, in_specs=(P("data"), P("data")), out_specs=P(None, "data"))
         return "ldrld_row_sums" in str(jax.make_jaxpr(terms)(teacher, student))
 
-    assert {} == ldrld.PROVEN_DEVICES
+    assert not ldrld.PROVEN_DEVICES
     assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [False, False, True]
     monkeypatch.setitem(ldrld.PROVEN_DEVICES, jax.devices()[0].device_kind, "the date, the version")
     assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [True, False, True]
