@@ -7,7 +7,7 @@ lanes of a TPU, or one row `[classes]` on a GPU. A quantity of each row is then 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ldrld_jax.losses.divergence import RULED_OUT
 from ldrld_jax.losses.ldrld import LDRLDConfig, host_rank_weights
 
 Entries = Sequence[jax.Array]
+Side = TypeVar("Side", jax.Array, Entries)
 
 TPU_ROWS = 128  # as many as a TPU has lanes
 TPU_CLASSES = 1024
@@ -135,7 +136,8 @@ def _add_block(
             chosen, paired, place = found(remaining, value)
             largest.append((value, paired, place))
             remaining = jnp.where(chosen, -jnp.inf, remaining)
-        rows = _Rows(*zip(*largest, strict=True), rows.rest)
+        ranked, paired, places = zip(*largest, strict=True)
+        rows = _Rows(ranked, paired, places, rows.rest)
     else:
 
         def some_belongs(state):
@@ -161,7 +163,7 @@ def _add_block(
     return rows._replace(rest=_add_to_rest(rows.rest, teacher, student, ~(remaining == -jnp.inf), cfg))
 
 
-def _ranking_first(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
+def _ranking_first(teacher: Side, student: Side, cfg: LDRLDConfig) -> tuple[Side, Side]:
     """Swaps two sides unless the teacher ranks; its own inverse."""
     return (teacher, student) if cfg.rank_by == "teacher" else (student, teacher)
 
@@ -204,7 +206,7 @@ def number_of_ranks(depth: int) -> int:
 
 
 def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[jax.Array, ...]:
-    """Pairs and integrity, `[1, ...]`, and their slopes, `[ranks, ...]`, from the logits of the d classes.
+    """Computes pairs and integrity, `[1, ...]`, and their slopes, `[ranks, ...]`, from the logits of the d classes.
 
     Args:
       teacher: d entries `[1, ...]` in descending order of the side that ranks.
@@ -214,31 +216,30 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
     Returns:
       pairs, integrity, pair_slopes, integrity_slopes: times T^2, the slopes 0 beyond the first d.
     """
-    # RULED_OUT stands for -inf, which has no slope.
-    sloping = _stack(student) > RULED_OUT
     # Only differences matter; taken before the division by T they are exact for close logits.
     teachers, students = ([(z - side[0]) / cfg.temperature for z in side] for side in (teacher, student))
-    teacher, student = _stack(teachers), _stack(students)
-    rank = jax.lax.broadcasted_iota(jnp.int32, teacher.shape, 0)
+    t, s = _stack(teachers), _stack(students)
+    rank = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
     real = rank < cfg.depth
     weights = host_rank_weights(cfg)
-    weights = weights + weights.T
-    pairs, pair_slopes = jnp.zeros_like(teacher), jnp.zeros_like(teacher)
+    weights = weights + weights.T  # Each pair stands in the sums twice.
+    pairs, pair_slopes = jnp.zeros_like(s), jnp.zeros_like(s)
     for j in range(cfg.depth):
-        weight = jnp.zeros_like(teacher)
+        weight = jnp.zeros_like(s)
         for k in range(cfg.depth):
             weight = jnp.where(rank == k, float(weights[k, j]), weight)
-        entropy, slope = _bernoulli_kl(teacher - teachers[j], student - students[j])
+        entropy, slope = _bernoulli_kl(t - teachers[j], s - students[j])
         pairs, pair_slopes = pairs + weight * entropy, pair_slopes + weight * slope
 
-    p, q = (jnp.where(real, z - _rowwise_max(jnp.where(real, z, -jnp.inf)), RULED_OUT) for z in (teacher, student))
-    difference, p, q = p - q, jnp.exp(p), jnp.exp(q)
+    t, s = (jnp.where(real, z - _rowwise_max(jnp.where(real, z, -jnp.inf)), RULED_OUT) for z in (t, s))
+    p, q = jnp.exp(t), jnp.exp(s)
     p_sum, q_sum = _rowwise_sum(p), _rowwise_sum(q)
-    integrity = _rowwise_sum(p * difference) / p_sum - jnp.log(p_sum / q_sum)
-    # Each pair stands in the sum twice.
+    integrity = _rowwise_sum(p * (t - s)) / p_sum - jnp.log(p_sum / q_sum)
     values = (0.5 * cfg.temperature**2 * _rowwise_sum(pairs), cfg.temperature**2 * integrity)
+    # RULED_OUT stands for -inf, which has no slope.
+    sloping = real & (_stack(student) > RULED_OUT)
     slopes = (pair_slopes, q / q_sum - p / p_sum)
-    return *values, *(jnp.where(real & sloping, cfg.temperature * slope, 0.0) for slope in slopes)
+    return *values, *(jnp.where(sloping, cfg.temperature * slope, 0.0) for slope in slopes)
 
 
 def _bernoulli_kl(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
