@@ -174,7 +174,7 @@ def _terms_of_rows(
 
 
 def _takes_kernel(implementation: Implementation, class_axis_name: AxisName) -> bool:
-    """Whether the Pallas kernel is to be used, or a ValueError where it cannot be."""
+    """Returns whether the Pallas kernel is to be used; raises a ValueError where it cannot be."""
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f'implementation must be None, "xla" or "pallas", got {implementation!r}.')
     if implementation == "pallas" and class_axis_name is not None:

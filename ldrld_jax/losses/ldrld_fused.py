@@ -45,7 +45,7 @@ def _(teacher, student, *, cfg):
 
 
 def _batched(rows, axes, *, cfg):
-    """More rows of the same kernel."""
+    """Makes a batch more rows of the same kernel."""
     size = next(z.shape[axis] for z, axis in zip(rows, axes, strict=True) if axis is not None)
     rows = [
         jnp.broadcast_to(z[None], (size, *z.shape)) if axis is None else jnp.moveaxis(z, axis, 0)
@@ -97,7 +97,7 @@ def ldrld_terms(
     where: jax.Array | None = None,
     kernel: Kernel = _kernel_of_the_platform,
 ) -> LDRLDTerms:
-    """As `ldrld_jax.ldrld_terms` with `implementation="pallas"`; `kernel` is the one to use."""
+    """Computes `ldrld_jax.ldrld_terms` with `implementation="pallas"`; `kernel` is the one to use."""
     teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
     check_logits(teacher, student)
     if jnp.float64 in (teacher.dtype, student.dtype):
@@ -112,7 +112,7 @@ def ldrld_terms(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _terms(teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel):
-    """The three terms `[3, N]` of rows `[N, C]`; 0 where `kept` `[N]` is False."""
+    """Computes the three terms `[3, N]` of rows `[N, C]`; 0 where `kept` `[N]` is False."""
     return _row_sums(teacher, student, kept, cfg, kernel).terms
 
 
@@ -129,7 +129,7 @@ _compiled_terms = jax.jit(_terms, static_argnums=(3, 4))
 def _row_sums(
     teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel
 ) -> RowSums:
-    """What the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits are there."""
+    """Computes what the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits are there."""
     sums = kernel(teacher, student, cfg)
     if kept is None:
         return sums
@@ -138,7 +138,7 @@ def _row_sums(
 
 @_row_sums.defjvp
 def _(cfg, kernel, primals, tangents):
-    """For derivatives of the derivative: those of what `_derivative` takes, by XLA."""
+    """Differentiates what `_derivative` takes, for second derivatives, by XLA."""
     sums = _row_sums(*primals, cfg, kernel)
     teacher, student, tangent = _cleaned(*primals, tangents[1])
     at_rank = _at_ranks(sums, student)
@@ -169,7 +169,7 @@ def _derivative(
     tangent: jax.Array,
     cfg: LDRLDConfig,
 ) -> jax.Array:
-    """The derivative of the terms along `tangent`, `[3, N]`: linear in it, and elementwise when transposed."""
+    """Computes the derivative of the terms along `tangent`, `[3, N]`: linear in it, and elementwise when transposed."""
     teacher, student, tangent = _cleaned(teacher, student, kept, tangent)
     at_rank = _at_ranks(sums, student)
     picked = jnp.stack([jnp.sum(jnp.where(at, tangent, 0.0), axis=-1) for at in at_rank])
@@ -180,14 +180,14 @@ def _derivative(
 
 
 def _cleaned(teacher: jax.Array, student: jax.Array, kept: jax.Array | None, tangent: jax.Array) -> list[jax.Array]:
-    """Logits and tangent `[N, C]` in float32: -inf raised, 0 in the rows that are not kept."""
+    """Returns logits and tangent `[N, C]` in float32: -inf raised, 0 in the rows that are not kept."""
     arrays = [jnp.maximum(z.astype(jnp.float32), RULED_OUT) for z in (teacher, student)]
     arrays.append(tangent.astype(jnp.float32))
     return arrays if kept is None else [jnp.where(kept[:, None], z, 0.0) for z in arrays]
 
 
 def _at_ranks(sums: RowSums, student: jax.Array) -> list[jax.Array]:
-    """Where the class of each rank is, d masks `[N, C]`: comparisons that XLA fuses, in place of a scatter."""
+    """Marks the class of each rank, d masks `[N, C]`: comparisons that XLA fuses, in place of a scatter."""
     classes = jax.lax.broadcasted_iota(jnp.int32, student.shape, 1)
     return [classes == chosen[:, None] for chosen in sums.classes]
 
@@ -195,7 +195,7 @@ def _at_ranks(sums: RowSums, student: jax.Array) -> list[jax.Array]:
 def _rest_softmax(
     logits: jax.Array, maximum: jax.Array, scale: jax.Array, at_rank: list[jax.Array], cfg: LDRLDConfig
 ) -> jax.Array:
-    """T times the softmax of `[N, C]` logits over the classes of no rank, 0 elsewhere."""
+    """Computes T times the softmax of `[N, C]` logits over the classes of no rank, 0 elsewhere."""
     ranked = functools.reduce(jnp.logical_or, at_rank)
     exponent = jnp.where(ranked, RULED_OUT, logits - maximum[:, None]) * (1 / cfg.temperature)
     return jnp.exp(exponent) * scale[:, None]

@@ -85,7 +85,7 @@ _rowwise_sum = functools.partial(jnp.sum, axis=0, keepdims=True)
 
 
 def _no_classes(shape: tuple[int, ...], cfg: LDRLDConfig) -> _Rows:
-    """The state before the first block."""
+    """Returns the state before the first block."""
     zero = jnp.zeros(shape, jnp.float32)
     nothing = (jnp.full(shape, -jnp.inf, jnp.float32),) * cfg.depth
     lowest = jnp.full(shape, RULED_OUT, jnp.float32)
@@ -169,13 +169,13 @@ def _ranking_first(teacher: Side, student: Side, cfg: LDRLDConfig) -> tuple[Side
 
 
 def _insert(column: tuple[jax.Array, ...], new: jax.Array, beats: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """`column` with `new` before the first entry that it beats, without the last entry where it beats any."""
+    """Returns `column` with `new` before the first entry that it beats, without the last entry where it beats any."""
     shifted = [new, *(jnp.where(beats[k], column[k], new) for k in range(len(column) - 1))]
     return tuple(jnp.where(beat, moved, kept) for beat, moved, kept in zip(beats, shifted, column, strict=True))
 
 
 def _finish(rows: _Rows, classes: int, cfg: LDRLDConfig) -> tuple[jax.Array, ...]:
-    """The outputs: 3 terms, 2 maxima, 2 scales and a 0, `[8, ...]`; classes and two kinds of slopes `[ranks, ...]`."""
+    """Returns 3 terms, 2 maxima, 2 scales and a 0, `[8, ...]`; classes and two kinds of slopes `[ranks, ...]`."""
     rest, square = rows.rest, cfg.temperature**2
     local = local_terms(*_ranking_first(rows.ranked, rows.paired, cfg), cfg)
     pairs, integrity, pair_slopes, integrity_slopes = local
@@ -191,7 +191,7 @@ def _finish(rows: _Rows, classes: int, cfg: LDRLDConfig) -> tuple[jax.Array, ...
 
 
 def _stack(entries: Entries) -> jax.Array:
-    """Entries `[1, ...]` as one array, its length a power of two of at least 8; the first again at its end."""
+    """Stacks entries `[1, ...]` to a length that is a power of two of at least 8, the first one again at the end."""
     shape = (number_of_ranks(len(entries)), *entries[0].shape[1:])
     position = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     stacked = jnp.broadcast_to(entries[0], shape)
@@ -201,7 +201,7 @@ def _stack(entries: Entries) -> jax.Array:
 
 
 def number_of_ranks(depth: int) -> int:
-    """Both compilers want powers of two; 8 are the sublanes of a TPU."""
+    """Returns a power of two, which Triton wants, of at least the 8 sublanes of a TPU."""
     return max(8, pl.next_power_of_2(depth))
 
 
@@ -243,7 +243,7 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
 
 
 def _bernoulli_kl(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`divergence.bernoulli_kl` and its derivative, from one exponential a side."""
+    """Computes `divergence.bernoulli_kl` and its derivative, from one exponential a side."""
     sign = jnp.where(teacher < 0, -1.0, 1.0)
     teacher, student = sign * teacher, sign * student
     teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(-jnp.abs(student))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
-from ldrld_jax.losses import ldrld, ldrld_parts, ldrld_reference
+from ldrld_jax.losses import ldrld, ldrld_reference
 from ldrld_jax.losses.ldrld import parts_of_terms
 from ldrld_jax.losses.ldrld_fused import ldrld_terms as fused_terms
 from ldrld_jax.losses.ldrld_kernel import row_sums_gpu, row_sums_tpu
@@ -99,12 +99,12 @@ def test_value_and_gradient_are_the_official_codes(case, kernel, strict_dtypes):
     assert error(parts["remainder"] / cfg.beta, get("rntk")) < 2e-5
 
 
-# (rows, classes, depth): d = 2, d = C, one class beyond d; rows on the lanes and not; a last block not full.
-SHAPES = [(1, 3, 2), (5, 7, 7), (3, 9, 8), (130, 131, 3), (9, 300, 7)]
+# (rows, classes, depth): d = 2 and one class beyond d; d = C; more rows than one block, and a last block of 3 classes.
+SHAPES = [(1, 3, 2), (5, 7, 7), (130, 131, 3)]
 
 
 @hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate]
+    max_examples=24, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate]
 )
 @hypothesis.given(
     kernel=st.sampled_from(list(KERNELS.values())),
@@ -125,7 +125,7 @@ def test_each_term_and_its_gradient_are_the_plain_versions(kernel, shape, scale,
 def test_every_field_of_the_config_counts(kernel, rng):
     """Of 9 ranks, more than a register of a TPU has rows."""
     cfg = LDRLDConfig(depth=9, rank_by="teacher", temperature=1.5, use_erd=False, irw_epsilon=0.5)
-    assert_close_to_plain(*logits(rng, 4, 200), cfg, kernel)
+    assert_close_to_plain(*logits(rng, 4, 20), cfg, kernel)
 
 
 @KERNEL
@@ -179,9 +179,8 @@ def test_rows_left_out_may_hold_nan(kernel, rng):
     assert np.all(np.isnan(terms_and_grads(teacher.at[2, 9].set(jnp.nan), student, CFG, kernel)[0][2, 2]))
 
 
-@KERNEL
-def test_forward_mode_and_second_derivatives(kernel, rng):
-    teacher, student, direction = (*logits(rng, 3, 140), logits(rng, 3, 140)[0])
+def test_forward_mode_and_second_derivatives(rng):
+    teacher, student, direction = *logits(rng, 3, 20), logits(rng, 3, 20)[0]
     cfg = LDRLDConfig(depth=3)
 
     def loss(terms, student):
@@ -193,7 +192,7 @@ def test_forward_mode_and_second_derivatives(kernel, rng):
         gradient = jax.grad(loss, 1)
         return value, slope, gradient(terms, student), jax.jvp(lambda s: gradient(terms, s), (student,), (direction,))
 
-    ours = derivatives(functools.partial(fused_terms, kernel=kernel), student)
+    ours = derivatives(functools.partial(ldrld_terms, implementation="pallas"), student)
     plain = derivatives(ldrld_reference.ldrld_terms, student)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert error(a, b) < 2e-5
@@ -208,7 +207,7 @@ def test_reverse_mode_keeps_the_logits_and_numbers_of_each_row(rng):
 
 @KERNEL
 def test_bfloat16_is_raised_inside(kernel, rng, strict_dtypes):
-    half = logits(rng, 4, 300, dtype=jnp.bfloat16)
+    half = logits(rng, 4, 20, dtype=jnp.bfloat16)
     terms, gradients = terms_and_grads(*half, CFG, kernel)
     exact, exact_gradients = terms_and_grads(*(z.astype(jnp.float32) for z in half), CFG, kernel)
     assert (terms.dtype, gradients.dtype) == (jnp.float32, jnp.bfloat16)
@@ -236,39 +235,45 @@ def assert_same(ours, theirs):
         assert error(a, b) < 2e-6
 
 
-def test_masks_weights_and_leading_axes_agree_with_the_xla_path(rng, strict_dtypes):
+def test_masks_weights_leading_axes_and_blocks_agree_with_the_xla_path(rng, strict_dtypes):
     teacher, student = logits(rng, 2, 5, 30)
     where, weights = jnp.asarray(rng.random((2, 5)) < 0.7), jnp.asarray(rng.random((2, 5)), jnp.float32)
-    assert_same(*both(teacher, student, CFG, where=where, weights=weights))
-    assert_same(*both(teacher[0, 0], student[0, 0], CFG))
-    parts = [ldrld_parts(teacher, student, CFG, where=where, implementation=name) for name in ("pallas", "xla")]
-    assert_same(*parts)
+    keywords = dict(weights=weights, block_rows=5)
+    assert_same(*both(teacher, student, CFG, where=where, **keywords))
+    (loss, gradient), _ = both(teacher, student, CFG, where=jnp.zeros_like(where), **keywords)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, np.zeros((2, 5, 30)))
 
 
-def test_nothing_to_keep_and_no_rows_at_all_give_zero(rng):
-    teacher, student = logits(rng, 3, 30)
-    for rows in (3, 0):
-        (loss, gradient), _ = both(teacher[:rows], student[:rows], CFG, where=jnp.zeros(rows, bool))
+def test_no_rows_at_all_give_zero():
+    for loss, gradient in both(jnp.zeros((0, 30)), jnp.zeros((0, 30)), CFG):
         assert loss == 0
-        np.testing.assert_array_equal(gradient, np.zeros((rows, 30)))
+        assert gradient.shape == (0, 30)
 
 
-def test_vmap_scan_and_blocks_of_rows_agree_with_the_xla_path(rng):
+def test_vmap_and_scan_agree_with_the_xla_path(rng):
+    """Over any axis and over one side alone, of single rows."""
+
+    @compiled
+    def over_rows(teachers, students):
+        def of_one_teacher(rows):
+            teacher, students = rows
+            return jax.vmap(lambda s: uncompiled_both(teacher, s, CFG), in_axes=1)(students.T)
+
+        return jax.lax.map(of_one_teacher, (teachers, students))
+
     teacher, student = logits(rng, 3, 4, 30)
-    assert_same(*jax.vmap(lambda t, s: both(t, s, CFG))(teacher, student))
-    assert_same(*jax.vmap(lambda s: both(teacher[0], s, CFG), in_axes=1)(student.transpose(1, 0, 2)))
-    assert_same(*compiled(lambda t, s: jax.lax.map(lambda rows: uncompiled_both(*rows, CFG), (t, s)))(teacher, student))
-    assert_same(*both(teacher, student, CFG, block_rows=5))
+    assert_same(*over_rows(teacher[:, 0], student))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["gradient outside", "gradient inside"])
 def test_batch_sharded_rows_in_a_shard_map(inside, rng):
     teacher, student = logits(rng, 16, 100)
     devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = P("data")
+    rows, cfg = P("data"), LDRLDConfig(depth=2)
 
     def loss(teacher, student):
-        return pallas_loss(teacher, student, CFG, axis_name="data")
+        return pallas_loss(teacher, student, cfg, axis_name="data")
 
     if inside:
         function = jax.shard_map(
@@ -276,13 +281,15 @@ def test_batch_sharded_rows_in_a_shard_map(inside, rng):
         )
     else:
         function = jax.value_and_grad(jax.shard_map(loss, mesh=devices, in_specs=(rows, rows), out_specs=P()), 1)
-    assert_same(jax.jit(function)(teacher, student), both(teacher, student, CFG)[1])
+    expected = compiled(jax.value_and_grad(ldrld_loss, 1))(teacher, student, cfg)
+    assert_same(compiled(function)(teacher, student), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
 def test_one_program_is_exported_for_three_platforms(rng):
     teacher, student = logits(rng, 8, 100)
-    function = jax.jit(lambda t, s: jax.value_and_grad(pallas_loss, 1)(t, s, CFG))
+    cfg = LDRLDConfig(depth=2)
+    function = jax.jit(lambda t, s: jax.value_and_grad(pallas_loss, 1)(t, s, cfg))
     exported = jax.export.export(
         function,
         platforms=("cpu", "cuda", "tpu"),
@@ -292,7 +299,7 @@ def test_one_program_is_exported_for_three_platforms(rng):
     again = jax.export.deserialize(exported.serialize())
     for target in ("__gpu$xla.gpu.triton", "tpu_custom_call"):
         assert again.mlir_module().count(f"@{target}(") == 1
-    assert_same(again.call(teacher, student), both(teacher, student, CFG)[1])
+    assert_same(again.call(teacher, student), compiled(jax.value_and_grad(ldrld_loss, 1))(teacher, student, cfg))
 
 
 def test_none_takes_the_kernel_where_it_is_proven_and_need_not_be_partitioned(rng, monkeypatch):
