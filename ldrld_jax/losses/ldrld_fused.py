@@ -106,7 +106,7 @@ def ldrld_terms(
     teacher, student = (z if z.dtype == jnp.bfloat16 else z.astype(jnp.float32) for z in (teacher, student))
     kept = None if where is None else check_rows("where", where, student.shape[:-1]).reshape(-1)
     rows = [z.reshape(-1, z.shape[-1]) for z in (jax.lax.stop_gradient(teacher), student)]
-    terms = _compiled_terms(*rows, kept, cfg, kernel) if student.size else jnp.zeros((3, 0))
+    terms = _compiled_terms(*rows, kept, cfg, kernel) if student.size else jnp.zeros((3, 0), jnp.float32)
     return LDRLDTerms(*(term.reshape(student.shape[:-1]) for term in terms))
 
 
@@ -129,7 +129,7 @@ _compiled_terms = jax.jit(_terms, static_argnums=(3, 4))
 def _row_sums(
     teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel
 ) -> RowSums:
-    """Computes what the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits are there."""
+    """Computes what the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits there."""
     sums = kernel(teacher, student, cfg)
     if kept is None:
         return sums
