@@ -63,6 +63,13 @@ class LDRLDConfig(MethodConfig):
             raise ValueError(f"depth must be at least 2, got {self.depth}. Raise loss.ldrld.depth.")
 
 
+Implementation = Literal["xla", "pallas"] | None
+
+PROVEN_DEVICES: dict[str, str] = {}
+"""Where `implementation=None` takes the Pallas kernel: how a device's kind begins -> the date and version of JAX with
+which the kernel gave the right values there. It has not run on a device yet (docs/loss_speed.md)."""
+
+
 class LDRLDTerms(NamedTuple):
     """LDRLD's three parts per example, `[...]`, each already times T^2 and before alpha and beta."""
 
@@ -166,6 +173,19 @@ def _terms_of_rows(
     return LDRLDTerms(*(cfg.temperature**2 * term for term in (pairs, integrity, remainder)))
 
 
+def _takes_kernel(implementation: Implementation, class_axis_name: AxisName) -> bool:
+    """Returns whether the Pallas kernel is to be used; raises a ValueError where it cannot be."""
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f'implementation must be None, "xla" or "pallas", got {implementation!r}.')
+    if implementation == "pallas" and class_axis_name is not None:
+        raise ValueError('implementation="pallas" takes whole rows of classes. Use "xla" with class_axis_name.')
+    if implementation is None and class_axis_name is None:
+        proven = any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
+        # XLA cannot partition a kernel: in a program over several devices it takes a shard_map around it.
+        return proven and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
+    return implementation == "pallas"
+
+
 def ldrld_terms(
     teacher_logits: jax.Array,
     student_logits: jax.Array,
@@ -174,6 +194,7 @@ def ldrld_terms(
     where: jax.Array | None = None,
     class_axis_name: AxisName = None,
     block_rows: int | None = None,
+    implementation: Implementation = None,
 ) -> LDRLDTerms:
     r"""LDRLD's three parts, per example, before they are weighted and averaged.
 
@@ -200,13 +221,19 @@ def ldrld_terms(
         As with every psum, leave `check_vma` on if you differentiate inside the `shard_map`.
       block_rows: how many rows to work on at a time, to bound temporary memory by blocks of so many
         rows beside one array `[..., C]`; by default all at once. Under a batch-sharded `jit` leave it
-        out, or use it inside `shard_map`.
+        out, or use it inside `shard_map`. The Pallas kernel holds no such array and ignores it.
+      implementation: "xla", or "pallas" for a kernel that reads the logits once: Mosaic on a TPU, Triton on an NVIDIA
+        GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU; the program is lowered with that of its
+        platform. On several devices call it inside a `shard_map` over the rows: a kernel is not partitioned by XLA.
+        None takes the kernel on the devices that `PROVEN_DEVICES` names, none so far, if there is one or the call is
+        inside a `shard_map`, and "xla" elsewhere.
 
     Returns:
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1.
+      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
+        also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> teacher, student = jnp.array([[3.0, 1.0, 0.0, -2.0]]), jnp.array([[1.0, 2.0, 0.0, 0.0]])
@@ -218,6 +245,7 @@ def ldrld_terms(
       Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025, arXiv 2507.15911;
       agrees with the official code to 1e-12 (tests/losses/ldrld_test.py).
     """
+    fused = _takes_kernel(implementation, class_axis_name)
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     classes = _number_of_classes(student, class_axis_name)
     if cfg.depth > classes:
@@ -226,6 +254,10 @@ def ldrld_terms(
         )
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}.")
+    if fused:
+        from ldrld_jax.losses import ldrld_fused  # Pallas takes a while to load, and most calls do without
+
+        return ldrld_fused.ldrld_terms(teacher_logits, student_logits, cfg, where=where)
     rows = [z.reshape(-1, z.shape[-1]) for z in (teacher, student)]
     if block_rows is None:
         terms = _terms_of_rows(*rows, cfg, class_axis_name)
@@ -248,6 +280,7 @@ def ldrld_parts(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     block_rows: int | None = None,
+    implementation: Implementation = None,
 ) -> dict[str, jax.Array]:
     """The summands of `ldrld_loss` by name: the parts that are switched on, weighted and averaged.
 
@@ -257,7 +290,13 @@ def ldrld_parts(
       A dict with "pairs" and, where they are switched on, "integrity" and "remainder": scalars.
     """
     terms = ldrld_terms(
-        teacher_logits, student_logits, cfg, where=where, class_axis_name=class_axis_name, block_rows=block_rows
+        teacher_logits,
+        student_logits,
+        cfg,
+        where=where,
+        class_axis_name=class_axis_name,
+        block_rows=block_rows,
+        implementation=implementation,
     )
     return parts_of_terms(terms, cfg, where=where, weights=weights, axis_name=axis_name)
 
@@ -296,6 +335,7 @@ def ldrld_loss(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     block_rows: int | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""The LDRLD distillation loss; the cross-entropy with the labels is the caller's to add.
 
@@ -315,12 +355,14 @@ def ldrld_loss(
         without it the mean is local.
       class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, as in `ldrld_terms`.
       block_rows: how many rows to work on at a time, as in `ldrld_terms`; changes memory, not the loss.
+      implementation: None, "xla" or "pallas", as in `ldrld_terms`.
 
     Returns:
       A scalar, float32 (float64 for float64 logits), in nats times T^2; 0 if nothing is kept.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1.
+      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
+        also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> z = jnp.array([[3.0, 1.0, 0.0, -2.0]])
@@ -350,5 +392,6 @@ def ldrld_loss(
         axis_name=axis_name,
         class_axis_name=class_axis_name,
         block_rows=block_rows,
+        implementation=implementation,
     )
     return functools.reduce(operator.add, parts.values())
