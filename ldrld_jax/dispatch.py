@@ -11,7 +11,7 @@ from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
 from ldrld_jax.logit_store.feed import LogitFeed
 from ldrld_jax.mesh import to_devices
-from ldrld_jax.metrics import Means
+from ldrld_jax.metrics import Means, Packed, packed
 from ldrld_jax.run import Run
 from ldrld_jax.train_step import Batch, TrainState
 
@@ -49,20 +49,21 @@ class Dispatcher:
     ):
         self._run, self._tell, self._logits, self._compiled = run, tell, logits, set[int]()
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-        self.one = jit(step)
+        one = packed(step)
+        self.one = jit(one)
         if isinstance(run.batches, ResidentBatches):
             images = run.batches.on_devices()
             self._batch, self._at = images.batch, images.at
-            self._several = jit(several_steps(step, images.whole, run.config.steps_per_dispatch))
+            self._several = jit(several_steps(one, images.whole, run.config.steps_per_dispatch))
         else:
             batches = to_devices(watched(run.batches.iterate(start, threads=run.config.data.threads)), run.mesh)
             self._batch = lambda step: next(batches)
 
-    def __call__(self, step: int, state: TrainState, teacher: Any) -> tuple[int, TrainState, Means]:
-        """The steps after `step`: dispatched, not waited for.
+    def __call__(self, step: int, state: TrainState, teacher: Any) -> tuple[int, TrainState, Packed]:
+        """Dispatches the steps after `step`, and does not wait for them.
 
         Returns:
-          The steps done then, the state after them and their metrics: scalars of one step, else `[k]` each.
+          The steps done then, the state after them and their metrics.
         """
         count = count_steps(self._run, step)
         self._tell(f"waiting for the input of step {step + 1}")
@@ -88,7 +89,9 @@ def count_steps(run: Run, step: int) -> int:
     return together if whole and position % together == 0 and not saved else 1
 
 
-def several_steps(step: Step, make: Callable[..., Batch], count: int) -> Callable[..., tuple[TrainState, Means]]:
+def several_steps(
+    step: Callable[..., tuple[TrainState, Any]], make: Callable[..., Batch], count: int
+) -> Callable[..., tuple[TrainState, Any]]:
     """`steps(state, teacher, beside, images, draws, first)`: `count` steps over an epoch's batches from `first` on.
 
     `beside` has what the batches bring that is not made of the images, `[count, ...]` each.
@@ -96,7 +99,7 @@ def several_steps(step: Step, make: Callable[..., Batch], count: int) -> Callabl
 
     def steps(
         state: TrainState, teacher: Any, beside: Batch, images: Any, draws: Any, first: jax.Array
-    ) -> tuple[TrainState, Means]:
+    ) -> tuple[TrainState, Any]:
         def one(state, at):
             position, beside = at
             return step(state, teacher, {**make(images, draws, position), **beside})

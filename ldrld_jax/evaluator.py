@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.data.sources import InMemory
 from ldrld_jax.data.stream import Batch, Readable, eval_batches
 from ldrld_jax.mesh import Mesh, replicated, shares, to_devices
-from ldrld_jax.metrics import Means, add, by_step
+from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.train_step import Ensemble, Network, make_eval_step
 
 
@@ -28,7 +28,8 @@ class Evaluator:
 
     def __init__(self, network: Network | Ensemble, source: Readable, config: ConfigDict, mesh: Mesh):
         self._source, self._config, self._mesh = source, config, mesh
-        step = make_eval_step(network)
+        means = make_eval_step(network)
+        step = lambda variables, batch: pack(means(variables, batch))  # noqa: E731
         self.step = jax.jit(step, out_shardings=replicated(mesh))
         self.split = jax.jit(
             lambda variables, batches: jax.lax.map(lambda batch: step(variables, batch), batches),
@@ -46,7 +47,7 @@ class Evaluator:
                 total = add(total, means)
         return {name: mean.value for name, mean in total.items()}
 
-    def _dispatches(self, variables: Any) -> Iterator[Means]:
+    def _dispatches(self, variables: Any) -> Iterator[Packed]:
         """The means of the whole split, `[batches]` each, or of a batch after the other, the next one dispatched."""
         if isinstance(self._source, InMemory):
             if self._stored is None:

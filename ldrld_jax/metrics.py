@@ -1,8 +1,9 @@
 """What is measured: means as (sum, count) pairs, and the files they are written to."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,16 +56,48 @@ def add(left: Means, right: Means) -> Means:
     return both | {name: left[name] + right[name] for name in left.keys() & right.keys()}
 
 
-def by_step(means: Means) -> list[Means]:
-    """The means of one step (scalars) or of several (`[k]` each), a set a step, on the host; waits for the device.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Means in one array, which one transfer brings to the host: of an accelerator each costs as much as many numbers.
+
+    Attributes:
+      values: `[2, names]`, totals and counts; `[k, 2, names]` of k steps.
+      names: of the means.
+    """
+
+    values: jax.Array
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+def pack(means: Means) -> Packed:
+    """Packs means of scalars into one array, float64 if one of them is, else float32."""
+    wide = any(number.dtype == jnp.float64 for mean in means.values() for number in mean)
+    dtype = jnp.float64 if wide else jnp.float32
+    rows = [[getattr(mean, part).astype(dtype) for mean in means.values()] for part in Mean._fields]
+    return Packed(jnp.stack([jnp.stack(row) for row in rows]), tuple(means))
+
+
+def packed(step: Callable[..., tuple[Any, Means]]) -> Callable[..., tuple[Any, Packed]]:
+    """Returns a train step with its metrics packed."""
+
+    def stepped(*arguments: Any) -> tuple[Any, Packed]:
+        state, means = step(*arguments)
+        return state, pack(means)
+
+    return stepped
+
+
+def by_step(metrics: Packed) -> list[Means]:
+    """Brings the means of one step, or of several in one dispatch, to the host, a set a step; waits for the device.
 
     Example:
-      >>> by_step({"loss": Mean(jnp.array([1.0, 6.0]), jnp.array([1, 2]))})[1]["loss"].value
+      >>> by_step(pack({"loss": Mean(jnp.array(6.0), jnp.array(2.0))}))[0]["loss"].value
       3.0
     """
-    host = {name: Mean(*map(np.atleast_1d, mean)) for name, mean in jax.device_get(means).items()}
-    steps = len(next(iter(host.values())).count)
-    return [{name: Mean(float(m.total[i]), float(m.count[i])) for name, m in host.items()} for i in range(steps)]
+    values = np.asarray(metrics.values)
+    steps = values if values.ndim == 3 else values[None]
+    return [{name: Mean(*map(float, pair)) for name, pair in zip(metrics.names, step.T, strict=True)} for step in steps]
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

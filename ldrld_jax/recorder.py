@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.console import ProgressBar, evaluation_line, say
-from ldrld_jax.metrics import Mean, Means, Writer, add, by_step
+from ldrld_jax.metrics import Mean, Means, Packed, Writer, add, by_step
 
 _MOST_SKIPPED = 100  # steps in a row
 
@@ -73,8 +73,8 @@ class Recorder:
         """Of the median of the last 200 steps, which leaves out compilation; 0 before there are two."""
         return self._config.batch_size / statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
-    def add(self, step: int, metrics: Means) -> None:
-        """Takes in the metrics of a dispatch that ended with `step`: scalars of one step, `[k]` each of k.
+    def add(self, step: int, metrics: Packed) -> None:
+        """Takes in the metrics of a dispatch that ended with `step`.
 
         Raises:
           NonFiniteError: if a term is not finite; the first step of which that is so.

@@ -6,13 +6,14 @@ import signal
 import types
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldrld_jax import trainer
 from ldrld_jax.dispatch import count_steps
-from ldrld_jax.metrics import Mean
+from ldrld_jax.metrics import Mean, pack
 from ldrld_jax.recorder import NonFiniteError, Recorder
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from tests.conftest import comparable_lines
@@ -79,5 +80,5 @@ def test_a_non_finite_step_of_a_dispatch_is_found_by_its_number(tiny, tmp_path):
     recorder = Recorder(tmp_path, config, "student", start=4, steps=100, steps_per_epoch=10)
     losses = Mean(jnp.array([40.0, 80.0, np.nan, np.nan]), jnp.full(4, 40.0))
     with contextlib.closing(recorder), pytest.raises(NonFiniteError, match="loss not finite at step 7 "):
-        recorder.add(8, {"loss": losses, "top1": Mean(jnp.zeros(4), jnp.full(4, 40.0))})
+        recorder.add(8, jax.vmap(pack)({"loss": losses, "top1": Mean(jnp.zeros(4), jnp.full(4, 40.0))}))
     assert [(line["step"], line["values"]["loss"]) for line in comparable_lines(tmp_path)] == [(5, 1.0), (6, 2.0)]

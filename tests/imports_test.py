@@ -65,7 +65,8 @@ ALLOWED = {
     "aot.hlo": set(),
     "aot.targets": {"errors", "runtime.devices"},
     "aot.programs": {
-        *("config", "data", "dispatch", "evaluator", "logit_store.feed", "loop", "mesh", "optim", "run", "train_step"),
+        *("config", "data", "dispatch", "evaluator", "logit_store.feed", "loop", "mesh", "metrics", "optim", "run"),
+        "train_step",
     },
     "aot.cost": {"aot.hlo", "aot.programs", "aot.targets"},
     "aot.report": {

@@ -2,12 +2,25 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
-from ldrld_jax.metrics import Mean, Writer, add, agreement, classification, in_top, mean_of, read_metrics
+from ldrld_jax.metrics import (
+    Mean,
+    Writer,
+    add,
+    agreement,
+    by_step,
+    classification,
+    in_top,
+    mean_of,
+    pack,
+    packed,
+    read_metrics,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -68,3 +81,13 @@ def test_on_resume_later_lines_and_a_torn_one_are_cut_off(tmp_path):
     Writer(epath.Path(tmp_path), lines=2, step=2, tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+def test_the_metrics_of_a_step_come_to_the_host_as_one_array(x64):
+    means = {"a": Mean(jnp.float64(1 / 3), jnp.float32(2.0)), "b": Mean(jnp.float32(0.1), jnp.float32(7.0))}
+    _, metrics = jax.jit(packed(lambda state: (state, means)))(jnp.ones(()))
+    assert len(jax.tree.leaves(metrics)) == 1
+    (step,) = by_step(metrics)
+    assert step == {"a": Mean(1 / 3, 2.0), "b": Mean(float(np.float32(0.1)), 7.0)}
+    several = jax.lax.map(lambda x: pack({"a": Mean(x, x + 1)}), jnp.arange(3.0))
+    assert [step["a"] for step in by_step(several)] == [Mean(0.0, 1.0), Mean(1.0, 2.0), Mean(2.0, 3.0)]

@@ -19,6 +19,7 @@ from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.logit_store.feed import teacher_program
 from ldrld_jax.loop import Teacher, first_state, make_step, placement
 from ldrld_jax.mesh import replicated
+from ldrld_jax.metrics import packed
 from ldrld_jax.optim import make_optimizer
 from ldrld_jax.run import Run, batch_norm_groups
 from ldrld_jax.train_step import Ensemble, Network, make_eval_step
@@ -74,7 +75,7 @@ def programs_of(run: Run) -> Iterator[Program]:
     state = jax.eval_shape(lambda variables: first_state(run, variables, optimizer), variables)
     shardings = placement(run, state)
     state, out = _placed(state, shardings), (shardings, replicated(mesh))
-    step = make_step(run, network, teacher, optimizer)
+    step = packed(make_step(run, network, teacher, optimizer))
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     batch = _batch(run)
     weights = {"state": state, "teacher": teacher and teacher.variables}
