@@ -98,6 +98,8 @@ def _check(command, monkeypatch):
             _check_program(program, flags, monkeypatch)
         case ["python", program, *flags]:
             _check_program(program, flags, monkeypatch)
+        case ["bash", script, *_]:
+            assert (ROOT / script).exists()
         case ["pip", "install", *what]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             named = [name for part in what for name in re.findall(r"(?:\.|ldrld_jax)\[(.*)\]", part)]
