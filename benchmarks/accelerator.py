@@ -14,10 +14,12 @@ import hashlib
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from stages import carry, record
 from stages.plan import Progress
@@ -34,11 +36,11 @@ PIECES: dict[str, list[list[tuple[str, float, float]]]] = {
     ],
     "loss": [[("table", 70, 25)], [("compiled", 60, 40)]],
     "step": [
-        [("cifar64", 80, 45)],
-        [("where", 90, 50)],
-        [("imagenet", 80, 45)],
-        [("cifar1024", 60, 40)],
-        [("cifar64_bfloat16", 70, 40)],
+        [("cifar64", 150, 60)],
+        [("imagenet", 130, 60)],
+        [("where", 150, 70)],
+        [("cifar1024", 120, 60)],
+        [("cifar64_bfloat16", 120, 60)],
     ],
     "input": [[("photos", 40, 20)], [("cifar", 40, 20)]],
 }
@@ -164,10 +166,10 @@ def main() -> None:
         now = runs.progress()
         carry.pack_state(runs, flags.out, wanted=lambda job: _is_further(now, begun, job.name), say=say)
 
-    def last_resort() -> None:
+    def last_resort(*_: Any) -> None:
         launcher.kill()
         deliver()
-        print("the time is over.", flush=True)
+        print("ended before its end; what was done is packed", flush=True)
         os._exit(1)
 
     carry.bring(flags.inbox, folder, say)
@@ -175,6 +177,7 @@ def main() -> None:
     watch = threading.Timer(minutes.left() + GRACE_SECONDS + 2, last_resort)
     watch.daemon = True
     watch.start()
+    signal.signal(signal.SIGTERM, last_resort)
     machine = _task("smoke", "machine", folder, flags.shrink, 60, 1)
     codes = launcher([machine], min(60.0, minutes.left()))  # each time: the next machine may be another one
     about = {key: value for key, value in record.read(folder, machine.name).items() if key not in ("name", "values")}

@@ -34,7 +34,7 @@ pathlib.Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import sit
 EOF
     wheels=$(ls -d "$inbox"/*/wheels 2>/dev/null | tail -n 1)
     [ -n "$wheels" ] || { echo "no wheels were brought: going on with what is here"; return 0; }
-    pip=("$environment/bin/python" "$(ls "$wheels"/pip-*.whl)/pip" install --quiet --no-index --find-links "$wheels")
+    pip=("$environment/bin/python" "$(ls "$wheels"/pip-*.whl)/pip" install --quiet --no-index --no-compile --find-links "$wheels")
     "${pip[@]}" -r "$wheels/requirements.txt" || {
         echo "not all requirements can be met; installing every wheel as it is"
         "${pip[@]}" --no-deps "$wheels"/*.whl

@@ -362,7 +362,8 @@ def test_what_travels_is_enough_to_go_on_from_and_teachers_leave_their_optimizer
     assert programme.carry.pack_state(runs, tmp_path / "inbox/state")
     assert programme.carry.take_state([tmp_path / "inbox/state"], tmp_path / "work")
     there = programme.training.Runs(tmp_path / "work")
-    assert there.progress() == runs.progress()
+    assert there.progress().finished == runs.progress().finished == {teacher.name}
+    assert there.progress().done[student.name] == runs.progress().done[student.name] == 6
     last = str(programme.training.last_step(there.place(student)))
     kept = {path.name for path in (there.place(student) / "checkpoints" / last).iterdir()}
     assert kept >= {"model", "training"}

@@ -83,15 +83,17 @@ class Launcher:
                     env={**self._env, **task.env},
                     start_new_session=True,  # a group of its own, which ends with it
                 )
-        while self._any_runs() and time.monotonic() < end and not enough():
-            time.sleep(_POLL_SECONDS)
-        codes = {name: process.poll() for name, process in self._running.items()}
-        self._signal(signal.SIGTERM)
-        end = time.monotonic() + GRACE_SECONDS
-        while self._any_runs() and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
-        self.kill()
-        return codes
+        try:
+            while self._any_runs() and time.monotonic() < end and not enough():
+                time.sleep(_POLL_SECONDS)
+            codes = {name: process.poll() for name, process in self._running.items()}
+            self._signal(signal.SIGTERM)
+            end = time.monotonic() + GRACE_SECONDS
+            while self._any_runs() and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS)
+            return codes
+        finally:
+            self.kill()
 
     def tail(self, name: str, characters: int = 600) -> str:
         """The end of what a task printed."""
