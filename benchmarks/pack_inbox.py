@@ -44,7 +44,7 @@ def wheels(to: pathlib.Path, python: str, jax: str) -> None:
     for path in to.glob("*.whl"):
         if path.name.partition("-")[0].lower() in THERE:
             path.unlink()
-        elif path.stat().st_size > 2**19:
+        elif path.stat().st_size > 2**19 and not path.name.startswith("pip-"):  # which is run as it lies
             _squeeze(path)
     (to / "requirements.txt").write_text("\n".join(project["dependencies"]) + "\n")
 

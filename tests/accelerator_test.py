@@ -132,7 +132,7 @@ def test_pieces_come_back_as_what_was_packed(programme, tmp_path):
     (tmp_path / "from/deep/file").write_bytes(content)
     (tmp_path / "from/other").write_text("left behind")
     pieces = programme.pack.pack(tmp_path / "from", ["deep"], tmp_path / "to", "state", mib=2**-9)
-    assert [piece.name for piece in pieces] == [f"state.{n}of8.piece" for n in range(1, 9)]  # tar pads to 10 KiB
+    assert [piece.name for piece in pieces] == [f"state.{n}of5.piece" for n in range(1, 6)]  # tar pads to 10 KiB
     assert all(piece.stat().st_size <= 2**11 + 300 for piece in pieces)
     for index, piece in enumerate(pieces):  # however they are spread
         (tmp_path / f"{index % 3}").mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def test_pieces_come_back_as_what_was_packed(programme, tmp_path):
 
 def test_a_later_bundle_of_fewer_pieces_replaces_the_earlier_one(programme, tmp_path):
     (tmp_path / "from").mkdir()
-    for size, count in ((30_000, 21), (3, 6)):
+    for size, count in ((30_000, 20), (3, 5)):
         (tmp_path / "from/file").write_bytes(b"x" * size)
         programme.pack.pack(tmp_path / "from", ["file"], tmp_path / "to", "state", mib=2**-9)
         assert len(list((tmp_path / "to").iterdir())) == count
@@ -156,10 +156,10 @@ def test_a_later_bundle_of_fewer_pieces_replaces_the_earlier_one(programme, tmp_
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "2of6.piece is damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "2of6.piece is damaged"),
-        (lambda path: path.write_bytes(b""), "2of6.piece is damaged"),
-        (lambda path: path.unlink(), "state lacks the pieces 2 of 6"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "2of5.piece is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "2of5.piece is damaged"),
+        (lambda path: path.write_bytes(b""), "2of5.piece is damaged"),
+        (lambda path: path.unlink(), "state lacks the pieces 2 of 5"),
     ],
     ids=["flipped", "torn", "empty", "lost"],
 )
@@ -254,9 +254,9 @@ class FakeTraining:
         rate = self.speedup[len(tasks)] / len(tasks) / 1e-3
         jobs = [job for job in self.runs.jobs() if job.name in self.slices[-1]]
         while self.clock.now < end and not enough():
-            self.clock.now += 1
+            self.clock.now += 4
             for job in jobs:
-                self._train(job, int(rate), rate)
+                self._train(job, int(4 * rate), rate)
         return dict.fromkeys(self.slices[-1])
 
     def _train(self, job, steps, rate):
@@ -274,7 +274,7 @@ class FakeTraining:
 def test_training_goes_on_in_slices_within_its_time(programme, tmp_path):
     runs = programme.training.Runs(tmp_path)
     clock, about, published = Clock(), {"device": "fake"}, []
-    launch = FakeTraining(runs, clock, {1: 1.0, 2: 1.5, 4: 2.0})
+    launch = FakeTraining(runs, clock, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.0})
 
     def train(minutes):
         minutes = programme.processes.Minutes(minutes, 20, clock)
@@ -312,7 +312,7 @@ def test_a_run_that_fails_ends_the_training_and_one_that_only_flags_break_does_n
             return {tasks[0].name: -6}
         return dict.fromkeys((task.name for task in tasks), 2) if clock.now > 30 else trained(tasks, seconds, enough)
 
-    trained = FakeTraining(runs, clock, {1: 1.0, 2: 1.5, 4: 2.0})
+    trained = FakeTraining(runs, clock, {1: 1.0, 2: 1.5, 3: 1.8, 4: 2.0})
     programme.training.train(
         runs, programme.processes.Minutes(30, 20, clock), launch, about, publish=lambda: None, say=said.append
     )
