@@ -112,7 +112,7 @@ def train(
     publish: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
-    """Trains for as long as there is time; what is done stands in the runs' folders and in `training.runs`.
+    """Trains for as long as there is time; what is done stands in the runs' folders and in this stage's record.
 
     The first slices are trials: what they train counts, and by their speeds the setting of the rest is chosen.
 
@@ -179,7 +179,7 @@ def _slice(
     rate = None
     if all(map(new, jobs)) and not failed:
         rate = sum(plan.prior(job) * new(job)[-1] / _BATCH for job in jobs)
-    elif setting != plan.PLAIN and (failed or seconds >= TRIAL_SECONDS):
+    elif is_trial and (seconds >= TRIAL_SECONDS or (failed and setting != plan.PLAIN)):
         rate = 0.0  # not to be tried again
     return {
         "jobs": {job.name: after.done[job.name] - before.done[job.name] for job in jobs},
