@@ -41,8 +41,8 @@ EOF
     }
 }
 
-stamp=$(ls "$inbox"/*/wheels 2>/dev/null | sha256sum)
-if [ "$(cat "$environment/stamp" 2>/dev/null)" != "$stamp" ]; then
+stamp=$(ls "$inbox"/*/wheels 2>/dev/null) # none: what was made of them before stays
+if [ ! -e "$environment/stamp" ] || [ "${stamp:-$(cat "$environment/stamp")}" != "$(cat "$environment/stamp")" ]; then
     prepare && echo "$stamp" >"$environment/stamp" || { echo "the environment could not be made"; exit 1; }
 fi
 echo "environment: $((SECONDS - begun)) s"
