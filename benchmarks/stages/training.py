@@ -36,7 +36,7 @@ class Runs:
 
     @property
     def pairs(self) -> Sequence[str]:
-        return ("resnet14-resnet8",) if self.shrink else plan.PAIRS
+        return ("resnet8-resnet8",) if self.shrink else plan.PAIRS
 
     @property
     def seeds(self) -> Sequence[int]:
@@ -90,8 +90,8 @@ class Runs:
             "checkpoint.keep_last": 1,
         }
         if self.shrink:
-            overrides |= {"data.train_split": "train[:256]", "data.eval_split": "test[:64]", "epochs": 6}
-            overrides |= {"steps_per_dispatch": 2, "eval_every_epochs": 1, "log.every_steps": 1, "teacher.epochs": 6}
+            overrides |= {"data.train_split": "train[:64]", "data.eval_split": "test[:64]", "batch_size": 16}
+            overrides |= {"epochs": 6, "steps_per_dispatch": 2, "log.every_steps": 1, "teacher.epochs": 6}
         if job.method == plan.TEACHER:
             student = teacher
             overrides |= {"method": "ce", "optim.warmup": "none"}
