@@ -9,8 +9,8 @@ load of others disturbs all alike. Ours and "torch strong" keep the images on th
 batches on the host, in one DataLoader without workers; "xla" is ours with the convolutions as XLA has them on a CPU
 (elsewhere the two are one program); "several", which takes part only when asked, is ours with all steps of a turn in
 one dispatch. MFU is FLOPs by XLA's count over the time and the device's peak (`ldrld_jax/runtime/devices.py`), left
-out where that is not known. --seconds bounds the turns, not the compilation. "CPU ms" is the processors' time, which other
-programs on the machine disturb least. On a machine with a GPU both frameworks take it.
+out where that is not known. --seconds bounds the turns, not the compilation. "CPU ms" is the processors' time, which
+other programs on the machine disturb least. On a machine with a GPU both frameworks take it.
 """
 
 import argparse
