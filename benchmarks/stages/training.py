@@ -166,7 +166,13 @@ def _slice(
     def enough() -> bool:
         if is_trial:
             return all(len(new(job)) >= _LINES for job in jobs)
-        return any((runs.place(job) / "summary.json").exists() for job in jobs)  # the next one takes its place
+        if not any((runs.place(job) / "summary.json").exists() for job in jobs):
+            return False
+        # Another takes the place of one that has ended, unless those beside it, which would start anew, end soon.
+        now = runs.progress()
+        running = [job for job in jobs if job.name not in now.finished]
+        jobs_then = plan.runnable(plan.order(now, runs.pairs, runs.seeds), now, setting.together)
+        return len(jobs_then) > len(running) and all(now.remaining(job) > LEAST_SECONDS for job in running)
 
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(jobs):.2f}"}
     env |= {"XLA_FLAGS": setting.flags} if setting.flags else {}
