@@ -34,7 +34,7 @@ PIECES: dict[str, list[list[tuple[str, float, float]]]] = {
     "smoke": [
         [(name, 110, 45) for name in ("losses", "resume", "resume_deterministic", "several", "bfloat16", "store")]
     ],
-    "loss": [[("table", 70, 25)], [("compiled", 60, 40)]],
+    "loss": [[("table", 70, 25)], [("pallas", 50, 25)], [("compiled", 60, 40)]],
     "step": [
         [("cifar64", 150, 60)],
         [("imagenet", 130, 60)],

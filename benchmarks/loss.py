@@ -7,9 +7,9 @@ python benchmarks/loss.py --calls 20                                 # on a GPU:
 python benchmarks/loss.py --plot docs/loss_speed.svg                 # needs matplotlib
 
 On a machine with a GPU both frameworks take it. The contestants take turns, so that the load of others disturbs all
-alike. "torch compiled" is PyTorch's under torch.compile, and takes part only when asked. "least bytes" is what
-nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in JAX
-is the floor. "memory" is what the compiled program holds beside inputs and outputs.
+alike. Two take part only when asked: "torch compiled" is PyTorch's under torch.compile, "pallas" LDRLD by its kernel.
+"least bytes" is what nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in
+JAX is the floor. "memory" is what the compiled program holds beside inputs and outputs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ torch: Any = None
 with contextlib.suppress(ImportError):
     torch = importlib.import_module("torch")
 
-CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch", "torch compiled")
+CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch", "torch compiled", "pallas")
 TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
 
 
@@ -128,6 +128,7 @@ def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> 
     losses = {
         "kd": kd_loss,
         "ldrld": lambda t, s: ldrld_jax.ldrld_loss(t, s, cfg, block_rows=block_rows),
+        "pallas": lambda t, s: ldrld_jax.ldrld_loss(t, s, cfg, implementation="pallas"),
         "plain": lambda t, s: ldrld_reference.ldrld_loss(t, s, cfg),
     }
     sides = jnp.asarray(teacher), jnp.asarray(student)
@@ -230,7 +231,7 @@ def plot(path: pathlib.Path, results: dict[tuple[int, int], dict[str, Entry]]) -
     from matplotlib import pyplot as plt
 
     labels = {"copy": "copy x 1.5 (the floor)", "kd": "KD", "ldrld": "LDRLD", "plain": "LDRLD, plain"}
-    labels |= {"torch": "LDRLD as published, PyTorch", "torch compiled": "the same, compiled"}
+    labels |= {"torch": "LDRLD as published, PyTorch", "torch compiled": "the same, compiled", "pallas": "the kernel"}
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     names = list(next(iter(results.values())))
     for place, name in enumerate(names):
@@ -252,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_sizes = [(b, c) for c in (100, 1000, 21841) for b in (64, 256, 1024)]
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=default_sizes, metavar="BxC")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS[:-1]))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS[:5]))
     parser.add_argument("--repeats", type=int, default=50, help="runs of each contestant at each size, at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each contestant at each size, about")
     parser.add_argument("--calls", type=int, default=1, help="of each contestant in a turn")

@@ -16,6 +16,11 @@ def table(work: Work) -> Iterator[Values]:
     return _measured(work, sizes, ("copy", "kd", "ldrld", "plain", "torch"))
 
 
+def pallas(work: Work) -> Iterator[Values]:
+    """LDRLD by its Pallas kernel and by XLA, beside KD; their values are compared."""
+    return _measured(work, ((8, 20),) if work.shrink else SIZES, ("copy", "kd", "ldrld", "pallas"))
+
+
 def compiled(work: Work) -> Iterator[Values]:
     """The published formulation under torch.compile, which takes half a minute a size, beside LDRLD and KD."""
     sizes = ((8, 20),) if work.shrink else SIZES[:2]
@@ -40,4 +45,4 @@ def _measured(work: Work, sizes: Sequence[tuple[int, int]], names: Sequence[str]
 
 
 if __name__ == "__main__":
-    piece.main("loss", {"table": table, "compiled": compiled})
+    piece.main("loss", {"table": table, "pallas": pallas, "compiled": compiled})
