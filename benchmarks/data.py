@@ -43,16 +43,17 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def make_folder(root: pathlib.Path, images: int, quality: int) -> None:
-    """`root/train/photo/*.jpg`: parts of two photographs, 500x375."""
+    """`root/train/0/*.jpg` and `root/train/1/*.jpg`: parts of two photographs, 500x375."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
-    (root / "train" / "photo").mkdir(parents=True)
+    for label in "01":
+        (root / "train" / label).mkdir(parents=True)
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     for i in range(images):
         left, top = int(rng.integers(0, 90)), int(rng.integers(0, 10))
         part = pictures[i % 2].crop((left, top, left + 550, top + 412)).resize((500, 375), Image.Resampling.BICUBIC)
-        part.save(root / "train" / "photo" / f"{i}.jpg", quality=quality)
+        part.save(root / "train" / str(i % 2) / f"{i}.jpg", quality=quality)
 
 
 def to_tensor(image: Image.Image):
@@ -66,7 +67,7 @@ class Photos:
     """What a torchvision ImageFolder with its training transforms gives, without end."""
 
     def __init__(self, root: pathlib.Path):
-        self.paths = sorted(map(str, (root / "train" / "photo").iterdir()))
+        self.paths = sorted(map(str, root.glob("train/*/*.jpg")))
 
     def __len__(self):
         return 10**7
@@ -167,7 +168,7 @@ def photos(root: pathlib.Path) -> dict:
 
 def decode_share(root: pathlib.Path) -> None:
     """Where the time of one crop goes, in milliseconds, one thread."""
-    blobs = [path.read_bytes() for path in sorted((root / "train" / "photo").iterdir())[:100]]
+    blobs = [path.read_bytes() for path in sorted(root.glob("train/*/*.jpg"))[:100]]
     sizes = f"{len(blobs)} files of {statistics.mean(map(len, blobs)) / 1024:.0f} kB on average"
     start = time.perf_counter()
     images = [Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs]

@@ -3,21 +3,23 @@
 python benchmarks/loss.py                                            # the table of docs/loss_speed.md
 python benchmarks/loss.py --sizes 512x262144 --block-rows 16 --contestants copy kd ldrld --repeats 5
 python benchmarks/loss.py --top                                      # ways to find the d + 1 largest classes
+python benchmarks/loss.py --calls 20                                 # on a GPU: the call's own latency counts less
 python benchmarks/loss.py --plot docs/loss_speed.svg                 # needs matplotlib
 
-The contestants take turns, so that the load of others disturbs all alike. "least bytes" is what
-nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in JAX
-is the floor. "memory" is what the compiled program holds beside inputs and outputs.
+On a machine with a GPU both frameworks take it. The contestants take turns, so that the load of others disturbs all
+alike. Two take part only when asked: "torch compiled" is PyTorch's under torch.compile, "pallas" LDRLD by its kernel.
+"least bytes" is what nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in
+JAX is the floor. "memory" is what the compiled program holds beside inputs and outputs.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
 import itertools
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,22 +36,28 @@ torch: Any = None
 with contextlib.suppress(ImportError):
     torch = importlib.import_module("torch")
 
-CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch")
+CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch", "torch compiled", "pallas")
 TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
 
 
 @dataclasses.dataclass
 class Entry:
-    """One contestant at one size: `run` waits for the result; `memory` is in bytes, None if unknown."""
+    """One contestant at one size.
 
-    run: Callable[[], Any]
+    Attributes:
+      run: makes so many calls, 1 unless told, and waits for the last one's result.
+      memory: in bytes; None if unknown.
+      seconds: a call's, of each turn.
+    """
+
+    run: Callable[..., Any]
     memory: int | None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def measure(self) -> None:
+    def measure(self, calls: int = 1) -> None:
         start = time.perf_counter()
-        self.run()
-        self.seconds.append(time.perf_counter() - start)
+        self.run(calls)
+        self.seconds.append((time.perf_counter() - start) / calls)
 
 
 def kd_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
@@ -61,10 +69,22 @@ def kd_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
 def jax_entry(function: Callable, *arguments: jax.Array) -> Entry:
     compiled = jax.jit(function).lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    return Entry(lambda: jax.block_until_ready(compiled(*arguments)), memory and memory.temp_size_in_bytes)
+
+    def run(calls: int = 1) -> Any:
+        for _ in range(calls):
+            result = compiled(*arguments)
+        return jax.block_until_ready(result)
+
+    return Entry(run, memory and memory.temp_size_in_bytes)
 
 
-def torch_loss(teacher, student):
+def pair_weights() -> list[tuple[int, int, float]]:
+    """The pairs of ranks and their weights, as numbers that torch.compile takes for constants."""
+    weights = np.asarray(ldrld_jax.rank_weights(ldrld_jax.LDRLDConfig(depth=DEPTH)))
+    return [(i, j, float(weights[i, j])) for i, j in itertools.combinations(range(DEPTH), 2)]
+
+
+def torch_loss(teacher, student, pairs: list[tuple[int, int, float]]):
     """The published formulation: a masked softmax over all C classes for each pair, one for all d, one for the rest.
 
     Classes are hidden by subtracting 1000 from their logits, as published.
@@ -79,19 +99,23 @@ def torch_loss(teacher, student):
         return torch.ones_like(student).scatter_(1, indices, 0.0)
 
     top = torch.topk(student.detach(), DEPTH, dim=1).indices
-    weights = np.asarray(ldrld_jax.rank_weights(ldrld_jax.LDRLDConfig(depth=DEPTH)))
-    pairs = list(itertools.combinations(range(DEPTH), 2))
-    local = sum(float(weights[i, j]) * kl(hidden_but(top[:, [i, j]])) for i, j in pairs) + kl(hidden_but(top))
+    local = sum(weight * kl(hidden_but(top[:, [i, j]])) for i, j, weight in pairs) + kl(hidden_but(top))
     rest = kl(1 - hidden_but(top))
     return ALPHA * local / (len(pairs) + 1) + BETA * rest
 
 
-def torch_entry(teacher: np.ndarray, student: np.ndarray) -> Entry:
-    fixed, trained = torch.from_numpy(teacher), torch.from_numpy(student).requires_grad_()
+def torch_entry(teacher: np.ndarray, student: np.ndarray, *, compile: bool) -> Entry:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fixed, trained = (torch.from_numpy(logits).to(device) for logits in (teacher, student))
+    trained.requires_grad_()
+    pairs = pair_weights()
+    loss_of = torch.compile(torch_loss) if compile else torch_loss
 
-    def run():
-        loss = torch_loss(fixed, trained)
-        return loss.item(), *torch.autograd.grad(loss, trained)
+    def run(calls: int = 1):
+        for _ in range(calls):
+            loss = loss_of(fixed, trained, pairs)
+            gradient = torch.autograd.grad(loss, trained)
+        return loss.item(), *gradient  # which waits for what was launched before, the gradient too
 
     return Entry(run, None)
 
@@ -104,21 +128,24 @@ def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> 
     losses = {
         "kd": kd_loss,
         "ldrld": lambda t, s: ldrld_jax.ldrld_loss(t, s, cfg, block_rows=block_rows),
+        "pallas": lambda t, s: ldrld_jax.ldrld_loss(t, s, cfg, implementation="pallas"),
         "plain": lambda t, s: ldrld_reference.ldrld_loss(t, s, cfg),
     }
     sides = jnp.asarray(teacher), jnp.asarray(student)
-    made = {}
-    for name in names:
+
+    def make(name: str) -> Entry:
         if name == "copy":
-            made[name] = jax_entry(lambda z: z + 1, sides[0])
-        elif name == "torch":
-            made[name] = torch_entry(teacher, student)
-        else:
-            made[name] = jax_entry(jax.value_and_grad(losses[name], 1), *sides)
+            return jax_entry(lambda z: z + 1, sides[0])
+        if name.startswith("torch"):
+            return torch_entry(teacher, student, compile=name == "torch compiled")
+        return jax_entry(jax.value_and_grad(losses[name], 1), *sides)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a GPU's programs take seconds to compile
+        made = dict(zip(names, pool.map(make, names), strict=True))
     results = {name: entry.run() for name, entry in made.items()}
-    values = [float(results[name][0]) for name in ("ldrld", "plain", "torch") if name in results]
+    values = [float(results[name][0]) for name in CONTESTANTS[2:] if name in results]
     if values and max(values) - min(values) > 1e-4 * values[0]:
-        sys.exit(f"The contestants do not compute the same loss: {values}.")
+        raise ValueError(f"The contestants do not compute the same loss: {values}.")
     return made
 
 
@@ -148,35 +175,44 @@ def print_top_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) 
         print(f"| {rows} x {classes} | " + " | ".join(medians) + " |", flush=True)
 
 
-def measure(made: dict[str, Entry], repeats: int, seconds: float) -> None:
+def measure(made: dict[str, Entry], repeats: int, seconds: float, calls: int = 1) -> None:
     """Runs the contestants in turn, at least 3 times each, until `repeats` or, slow ones, `seconds` of their own."""
     for round_ in range(repeats):
         for entry in made.values():
-            if round_ < 3 or sum(entry.seconds) < seconds:
-                entry.measure()
+            if round_ < 3 or calls * sum(entry.seconds) < seconds:
+                entry.measure(calls)
+
+
+def figures(size: tuple[int, int], made: dict[str, Entry]) -> dict[str, dict[str, float | None]]:
+    """What was measured of each contestant but the copy; None where what it is compared with is missing."""
+    array = 4 * size[0] * size[1]
+    medians = {name: statistics.median(entry.seconds) for name, entry in made.items()}
+    floor = 1.5 * medians["copy"] if "copy" in medians else None  # a copy moves two arrays, value and gradient three
+    return {
+        name: {
+            "median_ms": medians[name] * 1e3,
+            "least_ms": min(entry.seconds) * 1e3,
+            "over_kd": medians[name] / medians["kd"] if "kd" in medians else None,
+            "torch_over": medians["torch"] / medians[name] if "torch" in medians else None,
+            "least_bytes_gb_per_second": 3 * array / medians[name] / 1e9,
+            "percent_of_copy": 100 * floor / medians[name] if floor else None,
+            "memory_arrays": entry.memory / array if entry.memory is not None else None,
+        }
+        for name, entry in made.items()
+        if name != "copy"
+    }
+
+
+_DIGITS = (3, 3, 2, 1, 1, 0, 2)  # behind the point, of each figure
 
 
 def table(size: tuple[int, int], made: dict[str, Entry]) -> list[str]:
     """One Markdown line a contestant."""
-    array = 4 * size[0] * size[1]
-    medians = {name: statistics.median(entry.seconds) for name, entry in made.items()}
-    floor = 1.5 * medians["copy"] if "copy" in medians else None  # a copy moves two arrays, value and gradient three
     lines = []
-    for name, entry in made.items():
-        if name == "copy":
-            continue
-        cells = [
-            f"{size[0]} x {size[1]}",
-            name,
-            f"{medians[name] * 1e3:.2f}",
-            f"{min(entry.seconds) * 1e3:.2f}",
-            f"{medians[name] / medians['kd']:.2f}" if "kd" in medians else "",
-            f"{medians['torch'] / medians[name]:.1f}" if "torch" in medians else "",
-            f"{3 * array / medians[name] / 1e9:.1f}",
-            f"{100 * floor / medians[name]:.0f}" if floor else "",
-            f"{entry.memory / array:.2f}" if entry.memory is not None else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, values in figures(size, made).items():
+        pairs = zip(values.values(), _DIGITS, strict=True)
+        cells = ["" if value is None else f"{value:.{digits}f}" for value, digits in pairs]
+        lines.append("| " + " | ".join([f"{size[0]} x {size[1]}", name, *cells]) + " |")
     return lines
 
 
@@ -195,7 +231,7 @@ def plot(path: pathlib.Path, results: dict[tuple[int, int], dict[str, Entry]]) -
     from matplotlib import pyplot as plt
 
     labels = {"copy": "copy x 1.5 (the floor)", "kd": "KD", "ldrld": "LDRLD", "plain": "LDRLD, plain"}
-    labels["torch"] = "LDRLD as published, PyTorch"
+    labels |= {"torch": "LDRLD as published, PyTorch", "torch compiled": "the same, compiled", "pallas": "the kernel"}
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     names = list(next(iter(results.values())))
     for place, name in enumerate(names):
@@ -217,9 +253,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_sizes = [(b, c) for c in (100, 1000, 21841) for b in (64, 256, 1024)]
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=default_sizes, metavar="BxC")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS[:5]))
     parser.add_argument("--repeats", type=int, default=50, help="runs of each contestant at each size, at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each contestant at each size, about")
+    parser.add_argument("--calls", type=int, default=1, help="of each contestant in a turn")
     parser.add_argument("--block-rows", type=int, default=None, help="ldrld_loss(..., block_rows=)")
     parser.add_argument("--top", action="store_true", help="compare the ways to find the largest classes instead")
     parser.add_argument("--torch-limit", type=int, default=6_000_000, help="most logits that PyTorch is given")
@@ -230,9 +267,9 @@ def main() -> None:
         print_top_table(flags.sizes, flags.repeats, flags.seconds)
         return
     names = list(flags.contestants)
-    if "torch" in names and torch is None:
+    if torch is None and any(name.startswith("torch") for name in names):
         print("PyTorch is not installed: without the published formulation (pip install torch).\n")
-        names.remove("torch")
+        names = [name for name in names if not name.startswith("torch")]
     elif flags.torch_threads:
         torch.set_num_threads(flags.torch_threads)
     device = jax.devices()[0]
@@ -240,9 +277,10 @@ def main() -> None:
     print("\n".join(HEADER))
     results = {}
     for size in flags.sizes:
-        fitting = [name for name in names if name != "torch" or size[0] * size[1] <= flags.torch_limit]
+        small = size[0] * size[1] <= flags.torch_limit
+        fitting = [name for name in names if small or not name.startswith("torch")]
         made = entries(size, fitting, flags.block_rows)
-        measure(made, flags.repeats, flags.seconds)
+        measure(made, flags.repeats, flags.seconds, flags.calls)
         print("\n".join(table(size, made)), flush=True)
         results[size] = {
             name: Entry(lambda: None, None, made[name].seconds if name in made else [float("nan")]) for name in names

@@ -1,14 +1,16 @@
 """The same training step in PyTorch: plain, as public code writes it, and strong, with all that PyTorch offers."""
 
 import contextlib
-import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from loss import torch_loss
+from loss import pair_weights, torch_loss
 from torch import nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from train import Recipe
 
 
 class Block(nn.Module):
@@ -56,34 +58,10 @@ MODELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-@dataclasses.dataclass
-class Recipe:
-    """What every contestant trains by.
-
-    Attributes:
-      student, teacher: names; no teacher for cross-entropy alone.
-      batch: examples a step.
-      size, classes: of the images, a side in pixels, and their classes.
-      pad: zeros around an image before it is cropped and mirrored; 0 leaves images as they are.
-      precision: "float32" or "bfloat16".
-      mean, std: of the pixels, a number a channel.
-    """
-
-    student: str
-    teacher: str | None
-    batch: int
-    size: int
-    classes: int
-    pad: int
-    precision: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 class Scans(torch.utils.data.Dataset):
     """Images on the host, each padded, cropped, mirrored and normalised when it is asked for."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, recipe: Recipe):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, recipe: "Recipe"):
         self.images, self.labels, self.recipe = images, labels, recipe
         self.mean, self.std = (np.asarray(values, np.float32) for values in (recipe.mean, recipe.std))
 
@@ -108,13 +86,14 @@ class Step:
     where bfloat16 is asked for, and compiles if `compile` is given.
     """
 
-    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, strong: bool, compile: bool):
+    def __init__(self, recipe: "Recipe", images: np.ndarray, labels: np.ndarray, *, strong: bool, compile: bool):
         self.recipe, self.strong = recipe, strong
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as JAX multiplies by default
         self.student = self._model(recipe.student).train()
         self.teacher = None if recipe.teacher is None else self._model(recipe.teacher).eval()
+        self.pairs = pair_weights()
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
         self.loss = torch.compile(self._loss) if strong and compile else self._loss
         self.batches = self._resident(images, labels) if strong else self._loaded(images, labels)
@@ -141,7 +120,7 @@ class Step:
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_logits = self.teacher(x).float()
-        return loss if self.teacher is None else loss + torch_loss(teacher_logits, logits)
+        return loss if self.teacher is None else loss + torch_loss(teacher_logits, logits, self.pairs)
 
     def _loaded(self, images, labels):
         data = Scans(images, labels, self.recipe)

@@ -7,13 +7,17 @@ python benchmarks/train.py --models imagenet_resnet34,imagenet_resnet18 --sizes 
 Synthetic images, 8-bit, cropped and mirrored at 32 pixels. The contestants take turns in one process, so that the
 load of others disturbs all alike. Ours and "torch strong" keep the images on the device; "torch plain" makes its
 batches on the host, in one DataLoader without workers; "xla" is ours with the convolutions as XLA has them on a CPU
-(elsewhere the two are one program). MFU is FLOPs by XLA's count over the time and the device's peak
-(`ldrld_jax/runtime/devices.py`), left out where that is not known. --seconds bounds the turns, not the compilation.
-"CPU ms" is the processors' time, which other programs on the machine disturb least.
-On a machine with a GPU both frameworks take it.
+(elsewhere the two are one program); "several", which takes part only when asked, is ours with all steps of a turn in
+one dispatch. MFU is FLOPs by XLA's count over the time and the device's peak (`ldrld_jax/runtime/devices.py`), left
+out where that is not known. --seconds bounds the turns, not the compilation. "CPU ms" is the processors' time, which
+other programs on the machine disturb least. On a machine with a GPU both frameworks take it.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -27,13 +31,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch_step
-from torch_step import Recipe
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.bench.step import count_flops
 from ldrld_jax.data.augment import Draws
 from ldrld_jax.data.resident import make_batch
+from ldrld_jax.dispatch import several_steps
 from ldrld_jax.models import convolution
 from ldrld_jax.networks import create_network
 from ldrld_jax.objective import make_objective
@@ -41,7 +44,35 @@ from ldrld_jax.optim import make_optimizer, make_schedule
 from ldrld_jax.runtime.devices import peak_flops
 from ldrld_jax.train_step import TrainState, make_train_step, trainable
 
-CONTESTANTS = ("ours", "xla", "torch plain", "torch strong")
+torch_step: Any = None
+with contextlib.suppress(ImportError):
+    torch_step = importlib.import_module("torch_step")
+
+CONTESTANTS = ("ours", "several", "xla", "torch plain", "torch strong")
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What every contestant trains by.
+
+    Attributes:
+      student, teacher: names; no teacher for cross-entropy alone.
+      batch: examples a step.
+      size, classes: of the images, a side in pixels, and their classes.
+      pad: zeros around an image before it is cropped and mirrored; 0 leaves images as they are.
+      precision: "float32" or "bfloat16".
+      mean, std: of the pixels, a number a channel.
+    """
+
+    student: str
+    teacher: str | None
+    batch: int
+    size: int
+    classes: int
+    pad: int
+    precision: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def make_config(recipe: Recipe) -> Any:
@@ -51,9 +82,12 @@ def make_config(recipe: Recipe) -> Any:
 
 
 class OurStep:
-    """The step of the trainer over images that lie on the device; see `torch_step.Step`."""
+    """The step of the trainer over images that lie on the device; see `torch_step.Step`.
 
-    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray):
+    `together` steps are one dispatch, and `run` takes a multiple of them.
+    """
+
+    def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, together: int = 1):
         config = make_config(recipe)
         config.data.mean, config.data.std = recipe.mean, recipe.std
         shape = dict(num_classes=recipe.classes, channels=3, precision=recipe.precision, seed=0)
@@ -67,30 +101,37 @@ class OurStep:
         step = make_train_step(student, teacher, self.objective, optimizer, schedule=schedule, steps_per_epoch=100)
         opt_state = optimizer.init(trainable(variables, {}))
         self.state = TrainState(jnp.zeros((), jnp.int32), variables, {}, opt_state)
-        self.recipe = recipe
-        self.batches = self._resident(images, labels)
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, next(self.batches))
+        self.recipe, self.together = recipe, together
+        self.inputs = self._resident(images, labels)
+        if together > 1:
+            step = several_steps(step, self._batch, together)
+        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, *next(self.inputs))
         self.step = lowered.compile()
         self.flops = count_flops(lowered, self.step, 1)
 
     def run(self, count: int) -> float:
-        for _ in range(count):
-            self.state, metrics = self.step(self.state, self.frozen, next(self.batches))
-        return float(metrics["loss"].total)
+        for _ in range(count // self.together):
+            self.state, metrics = self.step(self.state, self.frozen, *next(self.inputs))
+        return float(jnp.sum(metrics["loss"].total))
 
-    def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[dict[str, jax.Array]]:
-        recipe, pad = self.recipe, self.recipe.pad
-        stored = jax.device_put((images.reshape(len(images), -1), labels))
-        make = make_batch(recipe.batch, recipe.batch, images.shape[1:], pad, None)
+    def _batch(self, stored: Any, draws: Draws, position: Any) -> dict[str, jax.Array]:
+        recipe, count = self.recipe, self.recipe.batch
+        make = make_batch(count, count, (recipe.size, recipe.size, 3), recipe.pad, None)
+        batch = make(stored, draws, position * count, jnp.int32(count))
+        return {key: batch[key] for key in ("image", "label")}
+
+    def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
+        """What a dispatch takes beside the state and the teacher: a batch, or what several are made of."""
+        n, pad = len(images), self.recipe.pad
+        stored = jax.device_put((images.reshape(n, -1), labels))
         rng = np.random.default_rng(0)
         while True:
-            n = len(images)
             top, left = rng.integers(0, 2 * pad + 1, (2, n), np.int32)
             draws = Draws(rng.permutation(n).astype(np.int32), top, left, (rng.random(n) < 0.5) & (pad > 0))
             draws = jax.device_put(Draws(*(value.astype(np.int32) for value in draws)))
-            for start in range(0, n - recipe.batch + 1, recipe.batch):
-                batch = make(stored, draws, np.int32(start), np.int32(recipe.batch))
-                yield {key: batch[key] for key in ("image", "label")}
+            for start in range(0, n // self.recipe.batch - self.together + 1, self.together):
+                at = stored, draws, np.int32(start)
+                yield ({}, *at) if self.together > 1 else (self._batch(*at),)
 
 
 def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
@@ -109,8 +150,10 @@ def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
     return run
 
 
-def contestants(recipe: Recipe, names: list[str], images: int, compile: bool) -> tuple[dict[str, Any], float | None]:
-    """What runs, by name, compiled and warm, and the FLOPs of our step."""
+def contestants(
+    recipe: Recipe, names: list[str], images: int, compile: bool, steps: int
+) -> tuple[dict[str, Any], float | None]:
+    """What runs, by name, compiled and warm, and the FLOPs of our step; a turn will take `steps`."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, recipe.size, recipe.size, 3), np.uint8)
     labels = rng.integers(0, recipe.classes, images).astype(np.int32)
@@ -122,15 +165,17 @@ def contestants(recipe: Recipe, names: list[str], images: int, compile: bool) ->
             made[name], flops = step.run, step.flops
             if recipe.teacher:
                 made["loss alone"] = loss_alone(recipe, step.objective)
+        elif name == "several":
+            made[name] = OurStep(recipe, pixels, labels, together=steps).run
         elif name == "xla":
             by_xla = lambda function, *arrays, spread_on_cpu: function(convolution.plain, *arrays)  # noqa: E731
             with mock.patch.object(convolution, "_by_platform", by_xla):
                 made[name] = OurStep(recipe, pixels, labels).run
-        elif recipe.student in torch_step.MODELS and (recipe.teacher or recipe.student) in torch_step.MODELS:
+        elif torch_step and {recipe.student, recipe.teacher or recipe.student} <= set(torch_step.MODELS):
             strong = name == "torch strong"
             made[name] = torch_step.Step(recipe, pixels, labels, strong=strong, compile=compile).run
-    for run in made.values():
-        run(2)
+    for name, run in made.items():
+        run(steps if name == "several" else 2)
     return made, flops
 
 
@@ -148,23 +193,39 @@ def measure(made: dict[str, Any], seconds: float, steps: int) -> dict[str, tuple
     return {name: tuple(map(statistics.median, both)) for name, both in clocks.items()}
 
 
-def lines(recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None) -> list[str]:
-    """One Markdown line a contestant."""
+def figures(
+    recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None
+) -> dict[str, dict[str, float | None]]:
+    """What was measured of each contestant; None where it does not apply or is not known."""
     kind = jax.devices()[0].device_kind
-    title = f"{recipe.teacher} -> {recipe.student}" if recipe.teacher else recipe.student
     ours = seconds.get("ours")
-    out = []
+    out = {}
     for name, (wall, cpu) in seconds.items():
         whole = name != "loss alone"
         half = recipe.precision == "bfloat16" and name != "torch plain"
         peak = peak_flops(kind, "bfloat16" if half else "float32")
-        cells = [
-            *(f"{title}, {recipe.size} pixels", name, f"{1e3 * wall:.1f}", f"{1e3 * cpu:.1f}"),
-            f"{recipe.batch / wall:.1f}" if whole else "",
-            *((f"{wall / ours[0]:.3g}", f"{cpu / ours[1]:.3g}") if ours else ("", "")),
-            f"{100 * flops / wall / peak:.1f} %" if whole and flops and peak else "",
-        ]
-        out.append("| " + " | ".join(cells) + " |")
+        out[name] = {
+            "step_ms": 1e3 * wall,
+            "cpu_ms": 1e3 * cpu,
+            "examples_per_second": recipe.batch / wall if whole else None,
+            "over_ours": wall / ours[0] if ours else None,
+            "cpu_over_ours": cpu / ours[1] if ours else None,
+            "mfu_percent": 100 * flops / wall / peak if whole and flops and peak else None,
+        }
+    return out
+
+
+_FORMATS = ("{:.2f}", "{:.2f}", "{:.1f}", "{:.3g}", "{:.3g}", "{:.1f} %")  # of each figure
+
+
+def lines(recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None) -> list[str]:
+    """One Markdown line a contestant."""
+    title = f"{recipe.teacher} -> {recipe.student}" if recipe.teacher else recipe.student
+    out = []
+    for name, values in figures(recipe, seconds, flops).items():
+        pairs = zip(values.values(), _FORMATS, strict=True)
+        cells = ["" if value is None else form.format(value) for value, form in pairs]
+        out.append("| " + " | ".join([f"{title}, {recipe.size} pixels", name, *cells]) + " |")
     return out
 
 
@@ -173,22 +234,21 @@ HEADER = """\
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
-def recipes(flags: argparse.Namespace) -> Iterator[Recipe]:
-    for models in flags.models:
-        teacher, _, student = models.rpartition(",")
-        large = student.startswith("imagenet")
-        for size in flags.sizes:
-            yield Recipe(
-                student=student,
-                teacher=None if flags.student_only or not teacher else teacher,
-                batch=flags.batch,
-                size=size,
-                classes=1000 if large else 100,
-                pad=0 if large else 4,
-                precision=flags.precision,
-                mean=(0.485, 0.456, 0.406) if large else (0.5071, 0.4867, 0.4408),
-                std=(0.229, 0.224, 0.225) if large else (0.2675, 0.2565, 0.2761),
-            )
+def make_recipe(models: str, *, batch: int, size: int, precision: str) -> Recipe:
+    """The recipe of "TEACHER,STUDENT", or of "STUDENT" alone."""
+    teacher, _, student = models.rpartition(",")
+    large = student.startswith("imagenet")
+    return Recipe(
+        student=student,
+        teacher=teacher or None,
+        batch=batch,
+        size=size,
+        classes=1000 if large else 100,
+        pad=0 if large else 4,
+        precision=precision,
+        mean=(0.485, 0.456, 0.406) if large else (0.5071, 0.4867, 0.4408),
+        std=(0.229, 0.224, 0.225) if large else (0.2675, 0.2565, 0.2761),
+    )
 
 
 def main() -> None:
@@ -198,7 +258,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[32], help="pixels a side")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--student_only", action="store_true", help="cross-entropy without the teacher")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS, default=[name for name in CONTESTANTS if name != "several"]
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="for the turns of each pair, after the warm-up")
     parser.add_argument("--steps", type=int, default=None, help="a turn's; 1 on a CPU, 10 elsewhere")
     parser.add_argument("--images", type=int, default=2048, help="so many synthetic images, at least a batch")
@@ -209,10 +271,13 @@ def main() -> None:
     device = jax.devices()[0]
     steps = flags.steps or (1 if device.platform == "cpu" else 10)
     names = [name for name in CONTESTANTS if name in flags.contestants]
-    print(f"jax {jax.__version__}, torch {torch_step.torch.__version__} on {device.device_kind}, {flags.precision}\n")
+    other = f"torch {torch_step.torch.__version__}" if torch_step else "torch is missing"
+    print(f"jax {jax.__version__}, {other} on {device.device_kind}, {flags.precision}\n")
     print(HEADER)
-    for recipe in recipes(flags):
-        made, flops = contestants(recipe, names, flags.images, flags.compile)
+    for models, size in itertools.product(flags.models, flags.sizes):
+        models = models.rpartition(",")[2] if flags.student_only else models
+        recipe = make_recipe(models, batch=flags.batch, size=size, precision=flags.precision)
+        made, flops = contestants(recipe, names, flags.images, flags.compile, steps)
         print("\n".join(lines(recipe, measure(made, flags.seconds, steps), flops)), flush=True)
 
 
