@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ldrld_jax.losses import METHODS, standardized
+from tests.losses.rows import from_teacher, loss_of_rows
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "baselines_official.npz")
 
@@ -24,6 +25,14 @@ def compiled(method, cfg):
 
 def loss_and_gradient(method, cfg, teacher, student, labels, **rows):
     return compiled(method, cfg)(student, teacher, labels, rows)
+
+
+@functools.cache
+def compiled_rows(method, cfg):
+    """As `compiled`, of rows of logits: see `tests.losses.rows`."""
+    of_rows = loss_of_rows(method)
+    loss = lambda student, teacher, labels, rows: of_rows(teacher, student, labels, cfg, **rows)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def error(got, want):
@@ -113,16 +122,30 @@ def standardize(z):
     return centred / (np.sqrt(np.sum(centred * centred) / (len(z) - 1)) + 1e-7)
 
 
+def entropy_weight(t, s, cfg, log):
+    """Of two rows; the student's real part alone, for no gradient flows into it."""
+    t, s = softmax(t / cfg.entropy_temperature), softmax(s.real / cfg.entropy_temperature)
+    of_teacher, of_student = -np.sum(t * log(t)), -np.sum(s * log(s))
+    return of_teacher * (1 + of_student / (cfg.entropy_bound or np.log(len(t)))) / 2
+
+
 def kd(t, s, y, cfg):
+    weight = entropy_weight(t, s, cfg, lambda p: np.log(p + 1e-10)) if cfg.entropy_weighting else 1.0
     if cfg.standardize:
         t, s = standardize(t), standardize(s)
-    return cfg.temperature**2 * kl_of_one(t / cfg.temperature, s / cfg.temperature)
+    return weight * cfg.temperature**2 * kl_of_one(t / cfg.temperature, s / cfg.temperature)
 
 
 def dkd(t, s, y, cfg):
+    if cfg.standardize:
+        t, s = standardize(t), standardize(s)
+    weight = entropy_weight(t, s, cfg, lambda p: np.log(np.fmax(p, 1e-10))) if cfg.entropy_weighting else 1.0
+    others = np.argsort(-t, kind="stable")[: cfg.top_k or len(t)]
+    others = np.sort(others[others != y])
     t, s = t / cfg.temperature, s / cfg.temperature
     target = kl_two_way(two_way(t, y), two_way(s, y))
-    return cfg.temperature**2 * (cfg.alpha * target + cfg.beta * kl_of_one(np.delete(t, y), np.delete(s, y)))
+    rest = kl_of_one(t[others], s[others]) if len(others) else 0.0
+    return weight * cfg.temperature**2 * (cfg.alpha * target + cfg.beta * rest)
 
 
 def nkd(t, s, y, cfg):
@@ -185,8 +208,122 @@ def mlkd(t, s, y, w, cfg):
     return total
 
 
-REFERENCES = {term.__name__: by_example(term) for term in (kd, dkd, nkd, wsld, ttm, wttm, rld, ctkd)}
-REFERENCES |= {"dist": dist, "mlkd": mlkd}
+def abkd(t, s, y, cfg):
+    a, b = cfg.alpha, cfg.beta
+    log_p, log_q = log_softmax(t / cfg.temperature), log_softmax(s / cfg.temperature)
+    whole = (a * np.exp((a + b) * log_p) + b * np.exp((a + b) * log_q)) / (a + b)
+    return np.sum(whole - np.exp(a * log_p + b * log_q)) / (a * b)
+
+
+def skd(t, s, y, w, cfg):
+    """Weights as whole numbers would act by repeating rows."""
+    rows, w = len(y), w * len(y) / np.sum(w)
+    kl = sum(w[i] * kl_of_one(t[i] / cfg.temperature, s[i] / cfg.temperature) for i in range(rows)) / rows
+
+    def unit(z):
+        norm = np.sqrt(np.sum(z * z, axis=-1))[:, None]
+        return z / np.where(norm.real > 1e-12, norm, 1e-12)
+
+    difference = (unit(s) @ unit(s).T - unit(t) @ unit(t).T) / t.shape[1]
+    # W^(1/2) on either side: for whole weights the covariance of repeated rows.
+    root = np.diag(np.sqrt(w))
+    centred = root @ (difference - (difference @ w / rows)[:, None]) @ root
+    covariance = centred @ centred.T / max(rows - 1, 1) + cfg.ridge * np.eye(rows)
+    scaled = root @ difference
+    squares = np.array([scaled[:, i] @ np.linalg.solve(covariance, scaled[:, i]) for i in range(rows)])
+    lengths = np.where(squares.real > 0, np.sqrt(np.where(squares.real > 0, squares, 1.0)), 0.0)
+    direction = np.sum(w * lengths) / rows if rows > 1 else 0.0
+    factors = [1.0, 1.0]
+    if cfg.batch_masks:
+        sure, classes = np.max(softmax(t), -1), w @ softmax(t)
+        below = lambda x, w: np.array([np.sum(w[x < value]) < np.sum(w) / 2 * (1 - 1e-9) for value in x])  # noqa: E731
+        factors = [np.sum(w * below(sure, w)) / rows, np.mean(below(classes, np.ones(len(classes))))]
+    return factors[0] * cfg.kl_weight * cfg.temperature**2 * kl + factors[1] * cfg.direction_weight * direction
+
+
+def luminet(t, s, y, w, cfg):
+    share = (w / np.sum(w))[:, None]
+
+    def standard(z):
+        z = z - np.sum(share * z, 0)
+        return z / np.sqrt(np.sum(share * z * z, 0) + 1e-5) / cfg.temperature
+
+    t, s = standard(t), standard(s)
+    return cfg.alpha**2 * sum(share[i, 0] * kl_of_one(t[i], s[i]) for i in range(len(y)))
+
+
+def wkd(t, s, y, cfg):
+    cost = np.asarray(from_teacher(METHODS["wkd"], len(t))["params"])
+    others = np.delete(np.arange(len(t)), y)
+    cost = np.maximum(cost[np.ix_(others, others)], 0) + 1e-8
+    a, b = (softmax(z[others] / cfg.temperature) for z in (s, t))
+    kernel, u = np.exp(-cost / cfg.regularization), np.full(len(others), 1 / len(others))
+    for _ in range(cfg.iterations):
+        v = b / (kernel.T @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    moved = sum(u[j] * kernel[j, k] * v[k] * cost[j, k] for j in range(len(others)) for k in range(len(others)))
+    return -softmax(t)[y] * log_softmax(s)[y] + cfg.gamma * moved
+
+
+def crld(t, s, y, cfg):
+    """The strong view is the weak one with the classes in reverse order, as in `tests.losses.rows`."""
+    sure = np.max(softmax(t))
+    k = lambda t, s: cfg.temperature**2 * kl_of_one(t / cfg.temperature, s / cfg.temperature)  # noqa: E731
+    within = (sure >= cfg.weak_threshold) * (k(t, s) + k(t[::-1], s[::-1]))
+    return cfg.within_weight * within + cfg.cross_weight * (sure >= cfg.strong_threshold) * (
+        k(t, s[::-1]) + k(t[::-1], s)
+    )
+
+
+def swapped(z, y):
+    """The first of the largest changes places with the label."""
+    top = np.argmax(z.real)
+    z = z.copy()
+    z[y], z[top] = z[top], z[y]
+    return z
+
+
+def sld(t, s, y, cfg):
+    total = 0
+    for t_view, s_view, label in ((t, s, y), (t[::-1], s[::-1], len(t) - 1 - y)):
+        for temperature in range(1, 7):
+            for target, weight in ((t_view, 1.0), (s_view, cfg.student_swap)):
+                log_p, log_q = (log_softmax(z / temperature) for z in (swapped(target, label), s_view))
+                total += weight * temperature**2 * np.sum(np.exp(log_p) * (log_p - log_q))
+    return total
+
+
+def bild(t, s, y, cfg):
+    total = 0
+    for leader in (t, s.real):
+        order = np.argsort(-leader, kind="stable")[: cfg.top_k]
+        pairs = [(order[i], order[j]) for i in range(cfg.top_k) for j in range(i + 1, cfg.top_k)]
+        total += kl_of_one(*(np.array([z[i] - z[j] for i, j in pairs]) / cfg.temperature for z in (t, s)))
+    return total
+
+
+def topk_tail(t, s, y, cfg):
+    log_p, log_q = log_softmax(t / cfg.temperature), log_softmax(s / cfg.temperature)
+    tops = [set(np.argsort(-z.real, kind="stable")[: cfg.top_k]) for z in (t, s)]
+    kept = sorted({0: tops[0], 1: tops[1]}.get(cfg.beta, tops[0] | tops[1]))
+    rest = np.delete(np.arange(len(t)), kept)
+
+    def buckets(log_p):
+        if not cfg.tail:
+            return log_p[kept] - lse(log_p[kept])
+        return np.append(log_p[kept], lse(log_p[rest])) if len(rest) else log_p[kept]
+
+    p, q = buckets(log_p), buckets(log_q)
+    kl = lambda a, b: np.sum(np.exp(a) * (a - b))  # noqa: E731
+    if cfg.beta in (0, 1):
+        return kl(p, q) if cfg.beta == 0 else kl(q, p)
+    mix = np.array([lse(np.array([x + np.log(cfg.beta), z + np.log(1 - cfg.beta)])) for x, z in zip(p, q, strict=True)])
+    return cfg.beta * kl(p, mix) + (1 - cfg.beta) * kl(q, mix)
+
+
+BY_EXAMPLE = (kd, dkd, nkd, wsld, ttm, wttm, rld, ctkd, abkd, wkd, crld, sld, bild, topk_tail)
+REFERENCES = {term.__name__: by_example(term) for term in BY_EXAMPLE}
+REFERENCES |= {"dist": dist, "mlkd": mlkd, "skd": skd, "luminet": luminet}
 FIELDS = {
     "kd": dict(standardize=True),
     "dkd": dict(alpha=0.7, beta=3.0),
@@ -198,6 +335,23 @@ FIELDS = {
     "dist": dict(beta=0.7, gamma=1.9),
     "mlkd": {},
     "ctkd": {},
+    "abkd": dict(alpha=0.4, beta=0.7),
+    "skd": dict(ridge=0.02, kl_weight=0.7, direction_weight=1.3),
+    "wkd": dict(gamma=3.0, regularization=0.2, iterations=4),
+    "luminet": dict(alpha=1.5),
+    "crld": dict(weak_threshold=0.4, within_weight=0.7, cross_weight=1.3),
+    "sld": dict(student_swap=0.6),
+    "bild": dict(top_k=3),
+    "topk_tail": dict(top_k=2, beta=0.3),
+}
+# More of one method, whose name stands before the first space.
+VARIANTS = {
+    "kd of EA": dict(entropy_weighting=True),
+    "dkd of EA": dict(entropy_weighting=True, entropy_temperature=2.0, entropy_bound=5.0, beta=3.0),
+    "dkd of DeepKD": dict(top_k=2, beta=3.0),
+    "skd with masks": dict(batch_masks=True),
+    "topk_tail forward": dict(top_k=2, beta=0.0),
+    "topk_tail without a tail": dict(top_k=2, beta=0.5, tail=False),
 }
 
 
@@ -237,7 +391,7 @@ DATA = {
 
 
 def check_against_reference(name, rows, classes, temperature, fields, seed):
-    method = METHODS[name]
+    method = METHODS[name.partition(" ")[0]]
     fields = fields | ({"temperature": temperature} if hasattr(method.config(), "temperature") else {})
     cfg, rng = method.config(**fields), np.random.default_rng(seed)
     # Two rows are masked out, wherever they fall; they hold NaN and no label.
@@ -252,8 +406,9 @@ def check_against_reference(name, rows, classes, temperature, fields, seed):
         teacher, student = np.full((2, rows + 2, classes), np.nan)
         labels = np.full(rows + 2, -100)
         teacher[where], student[where], labels[where] = t, s, y
-        loss, gradient = loss_and_gradient(method, cfg, teacher, student, labels, where=where, weights=weights)
-        want, want_gradient = reference_loss_and_gradient(REFERENCES[name], t, s, y, w, cfg)
+        kept = dict(where=where, weights=weights)
+        loss, gradient = compiled_rows(method, cfg)(student, teacher, labels, kept)
+        want, want_gradient = reference_loss_and_gradient(REFERENCES[name.partition(" ")[0]], t, s, y, w, cfg)
         largest = max(1.0, np.max(np.abs([t, s])))
         assert abs(loss - want) <= 1e-10 * abs(want) + 1e-12 * largest, (kind, cfg, float(loss), want)
         # Standardisation multiplies the rounding of equal logits by 1e7, as it does their gradient.
@@ -267,12 +422,14 @@ def test_every_method_has_a_reference():
     assert set(REFERENCES) == set(FIELDS) == set(METHODS) - {"ldrld"}
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES))
+@pytest.mark.parametrize("name", sorted({*REFERENCES, *VARIANTS}))
 def test_one_row_of_three_classes_agrees_with_numpy(name, x64):
-    check_against_reference(name, 1, 3, getattr(METHODS[name].config(), "temperature", None), {}, seed=1)
+    fields = {"bild": FIELDS["bild"]} | VARIANTS  # the others with their defaults
+    temperature = getattr(METHODS[name.partition(" ")[0]].config(), "temperature", None)
+    check_against_reference(name, 1, 3, temperature, fields.get(name, {}), seed=1)
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES))
+@pytest.mark.parametrize("name", sorted({*REFERENCES, *VARIANTS}))
 @settings(
     max_examples=4,
     deadline=None,
@@ -287,7 +444,7 @@ def test_one_row_of_three_classes_agrees_with_numpy(name, x64):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_agrees_with_numpy(name, x64, rows, classes, temperature, seed):
-    check_against_reference(name, rows, classes, temperature, FIELDS[name], seed)
+    check_against_reference(name, rows, classes, temperature, (FIELDS | VARIANTS)[name], seed)
 
 
 # --- what is special to one method ----------------------------------------------------------------------------------
@@ -381,11 +538,12 @@ def test_rld_without_classes_below_the_label_is_its_confidence_alone(x64):
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_equal_logits_and_one_row_give_finite_values_and_gradients(name, transform):
     method, labels, rising = transform(METHODS[name]), np.zeros(3, int), np.tile(np.arange(4, dtype=np.float32), (3, 1))
+    cfg = method.config(**({"top_k": 3} if name == "bild" else {}))
     for value in (0.0, 0.1, -1e4):
         equal = np.full((3, 4), value, np.float32)
         for teacher, student in ((equal, equal), (rising, equal), (equal, rising), (rising, rising)):
             for where in (np.array([True, True, True]), np.array([False, True, False])):
-                loss, gradient = loss_and_gradient(method, method.config(), teacher, student, labels, where=where)
+                loss, gradient = compiled_rows(method, cfg)(student, teacher, labels, {"where": where})
                 assert np.isfinite(loss) and np.all(np.isfinite(gradient)), (value, where)
                 assert not np.any(gradient[~where])
 
