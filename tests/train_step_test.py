@@ -101,8 +101,8 @@ def test_each_weight_of_the_objective_is_pinned(rng, x64):
 )
 def test_the_last_layer_is_the_one_matrix_with_a_column_for_each_class(name):
     """One network of each family; its last layer gives the logits, so it has a row of the same size as the features."""
-    common = dict(rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
-    params = jax.eval_shape(lambda: purify(MODELS[name](7, 3, **common))[1])
+    common = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    params = jax.eval_shape(lambda: purify(MODELS[name](7, 3, rngs=nnx.Rngs(0), **common))[1])
     (matrix,) = (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
     rows = jax.eval_shape(lambda: last_layer(Variables(params, {}), 7))
     assert rows.shape == (7, matrix.shape[0])
