@@ -77,9 +77,9 @@ def plot(path: pathlib.Path) -> None:
 
     teacher = jnp.asarray([[9.0, 6.5, 5.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0]])
     student = jnp.asarray([[10.0, 4.5, 6.0, 2.0, 3.0, 0.5, 0.0, -2.0, -1.0, -3.5]])
-    # dist, mlkd, skd and luminet compare whole batches: the example beside its mirror image.
-    batch = [jnp.concatenate([z, z[:, ::-1]]) for z in (teacher, student)]
-    labels = jnp.array([0, 9])
+    # dist, mlkd, skd and luminet compare whole batches: the example beside its mirror image and another one.
+    batch = [jnp.concatenate([z, z[:, ::-1], jnp.roll(z, 3, axis=1)]) for z in (teacher, student)]
+    labels = jnp.array([0, 9, 3])
     figure, axes = plt.subplots(5, 4, figsize=(12, 10), sharex=True, layout="constrained")
     for axis, (name, method) in zip(axes.flat, METHODS.items(), strict=False):
         twice = (method.views(method.config()), 1)  # both views alike
