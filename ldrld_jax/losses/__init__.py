@@ -24,7 +24,7 @@ from ldrld_jax.losses.baselines import (
     wttm_terms,
 )
 from ldrld_jax.losses.batch import LumiNetConfig, SKDConfig, luminet_parts, skd_parts
-from ldrld_jax.losses.common import AxisName, MethodConfig, mean_over_rows, prepare_logits
+from ldrld_jax.losses.common import MethodConfig, mean_over_rows, prepare_logits
 from ldrld_jax.losses.correlation import DISTConfig, MLKDConfig, dist_parts, mlkd_parts
 from ldrld_jax.losses.decoupled import (
     DKDConfig,
@@ -38,6 +38,7 @@ from ldrld_jax.losses.decoupled import (
 )
 from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_parts, ldrld_terms, rank_weights
 from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms
+from ldrld_jax.losses.top import AxisName
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
 from ldrld_jax.losses.two_views import CRLDConfig, SLDConfig, crld_parts, sld_parts, sld_student_swap
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.losses.top import AxisName
+
 Positive = Annotated[float, "positive"]
-AxisName = str | tuple[str, ...] | None
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import (
-    AxisName,
     MethodConfig,
     Positive,
     check_rows,
@@ -20,6 +19,7 @@ from ldrld_jax.losses.common import (
     mean_over_rows,
     prepare_logits,
 )
+from ldrld_jax.losses.top import AxisName
 
 _SLD_TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
