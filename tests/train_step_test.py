@@ -104,7 +104,7 @@ def test_the_last_layer_is_the_one_matrix_with_a_column_for_each_class(name):
     common = dict(dtype=jnp.float32, param_dtype=jnp.float32)
     params = jax.eval_shape(lambda: purify(MODELS[name](7, 3, rngs=nnx.Rngs(0), **common))[1])
     (matrix,) = (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
-    rows = jax.eval_shape(lambda: last_layer(Variables(params, {}), 7))
+    rows = jax.eval_shape(lambda params: last_layer(Variables(params, {}), 7), params)
     assert rows.shape == (7, matrix.shape[0])
 
 
