@@ -7,16 +7,16 @@ The methods take turns, so that the load of others disturbs all alike.
 """
 
 import argparse
-import functools
 import pathlib
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from loss import Entry, jax_entry, measure, parse_size  # benchmarks/loss.py
 
-from ldrld_jax.losses import METHODS
+from ldrld_jax.losses import METHODS, Method
 
 
 def entries(rows: int, classes: int) -> dict[str, Entry]:
@@ -26,10 +26,28 @@ def entries(rows: int, classes: int) -> dict[str, Entry]:
     labels = jnp.asarray(rng.integers(0, classes, rows), jnp.int32)
     made = {}
     for name, method in METHODS.items():
-        loss = functools.partial(method.loss, cfg=method.config())
-        made[name] = jax_entry(jax.value_and_grad(loss, 1), teacher, student, labels)
+        made[name] = jax_entry(jax.value_and_grad(loss_of(method), 1), teacher, student, labels)
         made[name].run()
     return made
+
+
+def loss_of(method: Method) -> Callable[..., jax.Array]:
+    """The loss of a method with its defaults as a function of teacher, student and labels.
+
+    Where it compares two views, the first half of the rows is one of them and the second half the other.
+    """
+    cfg = method.config()
+
+    def loss(teacher: jax.Array, student: jax.Array, labels: jax.Array) -> jax.Array:
+        if method.views(cfg) == 2:
+            teacher, student, labels = (x.reshape(2, -1, *x.shape[1:]) for x in (teacher, student, labels))
+        params = None
+        if method.from_teacher is not None:  # neighbours are alike
+            angle = jnp.linspace(0, jnp.pi / 2, teacher.shape[-1])
+            params = method.from_teacher(jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1))
+        return method.loss(teacher, student, labels, cfg, params=params)
+
+    return loss
 
 
 def print_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
@@ -59,12 +77,14 @@ def plot(path: pathlib.Path) -> None:
 
     teacher = jnp.asarray([[9.0, 6.5, 5.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0]])
     student = jnp.asarray([[10.0, 4.5, 6.0, 2.0, 3.0, 0.5, 0.0, -2.0, -1.0, -3.5]])
-    # dist and mlkd compare whole batches: the example beside its mirror image.
-    batch = [jnp.concatenate([z, z[:, ::-1]]) for z in (teacher, student)]
-    labels = jnp.array([0, 9])
-    figure, axes = plt.subplots(4, 3, figsize=(9, 8), sharex=True, layout="constrained")
+    # dist, mlkd, skd and luminet compare whole batches: the example beside its mirror image and another one.
+    batch = [jnp.concatenate([z, z[:, ::-1], jnp.roll(z, 3, axis=1)]) for z in (teacher, student)]
+    labels = jnp.array([0, 9, 3])
+    figure, axes = plt.subplots(5, 4, figsize=(12, 10), sharex=True, layout="constrained")
     for axis, (name, method) in zip(axes.flat, METHODS.items(), strict=False):
-        gradient = jax.grad(lambda s, method=method: method.loss(batch[0], s, labels, method.config()))(batch[1])[0]
+        twice = (method.views(method.config()), 1)  # both views alike
+        rows = [jnp.tile(z, twice) for z in batch]
+        gradient = jax.grad(loss_of(method), 1)(*rows, jnp.tile(labels, twice[0]))[0]
         axis.bar(range(10), -gradient, color=["tab:red"] + ["tab:blue"] * 9)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_title(name, fontsize=10)

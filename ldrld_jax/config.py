@@ -32,6 +32,13 @@ _SURROUNDINGS: dict[str, dict[str, float]] = {
     "wttm": dict(kd_weight=4.0),
     "dkd": dict(kd_warmup_epochs=20),
     "rld": dict(kd_warmup_epochs=20),
+    "abkd": dict(kd_weight=32.0),
+    "skd": dict(ce_weight=0.1, kd_weight=0.9),
+    "luminet": dict(ce_weight=2.0, kd_warmup_epochs=20),
+    # The cross-entropy is the mean over both views, where the published code adds them up.
+    "crld": dict(ce_weight=2.0),
+    "sld": dict(ce_weight=0.2, kd_weight=0.9),
+    "bild": dict(ce_weight=0.0),
 }
 
 

@@ -41,6 +41,11 @@ class Objective:
         return max((method.views(cfg) for method, cfg, _ in self.methods.values()), default=1)
 
     @property
+    def needs_last_layer(self) -> bool:
+        """Whether a method takes the weights of the teacher's last layer."""
+        return any(method.from_teacher is not None for method, _, _ in self.methods.values())
+
+    @property
     def depth(self) -> int:
         """How many of the largest classes the diagnostics compare: LDRLD's, whatever the methods."""
         _, cfg, _ = self.methods.get("ldrld", (None, LDRLDConfig(), 1.0))
@@ -56,6 +61,7 @@ class Objective:
         where: jax.Array | None = None,
         second: tuple[jax.Array, jax.Array] | None = None,
         method_params: Mapping[str, Tree] = MappingProxyType({}),
+        last_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss, a scalar, and its terms by name as they are before the weights around them.
 
@@ -70,6 +76,7 @@ class Objective:
           second: of blended images, the labels `[n]` of the other image and its share, a scalar: the
             cross-entropy is blended likewise, the methods go by `labels`.
           method_params: what the methods learn, by method.
+          last_layer: `[C, d]`, the weights of the teacher's last layer, if a method needs them.
 
         With several `views`, so many rows in sequence are views of one image.
         """
@@ -89,7 +96,12 @@ class Objective:
                 rows = [
                     None if x is None else jnp.moveaxis(x.reshape(-1, self.views, *x.shape[1:]), 1, 0) for x in rows
                 ]
-            parts = method.parts(*rows[:3], cfg, params=method_params.get(name), where=rows[3])
+            params = method_params.get(name)
+            if method.at_epoch is not None:
+                params = method.at_epoch(cfg, epoch)
+            elif method.from_teacher is not None and last_layer is not None:
+                params = method.from_teacher(last_layer)
+            parts = method.parts(*rows[:3], cfg, params=params, where=rows[3])
             terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
             loss = loss + scale * weight * terms[name]
@@ -147,7 +159,9 @@ def check_classes(objective: Objective, classes: int) -> None:
     rows = 2 * objective.views
     logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     try:
-        jax.eval_shape(lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32)), logits, labels)
+        jax.eval_shape(
+            lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32), last_layer=jnp.eye(classes)), logits, labels
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -75,7 +75,12 @@ class Run:
         # Each device and each group takes as many rows of a microbatch as the others: some may be padding.
         divisor = config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
         objective = make_objective(config)
-        logit_store.check(config, views=objective.views)
+        logit_store.check(config, views=objective.views, last_layer=objective.needs_last_layer)
+        if objective.needs_last_layer and len(models := config_lib.teacher_models(config)) > 1:
+            raise UserError(
+                f"method={config.method} takes the last layer of one teacher, and teacher.model names {len(models)}: "
+                f"{config.teacher.model}. Set one."
+            )
         with in_turn("data"):
             batches = make_train_batches(
                 config.data,

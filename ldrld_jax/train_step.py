@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldrld_jax.losses.top import not_in_top, top_classes
+from ldrld_jax.errors import UserError
+from ldrld_jax.losses.top import top_mask
 from ldrld_jax.metrics import Mean, Means, agreement, classification
 from ldrld_jax.objective import Objective, at_least_float32
 
@@ -204,6 +205,7 @@ def make_train_step(
                     where=where,
                     second=None if share is None else (rows["other_label"], share),
                     method_params=method_params,
+                    last_layer=last_layer(frozen, logits.shape[-1]) if objective.needs_last_layer else None,
                 )
                 return loss, ({"loss": loss, **terms}, logits, batch_stats)
 
@@ -272,7 +274,9 @@ def _metrics(
     """The terms of the loss as means over the rows that count, and how well the student does."""
     metrics = classification(logits, labels, where)
     if teacher_logits is not None:
-        tops = {"teacher_top": _top_mask(teacher_logits, depth), "student_top": _top_mask(logits, depth)}
+        depth = min(depth, logits.shape[-1])
+        teacher_top, student_top = (top_mask(at_least_float32(z), depth) for z in (teacher_logits, logits))
+        tops = {"teacher_top": teacher_top, "student_top": student_top}
         metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
     count = metrics["top1"].count
     # In float64 runs the losses are compared to 1e-9: they keep their dtype.
@@ -287,6 +291,26 @@ def _unless_non_finite(old: TrainState, new: TrainState, gradients: Tree, metric
     return kept, metrics | {"skipped": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
 
 
+def last_layer(variables: Variables, classes: int) -> jax.Array:
+    """The weights `[C, d]` of a network's last layer: its one matrix with a column for each class.
+
+    Raises:
+      UserError: if there is no such matrix, or several.
+
+    Example:
+      >>> params = {"conv": {"kernel": jnp.zeros((3, 3, 1, 4))}, "fc": {"kernel": jnp.zeros((4, 10))}}
+      >>> last_layer(Variables(params, {}), 10).shape
+      (10, 4)
+    """
+    found = [leaf for leaf in jax.tree.leaves(variables.params) if leaf.ndim == 2 and leaf.shape[1] == classes]
+    if len(found) != 1:
+        raise UserError(
+            f"the method takes the teacher's last layer, one matrix with {classes} columns, and the teacher has "
+            f"{len(found)}. Choose another teacher.model or method."
+        )
+    return found[0].T
+
+
 def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
     """What the optimizer is initialised with and updates."""
     return student.params, method_params
@@ -299,15 +323,6 @@ def _rows(batch: Batch) -> Batch:
         return batch
     each = lambda x: jnp.repeat(x, images.shape[1], axis=0, total_repeat_length=images.shape[1] * len(x))  # noqa: E731
     return {key: images.reshape(-1, *images.shape[2:]) if key == "image" else each(x) for key, x in batch.items()}
-
-
-def _top_mask(logits: jax.Array, depth: int) -> jax.Array:
-    """`[n, C]` bool: the `depth` largest of each row, or all if there are fewer."""
-
-    def row(z: jax.Array) -> jax.Array:
-        return ~not_in_top(z, top_classes(z, min(depth, z.size)))
-
-    return jax.vmap(row)(at_least_float32(logits))
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:

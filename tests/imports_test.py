@@ -39,7 +39,7 @@ ALLOWED = {
     "torch_import": {"errors", "models", "purify", "torch_files"},
     "config": {"errors", "files", "identity", "losses"},
     "objective": {"config", "errors", "losses"},
-    "train_step": {"losses", "metrics", "objective"},
+    "train_step": {"errors", "losses", "metrics", "objective"},
     "recorder": {"console", "metrics"},
     "precision": {"errors"},
     "networks": {

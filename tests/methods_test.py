@@ -1,8 +1,10 @@
 """Every method through the trainer: by its name alone, combined, with what it learns, and one's own."""
 
 import contextlib
+import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,16 +20,52 @@ from tests.trainer_test import saved, values
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_run_by_its_name_alone(tiny, teacher_dir, tmp_path, method):
-    """A step of learning lowers what it minimises, on the same batch without augmentation."""
+def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, teacher_dir, tmp_path, method):
+    """A step of learning lowers what it minimises, on the same batch without augmentation; twice in two parts."""
     overrides = [f"method={method}", f"teacher.checkpoint={teacher_dir}", "data.pad=0", "kd_warmup_epochs=0"]
-    overrides += ["data.train_split=train[:40]", "epochs=6", "optim.warmup=none", "optim.schedule=constant"]
-    summary = trainer.train(tiny(*overrides, "optim.learning_rate=.01"), tmp_path)
-    losses = values(tmp_path, "train", "loss")
+    overrides += ["data.train_split=train[:40]", "optim.warmup=none", "optim.schedule=constant"]
+    overrides += ["optim.learning_rate=.01"]
+    summary = trainer.train(tiny(*overrides, "epochs=6"), tmp_path / "straight")
+    losses = values(tmp_path / "straight", "train", "loss")
     assert summary["method"] == method
     assert len(losses) == 6
-    assert np.isfinite(values(tmp_path, "train", method)).all()
+    assert np.isfinite(values(tmp_path / "straight", "train", method)).all()
     assert losses[-1] < losses[0]
+    for epochs in (4, 6):
+        trainer.train(tiny(*overrides, f"epochs={epochs}"), tmp_path / "resumed")
+    assert comparable_lines(tmp_path / "resumed") == comparable_lines(tmp_path / "straight")
+    chex.assert_trees_all_equal(saved(tmp_path / "resumed", 6), saved(tmp_path / "straight", 6))
+
+
+def test_slds_own_target_is_switched_on_by_the_epoch(tiny, teacher_dir, tmp_path):
+    flags = ["method=sld", f"teacher.checkpoint={teacher_dir}", "loss.sld.student_swap_epoch=2", "epochs=4"]
+    trainer.train(tiny(*flags, "data.train_split=train[:40]"), tmp_path)
+    own = values(tmp_path, "train", "sld/student")
+    assert own[:2] == [0, 0] and min(own[2:]) > 0
+
+
+def test_wkds_cost_is_that_of_the_teachers_last_layer(tiny, teacher_dir, tmp_path, monkeypatch):
+    """At every step it is made from the rows as they lie in the teacher's checkpoint."""
+    flags = ["method=wkd", f"teacher.checkpoint={teacher_dir}", "epochs=1", "data.train_split=train[:40]"]
+    seen = []
+    method = METHODS["wkd"]
+
+    def from_teacher(rows):
+        jax.debug.callback(lambda rows: seen.append(np.asarray(rows)), rows)
+        return method.from_teacher(rows)
+
+    monkeypatch.setitem(METHODS, "wkd", dataclasses.replace(method, from_teacher=from_teacher))
+    trainer.train(tiny(*flags), tmp_path)
+    jax.effects_barrier()
+    rows = saved(teacher_dir, 6)["model"]["params"]["fc"]["kernel"].T
+    assert seen and all(np.array_equal(found, rows) for found in seen)
+
+
+def test_wkd_wants_one_teacher_with_one_last_layer(tiny, teacher_dir, tmp_path):
+    flags = ["method=wkd", "teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
+    with pytest.raises(UserError, match=r"takes the last layer of one teacher, and teacher\.model names 2"):
+        trainer.train(tiny(*flags), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_views_of_each_image_are_compared(tiny, teacher_dir, tmp_path):

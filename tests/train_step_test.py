@@ -8,7 +8,9 @@ import optax
 import pytest
 from flax import nnx
 
-from ldrld_jax.losses import METHODS
+from ldrld_jax.errors import UserError
+from ldrld_jax.losses import METHODS, SLDConfig, wkd_cost
+from ldrld_jax.models import MODELS
 from ldrld_jax.objective import Objective, cross_entropy
 from ldrld_jax.purify import purify
 from ldrld_jax.train_step import (
@@ -17,6 +19,7 @@ from ldrld_jax.train_step import (
     Network,
     TrainState,
     Variables,
+    last_layer,
     make_eval_step,
     make_train_step,
     trainable,
@@ -91,6 +94,38 @@ def test_each_weight_of_the_objective_is_pinned(rng, x64):
     np.testing.assert_allclose(loss(kd=0.5, ldrld=1.0, ce_weight=2.0), 2 * ce + 0.5 * terms["kd"] + terms["ldrld"])
     np.testing.assert_allclose(loss(kd=1.0, kd_warmup_epochs=12), terms["kd"] * 3 / 12)
     np.testing.assert_allclose(loss(kd=1.0, kd_warmup_epochs=2), terms["kd"])
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV2", "imagenet_mobilenetv1"]
+)
+def test_the_last_layer_is_the_one_matrix_with_a_column_for_each_class(name):
+    """One network of each family; its last layer gives the logits, so it has a row of the same size as the features."""
+    common = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    params = jax.eval_shape(lambda: purify(MODELS[name](7, 3, rngs=nnx.Rngs(0), **common))[1])
+    (matrix,) = (leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    rows = jax.eval_shape(lambda params: last_layer(Variables(params, {}), 7), params)
+    assert rows.shape == (7, matrix.shape[0])
+
+
+def test_a_teacher_without_a_last_layer_is_named(network):
+    with pytest.raises(UserError, match="one matrix with 11 columns, and the teacher has 0"):
+        last_layer(network[1], 11)
+
+
+def test_the_objective_gives_a_method_what_it_does_not_learn(rng, x64):
+    teacher, student = (jnp.asarray(z) for z in rng.normal(size=(2, 6, 10)))
+    labels, rows = jnp.arange(6), jnp.asarray(rng.normal(size=(10, 4)))
+    methods = {name: (METHODS[name], METHODS[name].config(), 1.0) for name in ("wkd", "sld")}
+    objective = Objective(methods, ce_weight=0.0)
+    assert objective.views == 2 and objective.needs_last_layer
+    at = lambda epoch: objective(teacher, student, labels, epoch=jnp.int32(epoch), last_layer=rows)[1]  # noqa: E731
+    want = METHODS["wkd"].loss(teacher, student, labels, METHODS["wkd"].config(), params=wkd_cost(rows))
+    np.testing.assert_allclose(at(1)["wkd"], want, rtol=1e-12)
+    views = lambda z: jnp.stack([z[::2], z[1::2]])  # noqa: E731
+    own = METHODS["sld"].parts(*map(views, (teacher, student, labels)), SLDConfig())["student"]
+    np.testing.assert_allclose([at(150)["sld/student"], at(151)["sld/student"]], [0, own], rtol=1e-12)
+    assert own > 0.1
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

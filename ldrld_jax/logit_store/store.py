@@ -35,8 +35,14 @@ _NOT_KEY = (
 )
 
 
-def check(config: ConfigDict, *, views: int) -> None:
-    """Raises a UserError if a run of this resolved config, of so many views of an image, can have no store."""
+def check(config: ConfigDict, *, views: int, last_layer: bool) -> None:
+    """Raises a UserError if a run of this resolved config can have no store.
+
+    Args:
+      config: resolved.
+      views: how many augmentations of an image the methods compare.
+      last_layer: whether a method takes the weights of the teacher's last layer.
+    """
     logits = config.logits
     if not logits:
         return
@@ -48,6 +54,7 @@ def check(config: ConfigDict, *, views: int) -> None:
         (config.teacher.model == "ema", "teacher.model=ema changes as the student trains"),
         (config.data.mixup, "data.mixup blends each image with another one every time"),
         (views > 1, f"method={config.method} compares {views} views of an image, and one is stored"),
+        (last_layer, f"method={config.method} takes the teacher's last layer, which is not stored"),
     ):
         if wrong:
             raise UserError(f"logits.dir keeps a teacher's logits for later runs, and {why}. Unset logits.dir.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ldrld_jax.losses.alphabeta import ABKDConfig, abkd_terms
 from ldrld_jax.losses.baselines import (
     CTKDConfig,
     KDConfig,
@@ -22,6 +23,7 @@ from ldrld_jax.losses.baselines import (
     ttm_terms,
     wttm_terms,
 )
+from ldrld_jax.losses.batch import LumiNetConfig, SKDConfig, luminet_parts, skd_parts
 from ldrld_jax.losses.common import MethodConfig, mean_over_rows, prepare_logits
 from ldrld_jax.losses.correlation import DISTConfig, MLKDConfig, dist_parts, mlkd_parts
 from ldrld_jax.losses.decoupled import (
@@ -35,23 +37,38 @@ from ldrld_jax.losses.decoupled import (
     wsld_terms,
 )
 from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_parts, ldrld_terms, rank_weights
+from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms
+from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
+from ldrld_jax.losses.two_views import CRLDConfig, SLDConfig, crld_parts, sld_parts, sld_student_swap
 
 __all__ = [
     "METHODS",
+    "ABKDConfig",
+    "BiLDConfig",
+    "CRLDConfig",
     "CTKDConfig",
     "DISTConfig",
     "DKDConfig",
     "KDConfig",
     "LDRLDConfig",
     "LDRLDTerms",
+    "LumiNetConfig",
     "MLKDConfig",
     "Method",
     "MethodConfig",
     "NKDConfig",
     "RLDConfig",
+    "SKDConfig",
+    "SLDConfig",
     "TTMConfig",
+    "TopKTailConfig",
+    "WKDConfig",
     "WSLDConfig",
     "WTTMConfig",
+    "abkd_terms",
+    "bild_terms",
+    "crld_parts",
     "ctkd_gradient_scale",
     "ctkd_init",
     "ctkd_temperature",
@@ -62,15 +79,22 @@ __all__ = [
     "ldrld_loss",
     "ldrld_parts",
     "ldrld_terms",
+    "luminet_parts",
     "mean_parts",
     "mlkd_parts",
     "nkd_terms",
     "rank_weights",
     "rld_terms",
+    "skd_parts",
+    "sld_parts",
+    "sld_student_swap",
     "standardize_logits",
     "standardized",
+    "topk_tail_terms",
     "ttm_terms",
     "without_labels",
+    "wkd_cost",
+    "wkd_terms",
     "wsld_terms",
     "wttm_terms",
 ]
@@ -86,6 +110,10 @@ class Method:
         gives the summands of the loss by name, scalars, so that each can be logged; a loss of one
         part calls it "".
       init: `init(cfg)` gives the parameters that the loss learns, a pytree; None if it learns none.
+      at_epoch: `at_epoch(cfg, epoch)` gives parameters that are not learnt but follow the epoch, a scalar
+        from 1; None if there are none.
+      from_teacher: `from_teacher(rows)` makes parameters that are not learnt from the `[C, d]` weights of
+        the teacher's last layer; None if there are none.
       gradient_scale: `gradient_scale(epoch)` is what the gradient of these parameters is multiplied
         by before it is applied, a scalar; None leaves it as it is.
       decomposes: the loss of a batch is the mean of the losses of its parts; not if it compares examples.
@@ -96,6 +124,8 @@ class Method:
     init: Callable[[Any], Any] | None = None
     gradient_scale: Callable[[Any], jax.Array] | None = None
     decomposes: bool = True
+    at_epoch: Callable[[Any, Any], Any] | None = None
+    from_teacher: Callable[[jax.Array], Any] | None = None
 
     def views(self, cfg: MethodConfig) -> int:
         """How many augmentations of every image the loss compares; for 2 the logits are `[2, ..., C]`."""
@@ -111,6 +141,7 @@ class Method:
         params: Any = None,
         where: jax.Array | None = None,
         weights: jax.Array | None = None,
+        axis_name: AxisName = None,
     ) -> jax.Array:
         """The bare distillation term, a scalar: the sum of the parts.
 
@@ -119,11 +150,17 @@ class Method:
           student_logits: `[..., C]`, the same shape.
           labels: `[...]` integer classes; methods that compare logits alone ignore them.
           cfg: an instance of `config`.
-          params: what `init(cfg)` gives, for a method that has it; None stands for just that.
+          params: what `init`, `at_epoch` or `from_teacher` gives, for a method that has one. None stands for
+            `init(cfg)`, for sld's swap being on, and is an error for wkd.
           where: `[...]` bool; the mean is over the rows it keeps, the others may hold anything.
           weights: `[...]`, not negative; the mean is sum(w l) / sum(w).
+          axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split; without
+            it the loss is that of the local rows. Under `jit` over a mesh it is not needed.
         """
-        parts = self.parts(teacher_logits, student_logits, labels, cfg, params=params, where=where, weights=weights)
+        rows: dict[str, Any] = dict(params=params, where=where, weights=weights)
+        if axis_name is not None:
+            rows["axis_name"] = axis_name
+        parts = self.parts(teacher_logits, student_logits, labels, cfg, **rows)
         return functools.reduce(operator.add, parts.values())
 
 
@@ -145,11 +182,11 @@ def mean_parts(terms: Callable[..., Any]) -> Callable[..., dict[str, jax.Array]]
       3.0
     """
 
-    def parts(teacher_logits, student_logits, labels, cfg, *, params=None, where=None, weights=None):
-        learnt = {} if params is None else {"params": params}
-        values = terms(teacher_logits, student_logits, labels, cfg, where=where, **learnt)
+    def parts(teacher_logits, student_logits, labels, cfg, *, params=None, where=None, **rows):
+        given = {} if params is None else {"params": params}
+        values = terms(teacher_logits, student_logits, labels, cfg, where=where, **given)
         values = values if isinstance(values, dict) else {"": values}
-        return {name: mean_over_rows(value, where=where, weights=weights) for name, value in values.items()}
+        return {name: mean_over_rows(value, where=where, **rows) for name, value in values.items()}
 
     return parts
 
@@ -200,4 +237,12 @@ METHODS: dict[str, Method] = {
     "ldrld": Method(LDRLDConfig, without_labels(ldrld_parts)),
     "mlkd": Method(MLKDConfig, without_labels(mlkd_parts), decomposes=False),
     "ctkd": Method(CTKDConfig, mean_parts(without_labels(ctkd_terms)), ctkd_init, ctkd_gradient_scale),
+    "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms))),
+    "skd": Method(SKDConfig, without_labels(skd_parts), decomposes=False),
+    "wkd": Method(WKDConfig, mean_parts(wkd_terms), from_teacher=wkd_cost),
+    "luminet": Method(LumiNetConfig, without_labels(luminet_parts), decomposes=False),
+    "crld": Method(CRLDConfig, without_labels(crld_parts)),
+    "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap),
+    "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms))),
+    "topk_tail": Method(TopKTailConfig, mean_parts(without_labels(topk_tail_terms))),
 }

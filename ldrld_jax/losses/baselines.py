@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.entropy import entropy_weight
 
 
 @jax.tree_util.register_static
@@ -20,10 +21,17 @@ class KDConfig(MethodConfig):
     Attributes:
       temperature: T > 0 of both sides; the loss is multiplied by T^2.
       standardize: whether both sides' logits are standardised first.
+      entropy_weighting: whether each example is multiplied by its entropy weight (EA-KD).
+      entropy_temperature: t > 0 of the weight's entropies.
+      entropy_bound: > 0, by which the student's entropy is divided there; None for log C. The published
+        CIFAR-100 code has 100.
     """
 
     temperature: Positive = 4.0
     standardize: bool = False
+    entropy_weighting: bool = False
+    entropy_temperature: Positive = 3.0
+    entropy_bound: Positive | None = None
 
 
 @jax.tree_util.register_static
@@ -93,6 +101,13 @@ def kd_terms(
 
     .. math:: T^2 \, \mathrm{KL}\big(\sigma(z^t / T) \,\|\, \sigma(z^s / T)\big)
 
+    With `entropy_weighting` (EA-KD) each example is multiplied by
+
+    .. math:: w = \tfrac12 \big(H_t + H_t H_s / H_{ub}\big)
+
+    without gradient, H the entropies of the softmaxes at the entropy temperature of the logits as they
+    are given, standardised or not. The weights reach log C: they also scale the loss.
+
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
@@ -112,12 +127,16 @@ def kd_terms(
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1;
-      agrees with mdistiller's KD to 1e-12 (tests/losses/baselines_test.py).
+      agrees with mdistiller's KD to 1e-12 (tests/losses/baselines_test.py). "EA-KD: Entropy-based
+      Adaptive Knowledge Distillation", ICCV 2025.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    weight: float | jax.Array = 1.0
+    if cfg.entropy_weighting:
+        weight = entropy_weight(teacher, student, cfg.entropy_temperature, cfg.entropy_bound)
     if cfg.standardize:
         teacher, student = standardize_logits(teacher), standardize_logits(student)
-    return cfg.temperature**2 * numerics.kl(teacher / cfg.temperature, student / cfg.temperature)
+    return weight * cfg.temperature**2 * numerics.kl(teacher / cfg.temperature, student / cfg.temperature)
 
 
 def ctkd_init(cfg: CTKDConfig) -> dict[str, jax.Array]:

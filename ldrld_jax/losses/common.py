@@ -7,11 +7,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.losses.top import AxisName
+
 Positive = Annotated[float, "positive"]
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, or a ValueError that says what is allowed."""
+    if type(None) in get_args(kind):
+        return None if value is None else _coerce(name, value, get_args(kind)[0])
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
@@ -23,8 +27,8 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, bool | str):
         raise ValueError(f"{name} must be a number, got {value!r}.")
     if kind is int:
-        if int(value) != value:
-            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if int(value) != value or value < 0:
+            raise ValueError(f"{name} must be a whole number and not negative, got {value!r}.")
         return int(value)
     value = float(value)
     positive = kind is Positive
@@ -39,8 +43,8 @@ class MethodConfig:
     """Base of the methods' configs: every field is coerced to its annotated type and checked.
 
     Floats are finite and not negative (`Positive`: above 0), so that a typo fails here and not as
-    a NaN thousands of steps later. Subclasses are registered static: they pass through `jax.jit`
-    and `jax.vmap` as arguments and cannot be traced.
+    a NaN thousands of steps later; a field annotated `KIND | None` may be None. Subclasses are
+    registered static: they pass through `jax.jit` and `jax.vmap` as arguments and cannot be traced.
 
     Raises:
       ValueError: if a field is out of its range.
@@ -102,7 +106,7 @@ def mean_over_rows(
     *,
     where: jax.Array | None = None,
     weights: jax.Array | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     r"""The weighted mean of per-example values over all rows that a mask keeps.
 
@@ -130,3 +134,51 @@ def mean_over_rows(
         total, count = jax.lax.psum((total, count), axis_name)
     # The inner where keeps the division finite, so that the gradient of an empty mask is 0 and not NaN.
     return jnp.where(count > 0, total / jnp.where(count > 0, count, jnp.ones_like(count)), jnp.zeros_like(total))
+
+
+def batch_rows(
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    where: jax.Array | None,
+    weights: jax.Array | None,
+    axis_name: AxisName = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Prepares the rows of a whole batch for a loss that compares them with each other.
+
+    Args:
+      teacher_logits: `[..., C]`.
+      student_logits: the same shape.
+      where: `[...]` bool or None.
+      weights: `[...]`, not negative, or None.
+      axis_name: mapped axes (`pmap`, `shard_map`) whose shards hold the rest of the batch, equally many rows each.
+
+    Returns:
+      Both logits as `[N, C]`, the weights `[N]` scaled to a mean of 1 over the rows that count (0 for
+      the others), and the number of rows that count, a scalar. N is the number of rows over all shards.
+    """
+    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    shape, dtype = student.shape[:-1], student.dtype
+    kept = jnp.ones(shape, dtype) if weights is None else check_rows("weights", weights, shape).astype(dtype)
+    if where is not None:
+        kept = jnp.where(where, kept, 0.0)
+    classes = student.shape[-1]
+    teacher, student, kept = teacher.reshape(-1, classes), student.reshape(-1, classes), kept.reshape(-1)
+    if axis_name is not None:
+        teacher, student, kept = (_gathered(x, axis_name) for x in (teacher, student, kept))
+    count, total = jnp.sum(kept > 0, dtype=dtype), jnp.sum(kept)
+    return teacher, student, kept * (count / jnp.where(total > 0, total, 1.0)), count
+
+
+def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Returns the rows of every shard one after another: a psum, so that they count as the same on all shards."""
+    shard, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    mine = (jnp.arange(shards) == shard).reshape(-1, *(1,) * x.ndim)
+    slots = jnp.where(mine, x[None], jnp.zeros((), x.dtype))
+    return jax.lax.psum(slots, axis_name).reshape(-1, *x.shape[1:])
+
+
+def check_views(method: str, remedy: str = "Stack the two views.", **arrays: jax.Array | None) -> None:
+    """Raises a ValueError unless each array that is given has a first axis of 2, one entry per view of an image."""
+    for name, array in arrays.items():
+        if array is not None and (jnp.ndim(array) == 0 or jnp.shape(array)[0] != 2):
+            raise ValueError(f"{method} needs {name} with a first axis of 2, got shape {jnp.shape(array)}. {remedy}")

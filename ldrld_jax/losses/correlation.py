@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
-from ldrld_jax.losses.common import MethodConfig, Positive, check_rows, mean_over_rows, prepare_logits
+from ldrld_jax.losses.common import MethodConfig, Positive, batch_rows, check_views, mean_over_rows
+from ldrld_jax.losses.top import AxisName
 
 
 @jax.tree_util.register_static
@@ -54,21 +55,6 @@ class MLKDConfig(MethodConfig):
 _MLKD_TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
-def _rows(
-    teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None, weights: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Both logits as `[N, C]`, the rows' weights `[N]` and how many of them are above 0, a scalar."""
-    teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    shape, dtype = student.shape[:-1], student.dtype
-    kept = jnp.ones(shape, dtype) if weights is None else check_rows("weights", weights, shape).astype(dtype)
-    if where is not None:
-        kept = jnp.where(where, kept, 0.0)
-    count, total = jnp.sum(kept > 0, dtype=dtype), jnp.sum(kept)
-    kept = kept * (count / jnp.where(total > 0, total, 1.0))
-    classes = student.shape[-1]
-    return teacher.reshape(-1, classes), student.reshape(-1, classes), kept.reshape(-1), count
-
-
 def _pearson(a: jax.Array, b: jax.Array, weights: jax.Array, count: jax.Array | int) -> jax.Array:
     r"""Weighted correlation of two arrays `[M, K]` along K, `[M]`; 0 where either is constant.
 
@@ -92,6 +78,7 @@ def dist_parts(
     *,
     where: jax.Array | None = None,
     weights: jax.Array | None = None,
+    axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
     r"""Distillation from a stronger teacher: correlations in place of divergences.
 
@@ -109,6 +96,7 @@ def dist_parts(
       cfg: a `DISTConfig`.
       where: `[...]` bool; only the rows it keeps are correlated, the others may hold NaN.
       weights: `[...]`, not negative; each row's share in the mean and in the correlations.
+      axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
       "inter" (over classes) and "intra" (over the batch): scalars, float32 (float64 for float64
@@ -127,7 +115,7 @@ def dist_parts(
       Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022;
       agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
     """
-    teacher, student, kept, count = _rows(teacher_logits, student_logits, where, weights)
+    teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
     p, q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.softmax(student / cfg.temperature)
     over_classes = _pearson(p, q, jnp.ones((1, q.shape[-1]), q.dtype), q.shape[-1])
     over_batch = _pearson(p.T, q.T, kept[None], jnp.maximum(count, 1.0))
@@ -154,10 +142,14 @@ def _gram_distance(teacher: jax.Array, student: jax.Array, weights: jax.Array) -
 
 
 def _mlkd_view(
-    teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None, weights: jax.Array | None
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    where: jax.Array | None,
+    weights: jax.Array | None,
+    axis_name: AxisName,
 ) -> dict[str, jax.Array]:
     """The parts of mlkd for one view, `[..., C]`."""
-    teacher, student, kept, count = _rows(teacher_logits, student_logits, where, weights)
+    teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
 
     def at(temperature: jax.Array) -> dict[str, jax.Array]:
         log_p, log_q = jax.nn.log_softmax(teacher / temperature), jax.nn.log_softmax(student / temperature)
@@ -178,6 +170,7 @@ def mlkd_parts(
     *,
     where: jax.Array | None = None,
     weights: jax.Array | None = None,
+    axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
     r"""Multi-level logit distillation: instances, classes and the batch, at five temperatures.
 
@@ -198,6 +191,7 @@ def mlkd_parts(
       cfg: an `MLKDConfig`.
       where: bool, the shape of the logits without classes; the rows left out may hold NaN.
       weights: the same shape, not negative; each row's share in the mean and in the matrices.
+      axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
       "instance", "class" and "batch": scalars, float32 (float64 for float64 logits), 0 if nothing is
@@ -216,17 +210,12 @@ def mlkd_parts(
       Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
     """
     if cfg.views == 1:
-        return _mlkd_view(teacher_logits, student_logits, where, weights)
+        return _mlkd_view(teacher_logits, student_logits, where, weights, axis_name)
     arrays = {"teacher_logits": teacher_logits, "student_logits": student_logits, "where": where, "weights": weights}
-    for name, array in arrays.items():
-        if array is not None and (jnp.ndim(array) == 0 or jnp.shape(array)[0] != 2):
-            raise ValueError(
-                f"mlkd with views=2 needs {name} with a first axis of 2, got shape {jnp.shape(array)}. "
-                "Stack the two views, or set loss.mlkd.views=1."
-            )
+    check_views("mlkd with views=2", "Stack the two views, or set loss.mlkd.views=1.", **arrays)
 
     def view(i: int) -> dict[str, jax.Array]:
-        rows = (None if array is None else jnp.asarray(array)[i] for array in (where, weights))
-        return _mlkd_view(jnp.asarray(teacher_logits)[i], jnp.asarray(student_logits)[i], *rows)
+        kept, shares = (None if array is None else jnp.asarray(array)[i] for array in (where, weights))
+        return _mlkd_view(jnp.asarray(teacher_logits)[i], jnp.asarray(student_logits)[i], kept, shares, axis_name)
 
     return jax.tree.map(lambda a, b: (a + b) / 2, view(0), view(1))

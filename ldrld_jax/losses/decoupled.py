@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses.baselines import standardize_logits
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.entropy import entropy_weight, log_of_max
 from ldrld_jax.losses.numerics import (
     bernoulli_kl,
     check_classes,
@@ -22,6 +23,7 @@ from ldrld_jax.losses.numerics import (
     log_ratio,
     pick,
 )
+from ldrld_jax.losses.top import top_mask
 
 
 @jax.tree_util.register_static
@@ -34,12 +36,22 @@ class DKDConfig(MethodConfig):
       beta: weight of the non-target part; 8 for most CIFAR-100 pairs, 2 where the teacher is small.
       temperature: T > 0 of both parts.
       standardize: whether both sides' logits are standardised first.
+      entropy_weighting: whether each example is multiplied by its entropy weight (EA-KD).
+      entropy_temperature: t > 0 of the weight's entropies.
+      entropy_bound: > 0, by which the student's entropy is divided there; None for log C. The published
+        CIFAR-100 code has 100.
+      top_k: the non-target part compares the teacher's so many largest classes without the label, which
+        counts among them (DeepKD); 0 for all.
     """
 
     alpha: float = 1.0
     beta: float = 8.0
     temperature: Positive = 4.0
     standardize: bool = False
+    entropy_weighting: bool = False
+    entropy_temperature: Positive = 3.0
+    entropy_bound: Positive | None = None
+    top_k: int = 0
 
 
 @jax.tree_util.register_static
@@ -103,6 +115,12 @@ def dkd_terms(
 
     with p the softmax at T: whether it is the label, and which of the others it is.
 
+    With `top_k` (DeepKD) q is over the teacher's K largest classes without y; of equal logits the lower
+    class counts as the larger, and K = 1 with y on top leaves none and a part of 0. With
+    `entropy_weighting` (EA-DKD) each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2` without
+    gradient, H the entropies of the softmaxes at the entropy temperature, of standardised logits under
+    `standardize`.
+
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
@@ -115,7 +133,8 @@ def dkd_terms(
       and their weights.
 
     Raises:
-      ValueError: if C < 3, the shapes differ, a dtype is not floating or the labels are not integers.
+      ValueError: if C < 3, top_k > C, the shapes differ, a dtype is not floating or the labels are not
+        integers.
 
     Example:
       >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[5.0, 1.0, 0.0]])
@@ -125,17 +144,32 @@ def dkd_terms(
 
     References:
       Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7;
-      agrees with mdistiller's DKD to 1e-12 (tests/losses/baselines_test.py).
+      agrees with mdistiller's DKD to 1e-12 (tests/losses/baselines_test.py). "DeepKD: A Deeply Decoupled
+      and Denoised Knowledge Distillation Trainer", arXiv 2505.15133, of which this is the loss and not
+      the optimizer. "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("dkd", student, 3)
+    if cfg.top_k > student.shape[-1]:
+        raise ValueError(
+            f"top_k must be between 0 and the number of classes ({student.shape[-1]}), got {cfg.top_k}. "
+            "Lower loss.dkd.top_k."
+        )
     if cfg.standardize:
         teacher, student = standardize_logits(teacher), standardize_logits(student)
+    scale: float | jax.Array = cfg.temperature**2
+    if cfg.entropy_weighting:
+        scale *= entropy_weight(teacher, student, cfg.entropy_temperature, cfg.entropy_bound, log_of_max)
     target = label_mask(labels, student)
     log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
+    if cfg.top_k:
+        keep = top_mask(teacher, cfg.top_k) & ~target
+        non_target = kl(teacher / cfg.temperature, student / cfg.temperature, keep)
+    else:
+        non_target = divergence(log_p, log_q, ~target)
     return {
-        "target": cfg.alpha * cfg.temperature**2 * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
-        "non_target": cfg.beta * cfg.temperature**2 * divergence(log_p, log_q, ~target),
+        "target": cfg.alpha * scale * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
+        "non_target": cfg.beta * scale * non_target,
     }
 
 

@@ -194,3 +194,14 @@ def _concatenate(values: jax.Array, axis_name: AxisName) -> jax.Array:
     mine = (jnp.arange(shards) == shard)[:, None]
     slots = jnp.where(mine, values[None, :], jnp.zeros((), values.dtype))
     return jax.lax.psum(slots, axis_name).reshape(-1)
+
+
+def top_mask(logits: jax.Array, depth: int) -> jax.Array:
+    """Returns where the `depth` largest of each row are, `[..., C]` to `[..., C]` bool; ties go to the lower class.
+
+    Example:
+      >>> top_mask(jnp.array([[1.0, 3.0, 3.0, 2.0]]), 1).tolist()
+      [[False, True, False, False]]
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    return jax.vmap(lambda z: ~not_in_top(z, top_classes(z, depth)))(rows).reshape(logits.shape)

@@ -24,7 +24,8 @@ def value_and_gradient(name, rows, classes):
     params = None if method.init is None else method.init(cfg)
 
     def loss(student, teacher, labels):
-        return method.loss(teacher, student, labels, cfg, params=params)
+        given = params if method.from_teacher is None else method.from_teacher(jnp.eye(classes))
+        return method.loss(teacher, student, labels, cfg, params=given)
 
     shape = (rows, classes) if method.views(cfg) == 1 else (method.views(cfg), rows, classes)
     return jax.value_and_grad(loss), shape

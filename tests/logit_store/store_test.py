@@ -169,6 +169,7 @@ def test_one_bit_of_a_weight_changes_the_checksum():
         (["teacher.model=ema", "ema_decay=.9"], "teacher.model=ema changes as the student trains"),
         (["data.mixup=.2", "data.remainder=drop"], r"data\.mixup blends"),
         (["method=mlkd", "loss.mlkd.views=2"], "method=mlkd compares 2 views of an image, and one is stored"),
+        (["method=wkd"], "method=wkd takes the teacher's last layer, which is not stored"),
         (["logits.dtype=float8"], "there is no logits.dtype 'float8'"),
         (["logits.views=0"], r"logits\.views must be at least 1, got 0"),
         (["data.augment_seed=-1"], r"data\.augment_seed must not be negative"),

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ldrld_jax.losses import METHODS, standardized
+from tests.losses.references import FIELDS, REFERENCES, VARIANTS, ctkd, reference_loss_and_gradient
+from tests.losses.rows import loss_of_rows
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "baselines_official.npz")
 
@@ -24,6 +26,14 @@ def compiled(method, cfg):
 
 def loss_and_gradient(method, cfg, teacher, student, labels, **rows):
     return compiled(method, cfg)(student, teacher, labels, rows)
+
+
+@functools.cache
+def compiled_rows(method, cfg):
+    """As `compiled`, of rows of logits: see `tests.losses.rows`."""
+    of_rows = loss_of_rows(method)
+    loss = lambda student, teacher, labels, rows: of_rows(teacher, student, labels, cfg, **rows)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def error(got, want):
@@ -65,149 +75,6 @@ def test_value_and_gradient_are_those_of_the_published_code(name, case, dtype, t
 
 
 # --- the formulas, in NumPy -----------------------------------------------------------------------------------------
-# reference(t, s, y, w, cfg): logits [B, C], labels [B], weights [B], to a scalar. `s` may be complex, for the
-# derivative by a step in the imaginary direction, which has no cancellation: the real part decides and shifts.
-
-
-def log_softmax(z):
-    z = z - np.max(z.real, axis=-1, keepdims=True)
-    return z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True))
-
-
-def softmax(z):
-    return np.exp(log_softmax(z))
-
-
-def kl_of_one(t, s):
-    """Of two rows of logits."""
-    p, log_p, log_q = softmax(t), log_softmax(t), log_softmax(s)
-    return sum(p[c] * (log_p[c] - log_q[c]) for c in range(len(t)))
-
-
-def lse(z):
-    peak = np.max(z.real)
-    return peak + np.log(np.sum(np.exp(z - peak)))
-
-
-def two_way(z, c):
-    """Log of [p_c, 1 - p_c], the second from the sum over the others."""
-    z = z - np.max(z.real)
-    return np.array([z[c] - lse(z), lse(np.delete(z, c)) - lse(z)])
-
-
-def kl_two_way(log_p, log_q):
-    return np.sum(np.exp(log_p) * (log_p - log_q))
-
-
-def by_example(term):
-    """The weighted mean of `term(t, s, y, cfg)` over the rows."""
-
-    def reference(t, s, y, w, cfg):
-        return sum(w[i] * term(t[i], s[i], y[i], cfg) for i in range(len(y))) / np.sum(w)
-
-    return reference
-
-
-def standardize(z):
-    centred = z - np.sum(z) / len(z)
-    return centred / (np.sqrt(np.sum(centred * centred) / (len(z) - 1)) + 1e-7)
-
-
-def kd(t, s, y, cfg):
-    if cfg.standardize:
-        t, s = standardize(t), standardize(s)
-    return cfg.temperature**2 * kl_of_one(t / cfg.temperature, s / cfg.temperature)
-
-
-def dkd(t, s, y, cfg):
-    t, s = t / cfg.temperature, s / cfg.temperature
-    target = kl_two_way(two_way(t, y), two_way(s, y))
-    return cfg.temperature**2 * (cfg.alpha * target + cfg.beta * kl_of_one(np.delete(t, y), np.delete(s, y)))
-
-
-def nkd(t, s, y, cfg):
-    q_t = softmax(np.delete(t, y) / cfg.temperature)
-    log_q_s = log_softmax(np.delete(s, y) / cfg.temperature)
-    return -softmax(t)[y] * log_softmax(s)[y] - cfg.gamma * cfg.temperature**2 * np.sum(q_t * log_q_s)
-
-
-def wsld(t, s, y, cfg):
-    bracket = 1 - np.exp(log_softmax(s.real)[y] / (-log_softmax(t)[y] + 1e-7))
-    entropy = -np.sum(softmax(t / cfg.temperature) * log_softmax(s / cfg.temperature))
-    return cfg.alpha * cfg.temperature**2 * bracket * entropy
-
-
-def ttm(t, s, y, cfg):
-    return kl_of_one(cfg.gamma * log_softmax(t), s)  # norm(p^gamma) = softmax(gamma log p)
-
-
-def wttm(t, s, y, cfg):
-    return np.sum(softmax(t) ** cfg.gamma) * ttm(t, s, y, cfg)
-
-
-def rld(t, s, y, cfg):
-    log_m = two_way(t / cfg.alpha_temperature, np.argmax(t))
-    confidence = kl_two_way(log_m, two_way(s / cfg.alpha_temperature, y))
-    keep = t < t[y]
-    masked = kl_of_one(t[keep] / cfg.temperature, s[keep] / cfg.temperature) if keep.any() else 0.0
-    return cfg.alpha * cfg.alpha_temperature**2 * confidence + cfg.beta * cfg.temperature**2 * masked
-
-
-def ctkd(t, s, y, cfg, theta=1.0):
-    temperature = 1 + 20 / (1 + np.exp(-theta))
-    return temperature**2 * kl_of_one(t / temperature, s / temperature)
-
-
-def dist(t, s, y, w, cfg):
-    p, q = softmax(t / cfg.temperature), softmax(s / cfg.temperature)
-    w = w * len(w) / np.sum(w)
-
-    def rho(a, b, w):
-        a, b = a - np.sum(w * a) / np.sum(w), b - np.sum(w * b) / np.sum(w)
-        return np.sum(w * a * b) / (np.sqrt(np.sum(w * a * a)) * np.sqrt(np.sum(w * b * b)) + 1e-8)
-
-    rows = [w[i] * rho(p[i], q[i], np.ones(p.shape[1])) for i in range(len(p))]
-    columns = [rho(p[:, c], q[:, c], w) for c in range(p.shape[1])]
-    return cfg.temperature**2 * (cfg.beta * (1 - sum(rows) / len(rows)) + cfg.gamma * (1 - sum(columns) / len(columns)))
-
-
-def mlkd(t, s, y, w, cfg):
-    """The clean form: the published code drops, masks and mixes up views, which one view does not show."""
-    rows, classes = t.shape
-    w = w * rows / np.sum(w)
-    total = 0
-    for temperature in (2, 3, 4, 5, 6):
-        p, q = softmax(t / temperature), softmax(s / temperature)
-        by_class = p.T @ np.diag(w) @ p - q.T @ np.diag(w) @ q
-        by_row = np.diag(np.sqrt(w)) @ (p @ p.T - q @ q.T) @ np.diag(np.sqrt(w))
-        divergence = sum(w[i] * kl_of_one(t[i] / temperature, s[i] / temperature) for i in range(rows)) / rows
-        total += temperature**2 * divergence + np.sum(by_class**2) / classes + np.sum(by_row**2) / rows
-    return total
-
-
-REFERENCES = {term.__name__: by_example(term) for term in (kd, dkd, nkd, wsld, ttm, wttm, rld, ctkd)}
-REFERENCES |= {"dist": dist, "mlkd": mlkd}
-FIELDS = {
-    "kd": dict(standardize=True),
-    "dkd": dict(alpha=0.7, beta=3.0),
-    "nkd": dict(gamma=1.3),
-    "wsld": dict(alpha=1.7),
-    "ttm": dict(gamma=0.3),
-    "wttm": dict(gamma=0.6),
-    "rld": dict(alpha=0.7, beta=3.0, alpha_temperature=1.5),
-    "dist": dict(beta=0.7, gamma=1.9),
-    "mlkd": {},
-    "ctkd": {},
-}
-
-
-def reference_loss_and_gradient(reference, t, s, y, w, cfg):
-    gradient = np.zeros(s.shape)
-    for index in np.ndindex(s.shape):
-        stepped = s.astype(complex)
-        stepped[index] += 1e-30j
-        gradient[index] = np.imag(reference(t, stepped, y, w, cfg)) / 1e-30
-    return np.real(reference(t, s.astype(complex), y, w, cfg)), gradient
 
 
 def worst(teacher, rng):
@@ -237,7 +104,7 @@ DATA = {
 
 
 def check_against_reference(name, rows, classes, temperature, fields, seed):
-    method = METHODS[name]
+    method = METHODS[name.partition(" ")[0]]
     fields = fields | ({"temperature": temperature} if hasattr(method.config(), "temperature") else {})
     cfg, rng = method.config(**fields), np.random.default_rng(seed)
     # Two rows are masked out, wherever they fall; they hold NaN and no label.
@@ -252,8 +119,9 @@ def check_against_reference(name, rows, classes, temperature, fields, seed):
         teacher, student = np.full((2, rows + 2, classes), np.nan)
         labels = np.full(rows + 2, -100)
         teacher[where], student[where], labels[where] = t, s, y
-        loss, gradient = loss_and_gradient(method, cfg, teacher, student, labels, where=where, weights=weights)
-        want, want_gradient = reference_loss_and_gradient(REFERENCES[name], t, s, y, w, cfg)
+        kept = dict(where=where, weights=weights)
+        loss, gradient = compiled_rows(method, cfg)(student, teacher, labels, kept)
+        want, want_gradient = reference_loss_and_gradient(REFERENCES[name.partition(" ")[0]], t, s, y, w, cfg)
         largest = max(1.0, np.max(np.abs([t, s])))
         assert abs(loss - want) <= 1e-10 * abs(want) + 1e-12 * largest, (kind, cfg, float(loss), want)
         # Standardisation multiplies the rounding of equal logits by 1e7, as it does their gradient.
@@ -267,12 +135,14 @@ def test_every_method_has_a_reference():
     assert set(REFERENCES) == set(FIELDS) == set(METHODS) - {"ldrld"}
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES))
+@pytest.mark.parametrize("name", sorted({*REFERENCES, *VARIANTS}))
 def test_one_row_of_three_classes_agrees_with_numpy(name, x64):
-    check_against_reference(name, 1, 3, getattr(METHODS[name].config(), "temperature", None), {}, seed=1)
+    fields = {"bild": FIELDS["bild"]} | VARIANTS  # the others with their defaults
+    temperature = getattr(METHODS[name.partition(" ")[0]].config(), "temperature", None)
+    check_against_reference(name, 1, 3, temperature, fields.get(name, {}), seed=1)
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCES))
+@pytest.mark.parametrize("name", sorted({*REFERENCES, *VARIANTS}))
 @settings(
     max_examples=4,
     deadline=None,
@@ -287,7 +157,7 @@ def test_one_row_of_three_classes_agrees_with_numpy(name, x64):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_agrees_with_numpy(name, x64, rows, classes, temperature, seed):
-    check_against_reference(name, rows, classes, temperature, FIELDS[name], seed)
+    check_against_reference(name, rows, classes, temperature, (FIELDS | VARIANTS)[name], seed)
 
 
 # --- what is special to one method ----------------------------------------------------------------------------------
@@ -381,11 +251,12 @@ def test_rld_without_classes_below_the_label_is_its_confidence_alone(x64):
 @pytest.mark.parametrize("name", sorted(REFERENCES))
 def test_equal_logits_and_one_row_give_finite_values_and_gradients(name, transform):
     method, labels, rising = transform(METHODS[name]), np.zeros(3, int), np.tile(np.arange(4, dtype=np.float32), (3, 1))
+    cfg = method.config(**({"top_k": 3} if name == "bild" else {}))
     for value in (0.0, 0.1, -1e4):
         equal = np.full((3, 4), value, np.float32)
         for teacher, student in ((equal, equal), (rising, equal), (equal, rising), (rising, rising)):
             for where in (np.array([True, True, True]), np.array([False, True, False])):
-                loss, gradient = loss_and_gradient(method, method.config(), teacher, student, labels, where=where)
+                loss, gradient = compiled_rows(method, cfg)(student, teacher, labels, {"where": where})
                 assert np.isfinite(loss) and np.all(np.isfinite(gradient)), (value, where)
                 assert not np.any(gradient[~where])
 
