@@ -96,7 +96,7 @@ def default() -> ConfigDict:
     config.compile = ConfigDict()  # of --mode compile: what it takes of data that are not here and not described
     config.compile.train_images = config_dict.placeholder(int)  # of the training split
     config.compile.eval_images = config_dict.placeholder(int)  # of the evaluation split
-    config.compile.classes = config_dict.placeholder(int)
+    config.compile.classes = config_dict.placeholder(int)  # that images are told apart into
     config.compile.image_shape = config_dict.placeholder(tuple)  # height, width, channels, as stored
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices over which the batch is split; -1: all that are left

@@ -20,7 +20,7 @@ _SLICES = ("dynamic-slice", "gather", "slice")  # of their operand they read wha
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)\}?")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)\}?")
 
 
 @dataclasses.dataclass(frozen=True)
