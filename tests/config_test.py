@@ -102,7 +102,8 @@ def test_a_file_is_found_in_the_working_directory_first(tmp_path, monkeypatch):
 
 def test_resolve_keeps_what_the_run_reads_and_nothing_else():
     config = config_lib.resolve(config_lib.load("configs/digits.py", ["method=kd", "loss.kd.temperature=2"]))
-    assert config.loss.to_dict() == {"kd": {"temperature": 2.0, "standardize": False}}
+    weighting = {"entropy_weighting": False, "entropy_temperature": 3.0, "entropy_bound": None}
+    assert config.loss.to_dict() == {"kd": {"temperature": 2.0, "standardize": False, **weighting}}
     assert config.loss_weight.to_dict() == {"kd": 1.0}
     assert (config.ce_weight, config.kd_weight, config.kd_warmup_epochs) == (0.1, 0.9, 0)
     assert config.teacher.optim == config.optim

@@ -88,7 +88,10 @@ def _against_cpu(name: str, size: tuple[int, int]) -> Values:
     labels = rng.integers(0, classes, rows).astype(np.int32)
 
     def loss(student: Any, teacher: Any, labels: Any) -> Any:
-        return method.loss(teacher, student, labels, cfg, params=method.init(cfg) if method.init else None)
+        params = method.init(cfg) if method.init else None
+        if method.from_teacher is not None:
+            params = method.from_teacher(jnp.eye(classes))
+        return method.loss(teacher, student, labels, cfg, params=params)
 
     found = []
     try:

@@ -5,7 +5,6 @@ counts if `where` keeps both, with the mean of their weights.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ class CRLDConfig(MethodConfig):
     strong_threshold: float = 0.2
     within_weight: float = 2.0
     cross_weight: float = 0.5
-    views: ClassVar[int] = 2
+    views = 2  # of the class: nothing to set
 
 
 @jax.tree_util.register_static
@@ -57,7 +56,7 @@ class SLDConfig(MethodConfig):
 
     student_swap: float = 1.0
     student_swap_epoch: int = 150
-    views: ClassVar[int] = 2
+    views = 2  # of the class: nothing to set
 
 
 @dataclasses.dataclass(frozen=True)

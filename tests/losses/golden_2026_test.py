@@ -1,6 +1,5 @@
 """The methods of 2024 to 2026 against the published code's numbers."""
 
-import dataclasses
 import pathlib
 
 import jax.numpy as jnp
@@ -88,19 +87,20 @@ def test_every_stored_method_is_checked():
     assert {key.split("/")[0] for key in GOLDEN.files} == {*CASES, *NOT_OURS}
 
 
-# A divergence is a sum that cancels: in float32 near-equal logits leave the rounding of numbers near 1, times T^2.
-@pytest.mark.parametrize(("dtype", "tolerance", "floor"), [("float64", 1e-9, 1e-9), ("float32", 2e-5, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 2e-5)])
 @pytest.mark.parametrize(("name", "case"), cases())
-def test_value_and_gradient_are_those_of_the_published_code(name, case, dtype, tolerance, floor, x64):
+def test_value_and_gradient_are_those_of_the_published_code(name, case, dtype, tolerance, x64):
     method, cfg, arguments, rows = prepared(name, case, dtype)
     loss, gradient = loss_and_gradient(method, cfg, *arguments, **rows)
     arrays = stored(name, case)
     assert loss.dtype == gradient.dtype == dtype
-    assert_close(loss, arrays["loss"], tolerance, floor)
-    assert_close(gradient, arrays["grad"], tolerance)
+    # A divergence is a sum that cancels: near-equal logits leave the rounding of float32 numbers near 1, times T^2.
+    floors = (1e-6, 1e-7) if dtype == "float32" and arrays["loss"] < 1e-5 else (1e-9, 1e-9)
+    assert_close(loss, arrays["loss"], tolerance, floors[0])
+    assert_close(gradient, arrays["grad"], tolerance, floors[1])
 
 
-# Stored as the published code logs them, weights and T^2 included; skd's without the factors of its masks.
+# Stored as they add up to the loss, weights, factors and T^2 included.
 PARTS = {
     "skd": ("0123", {"kl": "kl", "direction": "direction"}),
     "deepkd": ("123", {"target": "tckd", "non_target": "nckd"}),
@@ -111,8 +111,6 @@ PARTS = {
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, (numbers, _) in PARTS.items() for case in numbers])
 def test_each_part_is_that_of_the_published_code(name, case, x64):
     method, cfg, arguments, rows = prepared(name, case, "float64")
-    if name == "skd":
-        cfg = dataclasses.replace(cfg, batch_masks=False)
     parts, arrays = method.parts(*arguments, cfg, **rows), stored(name, case)
     for part, stored_name in PARTS[name][1].items():
         assert_close(parts[part], arrays[stored_name], 1e-9)
