@@ -121,7 +121,7 @@ def commit(inbox: pathlib.Path) -> str:
 
 
 def environment(folder: pathlib.Path, inbox: pathlib.Path, shrink: bool) -> dict[str, str]:
-    """Of every process: where modules and compiled programs lie, and what the records say."""
+    """Returns every process's environment: where modules and compiled programs lie, and what the records say."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     more = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def _is_further(now: Progress, begun: Progress, name: str) -> bool:
-    """Whether a run has come further than it was; what has not lies where it was brought from."""
+    """Returns whether a run has come further than it was; one that has not lies where it was brought from."""
     return (name in now.finished, now.done[name]) > (name in begun.finished, begun.done[name])
 
 

@@ -150,7 +150,7 @@ def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> 
 
 
 def print_top_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
-    """How long the ways to find the d + 1 largest of every row take, in median ms."""
+    """Measures the ways to find the d + 1 largest of every row, in median ms."""
 
     def argmax(row):
         chosen = []
@@ -184,7 +184,7 @@ def measure(made: dict[str, Entry], repeats: int, seconds: float, calls: int = 1
 
 
 def figures(size: tuple[int, int], made: dict[str, Entry]) -> dict[str, dict[str, float | None]]:
-    """What was measured of each contestant but the copy; None where what it is compared with is missing."""
+    """Returns what was measured of each contestant but the copy; None where what it is compared with is missing."""
     array = 4 * size[0] * size[1]
     medians = {name: statistics.median(entry.seconds) for name, entry in made.items()}
     floor = 1.5 * medians["copy"] if "copy" in medians else None  # a copy moves two arrays, value and gradient three

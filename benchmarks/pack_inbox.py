@@ -28,7 +28,7 @@ THERE = {
 
 
 def wheels(to: pathlib.Path, python: str, jax: str) -> None:
-    """What `pip install` would want beyond what is there, for the interpreter there; what has no wheel is built.
+    """Collects the wheels that `pip install` would want there beyond what is there; builds what has no wheel.
 
     Args:
       to: the folder.

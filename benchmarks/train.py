@@ -121,7 +121,7 @@ class OurStep:
         return {key: batch[key] for key in ("image", "label")}
 
     def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
-        """What a dispatch takes beside the state and the teacher: a batch, or what several are made of."""
+        """Returns what a dispatch takes beside the state and the teacher: a batch, or what several are made of."""
         n, pad = len(images), self.recipe.pad
         stored = jax.device_put((images.reshape(n, -1), labels))
         rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
 def contestants(
     recipe: Recipe, names: list[str], images: int, compile: bool, steps: int
 ) -> tuple[dict[str, Any], float | None]:
-    """What runs, by name, compiled and warm, and the FLOPs of our step; a turn will take `steps`."""
+    """Returns what runs, by name, compiled and warm, and the FLOPs of our step; a turn will take `steps`."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, recipe.size, recipe.size, 3), np.uint8)
     labels = rng.integers(0, recipe.classes, images).astype(np.int32)
@@ -196,7 +196,7 @@ def measure(made: dict[str, Any], seconds: float, steps: int) -> dict[str, tuple
 def figures(
     recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None
 ) -> dict[str, dict[str, float | None]]:
-    """What was measured of each contestant; None where it does not apply or is not known."""
+    """Returns what was measured of each contestant; None where it does not apply or is not known."""
     kind = jax.devices()[0].device_kind
     ours = seconds.get("ours")
     out = {}

@@ -1,4 +1,4 @@
-"""What travels between the work folder and the machine with the device, and how it is put together again."""
+"""Files that travel between the work folder and the machine with the device, and putting them together again."""
 
 import json
 import pathlib

@@ -22,7 +22,7 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "orbax-check
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a piece is given.
+    """The input of a piece.
 
     Attributes:
       folder: of all the work; what the piece writes beside its record goes into `scratch`.

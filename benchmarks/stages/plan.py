@@ -35,7 +35,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         if self.method == TEACHER:
             return f"{TEACHER}={self.networks[0]}"
         return f"pair={self.pair},method={self.method},seed={self.seed}"
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """What its speed depends on: the methods of a pair hardly differ."""
+        """The key that its speed depends on: the methods of a pair hardly differ."""
         teacher, student = self.networks
         return {TEACHER: teacher, "ce": student}.get(self.method, self.pair)
 
@@ -58,7 +58,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What is known of the runs.
+    """The state of the runs.
 
     Attributes:
       steps: of a whole run.
@@ -115,7 +115,7 @@ def runnable(jobs: Sequence[Job], progress: Progress, count: int) -> list[Job]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How runs are run: XLA's flags, and how many share the device."""
+    """The way in which runs are run: XLA's flags, and how many share the device."""
 
     flags: str
     together: int

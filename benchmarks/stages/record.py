@@ -9,7 +9,7 @@ Record = dict[str, Any]
 
 
 def path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Where the record of the piece "stage.piece" lies below the work folder."""
+    """Returns where the record of the piece "stage.piece" lies below the work folder."""
     return folder / "results" / f"{name}.json"
 
 

@@ -1,4 +1,4 @@
-"""Whether the package does on this device what it does on a CPU."""
+"""Checks that the package does on this device what it does on a CPU."""
 
 import concurrent.futures
 import pathlib
@@ -27,7 +27,7 @@ SIZES = ((64, 100), (64, 10), (256, 1000))
 
 
 def machine(work: Work) -> Iterator[Values]:
-    """What machine this is, and that everything imports."""
+    """Records what machine this is, and that everything imports."""
     import grain  # noqa: F401
     import tensorflow_datasets  # noqa: F401
 

@@ -44,7 +44,7 @@ def pair(
 
 
 def where(work: Work) -> Iterator[Values]:
-    """Where a step on CIFAR-100 goes, with the trace of ten and the kernels in it; then 71 steps in a dispatch."""
+    """Measures the parts of a step on CIFAR-100, traces ten and lists their kernels; then 71 steps in a dispatch."""
     models, overrides = "resnet32x4-resnet8x4", [f"data.data_dir={work.folder / 'data'}", "data.loader=resident"]
     if work.shrink:
         models, overrides = "resnet8-resnet8", [*overrides, "batch_size=8", "data.train_split=train[:64]"]

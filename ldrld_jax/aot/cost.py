@@ -1,4 +1,4 @@
-"""What a program needs and costs on a device that is not here, by its compiler."""
+"""The needs and costs of a program on a device that is not here, by its compiler."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ _KEPT = ("state", "teacher", "images", "draws", "split")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a compiled program needs and costs, on each device.
+    """Needs and costs of a compiled program, on each device.
 
     Attributes:
       name: of the program.

@@ -104,7 +104,7 @@ class Program:
 
     @property
     def kernels(self) -> int:
-        """How many instructions run, loops unrolled: on a GPU about the kernels that are launched."""
+        """The number of instructions that run, loops unrolled: on a GPU about the kernels that are launched."""
         executed = self._executed(self._entry, 1)
         return sum(times for _, i, times in executed if i.kind not in _FREE and not i.kind.endswith("-done"))
 

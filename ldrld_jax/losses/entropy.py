@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 GUARD = 1e-10
-"""What the published code keeps the argument of a logarithm away from 0 by."""
+"""The number by which the published code keeps the argument of a logarithm away from 0."""
 
 
 def log_of_sum(p: jax.Array) -> jax.Array:

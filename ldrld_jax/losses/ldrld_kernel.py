@@ -65,7 +65,7 @@ class _Rest(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What is known of rows after some blocks of their classes.
+    """State of rows after some blocks of their classes.
 
     Attributes:
       ranked: the d largest logits of the side that ranks, descending; -inf where there are fewer so far.

@@ -140,7 +140,7 @@ def crld_parts(
 
 
 def sld_student_swap(cfg: SLDConfig, epoch: int | jax.Array) -> jax.Array:
-    """What the student's swapped target is multiplied by: 1 after epoch `cfg.student_swap_epoch`, before it 0.
+    """Returns the factor of the student's swapped target: 1 after epoch `cfg.student_swap_epoch`, before it 0.
 
     Args:
       cfg: an `SLDConfig`.
