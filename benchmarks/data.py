@@ -31,7 +31,7 @@ from ldrld_jax.data.augment import generator
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.data.views import crop_box
-from ldrld_jax.mesh import batch_sharding, make_mesh
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 
 try:
     import torch

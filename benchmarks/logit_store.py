@@ -17,8 +17,8 @@ import time
 from typing import Any
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
-from ldrld_jax.recorder import Recorder
+from ldrld_jax.record.recorder import Recorder
+from ldrld_jax.train import trainer
 
 RUNS = {
     "ce, no teacher": [],

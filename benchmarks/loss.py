@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ldrld_jax
-from ldrld_jax.losses import ldrld_reference
 from ldrld_jax.losses.top import top_classes
+from tests.losses import ldrld_reference
 
 torch: Any = None
 with contextlib.suppress(ImportError):

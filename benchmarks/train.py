@@ -36,13 +36,13 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.bench.step import count_flops
 from ldrld_jax.data.augment import Draws
 from ldrld_jax.data.resident import make_batch
-from ldrld_jax.dispatch import several_steps
 from ldrld_jax.models import convolution
-from ldrld_jax.networks import create_network
-from ldrld_jax.objective import make_objective
-from ldrld_jax.optim import make_optimizer, make_schedule
 from ldrld_jax.runtime.devices import peak_flops
-from ldrld_jax.train_step import TrainState, make_train_step, trainable
+from ldrld_jax.train.dispatch import several_steps
+from ldrld_jax.train.networks import create_network
+from ldrld_jax.train.objective import make_objective
+from ldrld_jax.train.optim import make_optimizer, make_schedule
+from ldrld_jax.train.step import TrainState, make_train_step, trainable
 
 torch_step: Any = None
 with contextlib.suppress(ImportError):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ldrld_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from ldrld_jax.interop.torch_import import load_torch_checkpoint
     from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
     from ldrld_jax.models import MODELS, create_model
-    from ldrld_jax.torch_import import load_torch_checkpoint
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ _LAZY = {
     ),
     "MODELS": "ldrld_jax.models",
     "create_model": "ldrld_jax.models",
-    "load_torch_checkpoint": "ldrld_jax.torch_import",
+    "load_torch_checkpoint": "ldrld_jax.interop.torch_import",
 }
 
 

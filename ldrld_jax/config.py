@@ -72,7 +72,7 @@ def default() -> ConfigDict:
     config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
     config.data = _data()
     config.student = ConfigDict()
-    config.student.model = "resnet8"  # a key of MODELS: python -m ldrld_jax.model_table
+    config.student.model = "resnet8"  # a key of MODELS: python -m ldrld_jax.models.table
     config.student.checkpoint = config_dict.placeholder(str)  # weights to start from
     config.optim = _optim()
     config.teacher = ConfigDict()

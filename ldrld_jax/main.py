@@ -154,8 +154,8 @@ def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager
 
 def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
     """By a run's best student, or by an exported one, which takes neither data set nor config."""
-    from ldrld_jax.console import say
     from ldrld_jax.deploy import export, predict
+    from ldrld_jax.record.console import say
 
     paths = predict.find(args.images)
     if not export.is_exported(args.workdir):
@@ -169,12 +169,12 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax import trainer
     from ldrld_jax.aot import report as ahead
     from ldrld_jax.bench import step as bench
-    from ldrld_jax.console import say
     from ldrld_jax.data import speed
     from ldrld_jax.deploy import export
+    from ldrld_jax.record.console import say
+    from ldrld_jax.train import trainer
 
     match args.mode:
         case "train":

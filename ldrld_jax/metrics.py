@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.events import Events
 from ldrld_jax.files import append_text, is_local, replace_text
+from ldrld_jax.record.tensorboard import Events
 
 
 class Mean(NamedTuple):

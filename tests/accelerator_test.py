@@ -11,9 +11,9 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
-from ldrld_jax import trainer
 from ldrld_jax.config import identity
-from ldrld_jax.networks import load_network
+from ldrld_jax.train import trainer
+from ldrld_jax.train.networks import load_network
 from tests.conftest import ROOT
 
 

@@ -98,7 +98,7 @@ def tiny_overrides(data_dir: str) -> list[str]:
 def teacher_dir(data_dir, tmp_path_factory) -> str:
     """The workdir of a plain resnet8 run, once a worker."""
     from ldrld_jax import config as config_lib
-    from ldrld_jax import trainer
+    from ldrld_jax.train import trainer
 
     workdir = tmp_path_factory.mktemp("teacher")
     trainer.train(config_lib.load("configs/digits.py", tiny_overrides(data_dir)), workdir)

@@ -22,8 +22,8 @@ from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 from ldrld_jax.sweep import __main__ as sweep_lib
 from tests.conftest import ROOT
-from tests.methods_test import methods_restored
 from tests.pages import PAGES, SHELL, blocks, commands
+from tests.train.methods_test import methods_restored
 
 PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
 PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/deploy/export_test.py runs it

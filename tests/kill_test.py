@@ -19,7 +19,7 @@ import pytest
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.metrics import read_metrics
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
-from tests.trainer_test import saved
+from tests.train.trainer_test import saved
 
 # One worker: the run that nobody kills is made once.
 pytestmark = pytest.mark.xdist_group("kill")

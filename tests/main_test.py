@@ -12,18 +12,19 @@ from PIL import Image
 from safetensors.numpy import save_file as save
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import load_torch_checkpoint, trainer
+from ldrld_jax import load_torch_checkpoint
 from ldrld_jax import main as main_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.deploy import export
 from ldrld_jax.errors import UserError
 from ldrld_jax.models import MODELS
-from ldrld_jax.networks import load_network
-from ldrld_jax.purify import purify
+from ldrld_jax.models.purify import purify
+from ldrld_jax.train import trainer
+from ldrld_jax.train.networks import load_network
 from tests.checkpoint.saved import contents, largest
 from tests.conftest import run_main, tiny_overrides
 from tests.tiny_net import TinyNet
-from tests.trainer_test import saved as all_arrays
+from tests.train.trainer_test import saved as all_arrays
 
 
 def test_overrides_are_told_from_flags():

@@ -15,11 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.deploy import export
 from ldrld_jax.losses import METHODS
 from ldrld_jax.metrics import read_metrics
+from ldrld_jax.train import trainer
 from stages import piece
 from stages.piece import Values, Work
 

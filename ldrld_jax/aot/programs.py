@@ -14,15 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.resident import Images, ResidentBatches
 from ldrld_jax.data.sources import InMemory
-from ldrld_jax.dispatch import Step, several_steps
-from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.logit_store.feed import teacher_program
-from ldrld_jax.loop import Teacher, first_state, make_step, placement
-from ldrld_jax.mesh import replicated
 from ldrld_jax.metrics import packed
-from ldrld_jax.optim import make_optimizer
-from ldrld_jax.run import Run, batch_norm_groups
-from ldrld_jax.train_step import Ensemble, Network, make_eval_step
+from ldrld_jax.runtime.mesh import replicated
+from ldrld_jax.train.dispatch import Step, several_steps
+from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.loop import Teacher, first_state, make_step, placement
+from ldrld_jax.train.optim import make_optimizer
+from ldrld_jax.train.plan import Run, batch_norm_groups
+from ldrld_jax.train.step import Ensemble, Network, make_eval_step
 
 Tree = Any
 

@@ -15,11 +15,11 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.aot.cost import Cost, TooLargeError, measure, usable_memory
 from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.aot.targets import Target
-from ldrld_jax.console import say
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.run import Run
+from ldrld_jax.record.console import say
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.plan import Run
 
 
 class DoesNotFitError(Exception):

@@ -16,16 +16,16 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.bench.result import PARTS, Bench
 from ldrld_jax.data.speed import warm_up
-from ldrld_jax.dispatch import Dispatcher, Step
-from ldrld_jax.loop import Teacher, initial_state, make_step, method_params, placement
-from ldrld_jax.mesh import replicated, to_devices
 from ldrld_jax.metrics import by_step
-from ldrld_jax.optim import make_optimizer
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.run import Run
 from ldrld_jax.runtime.devices import peak_flops
+from ldrld_jax.runtime.mesh import replicated, to_devices
+from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
-from ldrld_jax.train_step import Network, TrainState
+from ldrld_jax.train.dispatch import Dispatcher, Step
+from ldrld_jax.train.loop import Teacher, initial_state, make_step, method_params, placement
+from ldrld_jax.train.optim import make_optimizer
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Network, TrainState
 
 _TURNS = 5
 

@@ -20,11 +20,11 @@ from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import named, read_json, replace_text
-from ldrld_jax.networks import load_network
-from ldrld_jax.precision import precision_scope
+from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.runtime.hosts import first
-from ldrld_jax.torch_import import save_torch_checkpoint
-from ldrld_jax.train_step import Network, Variables
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.networks import load_network
+from ldrld_jax.train.step import Network, Variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _LABELS, _PREPROCESSING = "student.stablehlo", "labels.txt", "preprocessing.json"

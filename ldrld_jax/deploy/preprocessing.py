@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.views import CentreCrop, Fitted, Shape, View
-from ldrld_jax.train_step import Network
+from ldrld_jax.train.step import Network
 
 
 def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> dict[str, Any]:

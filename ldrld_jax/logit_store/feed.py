@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldrld_jax.console import say
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store.store import LogitStore, make_key
-from ldrld_jax.mesh import batch_sharding, to_devices
-from ldrld_jax.run import Run
-from ldrld_jax.train_step import Ensemble, Network
+from ldrld_jax.record.console import say
+from ldrld_jax.runtime.mesh import batch_sharding, to_devices
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Ensemble, Network
 
 DeviceBatch = dict[str, jax.Array]
 Tell = Callable[[str], None]

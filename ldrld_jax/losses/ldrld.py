@@ -207,7 +207,7 @@ def ldrld_terms(
         \text{remainder} = T^2 KL_R
 
     The derivatives are closed forms (forward mode, reverse mode and second derivatives work);
-    `ldrld_jax.losses.ldrld_reference` holds the same terms written for reading.
+    `tests.losses.ldrld_reference` holds the same terms written for reading.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.

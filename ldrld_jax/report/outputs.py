@@ -13,15 +13,15 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import UserError
-from ldrld_jax.loop import Teacher
-from ldrld_jax.mesh import shares, to_devices
-from ldrld_jax.precision import precision_scope
 from ldrld_jax.report import analysis, cache
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison
-from ldrld_jax.run import Run
 from ldrld_jax.runtime.compile_cache import keep_compiled
-from ldrld_jax.train_step import Network, Variables
+from ldrld_jax.runtime.mesh import shares, to_devices
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.loop import Teacher
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Network, Variables
 
 _HEADS = ("fc", "linear", "classifier", "head")  # what the models call their last layer
 

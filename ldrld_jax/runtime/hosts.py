@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ldrld_jax.console import mute
 from ldrld_jax.errors import UserError
+from ldrld_jax.record.console import mute
 from ldrld_jax.runtime.signals import Signals
 
 # JAX's own heartbeat, 100 s by default, for a machine that vanishes; a process that dies is noticed at once.

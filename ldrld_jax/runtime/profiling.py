@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ldrld_jax.console import say
+from ldrld_jax.record.console import say
 
 _STEPS = 10
 

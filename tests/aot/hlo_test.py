@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.aot.hlo import Collective, Program
-from ldrld_jax.mesh import make_mesh
+from ldrld_jax.runtime.mesh import make_mesh
 
 TEXT = """HloModule jit_step, is_scheduled=true
 

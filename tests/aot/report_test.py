@@ -9,16 +9,16 @@ import pytest
 from etils import epath
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
 from ldrld_jax.aot import cost as cost_lib
 from ldrld_jax.aot import report
 from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.aot.targets import Target
-from ldrld_jax.dispatch import Dispatcher
 from ldrld_jax.errors import UserError
-from ldrld_jax.evaluator import Evaluator
-from ldrld_jax.run import Run
 from ldrld_jax.runtime.devices import DEVICES
+from ldrld_jax.train import trainer
+from ldrld_jax.train.dispatch import Dispatcher
+from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.plan import Run
 from tests.conftest import run_main
 
 DIGITS = ("method=ldrld", "loss.ldrld.depth=4", "mesh.data=2")

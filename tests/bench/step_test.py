@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldrld_jax import config as config_lib
 from ldrld_jax.bench import step as bench
 from ldrld_jax.bench.result import PARTS, Bench
-from ldrld_jax.mesh import batch_sharding, make_mesh
-from ldrld_jax.run import Run
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
+from ldrld_jax.train.plan import Run
 
 
 def test_a_bench_of_a_distillation(tiny, tmp_path, monkeypatch, capsys):

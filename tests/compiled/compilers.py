@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ldrld_jax.aot import hlo
 from ldrld_jax.aot.targets import Target
 from ldrld_jax.errors import UserError
-from ldrld_jax.mesh import make_mesh
+from ldrld_jax.runtime.mesh import make_mesh
 
 TARGETS = "h100", "v5e:2x2"
 # Everything instead of what CI compiles: hours instead of minutes.

@@ -9,9 +9,9 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.aot import hlo
 from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.deploy.export import PLATFORMS
-from ldrld_jax.networks import create_network
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.run import Run
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.networks import create_network
+from ldrld_jax.train.plan import Run
 from tests.compiled.compilers import compiled, target
 
 RESIDENT = ("data.loader=resident", "steps_per_dispatch=4")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.runtime.signals import Signals
+from ldrld_jax.train import trainer
 from tests.conftest import SHARED, run_main
 
 

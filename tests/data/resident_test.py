@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldrld_jax import trainer
 from ldrld_jax.data.augment import draw, pad_crop_flip
 from ldrld_jax.data.resident import ResidentBatches, crop_by_products, crop_by_slices, make_batch
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.errors import UserError
-from ldrld_jax.mesh import batch_sharding, make_mesh, replicated
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, replicated
+from ldrld_jax.train import trainer
 from tests.conftest import comparable_lines
 
 

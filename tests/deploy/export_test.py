@@ -16,16 +16,17 @@ import yaml
 from PIL import Image
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import load_torch_checkpoint, trainer
+from ldrld_jax import load_torch_checkpoint
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import _eval_view, make_eval_source
 from ldrld_jax.deploy import export
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.deploy.preprocessing import describe, view_of
 from ldrld_jax.models import MODELS
-from ldrld_jax.networks import load_network
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.train_step import Network
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train import trainer
+from ldrld_jax.train.networks import load_network
+from ldrld_jax.train.step import Network
 from tests.conftest import tiny_overrides
 from tests.pages import PAGES, blocks
 from tests.tiny_net import TinyNet

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import feed as logit_feed
 from ldrld_jax.logit_store.feed import missing_epochs, open_store
 from ldrld_jax.logit_store.store import LogitStore
-from ldrld_jax.run import Run
+from ldrld_jax.train import trainer
+from ldrld_jax.train.plan import Run
 from tests.conftest import comparable_lines
-from tests.trainer_test import saved, values
+from tests.train.trainer_test import saved, values
 
 
 @pytest.fixture

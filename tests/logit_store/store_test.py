@@ -12,8 +12,8 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.logit_store.feed import missing_epochs, open_store
 from ldrld_jax.logit_store.store import LogitStore
-from ldrld_jax.networks import create_network
-from ldrld_jax.run import Run
+from ldrld_jax.train.networks import create_network
+from ldrld_jax.train.plan import Run
 
 KEY = {"dtype": "float16", "classes": 7, "data": {"records": 50}, "teacher": {"model": "resnet20"}}
 

@@ -18,8 +18,8 @@ from jax.test_util import check_grads
 
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
-from ldrld_jax.losses import ldrld_reference
 from ldrld_jax.losses.divergence import bernoulli_kl
+from tests.losses import ldrld_reference
 
 EXAMPLES = int(os.environ.get("LDRLD_JAX_EXAMPLES", "0"))
 BATCH, BATCH_AND_CLASSES = P("data"), P("data", "model")

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
-from ldrld_jax.losses import ldrld, ldrld_reference
+from ldrld_jax.losses import ldrld
 from ldrld_jax.losses.ldrld import parts_of_terms
 from ldrld_jax.losses.ldrld_fused import ldrld_terms as fused_terms
 from ldrld_jax.losses.ldrld_kernel import row_sums_gpu, row_sums_tpu
+from tests.losses import ldrld_reference
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/ldrld_official.npz")
 CFG = LDRLDConfig(depth=4)

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldrld_jax.mesh import batch_sharding, make_mesh
 from ldrld_jax.models.convolution import _convolution, conv_general_dilated, plain, spread
 from ldrld_jax.models.layers import conv
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Height, width, channels, features, kernel, stride, groups.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ldrld_jax.interop.torch_import import from_state_dict, to_state_dict
 from ldrld_jax.models import create_model
-from ldrld_jax.purify import purify
-from ldrld_jax.torch_import import from_state_dict, to_state_dict
+from ldrld_jax.models.purify import purify
 from tests.models import torch_zoo
 
 GOLDEN = torch_zoo.logits()

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from ldrld_jax import UserError, models
-from ldrld_jax.model_table import summarize
 from ldrld_jax.models import MODELS, create_model, layers
-from ldrld_jax.purify import purify
+from ldrld_jax.models.purify import purify
+from ldrld_jax.models.table import summarize
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 SHARED_FILES = ("convolution", "initializers", "layers", "normalisation", "residual")

@@ -12,13 +12,13 @@ from etils import epath
 from flax import nnx
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import trainer
-from ldrld_jax.purify import purify
+from ldrld_jax.models.purify import purify
 from ldrld_jax.report import collect, outputs
 from ldrld_jax.report.__main__ import main
 from ldrld_jax.report.groups import compare
-from ldrld_jax.run import Run
-from ldrld_jax.train_step import Variables
+from ldrld_jax.train import trainer
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Variables
 from tests.conftest import ROOT
 from tests.tiny_net import TinyNet
 

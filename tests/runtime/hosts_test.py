@@ -13,9 +13,9 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
-from ldrld_jax import trainer
+from ldrld_jax.train import trainer
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
-from tests.trainer_test import values
+from tests.train.trainer_test import values
 
 CONFIG = "tests/tiny_config.py"
 

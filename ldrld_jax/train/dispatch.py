@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
 from ldrld_jax.logit_store.feed import LogitFeed
-from ldrld_jax.mesh import to_devices
 from ldrld_jax.metrics import Means, Packed, packed
-from ldrld_jax.run import Run
-from ldrld_jax.train_step import Batch, TrainState
+from ldrld_jax.runtime.mesh import to_devices
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Batch, TrainState
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from ldrld_jax import loop, trainer
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
-from ldrld_jax.recorder import NonFiniteError
+from ldrld_jax.record.recorder import NonFiniteError
+from ldrld_jax.train import loop, trainer
 from tests.conftest import comparable_lines
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
-from ldrld_jax.optim import first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.train.optim import first_decay_epoch, make_optimizer, make_schedule
 
 
 def optim(**changes):

@@ -8,17 +8,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.console import say, summary_table
 from ldrld_jax.errors import UserError
-from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, open_store
-from ldrld_jax.loop import Teacher, fit
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.run import Run
+from ldrld_jax.record.console import say, summary_table
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.hosts import catch_signals_of_all
+from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
-from ldrld_jax.train_step import Network
+from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.loop import Teacher, fit
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Network
 
 
 def train(

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.sources import InMemory
 from ldrld_jax.data.stream import Batch, Readable, eval_batches
-from ldrld_jax.mesh import Mesh, replicated, shares, to_devices
 from ldrld_jax.metrics import Means, Packed, add, by_step, pack
-from ldrld_jax.train_step import Ensemble, Network, make_eval_step
+from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
+from ldrld_jax.train.step import Ensemble, Network, make_eval_step
 
 
 class Evaluator:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 
 import ldrld_jax
 from ldrld_jax import UserError
+from ldrld_jax.interop.torch_files import write_safetensors
+from ldrld_jax.interop.torch_import import load_torch_checkpoint, save_torch_checkpoint, to_state_dict
 from ldrld_jax.models import create_model
-from ldrld_jax.purify import purify
-from ldrld_jax.torch_files import write_safetensors
-from ldrld_jax.torch_import import load_torch_checkpoint, save_torch_checkpoint, to_state_dict
+from ldrld_jax.models.purify import purify
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 

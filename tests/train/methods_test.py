@@ -11,12 +11,12 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
-from ldrld_jax import trainer
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
+from ldrld_jax.train import trainer
 from tests.conftest import comparable_lines, tiny_overrides
 from tests.pages import PAGES, blocks
-from tests.trainer_test import saved, values
+from tests.train.trainer_test import saved, values
 
 
 @pytest.mark.parametrize("method", METHODS)

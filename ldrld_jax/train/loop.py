@@ -12,22 +12,22 @@ import optax
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
-from ldrld_jax.console import say
-from ldrld_jax.dispatch import Dispatcher, Step
 from ldrld_jax.errors import UserError
-from ldrld_jax.evaluator import Evaluator
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.logit_store.feed import LogitFeed
-from ldrld_jax.mesh import model_shardings, replicated
-from ldrld_jax.objective import Objective
-from ldrld_jax.optim import make_optimizer
-from ldrld_jax.recorder import Recorder
-from ldrld_jax.run import Run
+from ldrld_jax.record.console import say
+from ldrld_jax.record.recorder import Recorder
 from ldrld_jax.runtime.hosts import first, together
+from ldrld_jax.runtime.mesh import model_shardings, replicated
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from ldrld_jax.runtime.watchdog import Watchdog
-from ldrld_jax.train_step import Ensemble, Mixup, Network, TrainState, Variables, make_train_step, trainable
+from ldrld_jax.train.dispatch import Dispatcher, Step
+from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.objective import Objective
+from ldrld_jax.train.optim import make_optimizer
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import Ensemble, Mixup, Network, TrainState, Variables, make_train_step, trainable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from ml_collections import ConfigDict
 from ldrld_jax.checkpoint.folder import load_model
 from ldrld_jax.config import identity, saved_config
 from ldrld_jax.errors import UserError
+from ldrld_jax.interop.torch_import import load_torch_checkpoint
 from ldrld_jax.models import create_model
 from ldrld_jax.models.layers import group_batch_norms
-from ldrld_jax.precision import dtypes
-from ldrld_jax.purify import purify
-from ldrld_jax.torch_import import load_torch_checkpoint
-from ldrld_jax.train_step import Network, Variables
+from ldrld_jax.models.purify import purify
+from ldrld_jax.runtime.precision import dtypes
+from ldrld_jax.train.step import Network, Variables
 
 
 def create_network(

@@ -11,9 +11,9 @@ from flax import nnx
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, SLDConfig, wkd_cost
 from ldrld_jax.models import MODELS
-from ldrld_jax.objective import Objective, cross_entropy
-from ldrld_jax.purify import purify
-from ldrld_jax.train_step import (
+from ldrld_jax.models.purify import purify
+from ldrld_jax.train.objective import Objective, cross_entropy
+from ldrld_jax.train.step import (
     Ensemble,
     Mixup,
     Network,

@@ -12,7 +12,7 @@ import optax
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses.top import top_mask
 from ldrld_jax.metrics import Mean, Means, agreement, classification
-from ldrld_jax.objective import Objective, at_least_float32
+from ldrld_jax.train.objective import Objective, at_least_float32
 
 Tree = Any
 Batch = Mapping[str, jax.Array]

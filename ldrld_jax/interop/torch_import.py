@@ -15,10 +15,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldrld_jax.errors import UserError
+from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
 from ldrld_jax.models import create_model
 from ldrld_jax.models.layers import Dtype
-from ldrld_jax.purify import Tree, purify, with_variables
-from ldrld_jax.torch_files import read_tensors, write_safetensors
+from ldrld_jax.models.purify import Tree, purify, with_variables
 
 __all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", "to_state_dict"]
 

@@ -11,15 +11,15 @@ import pytest
 from flax import nnx
 
 from ldrld_jax import config as config_lib
-from ldrld_jax import loop
-from ldrld_jax.mesh import make_mesh, model_shardings, replicated, to_devices
 from ldrld_jax.models import MODELS, create_model
 from ldrld_jax.models.layers import Mode
-from ldrld_jax.optim import make_optimizer
-from ldrld_jax.precision import precision_scope
-from ldrld_jax.purify import purify
-from ldrld_jax.run import Run
-from ldrld_jax.train_step import rematerialised
+from ldrld_jax.models.purify import purify
+from ldrld_jax.runtime.mesh import make_mesh, model_shardings, replicated, to_devices
+from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train import loop
+from ldrld_jax.train.optim import make_optimizer
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.step import rematerialised
 from tests.tiny_net import TinyNet
 
 

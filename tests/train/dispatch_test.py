@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldrld_jax import trainer
-from ldrld_jax.dispatch import count_steps
 from ldrld_jax.metrics import Mean, pack
-from ldrld_jax.recorder import NonFiniteError, Recorder
+from ldrld_jax.record.recorder import NonFiniteError, Recorder
 from ldrld_jax.runtime.signals import Interrupted, Signals
+from ldrld_jax.train import trainer
+from ldrld_jax.train.dispatch import count_steps
 from tests.conftest import comparable_lines
-from tests.trainer_test import saved
+from tests.train.trainer_test import saved
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import read_json
 from ldrld_jax.logit_store import store as logit_store
-from ldrld_jax.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
 from ldrld_jax.metrics import read_metrics
-from ldrld_jax.networks import create_network, load_network, outline_network
-from ldrld_jax.objective import Objective, check_classes, make_objective
-from ldrld_jax.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
 from ldrld_jax.runtime.hosts import in_turn
-from ldrld_jax.train_step import Network, Variables
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
+from ldrld_jax.train.networks import create_network, load_network, outline_network
+from ldrld_jax.train.objective import Objective, check_classes, make_objective
+from ldrld_jax.train.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.train.step import Network, Variables
 
 _POSITIVE = (
     *("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch", "log.every_steps"),

@@ -8,12 +8,13 @@ import signal
 import chex
 import pytest
 
-from ldrld_jax import config, files, loop, main, metrics, trainer
+from ldrld_jax import config, files, main, metrics
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.runtime.signals import Interrupted, Signals
+from ldrld_jax.train import loop, trainer
 from tests.checkpoint.saved import contents, flip, largest
 from tests.conftest import comparable_lines
-from tests.trainer_test import saved
+from tests.train.trainer_test import saved
 
 FLAGS = ("checkpoint.every_steps=2", "log.every_steps=4", "data.cache_mb=0")  # evaluated batch by batch
 

@@ -1,6 +1,6 @@
 """What every model costs: parameters and the FLOPs of a forward pass at its native size.
 
-`python -m ldrld_jax.model_table` lists them all.
+`python -m ldrld_jax.models.table` lists them all.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from ldrld_jax.models import MODELS, create_model
-from ldrld_jax.purify import purify
+from ldrld_jax.models.purify import purify
 
 
 class ModelSummary(NamedTuple):

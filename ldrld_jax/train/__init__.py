@@ -1,0 +1,1 @@
+"""Training: a run's plan, its step, its state, its teacher, the loop."""
