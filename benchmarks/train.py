@@ -39,10 +39,11 @@ from ldrld_jax.data.resident import make_batch
 from ldrld_jax.models import convolution
 from ldrld_jax.runtime.devices import peak_flops
 from ldrld_jax.train.dispatch import several_steps
-from ldrld_jax.train.networks import create_network
+from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import make_objective
 from ldrld_jax.train.optim import make_optimizer, make_schedule
-from ldrld_jax.train.step import TrainState, make_train_step, trainable
+from ldrld_jax.train.state import TrainState
+from ldrld_jax.train.step import make_train_step
 
 torch_step: Any = None
 with contextlib.suppress(ImportError):
@@ -90,17 +91,16 @@ class OurStep:
     def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, together: int = 1):
         config = make_config(recipe)
         config.data.mean, config.data.std = recipe.mean, recipe.std
-        shape = dict(num_classes=recipe.classes, channels=3, precision=recipe.precision, seed=0)
-        student, variables = create_network(recipe.student, config.data, **shape)
+        networks = Networks(recipe.classes, 3, recipe.precision)
+        student, variables = networks.random(recipe.student, config.data, seed=0)
         teacher, self.frozen = None, None
         if recipe.teacher:
-            teacher, self.frozen = create_network(recipe.teacher, config.data, **shape)
+            teacher, self.frozen = networks.random(recipe.teacher, config.data, seed=0)
         self.objective = make_objective(config)
         schedule = make_schedule(config.optim, steps_per_epoch=100, epochs=240)
         optimizer = make_optimizer(config.optim, schedule)
         step = make_train_step(student, teacher, self.objective, optimizer, schedule=schedule, steps_per_epoch=100)
-        opt_state = optimizer.init(trainable(variables, {}))
-        self.state = TrainState(jnp.zeros((), jnp.int32), variables, {}, opt_state)
+        self.state = TrainState.first(variables, optimizer, method_params={}, averaged=False)
         self.recipe, self.together = recipe, together
         self.inputs = self._resident(images, labels)
         if together > 1:

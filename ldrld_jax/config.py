@@ -9,37 +9,20 @@ import copy
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import read_json
 from ldrld_jax.identity import flat as flat
 from ldrld_jax.identity import identity as identity
 from ldrld_jax.losses import METHODS
+from ldrld_jax.record.reader import read_config
 
 ENSEMBLES = ("logits", "probabilities")
-SELF = "ema"  # as teacher.model: the student's own moving average teaches it
-
-# What surrounds a method's term where the config leaves it unset: the published settings.
-_SURROUNDINGS: dict[str, dict[str, float]] = {
-    "kd": dict(ce_weight=0.1, kd_weight=0.9),
-    "dist": dict(kd_weight=2.0),
-    "ttm": dict(kd_weight=45.0),
-    "wttm": dict(kd_weight=4.0),
-    "dkd": dict(kd_warmup_epochs=20),
-    "rld": dict(kd_warmup_epochs=20),
-    "abkd": dict(kd_weight=32.0),
-    "skd": dict(ce_weight=0.1, kd_weight=0.9),
-    "luminet": dict(ce_weight=2.0, kd_warmup_epochs=20),
-    # The cross-entropy is the mean over both views, where the published code adds them up.
-    "crld": dict(ce_weight=2.0),
-    "sld": dict(ce_weight=0.2, kd_weight=0.9),
-    "bild": dict(ce_weight=0.0),
-}
+_SELF = "ema"  # as teacher.model: the student's own moving average teaches it
 
 
 def default() -> ConfigDict:
@@ -58,9 +41,10 @@ def default() -> ConfigDict:
     # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
     config.matmul_precision = "tensorfloat32"
     config.method = "ldrld"  # a key of METHODS, several as "ldrld+kd", or "ce" for plain training
-    config.ce_weight = config_dict.placeholder(float)  # unset: the method's published one, else 1
-    config.kd_weight = config_dict.placeholder(float)  # times the sum of the distillation terms; likewise
-    config.kd_warmup_epochs = config_dict.placeholder(int)  # these terms times min(epoch / this, 1); likewise, else 0
+    config.ce_weight = config_dict.placeholder(float)  # unset: the method's published one; 1 for several that differ
+    config.kd_weight = config_dict.placeholder(float)  # of all distillation terms; unset: the method's; 1 for several
+    # The distillation terms are multiplied by min(epoch / this, 1); unset: the method's, for several the longest.
+    config.kd_warmup_epochs = config_dict.placeholder(int)
     config.standardize = False  # logit standardisation of both sides before every method
     config.label_smoothing = 0.0  # of the cross-entropy
     config.ema_decay = config_dict.placeholder(float)  # evaluate a moving average of the student; unset: the student
@@ -69,7 +53,8 @@ def default() -> ConfigDict:
     config.remat = False  # keep only what convolutions and products gave, and compute the rest again: less memory
     config.non_finite = "stop"  # at a loss or gradient that is not finite: stop | skip the step, and count it
     config.loss = ConfigDict({name: _method_block(name) for name in METHODS})  # unset: the method's default
-    config.loss_weight = ConfigDict(dict.fromkeys(METHODS, 1.0))
+    # Of each term beside kd_weight; unset: 1 for a method alone, its published kd_weight among several.
+    config.loss_weight = ConfigDict({name: config_dict.placeholder(float) for name in METHODS})
     config.data = _data()
     config.student = ConfigDict()
     config.student.model = "resnet8"  # a key of MODELS: python -m ldrld_jax.models.table
@@ -214,7 +199,7 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: if there is no run, or a key or value is not allowed.
     """
-    saved = saved_config(epath.Path(workdir))
+    saved = read_config(workdir)
     if saved is None:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
     config = default()
@@ -223,18 +208,6 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
             continue
         _set(config, key, value, source=f"{workdir}/config.json")
     return overridden(config, overrides)
-
-
-def saved_config(workdir: epath.Path) -> dict[str, Any] | None:
-    """The `config.json` of the run in a workdir; None if there is none.
-
-    Raises:
-      UserError: if it cannot be read.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return None
-    return read_json(path, "A run's config", keys={"seed", "student", "data"})
 
 
 def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -347,13 +320,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     config = copy.deepcopy(config)
     names = method_names(config)
-    surroundings = _SURROUNDINGS.get(config.method, {})
-    for key, fallback in (("ce_weight", 1.0), ("kd_weight", 1.0), ("kd_warmup_epochs", 0)):
-        if config[key] is None:
-            config[key] = surroundings.get(key, fallback)
+    _resolve_weights(config, names)
     losses = {name: dataclasses.asdict(method_config(config, name)) for name in names}
     config.loss = ConfigDict(losses)
-    config.loss_weight = ConfigDict({name: config.loss_weight[name] for name in names})
     for key in ("data", "optim"):
         for name in config[key]:
             # Runs that differ in order and augmentation share one teacher, and it has a seed of its own.
@@ -368,7 +337,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         return config
     if config.teacher.ensemble not in ENSEMBLES:
         raise unknown("teacher.ensemble", config.teacher.ensemble, ENSEMBLES)
-    if config.teacher.model == SELF:
+    if teaches_itself(config):
         config.teacher.checkpoint = config.teacher.epochs = None
         if config.ema_decay is None:
             raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
@@ -381,6 +350,27 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.teacher.checkpoint is not None:
         config.teacher.epochs = None  # weights at hand go before a recipe
     return config
+
+
+def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
+    """Fills in the weights around the terms: of one method as its authors set them.
+
+    In a sum each term keeps its authors' weight, the longest warm-up goes for all, and so does the weight
+    of the cross-entropy that they agree on; where they do not, it is 1.
+    """
+    methods, alone = [METHODS[name] for name in names], len(names) == 1
+    agreed = {method.ce_weight for method in methods}
+    published = dict(
+        ce_weight=agreed.pop() if len(agreed) == 1 else 1.0,
+        kd_weight=methods[0].kd_weight if alone else 1.0,
+        kd_warmup_epochs=max((method.kd_warmup_epochs for method in methods), default=0),
+    )
+    for key, value in published.items():
+        if config[key] is None:
+            config[key] = value
+    own = {name: 1.0 if alone else METHODS[name].kd_weight for name in names}
+    given = {name: config.loss_weight[name] for name in names}
+    config.loss_weight = ConfigDict({name: own[name] if given[name] is None else given[name] for name in names})
 
 
 def method_config(config: ConfigDict, name: str) -> Any:
@@ -396,16 +386,30 @@ def method_config(config: ConfigDict, name: str) -> Any:
         raise UserError(f"loss.{name}: {error}") from error
 
 
+def teaches_itself(config: Mapping[str, Any]) -> bool:
+    """Returns whether the student of a resolved config is taught by its own moving average."""
+    return config["teacher"].get("model") == _SELF
+
+
 def teacher_models(config: ConfigDict) -> list[str]:
     """The names in `teacher.model`, several for an ensemble."""
     return config.teacher.model.split(",")
 
 
-def teacher_workdirs(config: ConfigDict, workdir: epath.Path) -> list[tuple[str, epath.Path]]:
-    """The model and the workdir of each teacher that a resolved config trains first, for a run in `workdir`."""
+def teacher_runs(config: ConfigDict, workdir: epath.Path) -> list[tuple[ConfigDict, epath.Path]]:
+    """Returns the recipe and the workdir of each teacher that a resolved config trains first.
+
+    Args:
+      config: resolved.
+      workdir: of the run.
+    """
     root = epath.Path(config.teacher.workdir or workdir / "teacher")
     models = teacher_models(config)
-    return [(models[0], root)] if len(models) == 1 else [(m, root / f"{i}-{m}") for i, m in enumerate(models)]
+    places = [root] if len(models) == 1 else [root / f"{i}-{model}" for i, model in enumerate(models)]
+    recipes = [teacher_recipe(config, model) for model in models]
+    for i, recipe in enumerate(recipes):
+        recipe.seed += i  # an ensemble of one model is one of several seeds
+    return list(zip(recipes, places, strict=True))
 
 
 def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -58,7 +58,7 @@ def is_full_disk(error: BaseException | None) -> bool:
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
-def read_json(path: epath.Path, what: str, *, keys: set[str]) -> dict[str, Any]:
+def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
@@ -71,10 +71,11 @@ def read_json(path: epath.Path, what: str, *, keys: set[str]) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
         raise UserError(f"{path} is torn or no JSON ({error}). {what}: restore it, or choose another.") from None
-    missing = keys - set(content) if isinstance(content, dict) else keys
-    if missing:
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object. {what}: restore it, or choose another.")
+    if missing := set(keys) - set(content):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}. {what}: restore it, or choose another.")
     return content
 

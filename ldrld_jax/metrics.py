@@ -1,19 +1,13 @@
-"""What is measured: means as (sum, count) pairs, and the files they are written to."""
+"""Metrics: means as (sum, count) pairs, which steps, devices and hosts add up alike."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-
-from ldrld_jax.errors import UserError
-from ldrld_jax.files import append_text, is_local, replace_text
-from ldrld_jax.record.tensorboard import Events
 
 
 class Mean(NamedTuple):
@@ -34,9 +28,9 @@ Means = dict[str, Mean]
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
-    """The mean of `values` `[n]` over the rows that `where` `[n]` keeps."""
-    values = values.astype(jnp.float32)
-    kept = jnp.ones(values.shape, jnp.float32) if where is None else where.astype(jnp.float32)
+    """Returns the mean of `values` `[n]` over the rows that `where` `[n]` keeps; float64 stays, all else is float32."""
+    values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
+    kept = jnp.ones(values.shape, values.dtype) if where is None else where.astype(values.dtype)
     return Mean(jnp.sum(values * kept), jnp.sum(kept))
 
 
@@ -150,83 +144,3 @@ def agreement(
         "top_d_overlap": _percent(both / size, where),
         "label_in_top_d": _percent(jnp.take_along_axis(student_top, labels[:, None], axis=-1)[:, 0], where),
     }
-
-
-class Writer:
-    """`metrics.jsonl`, and TensorBoard events beside it.
-
-    A line is `{"step": int, "epoch": float, "split": str, "values": {name: float}}`.
-
-    Args:
-      workdir: where both lie; `gs://` and the like are written whole at each line.
-      lines: that had been written when the checkpoint was saved that the run resumes from; later ones are cut off.
-      step: of that checkpoint.
-      tensorboard: False leaves out the events.
-    """
-
-    def __init__(self, workdir: epath.Path, *, lines: int = 0, step: int = 0, tensorboard: bool = True):
-        self._path = workdir / "metrics.jsonl"
-        self._lines = read_metrics(workdir)[:lines]
-        text = "".join(_dump(line) for line in self._lines)
-        if not self._path.exists() or self._path.read_bytes() != text.encode():
-            replace_text(self._path, text)
-        self._events = Events(workdir, purge_step=step + 1) if tensorboard else None
-
-    @property
-    def lines(self) -> int:
-        """How many have been written."""
-        return len(self._lines)
-
-    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
-        self._lines.append(line)
-        if not is_local(self._path):
-            self._path.write_text("".join(_dump(line) for line in self._lines))
-        else:
-            append_text(self._path, _dump(line))
-        if self._events is not None:
-            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
-
-    def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-
-
-def _dump(line: dict[str, Any]) -> str:
-    return json.dumps(line) + "\n"
-
-
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, in order; none if there is no file.
-
-    A torn last line, which a killed run leaves, is left out.
-
-    Raises:
-      UserError: if another line is torn.
-    """
-    path = epath.Path(workdir) / "metrics.jsonl"
-    texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-            lines[-1]["step"] + 0
-        except (ValueError, LookupError, TypeError):
-            if number < len(texts):
-                raise UserError(
-                    f"line {number} of {path} is torn, and later ones are not. Restore it, or choose another workdir."
-                ) from None
-            del lines[number - 1 :]
-    return lines
-
-
-def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
-    """The values of a run's last evaluation beside its step and epoch; empty if there is none yet.
-
-    Raises:
-      UserError: see `read_metrics`.
-    """
-    for line in reversed(read_metrics(workdir)):
-        if line["split"] == "eval":
-            return {"step": line["step"], "epoch": line["epoch"], **line["values"]}
-    return {}

@@ -13,7 +13,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.config import identity
 from ldrld_jax.train import trainer
-from ldrld_jax.train.networks import load_network
+from ldrld_jax.train.networks import Networks
 from tests.conftest import ROOT
 
 
@@ -374,7 +374,7 @@ def test_what_travels_is_enough_to_go_on_from_and_teachers_leave_their_optimizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny_net", TinyNet)
         data = config_lib.default().data
-        load_network(str(there.place(teacher)), "tiny_net", data, num_classes=10, channels=1, precision="float32")
+        Networks(10, 1, "float32").restore(str(there.place(teacher)), "tiny_net", data)
 
 
 def test_a_run_that_has_come_further_is_not_replaced(programme, tmp_path):

@@ -112,7 +112,7 @@ def _check_main(flags):
     args, overrides = main_lib.parse(flags)
     config = config_lib.resolve(config_lib.load(args.config or main_lib.DEFAULT_CONFIG, overrides))
     teachers = config_lib.teacher_models(config) if config_lib.method_names(config) else []
-    assert {config.student.model, *teachers} <= {*MODELS, config_lib.SELF}
+    assert {config.student.model, *teachers} <= {*MODELS, "ema"}
 
 
 class Parsed(Exception):

@@ -17,7 +17,7 @@ import chex
 import pytest
 
 from ldrld_jax.checkpoint.folder import Checkpoints
-from ldrld_jax.metrics import read_metrics
+from ldrld_jax.record.reader import read_metrics
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.train.trainer_test import saved
 

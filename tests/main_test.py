@@ -20,7 +20,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.models import MODELS
 from ldrld_jax.models.purify import purify
 from ldrld_jax.train import trainer
-from ldrld_jax.train.networks import load_network
+from ldrld_jax.train.networks import Networks
 from tests.checkpoint.saved import contents, largest
 from tests.conftest import run_main, tiny_overrides
 from tests.tiny_net import TinyNet
@@ -333,7 +333,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(teacher_dir, data_dir, tmp_path
     """A resnet8 for ten classes, asked for as one for three-channel images of a hundred classes."""
     data = config_lib.load("configs/digits.py").data
     with pytest.raises(UserError, match="does not fit"):
-        load_network(teacher_dir, "resnet8", data, num_classes=100, channels=1, precision="float32")
+        Networks(100, 1, "float32").restore(teacher_dir, "resnet8", data)
 
 
 def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, capsys):
@@ -345,7 +345,7 @@ def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, cap
     folder = capsys.readouterr().out.strip()
     module = load_torch_checkpoint(f"{folder}/student.safetensors", "resnet8", num_classes=10, in_channels=1)
     config = config_lib.load_run(teacher_dir)
-    _, ours = load_network(teacher_dir, "resnet8", config.data, num_classes=10, channels=1, precision="float32")
+    _, ours = Networks(10, 1, "float32").restore(teacher_dir, "resnet8", config.data)
     _, params, batch_stats = purify(module)
     chex.assert_trees_all_equal((params, batch_stats), tuple(ours))
 

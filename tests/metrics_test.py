@@ -1,16 +1,12 @@
 """Means that add up, top-k by its definition, and a metrics file that survives being torn."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from ldrld_jax.metrics import (
     Mean,
-    Writer,
     add,
     agreement,
     by_step,
@@ -19,7 +15,6 @@ from ldrld_jax.metrics import (
     mean_of,
     pack,
     packed,
-    read_metrics,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -67,20 +62,6 @@ def test_agreement_by_hand():
     assert means["agreement"].value == 50.0  # 0 = 0, 3 != 0
     assert means["top_d_overlap"].value == 25.0  # {0, 1} and {0, 2} share one of two, {3, 2} and {0, 1} none
     assert means["label_in_top_d"].value == 50.0
-
-
-def test_a_line_can_be_read_back(tmp_path):
-    writer = Writer(epath.Path(tmp_path), tensorboard=False)
-    writer.write(3, 1.5, "train", {"loss": 0.1 + 0.2})
-    assert read_metrics(tmp_path) == [{"step": 3, "epoch": 1.5, "split": "train", "values": {"loss": 0.1 + 0.2}}]
-
-
-def test_on_resume_later_lines_and_a_torn_one_are_cut_off(tmp_path):
-    lines = [json.dumps({"step": step, "epoch": 0.0, "split": "train", "values": {}}) for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
-    Writer(epath.Path(tmp_path), lines=2, step=2, tensorboard=False)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
-    assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
 
 
 def test_the_metrics_of_a_step_come_to_the_host_as_one_array(x64):

@@ -18,7 +18,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.deploy import export
 from ldrld_jax.losses import METHODS
-from ldrld_jax.metrics import read_metrics
+from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.train import trainer
 from stages import piece
 from stages.piece import Values, Work

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.data.resident import Images, ResidentBatches
 from ldrld_jax.data.sources import InMemory
 from ldrld_jax.logit_store.feed import teacher_program
@@ -19,10 +18,11 @@ from ldrld_jax.metrics import packed
 from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.train.dispatch import Step, several_steps
 from ldrld_jax.train.evaluator import Evaluator
-from ldrld_jax.train.loop import Teacher, first_state, make_step, placement
+from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run, batch_norm_groups
-from ldrld_jax.train.step import Ensemble, Network, make_eval_step
+from ldrld_jax.train.step import Network, make_eval_step
+from ldrld_jax.train.teacher import NetworkTeacher, Teacher, outlined, weights_of
 
 Tree = Any
 
@@ -69,20 +69,18 @@ def programs_of(run: Run) -> Iterator[Program]:
     """
     config, mesh = run.config, run.mesh
     groups = batch_norm_groups(config)
-    network, variables = run.outline(config.student.model, config.data, batch_norm_groups=groups)
-    teacher = _teacher(run, network)
+    network, variables = run.networks.outline(config.student.model, config.data, batch_norm_groups=groups)
+    teacher = outlined(run, network) if run.objective.methods else None
     optimizer = make_optimizer(config.optim, run.schedule)
-    state = jax.eval_shape(lambda variables: first_state(run, variables, optimizer), variables)
-    shardings = placement(run, state)
+    state = jax.eval_shape(lambda variables: run.first_state(variables, optimizer), variables)
+    shardings = run.placement.of_state(state)
     state, out = _placed(state, shardings), (shardings, replicated(mesh))
     step = packed(make_step(run, network, teacher, optimizer))
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     batch = _batch(run)
-    weights = {"state": state, "teacher": teacher and teacher.variables}
     stored = bool(config.logits)
+    weights = {"state": state, "teacher": None if stored else weights_of(teacher)}
     beside = {"teacher_logits": _logits(run)} if stored else {}
-    if stored and teacher is not None:
-        weights["teacher"] = None
     arguments = {**weights, "batch": batch | beside}
     one = _whole_step(run, network, teacher), arguments
     yield Program("train step", jit(step), arguments, config.batch_size, one=one)
@@ -96,7 +94,7 @@ def programs_of(run: Run) -> Iterator[Program]:
             yield Program(f"{count} train steps", several, arguments, count * config.batch_size, count, one)
         made = {**_resident(run), "start": scalar, "count": scalar}
         yield Program("batch of resident images", images.make, made, config.batch_size)
-    if stored and teacher is not None:
+    if stored and isinstance(teacher, NetworkTeacher):
         program = teacher_program(teacher.network, config.logits.dtype, mesh)
         taught = {"teacher": teacher.variables, "images": batch["image"]}
         yield Program("teacher of the logit store", program, taught, config.batch_size, one=(program, taught))
@@ -131,21 +129,6 @@ def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
     config.accumulate, config.remat = 1, False
     optimizer = make_optimizer(config.optim, run.schedule)
     return make_step(dataclasses.replace(run, config=config), student, teacher, optimizer)
-
-
-def _teacher(run: Run, student: Network) -> Teacher | None:
-    """Returns the teacher with its variables as shapes, None for plain training."""
-    config = run.config
-    if not run.objective.methods:
-        return None
-    if config.teacher.model == config_lib.SELF:
-        return Teacher(student)
-    outlines = [run.outline(model, config.teacher.data) for model in config_lib.teacher_models(config)]
-    placed = [(network, _placed(variables, run.placement(variables))) for network, variables in outlines]
-    if len(placed) == 1:
-        return Teacher(*placed[0])
-    networks, variables = zip(*placed, strict=True)
-    return Teacher(Ensemble(networks, config.teacher.ensemble), variables)
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

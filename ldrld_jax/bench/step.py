@@ -22,10 +22,11 @@ from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train.dispatch import Dispatcher, Step
-from ldrld_jax.train.loop import Teacher, initial_state, make_step, method_params, placement
+from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.step import Network, TrainState
+from ldrld_jax.train.state import TrainState
+from ldrld_jax.train.teacher import NetworkTeacher, Teacher, teacher_at_hand, weights_of
 
 _TURNS = 5
 
@@ -56,15 +57,15 @@ class _Measurement:
 
     def __init__(self, run: Run, seconds: float):
         self._run, self._seconds = run, seconds
-        self._network, self._variables = run.create()
-        self._teacher = _teacher(run, self._network)
-        self._frozen = self._teacher.variables if self._teacher else None
+        self._network, self._variables = run.make_student()
+        self._teacher = teacher_at_hand(run, self._network) if run.objective.methods else None
+        self._frozen = weights_of(self._teacher)
 
     def all(self, profile: str | None) -> Bench:
         run, devices = self._run, self._run.mesh.devices.size
         parts, batch = self._time_input()
         step, state = self._step(run, self._teacher)
-        advance = Dispatcher(run, step, 0, (placement(run, state), replicated(run.mesh)), lambda what: None)
+        advance = Dispatcher(run, step, 0, (run.placement.of_state(state), replicated(run.mesh)), lambda what: None)
         begun = time.perf_counter()
         lowered = advance.one.lower(state, self._frozen, batch)
         compiled = lowered.compile()  # the jitted function has it as well from now on
@@ -109,7 +110,7 @@ class _Measurement:
     def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
         """A run's step, and a state of its own, since it is donated."""
         optimizer = make_optimizer(run.config.optim, run.schedule)
-        state = initial_state(run, jax.tree.map(jnp.copy, self._variables), optimizer)
+        state = run.placement.put_state(run.first_state(jax.tree.map(jnp.copy, self._variables), optimizer))
         return make_step(run, self._network, teacher, optimizer), state
 
     def _time_run(self, advance: Dispatcher, state: TrainState, profile: str | None) -> float:
@@ -144,7 +145,7 @@ class _Measurement:
         """The student without its teacher, the teacher without the student, the loss without either."""
         plain = dataclasses.replace(self._run, objective=dataclasses.replace(self._run.objective, methods={}))
         step, state = self._step(plain, None)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(placement(plain, state), replicated(plain.mesh)))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(plain.placement.of_state(state), replicated(plain.mesh)))
         parts = {"student": self._time(_Stepping(step, state, None, batch))}
         if self._teacher is not None:
             network, variables = self._teacher.network, self._variables if self._frozen is None else self._frozen
@@ -175,7 +176,7 @@ class _Measurement:
         config, device = self._run.config, jax.devices()[0]
         taught = f"{config.student.model}, {config.method}"
         if self._teacher is not None:
-            random = config.teacher.checkpoint is None and config.teacher.model != config_lib.SELF
+            random = config.teacher.checkpoint is None and isinstance(self._teacher, NetworkTeacher)
             taught += f" from {config.teacher.model}" + (" (random weights: its recipe is not run)" if random else "")
         how = f"batch {config.batch_size}, {config.precision}, loader {config.data.loader}"
         how += f", {config.steps_per_dispatch} steps a dispatch" if config.steps_per_dispatch > 1 else ""
@@ -202,19 +203,9 @@ def _until_it_returns(work: Callable[[], Any]) -> float:
     return seconds
 
 
-def _teacher(run: Run, student: Network) -> Teacher | None:
-    """The teacher from its checkpoint; with random weights where the run would train it first."""
-    config = run.config.teacher
-    if not run.objective.methods:
-        return None
-    if config.model == config_lib.SELF:
-        return Teacher(student)
-    return Teacher.load(run, config.checkpoint.split(",") if config.checkpoint else None)
-
-
 def _loss_and_gradient(run: Run) -> Callable[..., Any]:
     objective, epoch = run.objective, jnp.int32(1)
-    learnt = method_params(objective)
+    learnt = objective.init()
 
     def loss(student: jax.Array, teacher: jax.Array, labels: jax.Array) -> jax.Array:
         last_layer = jnp.eye(student.shape[-1])  # any will do: the time does not depend on it

@@ -21,10 +21,12 @@ from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import named, read_json, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
+from ldrld_jax.record.reader import read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
-from ldrld_jax.train.networks import load_network
-from ldrld_jax.train.step import Network, Variables
+from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.state import Variables
+from ldrld_jax.train.step import Network
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _LABELS, _PREPROCESSING = "student.stablehlo", "labels.txt", "preprocessing.json"
@@ -65,10 +67,9 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
         save_torch_checkpoint(folder / "student.safetensors", *variables)
     replace_text(folder / _LABELS, "".join(f"{label}\n" for label in student.labels))
     replace_text(folder / _PREPROCESSING, json.dumps(student.preprocessing, indent=2) + "\n")
-    summary = epath.Path(workdir) / "summary.json"
     card = model_card(
         config_lib.resolve(config).to_dict(),
-        read_json(summary, "A run's summary", keys={"best_top1"}) if summary.exists() else None,
+        read_summary(workdir),
         shape=student.preprocessing["input"]["shape"][1:],
         classes=len(student.labels),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
@@ -85,8 +86,8 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
     """
     with precision_scope(config.precision, config.matmul_precision):
         source = make_eval_source(config.data)
-        like = dict(num_classes=len(source.class_names), channels=source.image_shape[-1], precision=config.precision)
-        network, variables = load_network(str(workdir), config.student.model, config.data, **like)
+        networks = Networks(len(source.class_names), source.image_shape[-1], config.precision)
+        network, variables = networks.restore(str(workdir), config.student.model, config.data)
         # On the host: an array of a device would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         program = _program(network, variables, source.image_shape)

@@ -8,6 +8,7 @@ import flax
 import jax
 
 import ldrld_jax
+from ldrld_jax.config import teaches_itself
 
 # Of what the data are under, as their publishers say; nothing here is legal advice.
 _LICENCES = {
@@ -33,7 +34,7 @@ def model_card(
       parameters: of the student, numbers that were trained.
     """
     title = f"{config['student']['model']} on {config['data']['name']}"
-    title += f", distilled from {_name(config['teacher'])}" if config["teacher"] else ", trained from its labels"
+    title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
         "data set": _data(config["data"]),
         "licence of the data": _LICENCES.get(config["data"]["name"].partition("/")[0], _UNKNOWN),
@@ -117,8 +118,8 @@ def _data(data: dict[str, Any]) -> str:
     return f"{data['name']}, trained on `{data['train_split']}`, evaluated on `{_evaluated_on(data)}`"
 
 
-def _name(teacher: dict[str, Any]) -> str:
-    return "its own moving average" if teacher["model"] == "ema" else teacher["model"]
+def _name(config: dict[str, Any]) -> str:
+    return "its own moving average" if teaches_itself(config) else config["teacher"]["model"]
 
 
 def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
@@ -130,7 +131,7 @@ def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
     else:
         origin = f", trained for {teacher['epochs']} epochs" if teacher["epochs"] is not None else ""
     top1 = None if summary is None else summary["teacher_top1"]
-    return _name(teacher) + origin + ("" if top1 is None else f", top-1 {top1:.2f} %")
+    return _name(config) + origin + ("" if top1 is None else f", top-1 {top1:.2f} %")
 
 
 def _method(config: dict[str, Any]) -> str:

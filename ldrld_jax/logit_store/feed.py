@@ -11,47 +11,36 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.logit_store.store import LogitStore, make_key
+from ldrld_jax.logit_store.store import LogitStore
 from ldrld_jax.record.console import say
 from ldrld_jax.runtime.mesh import batch_sharding, to_devices
-from ldrld_jax.train.plan import Run
-from ldrld_jax.train.step import Ensemble, Network
 
 DeviceBatch = dict[str, jax.Array]
 Tell = Callable[[str], None]
+Batches = Any  # of `data.stream.TrainBatches`, which is not imported: the store knows of no data set
 
 
 def _unheard(doing: str) -> None:
     del doing
 
 
-def open_store(run: Run, teacher: Network | Ensemble, variables: Any) -> LogitStore:
-    """The logit store of a run and its teacher in `logits.dir`, which may not be there yet."""
-    networks, weights = (teacher.networks, variables) if isinstance(teacher, Ensemble) else ([teacher], [variables])
-    source: Any = getattr(run.batches.source, "uncached", run.batches.source)
-    key = make_key(
-        run.config,
-        classes=len(source.class_names),
-        records=source.records,
-        augment_seed=run.batches.augmented_by,
-        networks=networks,
-        weights=weights,
-    )
-    return LogitStore(run.config.logits.dir, key)
+def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int]:
+    """Lists the epochs, as images are augmented, that a run needs and its store lacks; says what will be moved.
 
-
-def missing_epochs(run: Run, store: LogitStore) -> list[int]:
-    """The epochs, as images are augmented, that a run needs and its store lacks; says what will be read and written.
+    Args:
+      store: which may not be there yet.
+      batches: of the run.
+      epochs: of the run.
 
     Raises:
       UserError: if they do not fit on the disk, or several hosts would write them.
     """
-    needed = sorted({run.batches.shown(epoch) for epoch in range(run.config.epochs)})
+    needed = sorted({batches.shown(epoch) for epoch in range(epochs)})
     missing = [epoch for epoch in needed if epoch not in store]
     if not missing:
         say(f"the logit store {store.directory} has all {store.describe(len(needed))}: the teacher is not run")
         return []
-    if run.batches.hosts > 1:
+    if batches.hosts > 1:
         raise UserError(
             f"the logit store {store.directory} lacks {len(missing)} of {len(needed)} epochs, and only one host can "
             "write them. Run this config on one host first, or unset logits.dir."
@@ -69,15 +58,26 @@ class LogitFeed:
     the very same step: their losses are equal bit for bit.
 
     Args:
-      run: the plan.
       store: what is there is read, the next epoch in the background; what is not is made and written.
-      teacher: the network and its weights on the mesh; None if the store has every epoch that the run needs.
+      batches: of the run.
+      mesh: of its devices.
+      epochs: of the run.
+      teach: gives the logits `[n, C]` of images `[n, ...]`; None if the store has every epoch that the run needs.
+      threads: that prepare the batches which no step of this process saw.
     """
 
-    def __init__(self, run: Run, store: LogitStore, teacher: tuple[Network | Ensemble, Any] | None = None):
-        self._store, self._batches, self._mesh = store, run.batches, run.mesh
-        self._epochs, self._threads = run.config.epochs, run.config.data.threads
-        self._teach = teacher and functools.partial(teacher_program(teacher[0], store.dtype, run.mesh), teacher[1])
+    def __init__(
+        self,
+        store: LogitStore,
+        batches: Batches,
+        mesh: Mesh,
+        epochs: int,
+        teach: Callable[[jax.Array], jax.Array] | None = None,
+        *,
+        threads: int = 4,
+    ):
+        self._store, self._batches, self._mesh = store, batches, mesh
+        self._epochs, self._threads, self._teach = epochs, threads, teach
         self._ahead = _ReadAhead(store)
         self._epoch = -1
         self._stored: np.ndarray | None = None  # of the epoch
@@ -156,8 +156,8 @@ class LogitFeed:
             sheet.add(position, teach(batch["image"]))
 
 
-def teacher_program(network: Network | Ensemble, dtype: Any, mesh: Mesh) -> Any:
-    """Returns the teacher as a program of its own: `program(variables, images [n, ...])` gives logits `[n, C]`."""
+def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh) -> Any:
+    """Returns a network as a program of its own: `program(variables, images [n, ...])` gives logits `[n, C]`."""
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
         return network(variables, images, train=False)[0].astype(jnp.dtype(dtype))

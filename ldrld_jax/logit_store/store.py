@@ -35,13 +35,14 @@ _NOT_KEY = (
 )
 
 
-def check(config: ConfigDict, *, views: int, last_layer: bool) -> None:
+def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: bool) -> None:
     """Raises a UserError if a run of this resolved config can have no store.
 
     Args:
       config: resolved.
       views: how many augmentations of an image the methods compare.
       last_layer: whether a method takes the weights of the teacher's last layer.
+      teacher_changes: whether the teacher's weights change as the student trains.
     """
     logits = config.logits
     if not logits:
@@ -51,7 +52,7 @@ def check(config: ConfigDict, *, views: int, last_layer: bool) -> None:
     if logits.views is not None and logits.views < 1:
         raise UserError(f"logits.views must be at least 1, got {logits.views}. Unset it for a new view each epoch.")
     for wrong, why in (
-        (config.teacher.model == "ema", "teacher.model=ema changes as the student trains"),
+        (teacher_changes, f"teacher.model={config.teacher.model} changes as the student trains"),
         (config.data.mixup, "data.mixup blends each image with another one every time"),
         (views > 1, f"method={config.method} compares {views} views of an image, and one is stored"),
         (last_layer, f"method={config.method} takes the teacher's last layer, which is not stored"),

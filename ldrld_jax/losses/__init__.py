@@ -117,6 +117,9 @@ class Method:
       gradient_scale: `gradient_scale(epoch)` is what the gradient of these parameters is multiplied
         by before it is applied, a scalar; None leaves it as it is.
       decomposes: the loss of a batch is the mean of the losses of its parts; not if it compares examples.
+      ce_weight: what its authors weight the cross-entropy with beside it.
+      kd_weight: what they weight the term with.
+      kd_warmup_epochs: the epochs over which they let the term grow linearly; 0 for none.
     """
 
     config: type[MethodConfig]
@@ -126,6 +129,9 @@ class Method:
     decomposes: bool = True
     at_epoch: Callable[[Any, Any], Any] | None = None
     from_teacher: Callable[[jax.Array], Any] | None = None
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+    kd_warmup_epochs: int = 0
 
     def views(self, cfg: MethodConfig) -> int:
         """How many augmentations of every image the loss compares; for 2 the logits are `[2, ..., C]`."""
@@ -226,23 +232,26 @@ def standardized(method: Method) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "kd": Method(KDConfig, mean_parts(without_labels(kd_terms))),
-    "dkd": Method(DKDConfig, mean_parts(dkd_terms)),
+    "kd": Method(KDConfig, mean_parts(without_labels(kd_terms)), ce_weight=0.1, kd_weight=0.9),
+    "dkd": Method(DKDConfig, mean_parts(dkd_terms), kd_warmup_epochs=20),
     "nkd": Method(NKDConfig, mean_parts(nkd_terms)),
     "wsld": Method(WSLDConfig, mean_parts(wsld_terms)),
-    "dist": Method(DISTConfig, without_labels(dist_parts), decomposes=False),
-    "ttm": Method(TTMConfig, mean_parts(without_labels(ttm_terms))),
-    "wttm": Method(WTTMConfig, mean_parts(without_labels(wttm_terms))),
-    "rld": Method(RLDConfig, mean_parts(rld_terms)),
+    "dist": Method(DISTConfig, without_labels(dist_parts), decomposes=False, kd_weight=2.0),
+    "ttm": Method(TTMConfig, mean_parts(without_labels(ttm_terms)), kd_weight=45.0),
+    "wttm": Method(WTTMConfig, mean_parts(without_labels(wttm_terms)), kd_weight=4.0),
+    "rld": Method(RLDConfig, mean_parts(rld_terms), kd_warmup_epochs=20),
     "ldrld": Method(LDRLDConfig, without_labels(ldrld_parts)),
     "mlkd": Method(MLKDConfig, without_labels(mlkd_parts), decomposes=False),
     "ctkd": Method(CTKDConfig, mean_parts(without_labels(ctkd_terms)), ctkd_init, ctkd_gradient_scale),
-    "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms))),
-    "skd": Method(SKDConfig, without_labels(skd_parts), decomposes=False),
+    "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms)), kd_weight=32.0),
+    "skd": Method(SKDConfig, without_labels(skd_parts), decomposes=False, ce_weight=0.1, kd_weight=0.9),
     "wkd": Method(WKDConfig, mean_parts(wkd_terms), from_teacher=wkd_cost),
-    "luminet": Method(LumiNetConfig, without_labels(luminet_parts), decomposes=False),
-    "crld": Method(CRLDConfig, without_labels(crld_parts)),
-    "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap),
-    "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms))),
+    "luminet": Method(
+        LumiNetConfig, without_labels(luminet_parts), decomposes=False, ce_weight=2.0, kd_warmup_epochs=20
+    ),
+    # The cross-entropy is the mean over both views, where the published code adds them up.
+    "crld": Method(CRLDConfig, without_labels(crld_parts), ce_weight=2.0),
+    "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap, ce_weight=0.2, kd_weight=0.9),
+    "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms)), ce_weight=0.0),
     "topk_tail": Method(TopKTailConfig, mean_parts(without_labels(topk_tail_terms))),
 }

@@ -10,8 +10,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ldrld_jax.metrics import Mean, Means, Packed, Writer, add, by_step
+from ldrld_jax.metrics import Mean, Means, Packed, add, by_step
 from ldrld_jax.record.console import ProgressBar, evaluation_line, say
+from ldrld_jax.record.writer import Writer
 
 _MOST_SKIPPED = 100  # steps in a row
 

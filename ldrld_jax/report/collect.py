@@ -1,20 +1,18 @@
 """Finds runs in folders and reads the files they left, whatever else lies there."""
 
 import dataclasses
-import json
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
+from ldrld_jax.errors import UserError
 from ldrld_jax.identity import flat, identity
+from ldrld_jax.record.reader import read_config, read_lines, read_summary
 
 _DEPTH = 3  # how far below a folder runs are looked for
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints")  # one of them says that this is a run's folder
-_CONFIG = {"seed", "epochs", "method", "student.model", "data.name"}
-_NUMBERS = ("best_top1", "last_top1", "examples_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +68,6 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-class _NoRunError(Exception):
-    """Why a folder is no run."""
-
-
 def collect(folders: Iterable[epath.PathLike]) -> Report:
     """The runs in and below some folders; a teacher that was trained for others is no run of the table.
 
@@ -89,7 +83,7 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
     for workdir in workdirs.values():
         try:
             _add(report, workdir)
-        except (_NoRunError, OSError) as error:
+        except (UserError, OSError) as error:
             report.notes.append(f"{workdir}: {error}")
     return report
 
@@ -113,68 +107,21 @@ def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epat
 
 
 def _add(report: Report, workdir: epath.Path) -> None:
-    config = flat(_json_object(workdir / "config.json"))
-    if missing := _CONFIG - set(config):
-        raise _NoRunError(f"config.json is not of ldrld_jax (it lacks {', '.join(sorted(missing))})")
-    names = [config[key] for key in ("method", "student.model", "data.name")] + [config.get("teacher.model") or ""]
-    if not all(isinstance(name, str) for name in names) or not _is_number(config["seed"]):
-        raise _NoRunError("config.json is not of ldrld_jax (a name that is no text, or a seed that is no number)")
-    lines, torn = _metrics(workdir / "metrics.jsonl")
-    if any(line["split"] == "teacher_train" for line in lines):
+    config = read_config(workdir)
+    if config is None:
+        raise UserError("it has no config.json")
+    lines = read_lines(workdir)
+    if any(line["split"] == "teacher_train" for line in lines.whole):
         return
-    if torn:
+    if torn := len(lines.torn):
         report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
-    curve = [(line["epoch"], line["values"]["top1"]) for line in lines if line["split"] == "eval"]
-    run = FoundRun(str(workdir), config, curve=tuple(curve))
-    if (workdir / "summary.json").exists():
-        report.summaries.append(dataclasses.replace(run, summary=_summary(workdir / "summary.json")))
+    curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
+    run = FoundRun(str(workdir), flat(config), read_summary(workdir), tuple(curve))
+    if run.summary is not None:
+        report.summaries.append(run)
     else:
         report.running.append(run)
-        report.notes.append(f"{workdir}: {_progress(run, lines, workdir / 'metrics.jsonl')}")
-
-
-def _json_object(path: epath.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise _NoRunError(f"it has no {path.name}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
-        raise _NoRunError(f"{path.name} is torn or no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise _NoRunError(f"{path.name} holds no JSON object")
-    return content
-
-
-def _summary(path: epath.Path) -> dict[str, Any]:
-    summary = _json_object(path)
-    for field in _NUMBERS:
-        if not _is_number(summary.get(field)):
-            raise _NoRunError(f"{path.name} has no number {field}")
-    teacher = summary.get("teacher_top1")
-    return {**summary, "teacher_top1": teacher if _is_number(teacher) else None}
-
-
-def _metrics(path: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that are whole, and how many are not."""
-    try:
-        texts = path.read_bytes().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return [], 0
-    lines = [line for line in map(_line, texts) if line is not None]
-    return lines, len(texts) - len(lines)
-
-
-def _line(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-        whole = _is_number(line["epoch"]) and (line["split"] != "eval" or _is_number(line["values"]["top1"]))
-        return line if whole else None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
 
 
 def _progress(run: FoundRun, lines: list[dict[str, Any]], path: epath.Path) -> str:

@@ -19,9 +19,10 @@ from ldrld_jax.report.groups import Comparison
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.mesh import shares, to_devices
 from ldrld_jax.runtime.precision import precision_scope
-from ldrld_jax.train.loop import Teacher
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.step import Network, Variables
+from ldrld_jax.train.state import Variables
+from ldrld_jax.train.step import Network
+from ldrld_jax.train.teacher import SelfTeacher, checkpoints_of, teacher_at_hand
 
 _HEADS = ("fc", "linear", "classifier", "head")  # what the models call their last layer
 
@@ -80,11 +81,12 @@ def _analyse(
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config, epath.Path(found.folder))
-        student = outputs(run, *run.load(found.folder, config.student.model, config.data), features=features)
+        network, variables = run.networks.restore(found.folder, config.student.model, config.data)
+        student = outputs(run, network, run.placement.put_variables(variables), features=features)
         teacher = None
-        if run.objective.methods and config.teacher.model != config_lib.SELF:
+        if run.objective.methods:
             try:
-                teacher = _teacher(run, teachers)
+                teacher = _teacher(run, network, teachers)
             except UserError as error:
                 notes.append(f"{found.folder}: analysed without its teacher: {error}")
     names = run.batches.source.class_names
@@ -101,14 +103,14 @@ def _config(folder: str, data_dir: str | None) -> ConfigDict:
     return config_lib.resolve(config)
 
 
-def _teacher(run: Run, known: dict[str, Outputs]) -> Outputs:
-    """The outputs of a run's teacher, which many runs may share."""
-    given = run.config.teacher.checkpoint
-    trained = [str(place) for _, place in config_lib.teacher_workdirs(run.config, run.workdir)]
-    paths = given.split(",") if given else trained
+def _teacher(run: Run, student: Network, known: dict[str, Outputs]) -> Outputs | None:
+    """Returns the outputs of a run's teacher, which many runs may share; None if it is the student's average."""
+    paths = checkpoints_of(run)
     key = repr((paths, run.config.teacher.ensemble, run.config.teacher.data.to_dict(), run.config.data.to_dict()))
     if key not in known:
-        teacher = Teacher.load(run, paths)
+        teacher = teacher_at_hand(run, student, paths)
+        if isinstance(teacher, SelfTeacher):
+            return None
         known[key] = outputs(run, teacher.network, teacher.variables, features=isinstance(teacher.network, Network))
     return known[key]
 

@@ -15,8 +15,8 @@ from etils import epath
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import is_locked, read_json
-from ldrld_jax.metrics import last_evaluation
+from ldrld_jax.files import is_locked
+from ldrld_jax.record.reader import last_evaluation, read_config, read_summary
 
 _KEYS = {"config", "overrides", "runs", "grid"}
 
@@ -84,11 +84,11 @@ class Job:
         self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
 
     def _complete(self) -> bool:
-        path = self.workdir / "summary.json"
-        saved = config_lib.saved_config(self.workdir) if path.exists() else None
-        if saved is None or config_lib.identity(saved) != self.identity:
+        summary = read_summary(self.workdir)
+        saved = read_config(self.workdir) if summary else None
+        if summary is None or saved is None or config_lib.identity(saved) != self.identity:
             return False
-        return read_json(path, "A run's summary", keys={"epochs"})["epochs"] == self.identity["epochs"]
+        return summary.get("epochs") == self.identity["epochs"]
 
     def line(self) -> str:
         """How far it is."""
@@ -142,7 +142,7 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
         if config.teacher.workdir is None:
             config.teacher.workdir = str(workdir / "teachers" / f"{config.teacher.model}-{_short(_recipes(config))}")
             given.append(f"teacher.workdir={config.teacher.workdir}")
-        teachers = [place for _, place in config_lib.teacher_workdirs(config, workdir / name)]
+        teachers = [place for _, place in config_lib.teacher_runs(config, workdir / name)]
     if config.logits.get("dir") is not None:
         given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config))}")
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]

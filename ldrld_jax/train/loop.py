@@ -3,81 +3,28 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
-from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked, replace_text
-from ldrld_jax.logit_store.feed import LogitFeed
+from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
 from ldrld_jax.record.recorder import Recorder
 from ldrld_jax.runtime.hosts import first, together
-from ldrld_jax.runtime.mesh import model_shardings, replicated
+from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from ldrld_jax.runtime.watchdog import Watchdog
 from ldrld_jax.train.dispatch import Dispatcher, Step
 from ldrld_jax.train.evaluator import Evaluator
-from ldrld_jax.train.objective import Objective
+from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.step import Ensemble, Mixup, Network, TrainState, Variables, make_train_step, trainable
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """Who teaches.
-
-    Attributes:
-      network: frozen, in evaluation mode.
-      variables: its weights; None for the student's own moving average, and where `logits` has them.
-      top1: in percent on the evaluation split; None for the student's own moving average.
-      logits: gives its logits beside each batch, from a store; None where the step runs the network.
-    """
-
-    network: Network | Ensemble
-    variables: Any = None
-    top1: float | None = None
-    logits: LogitFeed | None = None
-
-    @classmethod
-    def load(cls, run: Run, paths: Sequence[str] | None) -> "Teacher":
-        """As `read`, the weights on all devices."""
-        return cls.read(run, paths).placed(run)
-
-    @classmethod
-    def read(cls, run: Run, paths: Sequence[str] | None) -> "Teacher":
-        """The networks of `teacher.model` from their checkpoints, of paths None with random weights; several as one.
-
-        The weights are not on the mesh yet.
-
-        Raises:
-          UserError: if one does not load, or there are not as many paths as models.
-        """
-        config, models = run.config.teacher, config_lib.teacher_models(run.config)
-        if paths is None:
-            loaded = [run.fresh(model, config.data, config.seed) for model in models]
-        elif len(paths) != len(models):
-            raise UserError(
-                f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
-                f"{config.model}), got {len(paths)}. Separate them by commas."
-            )
-        else:
-            loaded = [run.read(path, model, config.data) for path, model in zip(paths, models, strict=True)]
-        networks, variables = zip(*loaded, strict=True)
-        return cls(*loaded[0]) if len(loaded) == 1 else cls(Ensemble(networks, config.ensemble), variables)
-
-    def placed(self, run: Run) -> "Teacher":
-        """The teacher with its weights on all devices."""
-        several = isinstance(self.network, Ensemble)
-        variables = tuple(map(run.place, self.variables)) if several else run.place(self.variables)
-        return dataclasses.replace(self, variables=variables)
+from ldrld_jax.train.state import TrainState, Variables
+from ldrld_jax.train.step import Mixup, Network, make_train_step
+from ldrld_jax.train.teacher import StoredTeacher, Teacher, network_of, top1_of, weights_of
 
 
 def fit(
@@ -104,14 +51,15 @@ def fit(
     """
     config, (network, variables) = run.config, student
     optimizer = make_optimizer(config.optim, run.schedule)
-    state = initial_state(run, variables, optimizer)
+    state = run.placement.put_state(run.first_state(variables, optimizer))
     step_fn = make_step(run, network, teacher, optimizer)
     if remark := run.of_microbatches(variables):
         say(remark)
     run.workdir.mkdir(parents=True, exist_ok=True)
     with locked(run.workdir) if first() else contextlib.nullcontext():
-        run.check_workdir()  # again: nobody else can change it any more
-        recorder = _train(run, role, state, step_fn, network, teacher, signals, profile)
+        folder = RunFolder(run)
+        folder.check()  # again: nobody else can change it any more
+        recorder = _train(folder, role, state, step_fn, network, teacher, signals, profile)
         summary = _summary(run, teacher, recorder)
         if first():
             replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -120,7 +68,7 @@ def fit(
 
 
 def _train(
-    run: Run,
+    folder: RunFolder,
     role: str,
     state: TrainState,
     step_fn: Step,
@@ -129,11 +77,11 @@ def _train(
     signals: Signals,
     profile: str | None,
 ) -> Recorder:
-    config = run.config
+    run, config = folder.run, folder.run.config
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds))
-        checkpoints = stack.enter_context(contextlib.closing(run.checkpoints()))
-        restored = checkpoints.resume(_trees(state))
+        checkpoints = stack.enter_context(contextlib.closing(folder.checkpoints()))
+        restored = checkpoints.resume(state.to_trees())
         if first():
             replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
         start, host = (restored.step, restored.host) if restored else (0, None)
@@ -142,14 +90,14 @@ def _train(
         evaluate = Evaluator(network, run.eval_source, config, run.mesh)
         pause = _Pause(run, evaluate, recorder, checkpoints, signals, watchdog)
         if restored:
-            state = _state(restored.trees)
+            state = TrainState.from_trees(restored.trees)
             say(f"resuming the {role} at step {start} of {run.steps}")
             if run.evaluates_at(start) and not recorder.evaluated_at(start):  # a signal had cut that short
                 pause(start, state)
-        elif teacher and teacher.top1 is not None:
-            recorder.write(0, "teacher_eval", {"top1": teacher.top1})
-        frozen, logits = (teacher.variables, teacher.logits) if teacher else (None, None)
-        shardings = placement(run, state), replicated(run.mesh)
+        elif (top1 := top1_of(teacher)) is not None:
+            recorder.write(0, "teacher_eval", {"top1": top1})
+        frozen, logits = weights_of(teacher), teacher.logits if isinstance(teacher, StoredTeacher) else None
+        shardings = run.placement.of_state(state), replicated(run.mesh)
         advance = Dispatcher(run, step_fn, start, shardings, watchdog.at, logits)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
@@ -184,7 +132,7 @@ class _Pause:
         top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
         self.signals.in_time = True
         self.watchdog.at(f"saving after step {step}")
-        self.checkpoints.save(step, _trees(state), self.recorder.to_json(), top1)
+        self.checkpoints.save(step, state.to_trees(), self.recorder.to_json(), top1)
         ended = step == self.run.steps and top1 is not None
         if self.signals.received is not None and not ended:
             raise Interrupted(self.signals.received, step)
@@ -209,7 +157,7 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
     config = run.config
     return make_train_step(
         student,
-        teacher.network if teacher else None,
+        network_of(teacher),
         run.objective,
         optimizer,
         schedule=run.schedule,
@@ -221,44 +169,8 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         skip_non_finite=config.non_finite == "skip",
         # XLA for CPU computes convolutions inside a loop several times slower than outside of one.
         unroll=run.mesh.devices.flat[0].platform == "cpu",
+        compared_depth=config.loss.get("ldrld", LDRLDConfig()).depth,
     )
-
-
-def initial_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, on all devices."""
-    state = first_state(run, variables, optimizer)
-    return jax.device_put(state, placement(run, state))
-
-
-def first_state(run: Run, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, wherever its arrays happen to lie."""
-    learnt = method_params(run.objective)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        student=variables,
-        method_params=learnt,
-        opt_state=optimizer.init(trainable(variables, learnt)),
-        # A copy: the state's buffers are donated, none of them twice.
-        ema=None if run.config.ema_decay is None else jax.tree.map(jnp.copy, variables),
-    )
-
-
-def placement(run: Run, state: TrainState) -> TrainState:
-    """How a state lies on the mesh: a state of shardings."""
-    everywhere: Any = replicated(run.mesh)
-    return TrainState(
-        step=everywhere,
-        student=run.placement(state.student),
-        method_params=jax.tree.map(lambda _: everywhere, state.method_params),
-        opt_state=model_shardings(state.opt_state, run.mesh, fsdp=run.config.mesh.fsdp),
-        ema=None if state.ema is None else run.placement(state.ema),
-    )
-
-
-def method_params(objective: Objective) -> dict[str, Any]:
-    """What the methods learn, before the first step, by method."""
-    methods = objective.methods.items()
-    return {name: method.init(cfg) for name, (method, cfg, _) in methods if method.init is not None}
 
 
 def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str, Any]:
@@ -270,30 +182,10 @@ def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str,
         "seed": config.seed,
         "student": config.student.model,
         "teacher": config.teacher.model if teacher else None,
-        "teacher_top1": teacher.top1 if teacher else None,
+        "teacher_top1": top1_of(teacher),
         **summary,
         "epochs": config.epochs,
         "steps": run.steps,
         "skipped_steps": recorder.skipped,
         "examples_per_second": recorder.examples_per_second,
     }
-
-
-def _trees(state: TrainState) -> dict[str, Any]:
-    """A train state as the trees of a checkpoint: `model`, which others load, holds the evaluated weights."""
-    training = {"step": state.step, "method_params": state.method_params, "opt_state": state.opt_state}
-    if state.ema is not None:
-        training["student"] = state.student._asdict()
-    return {"model": state.evaluated._asdict(), "training": training}
-
-
-def _state(trees: dict[str, Any]) -> TrainState:
-    evaluated, training = Variables(**trees["model"]), trees["training"]
-    averaged = "student" in training
-    return TrainState(
-        step=training["step"],
-        student=Variables(**training["student"]) if averaged else evaluated,
-        method_params=training["method_params"],
-        opt_state=training["opt_state"],
-        ema=evaluated if averaged else None,
-    )

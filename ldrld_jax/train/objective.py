@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,23 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
-from ldrld_jax.losses import METHODS, LDRLDConfig, Method, standardized
+from ldrld_jax.losses import METHODS, Method, standardized
 from ldrld_jax.losses.common import mean_over_rows
 
 Tree = Any
+
+
+class Term(NamedTuple):
+    """A distillation term: a method, its config, and the term's weight."""
+
+    method: Method
+    cfg: Any
+    weight: float = 1.0
+
+    @property
+    def views(self) -> int:
+        """How many augmentations of each image it compares."""
+        return self.method.views(self.cfg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +36,13 @@ class Objective:
     """ce_weight * cross-entropy + kd_weight * warm-up * sum of loss_weight * distillation term.
 
     Attributes:
-      methods: the distillation terms: name to (method, config, weight).
+      methods: the distillation terms, by name.
       ce_weight, kd_weight: see the formula.
       kd_warmup_epochs: the distillation terms grow linearly over these epochs.
       label_smoothing: of the cross-entropy, 0 <= s < 1.
     """
 
-    methods: Mapping[str, tuple[Method, Any, float]]
+    methods: Mapping[str, Term]
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     kd_warmup_epochs: int = 0
@@ -38,18 +51,16 @@ class Objective:
     @property
     def views(self) -> int:
         """How many augmentations of each image the methods compare."""
-        return max((method.views(cfg) for method, cfg, _ in self.methods.values()), default=1)
+        return max((term.views for term in self.methods.values()), default=1)
 
     @property
     def needs_last_layer(self) -> bool:
         """Whether a method takes the weights of the teacher's last layer."""
-        return any(method.from_teacher is not None for method, _, _ in self.methods.values())
+        return any(term.method.from_teacher is not None for term in self.methods.values())
 
-    @property
-    def depth(self) -> int:
-        """How many of the largest classes the diagnostics compare: LDRLD's, whatever the methods."""
-        _, cfg, _ = self.methods.get("ldrld", (None, LDRLDConfig(), 1.0))
-        return cfg.depth
+    def init(self) -> dict[str, Tree]:
+        """Returns what the methods learn, before the first step, by method."""
+        return {name: term.method.init(term.cfg) for name, term in self.methods.items() if term.method.init is not None}
 
     def __call__(
         self,
@@ -63,9 +74,10 @@ class Objective:
         method_params: Mapping[str, Tree] = MappingProxyType({}),
         last_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss, a scalar, and its terms by name as they are before the weights around them.
+        """Returns the loss, a scalar, and its terms by name as they are before the weights around them.
 
-        A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`.
+        A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`. The cross-entropy is
+        `ce_term`: smoothed and blended, it is not the `ce` of an evaluation.
 
         Args:
           teacher_logits: `[n, C]`; None without methods.
@@ -81,18 +93,19 @@ class Objective:
         With several `views`, so many rows in sequence are views of one image.
         """
         ce = functools.partial(cross_entropy, student_logits, smoothing=self.label_smoothing, where=where)
-        terms = {"ce": ce(labels)}
+        terms = {"ce_term": ce(labels)}
         if second is not None:
             other, share = second
-            terms["ce"] = (1 - share) * terms["ce"] + share * ce(other)
-        loss = self.ce_weight * terms["ce"]
+            terms["ce_term"] = (1 - share) * terms["ce_term"] + share * ce(other)
+        loss = self.ce_weight * terms["ce_term"]
         scale = jnp.asarray(self.kd_weight, loss.dtype)
         if self.kd_warmup_epochs:
             scale = scale * jnp.minimum(epoch.astype(loss.dtype) / self.kd_warmup_epochs, 1.0)
-        for name, (method, cfg, weight) in self.methods.items():
+        for name, term in self.methods.items():
+            method, cfg, weight = term
             # Most methods take a view as an image of its own; one that compares views has them first.
             rows = [teacher_logits, student_logits, labels, where]
-            if method.views(cfg) > 1:
+            if term.views > 1:
                 rows = [
                     None if x is None else jnp.moveaxis(x.reshape(-1, self.views, *x.shape[1:]), 1, 0) for x in rows
                 ]
@@ -148,7 +161,7 @@ def make_objective(config: ConfigDict) -> Objective:
         if value < 0 or (key == "label_smoothing" and value >= 1):
             raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
     methods = {
-        name: (_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
+        name: Term(_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
         for name in config_lib.method_names(config)
     }
     return Objective(methods, **weights)

@@ -3,29 +3,27 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.described import Describer
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import read_json
 from ldrld_jax.logit_store import store as logit_store
-from ldrld_jax.metrics import read_metrics
 from ldrld_jax.runtime.hosts import in_turn
-from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, model_shardings, replicated, shares
-from ldrld_jax.train.networks import create_network, load_network, outline_network
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, shares
+from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
-from ldrld_jax.train.optim import Schedule, first_decay_epoch, make_optimizer, make_schedule
-from ldrld_jax.train.step import Network, Variables
+from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
+from ldrld_jax.train.state import Placement, TrainState, Variables
+from ldrld_jax.train.step import Network
 
 _POSITIVE = (
     *("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch", "log.every_steps"),
@@ -75,7 +73,12 @@ class Run:
         # Each device and each group takes as many rows of a microbatch as the others: some may be padding.
         divisor = config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
         objective = make_objective(config)
-        logit_store.check(config, views=objective.views, last_layer=objective.needs_last_layer)
+        logit_store.check(
+            config,
+            views=objective.views,
+            last_layer=objective.needs_last_layer,
+            teacher_changes=config_lib.teaches_itself(config),
+        )
         if objective.needs_last_layer and len(models := config_lib.teacher_models(config)) > 1:
             raise UserError(
                 f"method={config.method} takes the last layer of one teacher, and teacher.model names {len(models)}: "
@@ -104,7 +107,7 @@ class Run:
         check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
-        run.outline(config.student.model, config.data)  # a wrong name shows here
+        run.networks.outline(config.student.model, config.data)  # a wrong name shows here
         return run
 
     @property
@@ -116,55 +119,36 @@ class Run:
         return make_schedule(self.config.optim, steps_per_epoch=self.batches.steps_per_epoch, epochs=self.config.epochs)
 
     @property
-    def _like_data(self) -> dict[str, Any]:
-        """What the data and the precision ask of any network."""
+    def networks(self) -> Networks:
+        """Makes networks for the run's data."""
         source = self.batches.source
-        return dict(
-            num_classes=len(source.class_names), channels=source.image_shape[-1], precision=self.config.precision
-        )
+        return Networks(len(source.class_names), source.image_shape[-1], self.config.precision)
 
-    def create(self) -> tuple[Network, Variables]:
-        """The student before its first step: freshly initialised, or from `student.checkpoint`."""
+    @property
+    def placement(self) -> Placement:
+        """How weights lie on the mesh."""
+        return Placement(self.mesh, self.config.mesh.fsdp)
+
+    def make_student(self) -> tuple[Network, Variables]:
+        """Makes the student before its first step: with random weights, or from `student.checkpoint`."""
         config = self.config
         groups = batch_norm_groups(config)
-        network, variables = create_network(
-            config.student.model, config.data, seed=config.seed, batch_norm_groups=groups, **self._like_data
+        network, variables = self.networks.random(
+            config.student.model, config.data, seed=config.seed, batch_norm_groups=groups
         )
         if config.student.checkpoint is not None:
-            _, variables = self.load(config.student.checkpoint, config.student.model, config.data)
+            _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
         return network, variables
 
-    def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
-        """Returns a network with its variables as shapes: no weight is made."""
-        return outline_network(model, data, batch_norm_groups=batch_norm_groups, **self._like_data)
-
-    def fresh(self, model: str, data: ConfigDict, seed: int) -> tuple[Network, Variables]:
-        """A network with random weights, on the mesh."""
-        network, variables = create_network(model, data, seed=seed, **self._like_data)
-        return network, self.place(variables)
-
-    def load(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
-        """A network from a checkpoint, its weights on the mesh."""
-        network, variables = self.read(path, model, data)
-        return network, self.place(variables)
-
-    def read(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
-        """A network from a checkpoint, its weights not on the mesh yet."""
-        return load_network(path, model, data, **self._like_data)
-
-    def place(self, variables: Variables) -> Variables:
-        """The weights on the mesh."""
-        return jax.device_put(variables, self.placement(variables))
-
-    def placement(self, variables: Variables) -> Variables:
-        """How a network's variables lie on the mesh; the few statistics are on each device."""
-        params = model_shardings(variables.params, self.mesh, fsdp=self.config.mesh.fsdp)
-        return Variables(params, jax.tree.map(lambda _: replicated(self.mesh), variables.batch_stats))
+    def first_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+        """Returns the state before the first step, wherever its arrays happen to lie."""
+        averaged = self.config.ema_decay is not None
+        return TrainState.first(variables, optimizer, method_params=self.objective.init(), averaged=averaged)
 
     def of_microbatches(self, variables: Variables) -> str | None:
         """What accumulation makes different from one large batch, in a line; None if nothing."""
         accumulate = self.config.accumulate
-        parts = [name for name, (method, _, _) in self.objective.methods.items() if not method.decomposes]
+        parts = [name for name, term in self.objective.methods.items() if not term.method.decomposes]
         if variables.batch_stats and self.config.batch_norm_group is None:
             parts.append("BatchNorm")
         if accumulate == 1 or not parts:
@@ -175,55 +159,11 @@ class Run:
             "not what one large batch gives."
         )
 
-    def check_workdir(self) -> None:
-        """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""
-        if self.workdir.exists() and not self.workdir.is_dir():
-            raise UserError(f"{self.workdir} is a file. Choose another workdir.")
-        saved = config_lib.saved_config(self.workdir)
-        if saved is not None:
-            self._check_identity(str(self.workdir), config_lib.identity(saved))
-        checkpoints = self.checkpoints()
-        for step in checkpoints.readable_steps[-1:]:
-            self._check_identity(str(self.workdir / "checkpoints" / str(step)), checkpoints.run(step))
-        read_metrics(self.workdir)
-
-    def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
-        ours = config_lib.identity(self.config)
-        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-        if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
-            decay = first_decay_epoch(self.config.optim)
-            done = (self.checkpoints().latest_step or 0) / self.batches.steps_per_epoch
-            if done < decay:
-                return
-            raise UserError(
-                f"epochs may grow only before the first decay (epoch {decay}), and {self.workdir} is at epoch "
-                f"{done:g}. Choose another workdir."
-            )
-        if differing:
-            shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differing)
-            raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
-
-    def checkpoints(self) -> Checkpoints:
-        """Those in the workdir, kept as the config says."""
-        return Checkpoints(
-            self.workdir / "checkpoints",
-            run=config_lib.identity(self.config),
-            keep_last=self.config.checkpoint.keep_last,
-            keep_every=self._keep_every,
-        )
-
     @property
-    def _keep_every(self) -> int | None:
+    def keep_every(self) -> int | None:
+        """Every so many steps one checkpoint is kept for good; None keeps none."""
         epochs = self.config.checkpoint.keep_every_epochs
         return None if epochs is None else epochs * self.batches.steps_per_epoch
-
-    def finished(self) -> dict[str, Any] | None:
-        """The summary, if the run has ended."""
-        path = self.workdir / "summary.json"
-        if not path.exists():
-            return None
-        summary = read_json(path, "A run's summary, written again once it is removed", keys={"steps", "epochs"})
-        return summary if summary["steps"] == self.steps else None
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the student is evaluated after this step."""
@@ -231,7 +171,7 @@ class Run:
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after this step beside those of the evaluations."""
-        return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self._keep_every))
+        return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))
 
 
 def batch_norm_groups(config: ConfigDict) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +13,9 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.losses.top import top_mask
 from ldrld_jax.metrics import Mean, Means, agreement, classification
 from ldrld_jax.train.objective import Objective, at_least_float32
+from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
-Tree = Any
 Batch = Mapping[str, jax.Array]
-
-
-class Variables(NamedTuple):
-    """A model's weights."""
-
-    params: Tree
-    batch_stats: Tree
-
-
-class TrainState(NamedTuple):
-    """All that training changes. Order and augmentation are functions of the seed and the step.
-
-    Attributes:
-      step: steps done, a scalar int32.
-      student: the weights.
-      method_params: what the methods learn, by method.
-      opt_state: the optimizer's, over the student's parameters and `method_params` together.
-      ema: the exponential moving average of the student's weights; None without one.
-    """
-
-    step: jax.Array
-    student: Variables
-    method_params: dict[str, Tree]
-    opt_state: Tree
-    ema: Variables | None = None
-
-    @property
-    def evaluated(self) -> Variables:
-        """The weights that evaluation, and whoever loads the run, takes."""
-        return self.student if self.ema is None else self.ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +118,7 @@ def make_train_step(
     accumulate: int = 1,
     skip_non_finite: bool = False,
     unroll: bool = False,
+    compared_depth: int = 7,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -172,6 +143,7 @@ def make_train_step(
       skip_non_finite: a step whose loss or gradient is not finite changes nothing but the step number;
         `skipped` in the metrics counts it.
       unroll: write the microbatches out one after another instead of as a loop, which a CPU is slow in.
+      compared_depth: how many of the largest classes the metrics compare, see `agreement`.
     """
 
     def forward(params, batch_stats, images, where):
@@ -210,7 +182,7 @@ def make_train_step(
                 return loss, ({"loss": loss, **terms}, logits, batch_stats)
 
             gradients, (terms, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
-            return gradients, batch_stats, _metrics(terms, teacher_logits, logits, labels, where, objective.depth)
+            return gradients, batch_stats, _metrics(terms, teacher_logits, logits, labels, where, compared_depth)
 
         share = None
         if mixup is not None:
@@ -311,11 +283,6 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
     return found[0].T
 
 
-def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
-    """What the optimizer is initialised with and updates."""
-    return student.params, method_params
-
-
 def _rows(batch: Batch) -> Batch:
     """The batch with a row per view of an image."""
     images = batch["image"]
@@ -329,7 +296,7 @@ def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) 
     """The gradients of the methods' own parameters, as each method wants them applied."""
     scaled = {}
     for name, gradient in gradients.items():
-        scale = objective.methods[name][0].gradient_scale
+        scale = objective.methods[name].method.gradient_scale
         factor = 1.0 if scale is None else scale(epoch)
         scaled[name] = jax.tree.map(lambda g, factor=factor: g * factor, gradient)
     return scaled

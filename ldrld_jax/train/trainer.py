@@ -1,6 +1,5 @@
 """What the command line does with a config: a run with its teacher before it, or an evaluation."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,17 +7,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import UserError
-from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, open_store
 from ldrld_jax.record.console import say, summary_table
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.hosts import catch_signals_of_all
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.evaluator import Evaluator
-from ldrld_jax.train.loop import Teacher, fit
+from ldrld_jax.train.folder import RunFolder
+from ldrld_jax.train.loop import fit
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.step import Network
+from ldrld_jax.train.teacher import obtain_teacher
 
 
 def train(
@@ -55,65 +53,23 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
-        network, variables = run.load(str(workdir), config.student.model, config.data)
-        return Evaluator(network, run.eval_source, run.config, run.mesh)(variables)
+        network, variables = run.networks.restore(str(workdir), config.student.model, config.data)
+        return Evaluator(network, run.eval_source, run.config, run.mesh)(run.placement.put_variables(variables))
 
 
 def _train(
     config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, profile: str | None = None
 ) -> dict[str, Any]:
     run = Run.plan(config_lib.resolve(config), workdir)
-    run.check_workdir()
-    if (summary := run.finished()) is not None:
+    folder = RunFolder(run)
+    folder.check()
+    if (summary := folder.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
     else:
-        student = run.create()  # first: a wrong student.checkpoint must not wait for a teacher
-        summary = fit(run, student, obtain_teacher(run, student[0], signals), signals, role, profile)
+        student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
+        train_teacher = lambda recipe, place: _train(recipe, place, signals, role="teacher")  # noqa: E731
+        teacher = obtain_teacher(run, student[0], signals, train_teacher)
+        summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
-
-
-def obtain_teacher(run: Run, student: Network, signals: Signals) -> Teacher | None:
-    """The teacher, loaded or trained, and measured; None for plain training.
-
-    Raises:
-      UserError: if it does not load, or scores less than `teacher.min_top1`.
-    """
-    config = run.config.teacher
-    if not run.objective.methods:
-        return None
-    if config.model == config_lib.SELF:
-        return Teacher(student)
-    paths = config.checkpoint.split(",") if config.checkpoint else _train_teachers(run, signals)
-    teacher = Teacher.read(run, paths)
-    store = open_store(run, teacher.network, teacher.variables) if run.config.logits else None
-    top1 = store.teacher_top1(run.config.data.eval_split) if store else None
-    missing = missing_epochs(run, store) if store else None
-    if missing != [] or top1 is None:  # else nobody runs it
-        teacher = teacher.placed(run)
-    if top1 is None:
-        evaluate = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)
-        top1 = evaluate(teacher.variables, signals.check)["top1"]
-    if top1 < config.min_top1:
-        raise UserError(
-            f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
-            f"{config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
-            "teacher.min_top1."
-        )
-    say(f"teacher {config.model} from {', '.join(paths)}  top-1 {top1:.2f}")
-    if store is None:
-        return dataclasses.replace(teacher, top1=top1)
-    store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
-    feed = LogitFeed(run, store, (teacher.network, teacher.variables) if missing else None)
-    return Teacher(teacher.network, top1=top1, logits=feed)
-
-
-def _train_teachers(run: Run, signals: Signals) -> list[str]:
-    """Trains each teacher in its workdir, or finds it trained; gives the workdirs."""
-    places = config_lib.teacher_workdirs(run.config, run.workdir)
-    for i, (model, place) in enumerate(places):
-        recipe = config_lib.teacher_recipe(run.config, model)
-        recipe.seed += i  # an ensemble of one model is one of several seeds
-        _train(recipe, place, signals, role="teacher")
-    return [str(place) for _, place in places]

@@ -10,7 +10,7 @@ from ldrld_jax.aot import hlo
 from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.deploy.export import PLATFORMS
 from ldrld_jax.runtime.precision import precision_scope
-from ldrld_jax.train.networks import create_network
+from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.plan import Run
 from tests.compiled.compilers import compiled, target
 
@@ -75,7 +75,7 @@ def test_a_batch_of_resident_images_is_gathered_where_they_lie(name):
 @pytest.mark.parametrize("name", ["h100", "v5e:2x2"])
 def test_an_exported_student_compiles(name):
     data = config_lib.load("configs/digits.py").data
-    network, variables = create_network("resnet8", data, num_classes=10, channels=1, precision="float32", seed=0)
+    network, variables = Networks(10, 1, "float32").random("resnet8", data, seed=0)
     student = jax.jit(lambda images: network(variables, images, train=False)[0])
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, 8, 8, 1), jnp.uint8)

@@ -49,5 +49,5 @@ def test_the_pytorch_teacher_scores_what_it_scored_there(cifar100_dir, tmp_path)
     overrides = [f"data.data_dir={cifar100_dir}", f"teacher.checkpoint={teacher}", "teacher.min_top1=56."]
     config = config_lib.resolve(config_lib.load("configs/cifar100.py:resnet20-resnet8", [*overrides, "mesh.data=1"]))
     run = trainer.Run.plan(config, tmp_path)
-    teacher = trainer.obtain_teacher(run, student=None, signals=Signals())
+    teacher = trainer.obtain_teacher(run, student=None, signals=Signals(), train=trainer.train)
     assert abs(teacher.top1 - 56.93) < 0.02

@@ -25,7 +25,7 @@ from ldrld_jax.deploy.preprocessing import describe, view_of
 from ldrld_jax.models import MODELS
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.train import trainer
-from ldrld_jax.train.networks import load_network
+from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.step import Network
 from tests.conftest import tiny_overrides
 from tests.pages import PAGES, blocks
@@ -104,8 +104,7 @@ def test_a_student_of_another_precision_gives_float32_logits_without_it(precisio
     student, _ = export.student_of(config, run)
     program = jax.export.deserialize(student.program.serialize())
     with precision_scope(precision):
-        like = dict(num_classes=10, channels=1, precision=precision)
-        network, variables = load_network(str(run), "tiny_net", config.data, **like)
+        network, variables = Networks(10, 1, precision).restore(str(run), "tiny_net", config.data)
         # The conversion is part of the program: XLA keeps more digits than bfloat16 has where it may.
         logits_of = jax.jit(lambda x: network(variables, x, train=False)[0].astype(np.float32))
         expected = np.asarray(logits_of(images))
@@ -116,9 +115,7 @@ def test_a_student_of_another_precision_gives_float32_logits_without_it(precisio
 
 def test_a_network_that_resizes_its_images_is_exported_with_the_resizing(run):
     config = config_lib.load_run(str(run))
-    network, variables = load_network(
-        str(run), "tiny_net", config.data, num_classes=10, channels=1, precision="float32"
-    )
+    network, variables = Networks(10, 1, "float32").restore(str(run), "tiny_net", config.data)
     network = dataclasses.replace(network, image_size=12)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     program = export._program(network, jax.tree.map(np.asarray, variables), (8, 8, 1))

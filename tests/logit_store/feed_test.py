@@ -11,10 +11,12 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import feed as logit_feed
-from ldrld_jax.logit_store.feed import missing_epochs, open_store
+from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import LogitStore
+from ldrld_jax.train import teacher as teachers
 from ldrld_jax.train import trainer
 from ldrld_jax.train.plan import Run
+from ldrld_jax.train.teacher import NetworkTeacher, open_store, restored
 from tests.conftest import comparable_lines
 from tests.train.trainer_test import saved, values
 
@@ -34,7 +36,7 @@ def stored(tiny, tmp_path):
 @pytest.fixture
 def taught(monkeypatch):
     """How often a batch went to the teacher, evaluations of it as many hundreds."""
-    counts, make, evaluator = [0], logit_feed.teacher_program, trainer.Evaluator
+    counts, make, evaluator = [0], teachers.teacher_program, teachers.Evaluator
 
     def counted(*args):
         teach = make(*args)
@@ -49,8 +51,8 @@ def taught(monkeypatch):
         counts[0] += 100
         return evaluator(*args)
 
-    monkeypatch.setattr(logit_feed, "teacher_program", counted)
-    monkeypatch.setattr(trainer, "Evaluator", evaluated)
+    monkeypatch.setattr(teachers, "teacher_program", counted)
+    monkeypatch.setattr(teachers, "Evaluator", evaluated)
     return counts
 
 
@@ -91,8 +93,9 @@ def test_another_order_method_loader_and_batch_size_read_the_logits_of_the_very_
     assert comparable_lines(tmp_path / "stream") == comparable_lines(tmp_path / "resident")
 
     run = Run.plan(config_lib.resolve(stored(*flags)), tmp_path)
-    network, weights = run.read(str(tmp_path / "teacher"), "tiny_net", run.config.teacher.data)
-    feed = logit_feed.LogitFeed(run, open_store(run, network, weights))
+    teacher = restored(run, [str(tmp_path / "teacher")])
+    network, weights = teacher.network, teacher.variables
+    feed = logit_feed.LogitFeed(open_store(run, teacher), run.batches, run.mesh, run.config.epochs)
     for step in range(3):
         batch = run.batches[step]
         given = feed(step, {})["teacher_logits"]
@@ -156,19 +159,18 @@ def test_fixed_views_come_round_and_are_made_once(stored, tmp_path, taught):
 def test_several_hosts_read_but_do_not_write(stored, tmp_path):
     run = Run.plan(config_lib.resolve(stored()), tmp_path)
     run = dataclasses.replace(run, batches=dataclasses.replace(run.batches, hosts=2))
-    network, weights = run.create()
-    store = open_store(run, network, weights)
+    store = open_store(run, NetworkTeacher(*run.make_student()))
     with pytest.raises(UserError, match="lacks 2 of 2 epochs, and only one host can write them"):
-        missing_epochs(run, store)
+        missing_epochs(store, run.batches, run.config.epochs)
     for epoch in (0, 1):
         store.write(epoch, np.zeros((90, 10), np.float16))
-    assert missing_epochs(run, store) == []
+    assert missing_epochs(store, run.batches, run.config.epochs) == []
 
 
 def test_a_logit_that_the_dtype_cannot_hold_names_one_that_can(stored, tmp_path, monkeypatch):
-    make = logit_feed.teacher_program
+    make = teachers.teacher_program
     infinite = lambda *args: lambda *inputs: make(*args)(*inputs) / jnp.float16(0)  # noqa: E731
-    monkeypatch.setattr(logit_feed, "teacher_program", infinite)
+    monkeypatch.setattr(teachers, "teacher_program", infinite)
     with pytest.raises(UserError, match=r"not finite as float16\. Set logits\.dtype=bfloat16"):
         trainer.train(stored("epochs=1"), tmp_path / "run")
     assert not pathlib.Path(tmp_path / "logits" / "00000").exists()

@@ -10,10 +10,10 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store as logit_store
-from ldrld_jax.logit_store.feed import missing_epochs, open_store
+from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import LogitStore
-from ldrld_jax.train.networks import create_network
 from ldrld_jax.train.plan import Run
+from ldrld_jax.train.teacher import NetworkTeacher, open_store
 
 KEY = {"dtype": "float16", "classes": 7, "data": {"records": 50}, "teacher": {"model": "resnet20"}}
 
@@ -37,8 +37,8 @@ def planned(tiny, tmp_path):
     def make(*overrides: str):
         flags = ["method=kd", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}", "data.pad=1"]
         run = Run.plan(config_lib.resolve(tiny(*flags, *overrides)), tmp_path / "run")
-        network, weights = create_network("tiny_net", run.config.teacher.data, seed=0, **run._like_data)
-        return run, open_store(run, network, weights)
+        teacher = NetworkTeacher(*run.networks.random("tiny_net", run.config.teacher.data, seed=0))
+        return run, open_store(run, teacher)
 
     return make
 
@@ -118,7 +118,7 @@ def test_a_disk_that_is_too_small_is_refused_before(planned, monkeypatch, capsys
     run, store = planned("epochs=3")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
     with pytest.raises(UserError, match=r"needs 5\.4 kB more, and 5\.0 kB are free there"):
-        missing_epochs(run, store)
+        missing_epochs(store, run.batches, run.config.epochs)
     assert "will take 5.4 kB: 3 epochs x 90 images x 10 classes x 2 bytes" in capsys.readouterr().out
 
 

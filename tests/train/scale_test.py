@@ -20,19 +20,20 @@ from ldrld_jax.train import loop
 from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.step import rematerialised
+from ldrld_jax.train.teacher import NetworkTeacher
 from tests.tiny_net import TinyNet
 
 
 def built(config, workdir):
     """A run, its step over its mesh, its first state, and its teacher's variables: nearly the student's."""
     run = Run.plan(config_lib.resolve(config), workdir)
-    (student, variables), (_, frozen) = run.create(), run.create()
+    (student, variables), (_, frozen) = run.make_student(), run.make_student()
     optimizer = make_optimizer(run.config.optim, run.schedule)
-    state = loop.initial_state(run, variables, optimizer)
-    step = loop.make_step(run, student, loop.Teacher(student) if run.objective.methods else None, optimizer)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(loop.placement(run, state), replicated(run.mesh)))
+    state = run.placement.put_state(run.first_state(variables, optimizer))
+    step = loop.make_step(run, student, NetworkTeacher(student, None) if run.objective.methods else None, optimizer)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(run.placement.of_state(state), replicated(run.mesh)))
     frozen = jax.tree.map(lambda x: x * 1.1, frozen)
-    return run, step, state, jax.device_put(frozen, run.placement(frozen))
+    return run, step, state, run.placement.put_variables(frozen)
 
 
 def compiled(config, workdir):
@@ -177,9 +178,9 @@ def test_accumulation_says_what_does_not_decompose(tiny, tmp_path):
     flags = ["method=dist+kd", "teacher.checkpoint=x", "teacher.model=tiny_net", "accumulate=4"]
     for more, expected in (([], "dist and BatchNorm see a microbatch of 10 "), (["batch_norm_group=5"], "4: dist see")):
         run = Run.plan(config_lib.resolve(tiny(*flags, *more)), tmp_path)
-        assert expected in run.of_microbatches(run.create()[1])
+        assert expected in run.of_microbatches(run.make_student()[1])
     run = Run.plan(config_lib.resolve(tiny("accumulate=4", "batch_norm_group=5")), tmp_path)
-    assert run.of_microbatches(run.create()[1]) is None
+    assert run.of_microbatches(run.make_student()[1]) is None
 
 
 def size(tree) -> int:

@@ -12,17 +12,15 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, SLDConfig, wkd_cost
 from ldrld_jax.models import MODELS
 from ldrld_jax.models.purify import purify
-from ldrld_jax.train.objective import Objective, cross_entropy
+from ldrld_jax.train.objective import Objective, Term, cross_entropy
+from ldrld_jax.train.state import TrainState, Variables
 from ldrld_jax.train.step import (
     Ensemble,
     Mixup,
     Network,
-    TrainState,
-    Variables,
     last_layer,
     make_eval_step,
     make_train_step,
-    trainable,
 )
 from tests.tiny_net import TinyNet
 
@@ -48,11 +46,14 @@ def batch_of(rng, rows, padding=0):
     }
 
 
+def term(name: str, weight: float = 1.0) -> Term:
+    return Term(METHODS[name], METHODS[name].config(), weight)
+
+
 def stepped(network, objective, batch, *, teacher=True, **options):
     network, variables = network
     optimizer = optax.sgd(0.1)
-    learnt = {name: m.init(cfg) for name, (m, cfg, _) in objective.methods.items() if m.init is not None}
-    state = TrainState(jnp.int32(0), variables, learnt, optimizer.init(trainable(variables, learnt)))
+    state = TrainState.first(variables, optimizer, method_params=objective.init(), averaged=False)
     step = make_train_step(
         network,
         network if teacher else None,
@@ -67,7 +68,7 @@ def stepped(network, objective, batch, *, teacher=True, **options):
 
 
 def test_padding_reaches_neither_the_weights_nor_the_statistics_nor_the_metrics(network, x64):
-    objective = Objective({name: (METHODS[name], METHODS[name].config(), 1.0) for name in ("ldrld", "dist")})
+    objective = Objective({name: term(name) for name in ("ldrld", "dist")})
     plain = stepped(network, objective, batch_of(np.random.default_rng(1), 6))
     padded = stepped(network, objective, batch_of(np.random.default_rng(1), 6, padding=3))
     chex.assert_trees_all_close(padded[0], plain[0], rtol=1e-10, atol=1e-14)
@@ -78,12 +79,11 @@ def test_padding_reaches_neither_the_weights_nor_the_statistics_nor_the_metrics(
 def test_each_weight_of_the_objective_is_pinned(rng, x64):
     teacher, student = (jnp.asarray(z) for z in rng.normal(size=(2, 5, 10)))
     labels, epoch = jnp.arange(5), jnp.int32(3)
-    kd, ldrld = ((METHODS[name], METHODS[name].config()) for name in ("kd", "ldrld"))
-    terms = {name: m.loss(teacher, student, labels, cfg) for name, (m, cfg) in (("kd", kd), ("ldrld", ldrld))}
+    terms = {name: METHODS[name].loss(teacher, student, labels, METHODS[name].config()) for name in ("kd", "ldrld")}
     ce = cross_entropy(student, labels)
 
     def loss(**changes):
-        methods = {"kd": (*kd, changes.pop("kd", 0.0)), "ldrld": (*ldrld, changes.pop("ldrld", 0.0))}
+        methods = {name: term(name, changes.pop(name, 0.0)) for name in ("kd", "ldrld")}
         objective = Objective(methods, **({"ce_weight": 0.0} | changes))
         return objective(teacher, student, labels, epoch=epoch)[0]
 
@@ -116,7 +116,7 @@ def test_a_teacher_without_a_last_layer_is_named(network):
 def test_the_objective_gives_a_method_what_it_does_not_learn(rng, x64):
     teacher, student = (jnp.asarray(z) for z in rng.normal(size=(2, 6, 10)))
     labels, rows = jnp.arange(6), jnp.asarray(rng.normal(size=(10, 4)))
-    methods = {name: (METHODS[name], METHODS[name].config(), 1.0) for name in ("wkd", "sld")}
+    methods = {name: term(name) for name in ("wkd", "sld")}
     objective = Objective(methods, ce_weight=0.0)
     assert objective.views == 2 and objective.needs_last_layer
     at = lambda epoch: objective(teacher, student, labels, epoch=jnp.int32(epoch), last_layer=rows)[1]  # noqa: E731
@@ -141,9 +141,7 @@ def test_cross_entropy_is_pytorchs(rng, x64, smoothing):
 
 def test_the_diagnostics_of_a_student_that_is_the_teacher(network, x64):
     """A student in training mode is compared with itself in evaluation mode only through its ranks."""
-    metrics = stepped(
-        network, Objective({"kd": (METHODS["kd"], METHODS["kd"].config(), 1.0)}), batch_of(np.random.default_rng(2), 8)
-    )[1]
+    metrics = stepped(network, Objective({"kd": term("kd")}), batch_of(np.random.default_rng(2), 8))[1]
     logits = {name: metrics[name].value for name in ("agreement", "top_d_overlap", "label_in_top_d", "top1")}
     assert all(0 <= value <= 100 for value in logits.values())
     shared = logits["top_d_overlap"] * 8 * 7 / 100  # of eight times seven classes
@@ -193,7 +191,7 @@ def test_mixup_blends_neighbours_and_their_cross_entropies(rng):
     assert other.tolist() == [3, 0, 1, 2]
     _, terms = Objective({})(None, logits, labels, epoch=jnp.int32(1), second=(other, share))
     np.testing.assert_allclose(
-        terms["ce"], (1 - share) * cross_entropy(logits, labels) + share * cross_entropy(logits, other), rtol=1e-6
+        terms["ce_term"], (1 - share) * cross_entropy(logits, labels) + share * cross_entropy(logits, other), rtol=1e-6
     )
 
 

@@ -43,7 +43,7 @@ def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path, ca
     assert lines[0] == {"step": 0, "epoch": 0.0, "split": "teacher_eval", "values": {"top1": summary["teacher_top1"]}}
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [(line["step"], line["epoch"]) for line in lines if line["split"] == "eval"] == [(3, 1.0), (6, 2.0)]
-    terms = {"loss", "ce", "ldrld", "ldrld/pairs", "ldrld/integrity", "ldrld/remainder", "top1", "top5"}
+    terms = {"loss", "ce", "ce_term", "ldrld", "ldrld/pairs", "ldrld/integrity", "ldrld/remainder", "top1", "top5"}
     assert terms | {"agreement", "top_d_overlap", "label_in_top_d", "learning_rate"} == set(lines[1]["values"])
     evals = values(tmp_path, "eval", "top1")
     assert summary["best_top1"] == max(evals)
@@ -68,8 +68,8 @@ def test_the_teacher_is_bitwise_unchanged_by_a_distillation(tiny, teacher_dir, t
     teachers = []
     obtain = trainer.obtain_teacher
 
-    def spy(run, student, signals):
-        teacher = obtain(run, student, signals)
+    def spy(run, student, signals, train):
+        teacher = obtain(run, student, signals, train)
         if teacher is not None:
             teachers.append((teacher.variables, jax.tree.map(np.array, teacher.variables)))
         return teacher

@@ -1,0 +1,120 @@
+"""Reads what a run left in its workdir: config.json, metrics.jsonl and summary.json, each checked as it is read.
+
+Whoever looks at a run reads it here: a run that resumes, a sweep, the export and the report.
+"""
+
+import json
+import math
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import read_json
+from ldrld_jax.identity import flat
+
+_TEXTS = ("method", "student.model", "data.name")
+_NUMBERS = ("best_top1", "last_top1", "examples_per_second")
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Reads the resolved config of the run in a workdir; None if there is none.
+
+    Raises:
+      UserError: if the file is torn, or no config of a run.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return None
+    config = read_json(path, "A run's config")
+    keys = flat(config)
+    if missing := {"seed", "epochs", *_TEXTS} - set(keys):
+        raise UserError(f"{path} is not of ldrld_jax: it lacks {', '.join(sorted(missing))}. Choose another workdir.")
+    texts = [keys[key] for key in _TEXTS] + [keys.get("teacher.model") or ""]
+    if not all(isinstance(text, str) for text in texts) or not is_number(keys["seed"]):
+        raise UserError(f"{path} is not of ldrld_jax: a name that is no text, or a seed that is no number.")
+    return config
+
+
+def read_summary(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Reads the summary of the run in a workdir; None for a run that has not ended.
+
+    Raises:
+      UserError: if the file is torn, or lacks a number.
+    """
+    path = epath.Path(workdir) / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path, "A run's summary, written again once it is removed")
+    for name in _NUMBERS:
+        if not is_number(summary.get(name)):
+            raise UserError(f"{path} has no number {name}. Remove it: the run writes it again.")
+    teacher = summary.get("teacher_top1")
+    return {**summary, "teacher_top1": teacher if is_number(teacher) else None}
+
+
+class Lines(NamedTuple):
+    """The lines of a metrics.jsonl.
+
+    Attributes:
+      whole: in order; an evaluation among them has a finite top-1.
+      torn: the numbers, from 1, of those that are no such line.
+      last: the number of the last line; 0 for an empty file.
+    """
+
+    whole: list[dict[str, Any]]
+    torn: list[int]
+    last: int
+
+
+def read_lines(workdir: epath.PathLike) -> Lines:
+    """Reads a run's `metrics.jsonl`, leaving out what is torn; no lines if there is no file."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    lines = [_line(text) for text in texts]
+    torn = [number for number, line in enumerate(lines, start=1) if line is None]
+    return Lines([line for line in lines if line is not None], torn, len(lines))
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Reads the lines of a run's `metrics.jsonl`, in order; none if there is no file.
+
+    A torn last line, which a killed run leaves, is left out.
+
+    Raises:
+      UserError: if another line is torn.
+    """
+    lines = read_lines(workdir)
+    if lines.torn and lines.torn[0] < lines.last:
+        raise UserError(
+            f"line {lines.torn[0]} of {epath.Path(workdir) / 'metrics.jsonl'} is torn, and later ones are not. Restore "
+            "it, or choose another workdir."
+        )
+    return lines.whole
+
+
+def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
+    """Reads the values of a run's last evaluation beside its step and epoch; empty if there is none yet.
+
+    Raises:
+      UserError: see `read_metrics`.
+    """
+    for line in reversed(read_metrics(workdir)):
+        if line["split"] == "eval":
+            return {"step": line["step"], "epoch": line["epoch"], **line["values"]}
+    return {}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """Parses a line of metrics.jsonl; None if it is no such line."""
+    try:
+        line = json.loads(text)
+        numbers = [line["step"], line["epoch"], *([line["values"]["top1"]] if line["split"] == "eval" else [])]
+        return line if all(map(is_number, numbers)) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None

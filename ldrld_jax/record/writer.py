@@ -1,0 +1,55 @@
+"""Writes a run's metrics: a line of JSON each, and TensorBoard's events beside them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ldrld_jax.files import append_text, is_local, replace_text
+from ldrld_jax.record.reader import read_metrics
+from ldrld_jax.record.tensorboard import Events
+
+
+class Writer:
+    """`metrics.jsonl`, and TensorBoard events beside it.
+
+    A line is `{"step": int, "epoch": float, "split": str, "values": {name: float}}`.
+
+    Args:
+      workdir: where both lie; `gs://` and the like are written whole at each line.
+      lines: that had been written when the checkpoint was saved that the run resumes from; later ones are cut off.
+      step: of that checkpoint.
+      tensorboard: False leaves out the events.
+    """
+
+    def __init__(self, workdir: epath.Path, *, lines: int = 0, step: int = 0, tensorboard: bool = True):
+        self._path = workdir / "metrics.jsonl"
+        self._lines = read_metrics(workdir)[:lines]
+        text = "".join(_dump(line) for line in self._lines)
+        if not self._path.exists() or self._path.read_bytes() != text.encode():
+            replace_text(self._path, text)
+        self._events = Events(workdir, purge_step=step + 1) if tensorboard else None
+
+    @property
+    def lines(self) -> int:
+        """How many have been written."""
+        return len(self._lines)
+
+    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
+        self._lines.append(line)
+        if not is_local(self._path):
+            self._path.write_text("".join(_dump(line) for line in self._lines))
+        else:
+            append_text(self._path, _dump(line))
+        if self._events is not None:
+            self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def _dump(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"

@@ -1,0 +1,65 @@
+"""The workdir of a run: whether what lies there is this very run's, its checkpoints, and whether it has ended."""
+
+import dataclasses
+from typing import Any
+
+from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.errors import UserError
+from ldrld_jax.identity import identity
+from ldrld_jax.record.reader import read_config, read_metrics, read_summary
+from ldrld_jax.train.optim import first_decay_epoch
+from ldrld_jax.train.plan import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The files of a planned run.
+
+    Attributes:
+      run: the plan.
+    """
+
+    run: Run
+
+    def check(self) -> None:
+        """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""
+        workdir = self.run.workdir
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{workdir} is a file. Choose another workdir.")
+        saved = read_config(workdir)
+        if saved is not None:
+            self._check_identity(str(workdir), identity(saved))
+        checkpoints = self.checkpoints()
+        for step in checkpoints.readable_steps[-1:]:
+            self._check_identity(str(workdir / "checkpoints" / str(step)), checkpoints.run(step))
+        read_metrics(workdir)
+
+    def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
+        config, ours = self.run.config, identity(self.run.config)
+        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
+            decay = first_decay_epoch(config.optim)
+            done = (self.checkpoints().latest_step or 0) / self.run.batches.steps_per_epoch
+            if done < decay:
+                return
+            raise UserError(
+                f"epochs may grow only before the first decay (epoch {decay}), and {self.run.workdir} is at epoch "
+                f"{done:g}. Choose another workdir."
+            )
+        if differing:
+            shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differing)
+            raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
+
+    def checkpoints(self) -> Checkpoints:
+        """Returns the run's checkpoints, kept as the config says."""
+        return Checkpoints(
+            self.run.workdir / "checkpoints",
+            run=identity(self.run.config),
+            keep_last=self.run.config.checkpoint.keep_last,
+            keep_every=self.run.keep_every,
+        )
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the summary of a run that has ended, else None."""
+        summary = read_summary(self.run.workdir)
+        return summary if summary is not None and summary.get("steps") == self.run.steps else None

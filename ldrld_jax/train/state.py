@@ -1,0 +1,131 @@
+"""The state of training: what it holds, how it lies on a mesh, and its form in a checkpoint."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ldrld_jax.runtime.mesh import model_shardings, replicated
+
+Tree = Any
+
+
+class Variables(NamedTuple):
+    """A model's weights."""
+
+    params: Tree
+    batch_stats: Tree
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes. Order and augmentation are functions of the seed and the step.
+
+    Attributes:
+      step: steps done, a scalar int32.
+      student: the weights.
+      method_params: what the methods learn, by method.
+      opt_state: the optimizer's, over the student's parameters and `method_params` together.
+      ema: the exponential moving average of the student's weights; None without one.
+    """
+
+    step: jax.Array
+    student: Variables
+    method_params: dict[str, Tree]
+    opt_state: Tree
+    ema: Variables | None = None
+
+    @property
+    def evaluated(self) -> Variables:
+        """The weights that are evaluated, and that whoever loads the run gets."""
+        return self.student if self.ema is None else self.ema
+
+    @classmethod
+    def first(
+        cls,
+        variables: Variables,
+        optimizer: optax.GradientTransformation,
+        *,
+        method_params: dict[str, Tree],
+        averaged: bool,
+    ) -> "TrainState":
+        """Returns the state before the first step, wherever its arrays happen to lie.
+
+        Args:
+          variables: the student's.
+          optimizer: of the run.
+          method_params: what the methods learn, see `Objective.init`.
+          averaged: whether to keep a moving average of the student's weights.
+        """
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            student=variables,
+            method_params=method_params,
+            opt_state=optimizer.init(trainable(variables, method_params)),
+            # A copy: the state's buffers are donated, none of them twice.
+            ema=jax.tree.map(jnp.copy, variables) if averaged else None,
+        )
+
+    def to_trees(self) -> dict[str, Any]:
+        """Returns the trees of a checkpoint: `model`, which others load, holds the evaluated weights."""
+        training = {"step": self.step, "method_params": self.method_params, "opt_state": self.opt_state}
+        if self.ema is not None:
+            training["student"] = self.student._asdict()
+        return {"model": self.evaluated._asdict(), "training": training}
+
+    @classmethod
+    def from_trees(cls, trees: dict[str, Any]) -> "TrainState":
+        """Returns the state whose `to_trees` gave `trees`."""
+        evaluated, training = Variables(**trees["model"]), trees["training"]
+        averaged = "student" in training
+        return cls(
+            step=training["step"],
+            student=Variables(**training["student"]) if averaged else evaluated,
+            method_params=training["method_params"],
+            opt_state=training["opt_state"],
+            ema=evaluated if averaged else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How weights and states lie on the devices of a mesh.
+
+    Attributes:
+      mesh: of `make_mesh`.
+      fsdp: whether parameters and optimizer states are split over the data axis as well.
+    """
+
+    mesh: Mesh
+    fsdp: bool = False
+
+    def of_variables(self, variables: Variables) -> Variables:
+        """Returns a sharding per leaf; the few statistics are whole on each device."""
+        params = model_shardings(variables.params, self.mesh, fsdp=self.fsdp)
+        return Variables(params, jax.tree.map(lambda _: replicated(self.mesh), variables.batch_stats))
+
+    def of_state(self, state: TrainState) -> TrainState:
+        """Returns a sharding per leaf."""
+        everywhere: Any = replicated(self.mesh)
+        return TrainState(
+            step=everywhere,
+            student=self.of_variables(state.student),
+            method_params=jax.tree.map(lambda _: everywhere, state.method_params),
+            opt_state=model_shardings(state.opt_state, self.mesh, fsdp=self.fsdp),
+            ema=None if state.ema is None else self.of_variables(state.ema),
+        )
+
+    def put_variables(self, variables: Variables) -> Variables:
+        """Moves weights to the devices."""
+        return jax.device_put(variables, self.of_variables(variables))
+
+    def put_state(self, state: TrainState) -> TrainState:
+        """Moves a state to the devices."""
+        return jax.device_put(state, self.of_state(state))
+
+
+def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
+    """Returns what the optimizer is initialised with and updates."""
+    return student.params, method_params
