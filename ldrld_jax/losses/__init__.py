@@ -36,7 +36,8 @@ from ldrld_jax.losses.decoupled import (
     rld_terms,
     wsld_terms,
 )
-from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_parts, ldrld_terms, rank_weights
+from ldrld_jax.losses.ldrld import ldrld_loss, ldrld_parts, ldrld_terms
+from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
 from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms
 from ldrld_jax.losses.top import AxisName
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.losses.common import check_logits, check_rows
 from ldrld_jax.losses.divergence import RULED_OUT
-from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms
+from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms
 from ldrld_jax.losses.ldrld_kernel import RowSums, local_terms, row_sums_gpu, row_sums_tpu
 
 Kernel = Callable[[jax.Array, jax.Array, LDRLDConfig], RowSums]

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from ldrld_jax.losses.divergence import RULED_OUT
-from ldrld_jax.losses.ldrld import LDRLDConfig, host_rank_weights
+from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
 Entries = Sequence[jax.Array]
 Side = TypeVar("Side", jax.Array, Entries)

@@ -83,7 +83,7 @@ def _is_number(value: Any) -> bool:
 
 def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
     """The three matrices of each LDRLD config among the groups, with the labels of those that use it."""
-    from ldrld_jax.losses.ldrld import LDRLDConfig, host_rank_weights
+    from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
     found: dict[str, tuple[list[str], list[Any]]] = {}
     for group in groups:

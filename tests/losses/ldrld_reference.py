@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldrld_jax.losses.common import prepare_logits
-from ldrld_jax.losses.ldrld import LDRLDConfig, LDRLDTerms, parts_of_terms, rank_weights
+from ldrld_jax.losses.ldrld import parts_of_terms
+from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
 
 
 def ldrld_loss(teacher_logits: jax.Array, student_logits: jax.Array, cfg: LDRLDConfig) -> jax.Array:
