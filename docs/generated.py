@@ -13,25 +13,33 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main
+from ldrld_jax.config import keys
 from ldrld_jax.identity import NOT_IDENTITY
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 
 
 def key_comments() -> Iterator[tuple[str, str]]:
-    """Every key that `config.py` sets a default for, and its comment: behind it, or in the lines above it."""
-    source = inspect.getsource(config_lib)
+    """Yields every key of `config/keys.py` with its comment: behind it, or in the line above it."""
+    source = inspect.getsource(keys)
     comments, own_line = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             kept = own_line if token.line.lstrip().startswith("#") else comments
             kept[token.start[0]] = token.string.lstrip("# ")
-    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    for name, prefix in (("default", ""), ("_data", "data."), ("_optim", "optim.")):
-        for node in functions[name].body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-                key = prefix + ast.unparse(node.targets[0]).partition(".")[2]
-                yield key, comments.get(node.lineno, own_line.get(node.lineno - 1, ""))
+    blocks = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+    def of_block(block: type, prefix: str) -> Iterator[tuple[str, str]]:
+        for field, node in zip(dataclasses.fields(block), _fields(blocks[block.__name__]), strict=True):
+            yield prefix + field.name, comments.get(node.lineno, own_line.get(node.lineno - 1, ""))
+            if dataclasses.is_dataclass(field.type) and block is not keys.Teacher:
+                yield from of_block(field.type, f"{prefix}{field.name}.")
+
+    yield from of_block(keys.Config, "")
+
+
+def _fields(block: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [node for node in block.body if isinstance(node, ast.AnnAssign)]
 
 
 def config_keys() -> str:
@@ -40,10 +48,11 @@ def config_keys() -> str:
     for key, comment in key_comments():
         value = _value(config, key)
         if not isinstance(value, ConfigDict):
-            rows.append((f"`{key}` {_shown(config, key)}", comment, "yes" if _identifies(key) else "no"))
+            allowed = keys.allowed(key)
+            rows.append((f"`{key}` {_shown(config, key)}", allowed, comment, "yes" if _identifies(key) else "no"))
         elif comment:
-            rows.append((f"`{key}.*`", comment, ""))
-    return _table(("key and default", "what it is", "identity"), rows)
+            rows.append((f"`{key}.*`", "", comment, ""))
+    return _table(("key and default", "allowed", "what it is", "identity"), rows)
 
 
 def method_keys() -> str:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
@@ -78,6 +79,20 @@ def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dic
     if missing := set(keys) - set(content):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}. {what}: restore it, or choose another.")
     return content
+
+
+def expand_home(path: str) -> str:
+    """Returns a path with a leading ~ or ~user replaced by that home directory.
+
+    Raises:
+      UserError: if there is no such user.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(pathlib.Path(path).expanduser())
+    except RuntimeError:
+        raise UserError(f"{path} is in the home directory of a user who does not exist. Write it out.") from None
 
 
 def is_local(path: epath.Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import expand_home
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -67,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.mode == "predict" and (args.distributed or any(given)):
         raise UserError("--mode predict is one process. Leave --distributed, --coordinator and the like out.")
     file = (args.config or DEFAULT_CONFIG).partition(":")[0]
-    args.workdir = args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem)
+    args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem))
     args.images = []
     overrides = overrides_in(rest, _FLAGS, args.images if args.mode == "predict" else None)
     if args.mode == "predict" and not args.images:

@@ -23,8 +23,8 @@ ALLOWED = {
     "checkpoint": {"errors", "files"},
     "interop": {"errors", "models"},
     "record": {"errors", "files", "identity", "metrics"},
-    "runtime": {"errors", "record"},
-    "config": {"errors", "identity", "losses", "record"},
+    "runtime": {"errors", "files", "record"},
+    "config": {"errors", "files", "identity", "losses", "record"},
     "logit_store": {"errors", "files", "identity", "record", "runtime"},
     "train": {
         *("checkpoint", "config", "data", "errors", "files", "identity", "interop", "logit_store", "losses"),
@@ -36,7 +36,7 @@ ALLOWED = {
     "report": {
         *("checkpoint", "config", "data", "errors", "files", "identity", "losses", "record", "runtime", "train"),
     },
-    "main": {"aot", "bench", "config", "data", "deploy", "errors", "record", "runtime", "train"},
+    "main": {"aot", "bench", "config", "data", "deploy", "errors", "files", "record", "runtime", "train"},
     "sweep": {"config", "errors", "files", "main", "record", "report"},
 }
 

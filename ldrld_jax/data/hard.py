@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.sources import Records, Selected
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 
 
 def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool = False) -> Records:
@@ -25,7 +25,6 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
     Raises:
       UserError: if a number is out of its range, or nothing is left.
     """
-    check(data)
     noisy = data.label_noise != "none"
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
         return records  # labels are not even read
@@ -42,19 +41,6 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
         return Selected(records, kept)
     rng = _rng(data.seed, 3)
     return Selected(records, kept, with_noise(labels[kept], data.label_noise, data.label_noise_rate, classes, rng))
-
-
-def check(data: ConfigDict) -> None:
-    """Raises a UserError for a number out of its range."""
-    if data.label_noise not in ("none", "symmetric", "asymmetric"):
-        raise unknown("data.label_noise", data.label_noise, ("none", "symmetric", "asymmetric"))
-    if not (0 <= data.held_out < 1 and 0 < data.fraction <= 1 and 0 <= data.label_noise_rate <= 1):
-        raise UserError(
-            "data.held_out must be in [0, 1), data.fraction in (0, 1] and data.label_noise_rate in [0, 1], "
-            f"got {data.held_out}, {data.fraction} and {data.label_noise_rate}."
-        )
-    if data.imbalance < 1:
-        raise UserError(f"data.imbalance is the largest class over the smallest, at least 1, got {data.imbalance}.")
 
 
 def stratified(labels: np.ndarray, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,7 @@ from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.sources import InMemory, Source, open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, View
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 
 Open = Callable[..., Source]  # as `sources.open_source`
 
@@ -44,7 +44,6 @@ def make_train_batches(
     Raises:
       UserError: the first thing that is wrong with the block or the data.
     """
-    check(data)
     source = open_source(data.name, data.train_split, data.data_dir, on_error=data.on_error)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
@@ -88,7 +87,6 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     Raises:
       UserError: as `make_train_batches`.
     """
-    check(data)
     split = data.train_split if data.held_out else data.eval_split
     source = open_source(data.name, split, data.data_dir, on_error=data.on_error)
     records = source.records
@@ -99,44 +97,8 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
 
 
-def check(data: ConfigDict) -> None:
-    """Raises a UserError for a value that is out of its range or a name that is unknown."""
-    for key, known in _NAMES.items():
-        if data[key] not in known:
-            raise unknown(f"data.{key}", data[key], known)
-    if data.pad < 0 or data.threads < 1:
-        raise UserError(
-            f"data.pad must not be negative and data.threads at least 1, got {data.pad} and {data.threads}."
-        )
-    if data.augment_seed is not None and data.augment_seed < 0:
-        raise UserError(f"data.augment_seed must not be negative, got {data.augment_seed}. Unset it to take the seed.")
-    if data.crop_size is not None and not 1 <= data.crop_size <= (data.resize_size or data.crop_size):
-        raise UserError(
-            f"data.crop_size must be between 1 and data.resize_size, got {data.crop_size} and {data.resize_size}."
-        )
-    if data.rand_augment < 0 or not 0 <= data.rand_magnitude <= 30:
-        raise UserError(
-            "data.rand_augment must not be negative and data.rand_magnitude in [0, 30], "
-            f"got {data.rand_augment} and {data.rand_magnitude}."
-        )
-    low, high = data.crop_area if len(data.crop_area) == 2 else (1, 0)
-    if not 0 < low <= high <= 1:
-        raise UserError(f"data.crop_area must be two numbers, 0 < low <= high <= 1, got {tuple(data.crop_area)}.")
-    hard.check(data)
-
-
-_NAMES = {
-    "loader": ("stream", "resident"),
-    "remainder": ("keep", "drop"),
-    "augment": ("pad_crop", "random_resized_crop", "rotate"),
-    "on_error": ("raise", "skip"),
-}
-
-
 def _train_view(stored: tuple[Any, Any, int], data: ConfigDict) -> View:
     if data.augment == "random_resized_crop":
-        if data.crop_size is None:
-            raise UserError("data.augment=random_resized_crop needs a size. Set data.crop_size, to 224 for example.")
         return RandomResizedCrop(data.crop_size, stored[-1], area=tuple(data.crop_area), exif=data.exif)
     base = _eval_view(stored, data)
     return RandomRotation(base, data.rotate_degrees) if data.augment == "rotate" else base

@@ -12,7 +12,7 @@ from ldrld_jax.data import folders, tfds_records
 from ldrld_jax.data.augment import generator
 from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.data.views import AsStored, View
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -59,8 +59,6 @@ class Source:
     broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
 
     def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise unknown("data.on_error", self.on_error, ("raise", "skip"))
         if self.view is None:
             object.__setattr__(self, "view", AsStored(self.image_shape))
 

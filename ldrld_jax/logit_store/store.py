@@ -17,11 +17,10 @@ import numpy as np
 import tensorstore as ts
 from ml_collections import ConfigDict
 
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 from ldrld_jax.files import full_disk_named
 from ldrld_jax.identity import flat
 
-DTYPES = ("float16", "bfloat16", "float32")
 Key = dict[str, Any]
 
 _FULL = "no space left for the logit store; its whole epochs are intact"
@@ -47,10 +46,6 @@ def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: 
     logits = config.logits
     if not logits:
         return
-    if logits.dtype not in DTYPES:
-        raise unknown("logits.dtype", logits.dtype, DTYPES)
-    if logits.views is not None and logits.views < 1:
-        raise UserError(f"logits.views must be at least 1, got {logits.views}. Unset it for a new view each epoch.")
     for wrong, why in (
         (teacher_changes, f"teacher.model={config.teacher.model} changes as the student trains"),
         (config.data.mixup, "data.mixup blends each image with another one every time"),

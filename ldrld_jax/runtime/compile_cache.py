@@ -6,6 +6,8 @@ import tempfile
 import jax
 from etils import epath
 
+from ldrld_jax.files import expand_home
+
 logger = logging.getLogger("ldrld_jax")
 
 
@@ -20,7 +22,7 @@ def keep_compiled(folder: str) -> None:
     """
     if not folder or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    path = epath.Path(folder).expanduser()
+    path = epath.Path(expand_home(folder))
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: ours alone
         if "://" not in folder:

@@ -149,17 +149,8 @@ def cross_entropy(
 
 
 def make_objective(config: ConfigDict) -> Objective:
-    """The objective of a resolved config.
-
-    Raises:
-      UserError: if a weight or a method's field is not allowed.
-    """
+    """Makes the objective of a resolved config."""
     weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
-    for key, value in (
-        weights | {f"loss_weight.{name}": weight for name, weight in config.loss_weight.items()}
-    ).items():
-        if value < 0 or (key == "label_smoothing" and value >= 1):
-            raise UserError(f"{key} must not be negative{', and below 1' if 'smooth' in key else ''}, got {value}.")
     methods = {
         name: Term(_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
         for name in config_lib.method_names(config)

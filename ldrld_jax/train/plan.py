@@ -1,7 +1,6 @@
 """A planned run: its config checked and its parts built, with nothing written and nothing computed yet."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -11,24 +10,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.data.described import Describer
-from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
-from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store as logit_store
-from ldrld_jax.runtime.hosts import in_turn
-from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, shares
+from ldrld_jax.runtime.mesh import make_mesh
+from ldrld_jax.train.input import batch_norm_groups, open_input
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
 from ldrld_jax.train.state import Placement, TrainState, Variables
 from ldrld_jax.train.step import Network
-
-_POSITIVE = (
-    *("epochs", "batch_size", "eval_batch_size", "eval_every_epochs", "steps_per_dispatch", "log.every_steps"),
-    *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_epochs"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +45,7 @@ class Run:
         Raises:
           UserError: the first thing that is wrong.
         """
-        flat = config_lib.flat(config.to_dict())
-        for key in _POSITIVE:
-            if (value := flat[key]) is not None and value < 1:
-                raise UserError(f"{key} must be at least 1, got {value}.")
-        if config.steps_per_dispatch > 1 and config.data.loader != "resident":
-            raise UserError(
-                f"steps_per_dispatch={config.steps_per_dispatch} takes its batches from images on the devices. Set "
-                "data.loader=resident, or steps_per_dispatch=1."
-            )
-        if config.log.watchdog_seconds < 0:
-            raise UserError(f"log.watchdog_seconds must not be negative, got {config.log.watchdog_seconds}.")
-        if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
-            raise UserError(f"ema_decay must be at least 0 and below 1, got {config.ema_decay}.")
-        if config.non_finite not in ("stop", "skip"):
-            raise unknown("non_finite", config.non_finite, ("stop", "skip"))
         mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
-        # Each device and each group takes as many rows of a microbatch as the others: some may be padding.
-        divisor = config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
         objective = make_objective(config)
         logit_store.check(
             config,
@@ -84,26 +58,7 @@ class Run:
                 f"method={config.method} takes the last layer of one teacher, and teacher.model names {len(models)}: "
                 f"{config.teacher.model}. Set one."
             )
-        with in_turn("data"):
-            batches = make_train_batches(
-                config.data,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                views=objective.views,
-                cycle=config.logits.get("views"),
-                sharding=batch_sharding(mesh),
-                open_source=open_source if absent is None else Describer(config.compile, "train_images"),
-                **(shares(mesh) | {"divisor": divisor}),
-            )
-            eval_source = make_eval_source(
-                config.data, open_source=open_source if absent is None else Describer(config.compile, "eval_images")
-            )
-        padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
-        if config.data.mixup < 0 or (config.data.mixup and padded):
-            raise UserError(
-                f"data.mixup blends the images of a batch, which may hold no padding: got {config.data.mixup}. Set "
-                "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
-            )
+        batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None)
         check_classes(objective, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
@@ -172,22 +127,3 @@ class Run:
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after this step beside those of the evaluations."""
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))
-
-
-def batch_norm_groups(config: ConfigDict) -> int:
-    """In how many groups of a microbatch batch normalisation takes its statistics.
-
-    Raises:
-      UserError: unless a batch divides into microbatches, and those into groups.
-    """
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise UserError(
-            f"accumulate must be at least 1 and divide batch_size ({config.batch_size}), got {config.accumulate}."
-        )
-    micro = config.batch_size // config.accumulate
-    group = micro if config.batch_norm_group is None else config.batch_norm_group
-    if group < 1 or micro % group:
-        raise UserError(
-            f"batch_norm_group must be at least 1 and divide batch_size / accumulate ({micro}), got {group}."
-        )
-    return micro // group

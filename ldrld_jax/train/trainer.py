@@ -38,6 +38,7 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: if SIGTERM or SIGINT came; the state is saved.
     """
+    config = config_lib.resolve(config)
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), catching as signals:
@@ -50,9 +51,10 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     Raises:
       UserError: if there is no such run, or it trained another model.
     """
+    config = config_lib.resolve(config)
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision):
-        run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
+        run = Run.plan(config, epath.Path(workdir))
         network, variables = run.networks.restore(str(workdir), config.student.model, config.data)
         return Evaluator(network, run.eval_source, run.config, run.mesh)(run.placement.put_variables(variables))
 
@@ -60,14 +62,14 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
 def _train(
     config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, profile: str | None = None
 ) -> dict[str, Any]:
-    run = Run.plan(config_lib.resolve(config), workdir)
+    run = Run.plan(config, workdir)
     folder = RunFolder(run)
     folder.check()
     if (summary := folder.finished()) is not None:
-        say(f"the {role}'s run in {workdir} is complete: {summary['epochs']} epochs, {summary['steps']} steps.")
+        say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
     else:
         student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
-        train_teacher = lambda recipe, place: _train(recipe, place, signals, role="teacher")  # noqa: E731
+        train_teacher = lambda recipe, place: _train(config_lib.resolve(recipe), place, signals, "teacher")  # noqa: E731
         teacher = obtain_teacher(run, student[0], signals, train_teacher)
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":

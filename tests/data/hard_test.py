@@ -98,22 +98,12 @@ def test_choices_depend_on_the_data_seed_alone():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"fraction": 0.0}, r"data\.fraction in \(0, 1\]"),
-        ({"held_out": 1.0}, r"data\.held_out must be in \[0, 1\)"),
-        ({"imbalance": 0.5}, "data.imbalance is the largest class over the smallest, at least 1, got 0.5"),
-        ({"label_noise": "symetric"}, "Did you mean 'symmetric'"),
         ({"fraction": 1e-9}, "no training image is left"),
-        ({"augment": "random_crop"}, "no data.augment 'random_crop'"),
-        ({"augment": "random_resized_crop"}, "Set data.crop_size"),
-        ({"crop_size": 9, "resize_size": 8}, "between 1 and data.resize_size, got 9 and 8"),
-        ({"crop_area": (0.5,)}, "data.crop_area must be two numbers"),
         ({"loader": "resident", "rand_augment": 2}, "with data.rand_augment=2 needs encoded ones"),
-        ({"rand_magnitude": 31}, r"data.rand_magnitude in \[0, 30\], got 0 and 31"),
-        ({"on_error": "ignore"}, "no data.on_error 'ignore'"),
         ({"loader": "resident", "augment": "rotate"}, "data.augment=rotate with data.rand_augment=0 needs"),
     ],
 )
-def test_wrong_settings_are_one_line(changes, expected, data_dir):
+def test_settings_that_do_not_suit_the_data_are_one_line(changes, expected, data_dir):
     with pytest.raises(UserError, match=expected):
         make_train_batches(data(data_dir=data_dir, **changes), batch_size=8, seed=0)
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import UserError
 from ldrld_jax.train.optim import first_decay_epoch, make_optimizer, make_schedule
 
 
@@ -25,11 +24,6 @@ def test_the_official_warmup_never_reaches_the_full_rate_before_the_first_decay(
     factors = [1 / 20, 2 / 20, 19 / 20, 0.95, 0.95, 0.95, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     expected = np.repeat(0.05 * np.array(factors), 2)  # constant within the epoch
     np.testing.assert_allclose(rates(optim(warmup="official"), epochs), expected, rtol=1e-6)
-
-
-def test_an_official_warmup_of_one_epoch_would_train_nothing_and_is_refused():
-    with pytest.raises(UserError, match=r"warmup_epochs=1 that is nothing\. Set it to at least 2"):
-        rates(optim(warmup="official", warmup_epochs=1), [1])
 
 
 def test_step_decays_after_its_epochs():

@@ -1,0 +1,35 @@
+"""Configs: every key with its default, the files and flags that override them, and a run's identity.
+
+A file in `configs/` defines `get_config(arg="")` and returns an `ml_collections.ConfigDict` that holds
+only what differs from `default()`. `--config` executes that file: it is Python, trust it as such.
+"""
+
+from ldrld_jax.config.keys import check, default
+from ldrld_jax.config.load import load, load_run, overridden
+from ldrld_jax.config.resolve import (
+    method_config,
+    method_names,
+    resolve,
+    teacher_models,
+    teacher_recipe,
+    teacher_runs,
+    teaches_itself,
+)
+from ldrld_jax.identity import flat, identity
+
+__all__ = [
+    "check",
+    "default",
+    "flat",
+    "identity",
+    "load",
+    "load_run",
+    "method_config",
+    "method_names",
+    "overridden",
+    "resolve",
+    "teacher_models",
+    "teacher_recipe",
+    "teacher_runs",
+    "teaches_itself",
+]

@@ -1,0 +1,381 @@
+"""Every config key with its type, its range, its default and its purpose; `check` compares a config with them."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+from ml_collections import ConfigDict, config_dict
+
+from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.files import expand_home
+from ldrld_jax.losses import METHODS
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of numbers.
+
+    Attributes:
+      low, high: its ends.
+      above_low, below_high: whether the ends are left out.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above_low: bool = False
+    below_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.above_low else value >= self.low
+        below = value < self.high if self.below_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.above_low else f"at least {self.low}"
+        high = f"below {self.high}" if self.below_high else f"at most {self.high}"
+        ends = [text for end, text in ((self.low, low), (self.high, high)) if math.isfinite(end)]
+        return " and ".join(ends) or "finite"
+
+
+class _Text(str):
+    """A kind of text, as the error for another one names it."""
+
+
+Text = Annotated[str, _Text("text that is not empty")]
+Path = Annotated[str, _Text("a path")]  # ~ is expanded
+Paths = Annotated[str, _Text("paths separated by commas")]  # ~ is expanded in each
+Finite = Annotated[float, Range()]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above_low=True)]
+Share = Annotated[float, Range(0, 1, below_high=True)]
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Ensembling = Literal["logits", "probabilities"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: Text = "digits"  # any TFDS image classification dataset, or the digits that ship with scikit-learn
+    data_dir: Path | None = None  # unset: TFDS's own default, ~/tensorflow_datasets
+    train_split: Text = "train"  # "train[:90%]" takes a part
+    eval_split: Text = "test"  # "test[:90%]" takes a part; other datasets call it "validation" or "val"
+    loader: Literal["stream", "resident"] = "stream"  # resident: all images decoded on each device, batches made there
+    threads: Count = 4  # that prepare batches ahead of the step
+    cache_mb: Whole = 1024  # host memory for decoded images that are the same in each epoch
+    remainder: Literal["keep", "drop"] = "keep"  # the last partial batch of an epoch
+    on_error: Literal["raise", "skip"] = "raise"  # at an image that does not decode or a label out of range
+    exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
+    augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"  # random_resized_crop: to crop_size
+    pad: Whole = 0  # pad_crop: of the image padded with this many zeros on each side
+    crop_area: tuple[Positive, ...] = (0.08, 1.0)  # random_resized_crop: the share of the image, from and to
+    rotate_degrees: NotNegative = 20.0  # rotate: by up to this, either way
+    flip: bool = False  # mirror half of the images horizontally, with any augmentation
+    rand_augment: Whole = 0  # so many random distortions of each training image
+    rand_magnitude: Annotated[int, Range(0, 30)] = 9  # their strength
+    augment_seed: Seed | None = None  # of crops, mirrors and the like; unset: seed
+    mixup: NotNegative = 0.0  # alpha: neighbours in a batch are blended by a share from Beta(alpha, alpha); 0: not
+    resize_size: Count | None = None  # evaluation: the shorter side is resized to this; unset: crop_size
+    crop_size: Count | None = None  # evaluation: then the middle square of this size; unset: as stored
+    seed: Seed = 0  # of the choices that follow, so that runs of many seeds share one training set
+    held_out: Share = 0.0  # this share of each training class is kept out, and evaluated on instead of eval_split
+    fraction: Annotated[float, Range(0, 1, above_low=True)] = 1.0  # of each class that is trained on
+    imbalance: Annotated[float, Range(1)] = 1.0  # largest class over smallest, sizes falling exponentially with label
+    # symmetric: to any other class; asymmetric: to the next class
+    label_noise: Literal["none", "symmetric", "asymmetric"] = "none"
+    label_noise_rate: Annotated[float, Range(0, 1)] = 0.0  # the share of training labels that are changed
+    mean: tuple[Finite, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
+    std: tuple[Positive, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
+    image_size: Count | None = None  # resize to a square before the model; unset: as stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: NotNegative = 0.05  # the highest of the schedule
+    momentum: Share = 0.9  # sgd; adamw takes it as b1
+    nesterov: bool = False  # look ahead along the momentum
+    weight_decay: NotNegative = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
+    clip_norm: Positive | None = None  # gradients with a larger norm are scaled down to this one
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # step: after these epochs
+    decay_rate: NotNegative = 0.1  # step: times this each time
+    warmup: Literal["official", "linear", "none"] = "none"
+    warmup_epochs: Count = 20  # of either form
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    model: Text = "resnet8"  # a key of MODELS: python -m ldrld_jax.models.table
+    checkpoint: Path | None = None  # weights to start from
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    model: Text | None = None  # "a,b" for an ensemble, "ema" for the student's own average
+    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"
+    epochs: Count | None = None  # if there is no checkpoint: train it first, into
+    workdir: Path | None = None  # unset: WORKDIR/teacher; set it to share one teacher
+    ensemble: Ensembling = "logits"  # what an ensemble averages
+    min_top1: Annotated[float, Range(0, 100)] = 0.0  # percent on the evaluation split; a weaker teacher is refused
+    seed: Seed = 0  # of the teacher that the run trains first
+    batch_size: Count | None = None  # unset: the student's
+    # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
+    data: Data = Data()
+    optim: Optim = Optim()
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    dir: Path | None = None  # where it lies, for any number of runs; unset: no store
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # in which they are stored and taught
+    views: Count | None = None  # k: epoch e is augmented as epoch e % k; unset: each anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    train_images: Count | None = None  # of the training split
+    eval_images: Count | None = None  # of the evaluation split
+    classes: Annotated[int, Range(2)] | None = None  # that images are told apart into
+    image_shape: tuple[Count, ...] | None = None  # height, width, channels, as stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: Annotated[int, Range(-1)] = -1  # devices over which the batch is split; -1: all that are left
+    model: Count = 1  # devices over which each layer's outputs are split
+    fsdp: bool = False  # split parameters, optimizer state and teacher over mesh.data as well: less memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every_steps: Count = 50  # a line of metrics.jsonl each, the mean since the one before
+    tensorboard: bool = True  # write event files too
+    watchdog_seconds: NotNegative = 300.0  # without progress, until the stacks of all threads are printed; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: Count | None = None  # beside those after each evaluation
+    keep_last: Count = 2  # beside the best, which is always kept
+    keep_every_epochs: Count | None = None  # one every so many epochs is kept for good
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: Seed = 0  # of initialisation, order and, unless data.augment_seed is set, augmentation
+    epochs: Count = 1  # full passes over the training split
+    batch_size: Count = 64  # global, whatever the number of devices
+    eval_batch_size: Count = 256  # global, whatever the number of devices
+    # Of the computation; parameters are never below float32.
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
+    matmul_precision: Literal["default", "tensorfloat32", "float32"] = "tensorfloat32"
+    method: Text = "ldrld"  # a key of METHODS, several as "ldrld+kd", or "ce" for plain training
+    ce_weight: NotNegative | None = None  # unset: the method's published one; 1 for several that differ
+    kd_weight: NotNegative | None = None  # of all distillation terms; unset: the method's; 1 for several
+    # The distillation terms are multiplied by min(epoch / this, 1); unset: the method's, for several the longest.
+    kd_warmup_epochs: Whole | None = None
+    standardize: bool = False  # logit standardisation of both sides before every method
+    label_smoothing: Share = 0.0  # of the cross-entropy
+    ema_decay: Share | None = None  # evaluate a moving average of the student; unset: the student
+    accumulate: Count = 1  # microbatches whose gradients make one step: less memory, the same batch_size
+    batch_norm_group: Count | None = None  # statistics of so many examples; unset: of the (micro)batch
+    remat: bool = False  # keep only what convolutions and products gave, and compute the rest again: less memory
+    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; skip: skips, and counts
+    data: Data = Data()
+    student: Student = Student()
+    optim: Optim = Optim()
+    teacher: Teacher = Teacher()
+    steps_per_dispatch: Count = 1  # so many in one program, with data.loader=resident; not on a CPU: docs/bench.md
+    # Compiled programs are kept here for the next start; "": not.
+    compile_cache: Annotated[str, _Text("a path, or empty")] = "~/.cache/ldrld_jax/compiled"
+    logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
+    compile: Compile = Compile()  # of --mode compile: what it takes of data that are not here and not described
+    mesh: Mesh = Mesh()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    eval_every_epochs: Count = 1  # and after the last epoch
+
+
+def default() -> ConfigDict:
+    """Returns a config with every key at its default; a key that may stay unset is a typed placeholder.
+
+    Example:
+      >>> default().teacher.checkpoint is None, default().optim.momentum
+      (True, 0.9)
+    """
+    config = _defaults(Config)
+    config.loss = ConfigDict({name: _defaults(method.config, unset=True) for name, method in METHODS.items()})
+    # Of each term beside kd_weight; unset: 1 for a method alone, its published kd_weight among several.
+    config.loss_weight = ConfigDict({name: config_dict.placeholder(float) for name in METHODS})
+    return config
+
+
+def _defaults(block: Any, *, unset: bool = False) -> ConfigDict:
+    """Returns a block of defaults; `unset` makes a placeholder of each."""
+    values = ConfigDict()
+    for field in dataclasses.fields(block):
+        if dataclasses.is_dataclass(field.type):
+            values[field.name] = _defaults(field.type, unset=field.type in (Data, Optim) and block is Teacher)
+        else:
+            as_is = not unset and field.default is not None
+            values[field.name] = field.default if as_is else config_dict.placeholder(plain_type(field.type))
+    return values
+
+
+def plain_type(kind: Any) -> type:
+    """Returns the type that a value has: float for `Annotated[float, ...]`, str for `Literal["a", "b"] | None`."""
+    while get_origin(kind) is not None and get_origin(kind) is not tuple:
+        kind = get_args(kind)[0]
+    kind = get_origin(kind) or kind
+    return kind if isinstance(kind, type) else type(kind)
+
+
+def _kinds(block: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(block):
+        if dataclasses.is_dataclass(field.type):
+            yield from _kinds(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field.type
+
+
+KINDS: dict[str, Any] = {**dict(_kinds(Config)), **{f"loss_weight.{name}": NotNegative for name in METHODS}}
+"""The annotation of each dotted key; a method's own keys are checked by its config class."""
+
+
+def allowed(key: str) -> str:
+    """Returns what a key may be, for people.
+
+    Example:
+      >>> allowed("epochs"), allowed("data.remainder"), allowed("data.std")
+      ('at least 1', 'keep | drop', 'above 0 each')
+    """
+    kind = _without_none(KINDS[key])
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"{get_args(kind)[0].__metadata__[0]} each"
+    return str(kind.__metadata__[0]) if get_origin(kind) is Annotated else "True | False"
+
+
+def _without_none(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) in (Union, types.UnionType) else kind
+
+
+def may_be_unset(key: str) -> bool:
+    """Returns whether None is a value of a key."""
+    inherited = key.startswith(("loss.", "loss_weight.", "teacher.data.", "teacher.optim."))
+    return inherited or type(None) in get_args(KINDS[key])
+
+
+def coerce(value: Any) -> Any:
+    """Returns a NumPy number as Python's, and a list as a tuple; anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(map(coerce, value))
+    return value
+
+
+def expanded(value: str, kind: Any) -> str:
+    """Returns a path with ~ expanded, and other text as it is."""
+    kind = _without_none(kind)
+    if kind is Path:
+        return expand_home(value)
+    return ",".join(map(expand_home, value.split(","))) if kind is Paths else value
+
+
+def check_value(key: str, value: Any, kind: Any) -> None:
+    """Raises a UserError unless a value is of its key's kind and in its range; None stands for unset."""
+    kind = _without_none(kind)
+    if value is None:
+        return
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise unknown(key, value, get_args(kind))
+    elif get_origin(kind) is tuple:
+        if not value and kind != tuple[Whole, ...]:
+            raise UserError(f"{key} must hold a number at least, got {value!r}.")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int | float):
+                raise UserError(f"{key} must be numbers, got {value!r}.")
+            if plain_type(get_args(kind)[0]) is int and not isinstance(item, int):
+                raise UserError(f"{key} must be whole numbers, got {value!r}.")
+            check_value(key, item, get_args(kind)[0])
+    elif get_origin(kind) is Annotated:
+        (allowed,) = kind.__metadata__
+        if isinstance(allowed, Range):
+            if value not in allowed:
+                raise UserError(f"{key} must be {allowed}, got {value}.")
+        elif not value and "empty" not in allowed.partition(", or ")[2]:
+            raise UserError(f"{key} must be {allowed}, got {value!r}. Unset it, or name one.")
+
+
+def check(config: ConfigDict) -> None:
+    """Checks each value of a config against its key's range, and the keys of a block against each other.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    for key, value in leaves(config):
+        if key in KINDS:
+            check_value(key, value, KINDS[key])
+    _check_batch(config)
+    for prefix, data in (("data", config.data), ("teacher.data", config.teacher.get("data"))):
+        if data is not None:
+            _check_data(prefix, data)
+    for prefix, optim in (("optim", config.optim), ("teacher.optim", config.teacher.get("optim"))):
+        if optim is not None and optim.warmup == "official" and optim.warmup_epochs == 1:
+            raise UserError(
+                f"{prefix}.warmup=official keeps (warmup_epochs - 1) / warmup_epochs of the rate until the first "
+                "decay, and with warmup_epochs=1 that is nothing. Set it to at least 2, or warmup=linear."
+            )
+    shape = config.compile.image_shape
+    if shape is not None and len(shape) != 3:
+        raise UserError(f"compile.image_shape must be height, width and channels, got {shape}.")
+
+
+def _check_batch(config: ConfigDict) -> None:
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate must be at least 1 and divide batch_size ({config.batch_size}), got {config.accumulate}."
+        )
+    micro = config.batch_size // config.accumulate
+    if config.batch_norm_group is not None and micro % config.batch_norm_group:
+        raise UserError(
+            f"batch_norm_group must be at least 1 and divide batch_size / accumulate ({micro}), got "
+            f"{config.batch_norm_group}."
+        )
+    if config.steps_per_dispatch > 1 and config.data.loader != "resident":
+        raise UserError(
+            f"steps_per_dispatch={config.steps_per_dispatch} takes its batches from images on the devices. Set "
+            "data.loader=resident, or steps_per_dispatch=1."
+        )
+
+
+def _check_data(prefix: str, data: ConfigDict) -> None:
+    """Compares the keys of a data block; those of a teacher's may be unset."""
+    if data.crop_size is not None and data.resize_size is not None and data.crop_size > data.resize_size:
+        raise UserError(
+            f"{prefix}.crop_size must be between 1 and {prefix}.resize_size, got {data.crop_size} and "
+            f"{data.resize_size}."
+        )
+    if data.augment == "random_resized_crop" and data.crop_size is None and prefix == "data":
+        raise UserError("data.augment=random_resized_crop needs a size. Set data.crop_size, to 224 for example.")
+    if data.crop_area is not None:
+        low, high = data.crop_area if len(data.crop_area) == 2 else (1, 0)
+        if not low <= high <= 1:
+            raise UserError(f"{prefix}.crop_area must be two numbers, 0 < low <= high <= 1, got {data.crop_area}.")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each dotted key with its value."""
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from leaves(config[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", config[key]

@@ -1,0 +1,146 @@
+"""Loads configs: the defaults, a file over them, and `key=value` overrides over both."""
+
+import ast
+import importlib.util
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
+from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.record.reader import read_config
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of a file over the defaults, then `overrides` over both.
+
+    Args:
+      path: `configs/cifar100.py` or `configs/cifar100.py:arg`; looked up in the working directory,
+        then in the installed package.
+      overrides: `key=value` strings, `optim.learning_rate=.1`.
+
+    Raises:
+      UserError: if the file is not found or fails, or a key or value is not allowed.
+    """
+    file, _, arg = path.partition(":")
+    found = _find(file)
+    spec = importlib.util.spec_from_file_location("ldrld_jax_config_file", found)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        changes = module.get_config(arg) if arg else module.get_config()
+    except Exception as error:
+        raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from error
+    config = default()
+    for key, value in leaves(changes):
+        set_value(config, key, value, source=file)
+    return overridden(config, overrides)
+
+
+def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config that a run in `workdir` was trained with, then `overrides`.
+
+    Raises:
+      UserError: if there is no run, or a key or value is not allowed.
+    """
+    saved = read_config(workdir)
+    if saved is None:
+        raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
+    config = default()
+    for key, value in leaves(ConfigDict(saved)):
+        if key == "compile_cache":  # of this machine, whoever made the run: what lies there is executed
+            continue
+        set_value(config, key, value, source=f"{workdir}/config.json")
+    return overridden(config, overrides)
+
+
+def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """Sets the `key=value` overrides in a config, and returns it.
+
+    Raises:
+      UserError: if a key or value is not allowed.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"an override is key=value, got {override!r}.")
+        set_value(config, key, _parse(config, key, text), source=f"--config.{override}")
+    check(config)
+    return config
+
+
+def _find(file: str) -> pathlib.Path:
+    package = pathlib.Path(__file__).parents[1]
+    places = [pathlib.Path(file), package / file, package.parent / file]
+    for place in places:
+        if place.is_file():
+            return place
+    known = sorted(p.name for place in {p.parent for p in places} if place.is_dir() for p in place.glob("*.py"))
+    raise UserError(f"there is no config file {file!r}, here or in the package. Known: {', '.join(known) or 'none'}.")
+
+
+def _block(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """The block that holds a dotted key, and the key's last part."""
+    *path, last = key.split(".")
+    block = config
+    for depth, part in enumerate([*path, last]):
+        if not isinstance(block, ConfigDict) or part not in block:
+            raise unknown("config key", key, _nearby(config, path[:depth]))
+        if depth < len(path):
+            block = block[part]
+    if isinstance(block[last], ConfigDict):
+        raise UserError(f"{key} is a block: set one of {', '.join(f'{key}.{name}' for name in block[last])}.")
+    return block, last
+
+
+def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
+    """The keys of the deepest block that exists on the way to a wrong key; all for a wrong first part."""
+    prefix = ""
+    for part in path:
+        config, prefix = config[part], f"{prefix}{part}."
+    return [prefix + key for key in config]
+
+
+def _parse(config: ConfigDict, key: str, text: str) -> Any:
+    block, last = _block(config, key)
+    kind = block.get_type(last)
+    if text == "None" and block[last] is None:
+        return None
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{key} must be of type {kind.__name__}, got {text!r}.") from None
+
+
+def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
+    """Sets a dotted key of a config.
+
+    Args:
+      config: to change.
+      key: dotted.
+      value: of the key's type; NumPy's numbers and lists are as good as Python's numbers and tuples.
+      source: where the value comes from, for the error.
+
+    Raises:
+      UserError: if there is no such key, or the value is of another type.
+    """
+    block, last = _block(config, key)
+    kind, value = block.get_type(last), coerce(value)
+    if kind is tuple and isinstance(value, int | float):
+        value = (value,)
+    if key in KINDS and isinstance(value, str):
+        value = expanded(value, KINDS[key])
+    wrong_bool = isinstance(value, bool) != (kind is bool) and value is not None
+    try:
+        if wrong_bool or (value is None and not may_be_unset(key)):
+            raise TypeError
+        block[last] = value
+    except TypeError:
+        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r} ({source}).") from None

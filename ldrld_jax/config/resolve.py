@@ -1,0 +1,146 @@
+"""Resolves configs: everything that a run uses as a number, its method's weights, and its teacher's recipe."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax.config.keys import check, default
+from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.losses import METHODS
+
+_SELF = "ema"  # as teacher.model: the student's own moving average teaches it
+
+
+def method_names(config: ConfigDict) -> list[str]:
+    """The methods of `config.method` ("ldrld+kd"), checked; none for "ce".
+
+    Raises:
+      UserError: if a name is not in METHODS, or stands there twice.
+    """
+    names = [] if config.method == "ce" else config.method.split("+")
+    for name in names:
+        if name not in METHODS:
+            raise unknown("method", name, ["ce", *METHODS])
+    if len(set(names)) < len(names):
+        raise UserError(f"method {config.method!r} names a method twice. Weight it with loss_weight instead.")
+    return names
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A copy in which everything that the run uses stands as a number, and nothing that it does not.
+
+    Unset fields of the selected methods get their defaults, blocks of other methods are removed, the
+    weights around the term are the method's, and the teacher's unset data and recipe the student's.
+    What a run writes to `config.json`, and what its identity is taken from.
+
+    Raises:
+      UserError: if a method's field is out of range, or a teacher is needed and not given.
+    """
+    check(config)  # again: it may have been changed since it was loaded
+    config = copy.deepcopy(config)
+    names = method_names(config)
+    _resolve_weights(config, names)
+    losses = {name: dataclasses.asdict(method_config(config, name)) for name in names}
+    config.loss = ConfigDict(losses)
+    for key in ("data", "optim"):
+        for name in config[key]:
+            # Runs that differ in order and augmentation share one teacher, and it has a seed of its own.
+            if config.teacher[key][name] is None and name != "augment_seed":
+                config.teacher[key][name] = config[key][name]
+    if config.teacher.batch_size is None:
+        config.teacher.batch_size = config.batch_size
+    if not names or config.logits.dir is None:
+        config.logits = ConfigDict()
+    if not names:
+        config.teacher = ConfigDict()
+        return config
+    if teaches_itself(config):
+        config.teacher.checkpoint = config.teacher.epochs = None
+        if config.ema_decay is None:
+            raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
+        return config
+    if config.teacher.model is None or (config.teacher.checkpoint is None and config.teacher.epochs is None):
+        raise UserError(
+            f"method {config.method!r} needs a teacher: teacher.model with teacher.checkpoint, or with teacher.epochs "
+            "to train it first. Set them, or method=ce."
+        )
+    if config.teacher.checkpoint is not None:
+        config.teacher.epochs = None  # weights at hand go before a recipe
+    return config
+
+
+def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
+    """Fills in the weights around the terms: of one method as its authors set them.
+
+    In a sum each term keeps its authors' weight, the longest warm-up goes for all, and so does the weight
+    of the cross-entropy that they agree on; where they do not, it is 1.
+    """
+    methods, alone = [METHODS[name] for name in names], len(names) == 1
+    agreed = {method.ce_weight for method in methods}
+    published = dict(
+        ce_weight=agreed.pop() if len(agreed) == 1 else 1.0,
+        kd_weight=methods[0].kd_weight if alone else 1.0,
+        kd_warmup_epochs=max((method.kd_warmup_epochs for method in methods), default=0),
+    )
+    for key, value in published.items():
+        if config[key] is None:
+            config[key] = value
+    own = {name: 1.0 if alone else METHODS[name].kd_weight for name in names}
+    given = {name: config.loss_weight[name] for name in names}
+    config.loss_weight = ConfigDict({name: own[name] if given[name] is None else given[name] for name in names})
+
+
+def method_config(config: ConfigDict, name: str) -> Any:
+    """The config object of one method, from its block; unset fields keep the method's defaults.
+
+    Raises:
+      UserError: if a field is out of its range.
+    """
+    given = {key: value for key, value in config.loss[name].items() if value is not None}
+    try:
+        return METHODS[name].config(**given)
+    except ValueError as error:
+        raise UserError(f"loss.{name}: {error}") from error
+
+
+def teaches_itself(config: Mapping[str, Any]) -> bool:
+    """Returns whether the student of a resolved config is taught by its own moving average."""
+    return config["teacher"].get("model") == _SELF
+
+
+def teacher_models(config: ConfigDict) -> list[str]:
+    """The names in `teacher.model`, several for an ensemble."""
+    return config.teacher.model.split(",")
+
+
+def teacher_runs(config: ConfigDict, workdir: epath.Path) -> list[tuple[ConfigDict, epath.Path]]:
+    """Returns the recipe and the workdir of each teacher that a resolved config trains first.
+
+    Args:
+      config: resolved.
+      workdir: of the run.
+    """
+    root = epath.Path(config.teacher.workdir or workdir / "teacher")
+    models = teacher_models(config)
+    places = [root] if len(models) == 1 else [root / f"{i}-{model}" for i, model in enumerate(models)]
+    recipes = [teacher_recipe(config, model) for model in models]
+    for i, recipe in enumerate(recipes):
+        recipe.seed += i  # an ensemble of one model is one of several seeds
+    return list(zip(recipes, places, strict=True))
+
+
+def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
+    """The plain training run that makes one teacher of a resolved config: a config to `resolve`."""
+    teacher, recipe = config.teacher, default()
+    for key in ("eval_batch_size", "precision", "matmul_precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
+        recipe[key] = copy.deepcopy(config[key])
+    recipe.steps_per_dispatch = config.steps_per_dispatch if teacher.data.loader == "resident" else 1
+    recipe.method = "ce"
+    recipe.seed, recipe.epochs, recipe.batch_size = teacher.seed, teacher.epochs, teacher.batch_size
+    recipe.student.model = model
+    recipe.data, recipe.optim = copy.deepcopy(teacher.data), copy.deepcopy(teacher.optim)
+    return recipe
