@@ -1,4 +1,4 @@
-"""A watchdog: says where a run hangs."""
+"""A watchdog that reports where a run hangs."""
 
 import faulthandler
 import sys
@@ -8,12 +8,14 @@ from typing import IO
 
 
 class Watchdog:
-    """Prints what the run is doing, and the stacks of all threads, when it has made no progress for a while.
+    """Reporter of what a run is doing, with the stacks of all threads, once it has made no progress for a while.
 
-    Once per hang. A daemon thread looks at the clock; `at` costs the step an assignment.
+    A daemon thread looks at the clock and reports each hang once; `at` costs the step an assignment. Where
+    that thread cannot run either, because something holds the interpreter's lock, `faulthandler` prints the
+    stacks from a thread of its own after twice the time.
 
     Args:
-      seconds: without progress; 0 turns it off.
+      seconds: the time without progress; 0 turns the watchdog off.
       file: with a file descriptor; None for standard error.
 
     Example:
@@ -28,7 +30,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, doing: str) -> None:
-        """Progress: what the run does from now on, such as "evaluating after step 300"."""
+        """Notes progress: the run now does `doing`, such as "evaluating after step 300"."""
         self._doing = (time.monotonic(), doing)
 
     def __enter__(self) -> "Watchdog":
@@ -43,11 +45,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         told = None
-        while not self._ended.wait(self._seconds / 10):
+        while self._wait():
             since, doing = current = self._doing
             if time.monotonic() - since >= self._seconds and current is not told:
                 told = current
                 self._tell(time.monotonic() - since, doing)
+
+    def _wait(self) -> bool:
+        """Waits a tenth of the time; returns False once the run has ended."""
+        file = (
+            2 if self._file is None else self._file.fileno()
+        )  # standard error itself: sys.stderr may have no descriptor
+        faulthandler.dump_traceback_later(2 * self._seconds, file=file)
+        ended = self._ended.wait(self._seconds / 10)
+        faulthandler.cancel_dump_traceback_later()
+        return not ended
 
     def _tell(self, seconds: float, doing: str) -> None:
         file = self._file or sys.stderr

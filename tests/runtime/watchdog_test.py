@@ -1,5 +1,6 @@
 """The watchdog: one line and the stacks for each hang, silence otherwise."""
 
+import ctypes
 import threading
 import time
 
@@ -36,6 +37,16 @@ def test_each_hang_is_told_once_with_what_the_run_does_and_all_stacks(tmp_path):
         "evaluating after step 7. The stacks of all threads:",
     ]
     assert "test_each_hang" in path.read_text()
+
+
+def test_a_call_that_holds_the_interpreters_lock_is_shown_too(tmp_path):
+    path = tmp_path / "told"
+    with path.open("w") as file, Watchdog(0.1, file) as watchdog:
+        watchdog.at("running step 7")
+        ctypes.PyDLL(None).usleep(600_000)  # no other thread of Python runs meanwhile
+        shown = path.read_text()
+    assert "Timeout (0:00:00.2" in shown
+    assert "test_a_call_that_holds" in shown
 
 
 def test_progress_keeps_it_quiet_and_zero_turns_it_off(tmp_path):
