@@ -1,6 +1,7 @@
 """Reads and writes a checkpoint's arrays: the only file that touches orbax, and hears what its threads have to say."""
 
 import contextlib
+import functools
 import gc
 import logging
 import sys
@@ -36,6 +37,7 @@ class Writing:
 
 def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
     """Copies the trees and writes them, with a note; a checkpoint appears under its path when it is whole."""
+    _quiet_threads()
     with full_disk_named(path.parent, _FULL):
         return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
 
@@ -46,6 +48,7 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
     Raises:
       DamagedError: if they cannot be read; what orbax makes many lines of is one.
     """
+    _quiet_threads()
     abstract = jax.tree.map(_abstract, like)
     with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,20 +88,23 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+@functools.cache
+def _quiet_threads() -> None:
+    """Silences what orbax and tensorstore print, from threads of their own, of a failure that is raised as well."""
+    logging.getLogger("absl").addFilter(_reported_elsewhere)
+    sys.unraisablehook = _but_late_writes(sys.unraisablehook)
+
+
 def _reported_elsewhere(record: logging.LogRecord) -> bool:
-    """False for tracebacks of a full disk that orbax logs from its threads: `full_disk_named` says it in one line."""
+    """Returns False for tracebacks of a full disk, which `full_disk_named` reports in one line."""
     return not (record.exc_info and is_full_disk(record.exc_info[1]))
 
 
 def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The writes that a failed checkpoint leaves behind end when nobody waits for them: tensorstore prints that."""
+    """Returns `hook` without the complaint of tensorstore about writes that a failed checkpoint left behind."""
 
     def report(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     return report
-
-
-logging.getLogger("absl").addFilter(_reported_elsewhere)
-sys.unraisablehook = _but_late_writes(sys.unraisablehook)  # which is how tensorstore's threads print

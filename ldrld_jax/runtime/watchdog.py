@@ -53,9 +53,8 @@ class Watchdog:
 
     def _wait(self) -> bool:
         """Waits a tenth of the time; returns False once the run has ended."""
-        file = (
-            2 if self._file is None else self._file.fileno()
-        )  # standard error itself: sys.stderr may have no descriptor
+        # Standard error itself: what a notebook puts in the place of sys.stderr may have no descriptor.
+        file = 2 if self._file is None else self._file.fileno()
         faulthandler.dump_traceback_later(2 * self._seconds, file=file)
         ended = self._ended.wait(self._seconds / 10)
         faulthandler.cancel_dump_traceback_later()
