@@ -1,4 +1,4 @@
-"""Every config key with its type, its range, its default and its purpose; `check` compares a config with them."""
+"""Every config key with its type, range, default and purpose, and the check of a config against them."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ class Range:
 
 
 class _Text(str):
-    """A kind of text, as the error for another one names it."""
+    """The name of a kind of text, for errors."""
 
 
 Text = Annotated[str, _Text("text that is not empty")]
@@ -248,7 +248,7 @@ KINDS: dict[str, Any] = {**dict(_kinds(Config)), **{f"loss_weight.{name}": NotNe
 
 
 def allowed(key: str) -> str:
-    """Returns what a key may be, for people.
+    """Describes the values that a key may have.
 
     Example:
       >>> allowed("epochs"), allowed("data.remainder"), allowed("data.std")
@@ -273,7 +273,7 @@ def may_be_unset(key: str) -> bool:
 
 
 def coerce(value: Any) -> Any:
-    """Returns a NumPy number as Python's, and a list as a tuple; anything else as it is."""
+    """Converts NumPy numbers to Python's and lists to tuples; returns anything else unchanged."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple | np.ndarray):
@@ -282,7 +282,7 @@ def coerce(value: Any) -> Any:
 
 
 def expanded(value: str, kind: Any) -> str:
-    """Returns a path with ~ expanded, and other text as it is."""
+    """Expands ~ in a path; returns other text unchanged."""
     kind = _without_none(kind)
     if kind is Path:
         return expand_home(value)

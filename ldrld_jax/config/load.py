@@ -1,4 +1,4 @@
-"""Loads configs: the defaults, a file over them, and `key=value` overrides over both."""
+"""Loading of configs: the defaults, a file over them, and `key=value` overrides over both."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ from ldrld_jax.record.reader import read_config
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The config of a file over the defaults, then `overrides` over both.
+    """Loads the config of a file over the defaults, then sets `overrides`.
 
     Args:
       path: `configs/cifar100.py` or `configs/cifar100.py:arg`; looked up in the working directory,
@@ -41,7 +41,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The config that a run in `workdir` was trained with, then `overrides`.
+    """Loads the config of the run in `workdir`, then sets `overrides`.
 
     Raises:
       UserError: if there is no run, or a key or value is not allowed.
@@ -83,7 +83,7 @@ def _find(file: str) -> pathlib.Path:
 
 
 def _block(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The block that holds a dotted key, and the key's last part."""
+    """Returns the block that holds a dotted key, and the key's last part."""
     *path, last = key.split(".")
     block = config
     for depth, part in enumerate([*path, last]):
@@ -97,7 +97,7 @@ def _block(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
-    """The keys of the deepest block that exists on the way to a wrong key; all for a wrong first part."""
+    """Returns the keys of the deepest existing block on the way to a wrong key."""
     prefix = ""
     for part in path:
         config, prefix = config[part], f"{prefix}{part}."
@@ -125,8 +125,8 @@ def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
     Args:
       config: to change.
       key: dotted.
-      value: of the key's type; NumPy's numbers and lists are as good as Python's numbers and tuples.
-      source: where the value comes from, for the error.
+      value: of the key's type; NumPy numbers and lists are converted.
+      source: the origin of the value, for the error.
 
     Raises:
       UserError: if there is no such key, or the value is of another type.

@@ -1,4 +1,4 @@
-"""Resolves configs: everything that a run uses as a number, its method's weights, and its teacher's recipe."""
+"""Resolution of configs: every value that a run uses, its method's weights, and its teacher's recipe."""
 
 import copy
 import dataclasses
@@ -16,10 +16,10 @@ _SELF = "ema"  # as teacher.model: the student's own moving average teaches it
 
 
 def method_names(config: ConfigDict) -> list[str]:
-    """The methods of `config.method` ("ldrld+kd"), checked; none for "ce".
+    """Returns the methods of `config.method` ("ldrld+kd"); none for "ce".
 
     Raises:
-      UserError: if a name is not in METHODS, or stands there twice.
+      UserError: if a name is not in METHODS, or given twice.
     """
     names = [] if config.method == "ce" else config.method.split("+")
     for name in names:
@@ -31,11 +31,11 @@ def method_names(config: ConfigDict) -> list[str]:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy in which everything that the run uses stands as a number, and nothing that it does not.
+    """Returns a copy with a value for everything that the run uses, and nothing else.
 
-    Unset fields of the selected methods get their defaults, blocks of other methods are removed, the
-    weights around the term are the method's, and the teacher's unset data and recipe the student's.
-    What a run writes to `config.json`, and what its identity is taken from.
+    Unset fields of the selected methods get their defaults, blocks of other methods are removed, unset
+    weights become the methods', and the teacher's unset data and recipe become the student's. A run
+    writes the result to `config.json` and takes its identity from it.
 
     Raises:
       UserError: if a method's field is out of range, or a teacher is needed and not given.
@@ -74,10 +74,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
-    """Fills in the weights around the terms: of one method as its authors set them.
+    """Fills in unset weights: for one method, those that its authors published.
 
-    In a sum each term keeps its authors' weight, the longest warm-up goes for all, and so does the weight
-    of the cross-entropy that they agree on; where they do not, it is 1.
+    In a sum each term keeps its authors' weight and the longest warm-up applies to all terms. The weight
+    of the cross-entropy is the one that all methods share, else 1.
     """
     methods, alone = [METHODS[name] for name in names], len(names) == 1
     agreed = {method.ce_weight for method in methods}
@@ -95,7 +95,7 @@ def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
 
 
 def method_config(config: ConfigDict, name: str) -> Any:
-    """The config object of one method, from its block; unset fields keep the method's defaults.
+    """Returns the config object of one method from its block; unset fields keep the method's defaults.
 
     Raises:
       UserError: if a field is out of its range.
@@ -113,7 +113,7 @@ def teaches_itself(config: Mapping[str, Any]) -> bool:
 
 
 def teacher_models(config: ConfigDict) -> list[str]:
-    """The names in `teacher.model`, several for an ensemble."""
+    """Returns the names in `teacher.model`, several for an ensemble."""
     return config.teacher.model.split(",")
 
 
@@ -134,7 +134,7 @@ def teacher_runs(config: ConfigDict, workdir: epath.Path) -> list[tuple[ConfigDi
 
 
 def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
-    """The plain training run that makes one teacher of a resolved config: a config to `resolve`."""
+    """Returns the config, to be resolved, of the plain training run that makes one teacher of a resolved config."""
     teacher, recipe = config.teacher, default()
     for key in ("eval_batch_size", "precision", "matmul_precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
         recipe[key] = copy.deepcopy(config[key])

@@ -1,4 +1,4 @@
-"""What a person sees: the progress bar, a line per evaluation, the table at the end."""
+"""Console output: the progress bar, a line per evaluation, the table at the end."""
 
 import sys
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ _muted = False
 
 
 def mute() -> None:
-    """Says nothing from here on: of several processes one speaks."""
+    """Silences this process, so that one of several speaks."""
     global _muted
     _muted = True
 
 
 def say(text: str) -> None:
-    """A line on standard output, above the progress bar if there is one."""
+    """Prints a line on standard output, above the progress bar if there is one."""
     if not _muted:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class ProgressBar:
-    """Loss, top-1, examples/s and time left on standard error; nothing where that is no terminal."""
+    """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal."""
 
     def __init__(self, start: int, total: int, name: str):
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=_muted or None, dynamic_ncols=True)
@@ -37,7 +37,7 @@ class ProgressBar:
 
 
 def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, float], best: float) -> str:
-    """One evaluation in one line.
+    """Formats an evaluation as one line.
 
     Example:
       >>> evaluation_line("student", 2.0, 30, {"top1": 91.5, "top5": 99.0, "ce": 0.3}, best=92.0)
@@ -50,7 +50,7 @@ def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, f
 
 
 def summary_table(summary: Mapping[str, Any], workdir: str) -> str:
-    """The end of a run: who scored what, and where things lie."""
+    """Formats the table at the end of a run: the scores, and the workdir."""
     rows = [("", "top-1 %", "top-5 %")]
     if summary["teacher_top1"] is not None:
         rows.append((f"teacher {summary['teacher']}", f"{summary['teacher_top1']:.2f}", ""))

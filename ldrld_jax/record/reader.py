@@ -1,6 +1,6 @@
-"""Reads what a run left in its workdir: config.json, metrics.jsonl and summary.json, each checked as it is read.
+"""The reader of a run's files: config.json, metrics.jsonl and summary.json, each checked as it is read.
 
-Whoever looks at a run reads it here: a run that resumes, a sweep, the export and the report.
+Resuming, sweeps, the export and the report all read runs through it.
 """
 
 import json
@@ -68,7 +68,7 @@ class Lines(NamedTuple):
 
 
 def read_lines(workdir: epath.PathLike) -> Lines:
-    """Reads a run's `metrics.jsonl`, leaving out what is torn; no lines if there is no file."""
+    """Reads a run's `metrics.jsonl` and leaves out torn lines; a missing file has no lines."""
     path = epath.Path(workdir) / "metrics.jsonl"
     texts = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     lines = [_line(text) for text in texts]
@@ -77,9 +77,9 @@ def read_lines(workdir: epath.PathLike) -> Lines:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads the lines of a run's `metrics.jsonl`, in order; none if there is no file.
+    """Reads the lines of a run's `metrics.jsonl`, in order; a missing file has none.
 
-    A torn last line, which a killed run leaves, is left out.
+    It leaves out a torn last line, such as a killed run leaves.
 
     Raises:
       UserError: if another line is torn.
@@ -106,7 +106,7 @@ def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
+    """Returns whether a value is a finite number, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

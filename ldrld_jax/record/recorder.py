@@ -1,4 +1,4 @@
-"""What a run knows on the host while it trains: means, the best and the last evaluation, its speed."""
+"""The host's record of a run in progress: means, the best and the last evaluation, the speed."""
 
 import collections
 import math
@@ -18,22 +18,22 @@ _MOST_SKIPPED = 100  # steps in a row
 
 
 class NonFiniteError(RuntimeError):
-    """A term of the loss is not finite any more; the message says which, and since which step."""
+    """A term of the loss is not finite; the message names the term and the step."""
 
     exit_code = 1
 
 
 class Recorder:
-    """What a run knows on the host: the means since the last line, the best and the last evaluation.
+    """The means since the last line, the best and the last evaluation, and the speed of a run.
 
-    Of several processes each keeps one, and the first writes it down. It is part of each checkpoint, so
-    that a resumed run writes the same lines as one that never stopped.
+    Each of several processes keeps a recorder, and the first one writes. Its state is part of each
+    checkpoint, so that a resumed run writes the same lines as an uninterrupted one.
 
     Args:
       workdir: of the run.
       config: of the run, resolved.
       role: "student" or "teacher"; a teacher's lines have splits of their own.
-      host: what `to_json` gave at the step that the run resumes from; None for a new run.
+      host: the result of `to_json` at the step that the run resumes from; None for a new run.
       start: the step that the run resumes from.
       steps: the step that it ends at.
       steps_per_epoch: of its data.
@@ -71,14 +71,14 @@ class Recorder:
 
     @property
     def examples_per_second(self) -> float:
-        """Of the median of the last 200 steps, which leaves out compilation; 0 before there are two."""
+        """The speed of the median of the last 200 steps, which leaves out compilation; 0 before the second step."""
         return self._config.batch_size / statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
     def add(self, step: int, metrics: Packed) -> None:
-        """Takes in the metrics of a dispatch that ended with `step`.
+        """Adds the metrics of a dispatch that ended with `step`.
 
         Raises:
-          NonFiniteError: if a term is not finite; the first step of which that is so.
+          NonFiniteError: if a term is not finite, for the first such step.
         """
         steps = by_step(metrics)
         self._tick(len(steps))
@@ -102,7 +102,7 @@ class Recorder:
         self._bar.update(step, shown)
 
     def _count_skipped(self, step: int, means: Means) -> None:
-        """Counts the steps that `non_finite=skip` skipped; so many in a row will not end by themselves."""
+        """Counts the steps that `non_finite=skip` skipped, and raises a NonFiniteError after too many in a row."""
         if "skipped" not in means:
             return
         if not means["skipped"].total:
@@ -118,7 +118,7 @@ class Recorder:
             )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Takes in an evaluation."""
+        """Adds an evaluation, writes it and prints it."""
         self.write(step, "eval", values)
         epoch = step / self._steps_per_epoch
         self.last = {**values, "epoch": epoch}
@@ -128,7 +128,7 @@ class Recorder:
         self._clock = None  # the next interval is not a step's
 
     def evaluated_at(self, step: int) -> bool:
-        """Whether the last evaluation was after this step."""
+        """Returns whether the last evaluation was after this step."""
         return self.last.get("epoch") == step / self._steps_per_epoch
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:

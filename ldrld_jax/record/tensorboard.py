@@ -11,14 +11,14 @@ _FLUSH_SECONDS = 10.0
 
 
 class Events:
-    """Writes scalars to `<workdir>/events.out.tfevents.*`.
+    """Writer of scalars to `<workdir>/events.out.tfevents.*`.
 
-    In the thread that calls, where a full disk is an error like any other; tensorboardX's own
-    SummaryWriter has a thread that dies of it, and tells nobody.
+    It writes in the calling thread, where a full disk raises an error; tensorboardX's own SummaryWriter
+    writes in a thread that dies silently.
 
     Args:
-      workdir: where to; `gs://` as well.
-      purge_step: TensorBoard forgets what an earlier file of the run holds from here on.
+      workdir: local, or `gs://` and the like.
+      purge_step: TensorBoard discards the values of earlier files from this step on.
     """
 
     def __init__(self, workdir: epath.Path, purge_step: int):
@@ -33,7 +33,7 @@ class Events:
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars of one step, by name."""
+        """Writes the scalars of one step, by name."""
         with named(self._path):
             for name, value in values.items():
                 self._add(step, summary=self._scalar(name, value))

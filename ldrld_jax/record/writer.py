@@ -1,4 +1,4 @@
-"""Writes a run's metrics: a line of JSON each, and TensorBoard's events beside them."""
+"""The writer of a run's metrics: lines of JSON, with TensorBoard's events beside them."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from ldrld_jax.record.tensorboard import Events
 
 
 class Writer:
-    """`metrics.jsonl`, and TensorBoard events beside it.
+    """Writer of `metrics.jsonl`, and of TensorBoard events beside it.
 
     A line is `{"step": int, "epoch": float, "split": str, "values": {name: float}}`.
 
     Args:
-      workdir: where both lie; `gs://` and the like are written whole at each line.
-      lines: that had been written when the checkpoint was saved that the run resumes from; later ones are cut off.
+      workdir: the folder of both; on `gs://` and the like the file is rewritten with each line.
+      lines: the number of lines at the checkpoint that the run resumes from; later lines are cut off.
       step: of that checkpoint.
       tensorboard: False leaves out the events.
     """
@@ -33,7 +33,7 @@ class Writer:
 
     @property
     def lines(self) -> int:
-        """How many have been written."""
+        """The number of lines written."""
         return len(self._lines)
 
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""How a run's steps reach the devices: one by one, or several in one program over images that lie there."""
+"""Dispatch of train steps to the devices: one at a time, or several in one program over resident images."""
 
 import functools
 from collections.abc import Callable
@@ -19,20 +19,20 @@ Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]
 
 
 class Dispatcher:
-    """Takes a run's steps in order, as many in one dispatch as `steps_per_dispatch` says and the run allows.
+    """Dispatcher of a run's steps, in order: up to `steps_per_dispatch` of them in one program.
 
-    Several steps are one program: a scan whose body makes its batch from the images on the devices and
-    takes the train step. They lie within one epoch, start at a multiple of their number, hold whole
-    batches only, and nothing is saved between them; every other step is a dispatch of its own. A resumed
-    run cuts its steps as the one that never stopped.
+    Such a program is a scan whose body makes a batch from the images on the devices and takes the train
+    step. It covers `steps_per_dispatch` whole batches of one epoch, starts at a multiple of that number in
+    the epoch, and spans no checkpoint; every other step is dispatched alone. A resumed run therefore
+    groups its steps exactly as an uninterrupted one.
 
     Args:
       run: the plan.
       step: of `make_train_step`.
       start: steps done.
       out_shardings: of the state and of the metrics.
-      tell: is called with what it is about to do.
-      logits: a store's, which go with the batches; None for a teacher that the step runs, or none at all.
+      tell: called with a description of what comes next, for the watchdog.
+      logits: the stored teacher logits that accompany the batches; None if the step runs the teacher, or has none.
 
     Attributes:
       one: the program of a single step, `one(state, teacher, batch)`; the state is donated.
@@ -60,10 +60,10 @@ class Dispatcher:
             self._batch = lambda step: next(batches)
 
     def __call__(self, step: int, state: TrainState, teacher: Any) -> tuple[int, TrainState, Packed]:
-        """Dispatches the steps after `step`, and does not wait for them.
+        """Dispatches the steps after `step` without waiting for them.
 
         Returns:
-          The steps done then, the state after them and their metrics.
+          The number of steps then done, the state after them, and their metrics.
         """
         count = count_steps(self._run, step)
         self._tell(f"waiting for the input of step {step + 1}")
@@ -73,7 +73,7 @@ class Dispatcher:
         return step + count, *(self._several if count > 1 else self.one)(state, teacher, *inputs)
 
     def _inputs(self, step: int, count: int) -> tuple[Any, ...]:
-        """What the program of `count` steps takes beside the state and the teacher."""
+        """Returns the arguments of the program of `count` steps after the state and the teacher."""
         if count > 1:
             beside = self._logits.several(step, count, self._batch, self._tell) if self._logits else {}
             return beside, *self._at(step)
@@ -82,7 +82,7 @@ class Dispatcher:
 
 
 def count_steps(run: Run, step: int) -> int:
-    """How many steps the dispatch after `step` steps takes: `steps_per_dispatch`, or one."""
+    """Returns the number of steps in the next dispatch: `steps_per_dispatch`, or 1 where those do not fit."""
     together, position = run.config.steps_per_dispatch, step % run.batches.steps_per_epoch
     whole = position + together <= len(run.batches.source) // run.batches.batch_size
     saved = any(run.saves_at(step + i) for i in range(1, together))
@@ -92,9 +92,9 @@ def count_steps(run: Run, step: int) -> int:
 def several_steps(
     step: Callable[..., tuple[TrainState, Any]], make: Callable[..., Batch], count: int
 ) -> Callable[..., tuple[TrainState, Any]]:
-    """`steps(state, teacher, beside, images, draws, first)`: `count` steps over an epoch's batches from `first` on.
+    """Returns `steps(state, teacher, beside, images, draws, first)`, which takes `count` steps from batch `first` on.
 
-    `beside` has what the batches bring that is not made of the images, `[count, ...]` each.
+    `beside` holds the parts of the batches that are not made from the images, `[count, ...]` each.
     """
 
     def steps(

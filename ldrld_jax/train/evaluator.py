@@ -16,7 +16,7 @@ from ldrld_jax.train.step import Ensemble, Network, make_eval_step
 
 
 class Evaluator:
-    """Evaluates a network on every example of a source, once each.
+    """Evaluator of a network on every example of a source, once each.
 
     A source that is kept in memory goes to the devices as a whole, at the first evaluation, and is then
     evaluated by one program; others stream through one batch at a time. The numbers are the same.
@@ -38,7 +38,7 @@ class Evaluator:
         self._stored: dict[str, jax.Array] | None = None
 
     def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Cross-entropy in nats, top-1 and top-5 in percent; `each` is called before each dispatch and may raise."""
+        """Returns cross-entropy in nats, top-1 and top-5 in percent; calls `each`, which may raise, before a dispatch."""
         total: Means = {}
         each()
         for dispatched in self._dispatches(variables):
@@ -48,7 +48,7 @@ class Evaluator:
         return {name: mean.value for name, mean in total.items()}
 
     def _dispatches(self, variables: Any) -> Iterator[Packed]:
-        """The means of the whole split, `[batches]` each, or of a batch after the other, the next one dispatched."""
+        """Yields the means of the whole split at once, `[batches]` each, or batch by batch, one dispatch ahead."""
         if isinstance(self._source, InMemory):
             if self._stored is None:
                 self._stored = self._to_devices()
@@ -68,7 +68,7 @@ class Evaluator:
         return eval_batches(self._source, config.eval_batch_size, threads=config.data.threads, **shares(self._mesh))
 
     def _to_devices(self) -> dict[str, jax.Array]:
-        """All batches, `[batches, rows, ...]`, their rows split over the devices."""
+        """Returns all batches, `[batches, rows, ...]`, with their rows split over the devices."""
         sharding = NamedSharding(self._mesh, PartitionSpec(None, "data"))
         batches = list(self._batches())
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -1,4 +1,4 @@
-"""The workdir of a run: whether what lies there is this very run's, its checkpoints, and whether it has ended."""
+"""The workdir of a run: whether it belongs to this run, its checkpoints, and whether the run has ended."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ class RunFolder:
     run: Run
 
     def check(self) -> None:
-        """Raises a UserError unless the workdir is new or holds an earlier part of this very run, in one piece."""
+        """Raises a UserError unless the workdir is new or holds an intact earlier part of this run."""
         workdir = self.run.workdir
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{workdir} is a file. Choose another workdir.")
@@ -51,7 +51,7 @@ class RunFolder:
             raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
 
     def checkpoints(self) -> Checkpoints:
-        """Returns the run's checkpoints, kept as the config says."""
+        """Returns the run's checkpoints, under the retention that its config asks for."""
         return Checkpoints(
             self.run.workdir / "checkpoints",
             run=identity(self.run.config),

@@ -1,4 +1,4 @@
-"""The data of a run: its training batches as its mesh and its microbatches want them, and its evaluation split."""
+"""The data of a run: its training batches, padded to suit its mesh and microbatches, and its evaluation split."""
 
 import math
 
@@ -20,8 +20,8 @@ def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> t
     Args:
       config: resolved.
       mesh: of the run.
-      views: how many augmentations of an image the methods compare.
-      absent: whether the devices are not here: the data are then only described, and no image is read.
+      views: the number of augmentations of an image that the methods compare.
+      absent: True for devices that are not here; the data are then only described, and no image is read.
 
     Raises:
       UserError: if the data are not as the config says.
@@ -50,11 +50,11 @@ def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> t
 
 
 def _divisor(config: ConfigDict, mesh: Mesh) -> int:
-    """Returns what divides the rows of a batch: devices and groups of a microbatch take as many rows, some padding."""
+    """Returns the divisor of a padded batch: each device and each group takes equally many rows of a microbatch."""
     return config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
 
 
 def batch_norm_groups(config: ConfigDict) -> int:
-    """Returns the number of groups of a microbatch in which batch normalisation takes its statistics."""
+    """Returns the number of groups in a microbatch, each normalised by its own batch statistics."""
     micro = config.batch_size // config.accumulate
     return 1 if config.batch_norm_group is None else micro // config.batch_norm_group

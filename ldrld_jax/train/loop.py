@@ -1,4 +1,4 @@
-"""The training loop: from a run's last checkpoint, or its first step, to its summary."""
+"""The training loop, from the last checkpoint or the first step to the summary."""
 
 import contextlib
 import dataclasses
@@ -35,14 +35,14 @@ def fit(
     role: str,
     profile: str | None = None,
 ) -> dict[str, Any]:
-    """Trains from the last checkpoint, or from `student`, to the end; gives the summary.
+    """Trains from the last checkpoint, or from `student`, to the end, and returns the summary.
 
     Args:
       run: the plan.
       student: before its first step.
       teacher: None for plain training.
       signals: looked at after each dispatch.
-      role: "student" or "teacher", for what is shown and logged.
+      role: "student" or "teacher", named in messages and logs.
       profile: a directory for a trace of some steps, see `Profile`.
 
     Raises:
@@ -118,7 +118,7 @@ def _train(
 
 @dataclasses.dataclass
 class _Pause:
-    """What a run does between two steps: it evaluates where that is due, saves, and stops after a signal."""
+    """The work due between two steps: evaluation, checkpointing, stopping on a signal."""
 
     run: Run
     evaluate: Evaluator
@@ -128,7 +128,7 @@ class _Pause:
     watchdog: Watchdog
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Raises Interrupted once the state is saved, if a signal came; unless the run has ended with this step."""
+        """Evaluates if that is due, saves, and raises Interrupted if a signal came before the last step."""
         top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
         self.signals.in_time = True
         self.watchdog.at(f"saving after step {step}")
@@ -139,7 +139,7 @@ class _Pause:
         self.signals.in_time = False
 
     def _rate(self, step: int, state: TrainState) -> float | None:
-        """The top-1; None if a signal came: a long evaluation is left to the run that resumes."""
+        """Returns the top-1; None if a signal came, which leaves the evaluation to the run that resumes."""
         try:
             values = self.evaluate(state.evaluated, lambda: self._each_batch(step))
         except Interrupted:
@@ -153,7 +153,7 @@ class _Pause:
 
 
 def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: optax.GradientTransformation) -> Step:
-    """The train step that a run's config asks for."""
+    """Returns the train step of a run's config."""
     config = run.config
     return make_train_step(
         student,

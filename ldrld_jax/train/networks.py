@@ -1,4 +1,4 @@
-"""Networks with their weights: random, as shapes, from a run of ours, or from a PyTorch checkpoint."""
+"""Networks with their weights: random, as shapes only, from a run, or from a PyTorch checkpoint."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ldrld_jax.train.step import Network
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """Makes networks for one data set at one precision; their weights stay on the host.
+    """Factory of networks for one data set at one precision; their weights stay on the host.
 
     Attributes:
       num_classes: C.
@@ -41,8 +41,8 @@ class Networks:
 
         Args:
           model: a key of MODELS.
-          data: says how the model is fed (mean, std, image_size).
-          seed: the weights are a function of it.
+          data: the config block that says how images are fed (mean, std, image_size).
+          seed: determines the weights.
           batch_norm_groups: see `BatchNorm.groups`.
 
         Raises:
@@ -62,7 +62,7 @@ class Networks:
         return self._network(module, data)
 
     def restore(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
-        """Loads a model: a run's best checkpoint, fed as that run was, or a PyTorch file, fed as `data` says.
+        """Loads a model from a run's best checkpoint, fed as that run was, or from a PyTorch file, fed as `data` says.
 
         Args:
           path: a workdir of ours, or what `load_torch_checkpoint` takes.

@@ -1,4 +1,4 @@
-"""What a student minimises: the cross-entropy and the distillation terms, weighted, each by its name."""
+"""The training objective: the weighted sum of the cross-entropy and the distillation terms."""
 
 import dataclasses
 import functools
@@ -27,13 +27,15 @@ class Term(NamedTuple):
 
     @property
     def views(self) -> int:
-        """How many augmentations of each image it compares."""
+        """The number of augmentations of each image that the method compares."""
         return self.method.views(self.cfg)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """ce_weight * cross-entropy + kd_weight * warm-up * sum of loss_weight * distillation term.
+    """Weighted sum of the cross-entropy and the distillation terms.
+
+    ce_weight * cross-entropy + kd_weight * warm-up * sum(loss_weight * term)
 
     Attributes:
       methods: the distillation terms, by name.
@@ -50,16 +52,16 @@ class Objective:
 
     @property
     def views(self) -> int:
-        """How many augmentations of each image the methods compare."""
+        """The number of augmentations of each image that the methods compare."""
         return max((term.views for term in self.methods.values()), default=1)
 
     @property
     def needs_last_layer(self) -> bool:
-        """Whether a method takes the weights of the teacher's last layer."""
+        """True if a method takes the weights of the teacher's last layer."""
         return any(term.method.from_teacher is not None for term in self.methods.values())
 
     def init(self) -> dict[str, Tree]:
-        """Returns what the methods learn, before the first step, by method."""
+        """Returns the initial values of the parameters that methods learn, by method."""
         return {name: term.method.init(term.cfg) for name, term in self.methods.items() if term.method.init is not None}
 
     def __call__(
@@ -85,12 +87,12 @@ class Objective:
           labels: `[n]`.
           epoch: from 1.
           where: `[n]` bool; rows left out count in nothing.
-          second: of blended images, the labels `[n]` of the other image and its share, a scalar: the
-            cross-entropy is blended likewise, the methods go by `labels`.
-          method_params: what the methods learn, by method.
+          second: for blended images, the labels `[n]` of the other image and its share, a scalar. The
+            cross-entropy is blended with the same share; the methods use `labels` alone.
+          method_params: the parameters that methods learn, by method.
           last_layer: `[C, d]`, the weights of the teacher's last layer, if a method needs them.
 
-        With several `views`, so many rows in sequence are views of one image.
+        With several `views`, each run of `views` consecutive rows shows one image.
         """
         ce = functools.partial(cross_entropy, student_logits, smoothing=self.label_smoothing, where=where)
         terms = {"ce_term": ce(labels)}
@@ -122,14 +124,14 @@ class Objective:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """float64 stays, anything else becomes float32."""
+    """Casts to float32, unless the array is float64."""
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""The mean cross-entropy in nats, the labels smoothed as in PyTorch.
+    r"""Returns the mean cross-entropy in nats, with labels smoothed as in PyTorch.
 
     .. math:: -(1 - s) \log p_y - \frac{s}{C} \sum_c \log p_c
 
@@ -137,7 +139,7 @@ def cross_entropy(
       logits: `[n, C]`, any float dtype; computed in float32 at least.
       labels: `[n]` integers.
       smoothing: s, 0 <= s < 1.
-      where: `[n]` bool; the mean is over the rows it keeps.
+      where: `[n]` bool; the mean is taken over the rows it keeps.
 
     Example:
       >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))), 4)
@@ -159,7 +161,7 @@ def make_objective(config: ConfigDict) -> Objective:
 
 
 def check_classes(objective: Objective, classes: int) -> None:
-    """Raises a UserError if the objective refuses logits of so many classes: a depth above them shows here."""
+    """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth."""
     rows = 2 * objective.views
     logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     try:

@@ -1,4 +1,4 @@
-"""The learning rate by step and the optimizer, from a config's `optim` block."""
+"""The learning rate schedule and the optimizer of a config's `optim` block."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,14 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Schedule:
-    r"""The learning rate at a step, float32, counted from 0.
+    r"""Returns the learning rate as a function of the step, counted from 0; float32.
 
     `step` multiplies by `decay_rate` after each of `decay_epochs`; `cosine` falls to 0 over
     `epochs`; `constant` stays. The warm-up multiplies this, W = `warmup_epochs`:
 
-    - `official`, as the published LDRLD code does it: with e = 1, 2, .. the epoch, e / W while
-      e < W, constant within the epoch; then the full rate is never applied and (W - 1) / W stays
-      until the first decay, after which it is exact;
+    - `official`, the published LDRLD code's: with e = 1, 2, .. the epoch, e / W while e < W, constant
+      within the epoch. That code never reaches the full rate: (W - 1) / W stays until the first decay,
+      after which the rate is exact;
     - `linear`: (step + 1) / (W * steps_per_epoch), up to 1;
     - `none`.
 
@@ -58,7 +58,7 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
 
 
 def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
-    """SGD with momentum as PyTorch writes it, or AdamW.
+    """Returns SGD with momentum in PyTorch's form, or AdamW.
 
     SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
     the parameters themselves. `clip_norm` bounds the norm of all gradients together, before either.
@@ -76,6 +76,6 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
 
 
 def first_decay_epoch(optim: ConfigDict) -> float:
-    """The epoch up to which the learning rate does not depend on how many epochs a run has; may be inf."""
+    """Returns the epoch up to which the learning rate is independent of the number of epochs; may be inf."""
     decays = {"cosine": [0], "step": optim.decay_epochs, "constant": []}[optim.schedule]
     return min(decays, default=math.inf)

@@ -1,4 +1,4 @@
-"""A planned run: its config checked and its parts built, with nothing written and nothing computed yet."""
+"""A planned run: the parts of a checked config, with nothing written or computed yet."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ldrld_jax.train.step import Network
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run whose config has been checked: its parts, and nothing on disk or device yet."""
+    """The parts of a run whose config has been checked; nothing is on disk or on a device yet."""
 
     config: ConfigDict
     workdir: epath.Path
@@ -35,15 +35,15 @@ class Run:
 
     @classmethod
     def plan(cls, config: ConfigDict, workdir: epath.Path, *, absent: Sequence[jax.Device] | None = None) -> "Run":
-        """Builds the parts of a resolved config, and finds what is wrong with it before anything is written.
+        """Builds the parts of a resolved config and reports what is wrong with it before anything is written.
 
         Args:
           config: the resolved config.
           workdir: where the run's files lie.
-          absent: devices to plan for that are not here: the data are then only described, and no image is read.
+          absent: devices to plan for that are not here; the data are then only described, and no image is read.
 
         Raises:
-          UserError: the first thing that is wrong.
+          UserError: for the first thing that is wrong.
         """
         mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
         objective = make_objective(config)
@@ -75,17 +75,17 @@ class Run:
 
     @property
     def networks(self) -> Networks:
-        """Makes networks for the run's data."""
+        """The factory of networks for the run's data."""
         source = self.batches.source
         return Networks(len(source.class_names), source.image_shape[-1], self.config.precision)
 
     @property
     def placement(self) -> Placement:
-        """How weights lie on the mesh."""
+        """The placement of weights on the mesh."""
         return Placement(self.mesh, self.config.mesh.fsdp)
 
     def make_student(self) -> tuple[Network, Variables]:
-        """Makes the student before its first step: with random weights, or from `student.checkpoint`."""
+        """Makes the student, with random weights or those of `student.checkpoint`."""
         config = self.config
         groups = batch_norm_groups(config)
         network, variables = self.networks.random(
@@ -96,12 +96,12 @@ class Run:
         return network, variables
 
     def first_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-        """Returns the state before the first step, wherever its arrays happen to lie."""
+        """Returns the state before the first step; its arrays are not placed yet."""
         averaged = self.config.ema_decay is not None
         return TrainState.first(variables, optimizer, method_params=self.objective.init(), averaged=averaged)
 
     def of_microbatches(self, variables: Variables) -> str | None:
-        """What accumulation makes different from one large batch, in a line; None if nothing."""
+        """Returns a line that says how accumulation differs from one large batch; None if it does not."""
         accumulate = self.config.accumulate
         parts = [name for name, term in self.objective.methods.items() if not term.method.decomposes]
         if variables.batch_stats and self.config.batch_norm_group is None:
@@ -116,14 +116,14 @@ class Run:
 
     @property
     def keep_every(self) -> int | None:
-        """Every so many steps one checkpoint is kept for good; None keeps none."""
+        """The interval in steps at which a checkpoint is kept for good; None for never."""
         epochs = self.config.checkpoint.keep_every_epochs
         return None if epochs is None else epochs * self.batches.steps_per_epoch
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the student is evaluated after this step."""
+        """Returns whether the student is evaluated after this step."""
         return step % (self.config.eval_every_epochs * self.batches.steps_per_epoch) == 0 or step == self.steps
 
     def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step beside those of the evaluations."""
+        """Returns whether a checkpoint is due after this step, apart from those of evaluations."""
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))

@@ -21,12 +21,12 @@ class Variables(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. Order and augmentation are functions of the seed and the step.
+    """The training state. Order and augmentation are functions of the seed and the step, not part of it.
 
     Attributes:
       step: steps done, a scalar int32.
       student: the weights.
-      method_params: what the methods learn, by method.
+      method_params: the parameters that methods learn, by method.
       opt_state: the optimizer's, over the student's parameters and `method_params` together.
       ema: the exponential moving average of the student's weights; None without one.
     """
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Variables:
-        """The weights that are evaluated, and that whoever loads the run gets."""
+        """The weights that are evaluated and exported: the moving average if there is one."""
         return self.student if self.ema is None else self.ema
 
     @classmethod
@@ -51,12 +51,12 @@ class TrainState(NamedTuple):
         method_params: dict[str, Tree],
         averaged: bool,
     ) -> "TrainState":
-        """Returns the state before the first step, wherever its arrays happen to lie.
+        """Returns the state before the first step; its arrays are not placed yet.
 
         Args:
           variables: the student's.
           optimizer: of the run.
-          method_params: what the methods learn, see `Objective.init`.
+          method_params: the parameters that methods learn, see `Objective.init`.
           averaged: whether to keep a moving average of the student's weights.
         """
         return cls(
@@ -91,7 +91,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How weights and states lie on the devices of a mesh.
+    """Placement of weights and states on the devices of a mesh.
 
     Attributes:
       mesh: of `make_mesh`.
@@ -127,5 +127,5 @@ class Placement:
 
 
 def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:
-    """Returns what the optimizer is initialised with and updates."""
+    """Returns the tree that the optimizer updates."""
     return student.params, method_params

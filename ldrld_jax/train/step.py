@@ -20,7 +20,7 @@ Batch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A pure model together with what its images go through before it.
+    """A pure model together with the preprocessing of its images.
 
     Attributes:
       apply: `apply(params, batch_stats, images, train=, where=) -> (logits, batch_stats)`.
@@ -38,7 +38,7 @@ class Network:
     def __call__(
         self, variables: Any, images: jax.Array, *, train: bool, where: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
-        """Logits `[n, C]` of images `[n, height, width, channels]`, 0 to 255, and the batch statistics after them."""
+        """Returns logits `[n, C]` of images `[n, height, width, channels]` in 0..255, and the new batch statistics."""
         x = images.astype(jnp.float64 if self.dtype == jnp.float64 else jnp.float32) / 255
         if self.image_size is not None and x.shape[1:3] != (self.image_size, self.image_size):
             x = jax.image.resize(x, (x.shape[0], self.image_size, self.image_size, x.shape[3]), "bilinear")
@@ -52,8 +52,8 @@ class Ensemble:
     """Several networks as one teacher; its variables are a tuple of theirs.
 
     Attributes:
-      networks: each fed with the same images in its own way.
-      average: of their "logits", or of their "probabilities": the log of the mean softmax.
+      networks: each preprocesses the images in its own way.
+      average: "logits" for their mean, "probabilities" for the log of the mean softmax.
     """
 
     networks: tuple[Network, ...]
@@ -62,7 +62,7 @@ class Ensemble:
     def __call__(
         self, variables: tuple[Variables, ...], images: jax.Array, *, train: bool, where: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
-        """Logits `[n, C]`, float32 at least, and nothing beside them."""
+        """Returns logits `[n, C]`, float32 at least, and no statistics."""
         outputs = [n(v, images, train=train, where=where)[0] for n, v in zip(self.networks, variables, strict=True)]
         logits = jnp.stack([at_least_float32(output) for output in outputs])
         if self.average == "probabilities":
@@ -73,14 +73,13 @@ class Ensemble:
 
 @dataclasses.dataclass(frozen=True)
 class Mixup:
-    r"""Blends each image of a batch with the one before it, all by one share drawn for the step.
+    r"""Mixup of each image of a batch with the one before it, all by one share drawn for the step.
 
     .. math:: \lambda x_i + (1 - \lambda) x_{i-1}, \quad
               \lambda = \max(b, 1 - b), \quad b \sim \mathrm{Beta}(\alpha, \alpha)
 
-    The batch is in random order already, so its neighbours are random pairs; of a batch that is
-    split over devices only the images at the seams travel. Since lambda is at least one half, the
-    label that weighs more is the image's own.
+    A batch is in random order, so neighbours are random pairs; only the images at the seams between
+    devices are transferred. Since lambda is at least one half, an image's own label weighs more.
 
     Attributes:
       alpha: above 0; small for shares near 1.
@@ -96,7 +95,7 @@ class Mixup:
     def __call__(
         self, images: jax.Array, labels: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Blended images `[n, ...]` float32, and the other labels `[n]` with their share, a scalar."""
+        """Returns the blended images `[n, ...]` float32, and the other labels `[n]` with their share, a scalar."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         draw = jax.random.beta(key, self.alpha, self.alpha, dtype=jnp.float32)
         share = jnp.minimum(draw, 1 - draw)
@@ -120,30 +119,30 @@ def make_train_step(
     unroll: bool = False,
     compared_depth: int = 7,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
-    """`step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Returns `step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     `batch` has `image` `[n, height, width, channels]` uint8 (`[n, views, ...]` for several views of
-    each), `label` `[n]` and, where it is padded, `mask` `[n]`, False for padding, which then counts in
-    nothing. With teacher variables of None the teacher's are the moving average of the student's. A batch
-    may bring `teacher_logits` `[n, C]` of a store: then no teacher is run.
+    each), `label` `[n]` and, if padded, `mask` `[n]`, False for padding, which counts in nothing. Teacher
+    variables of None stand for the moving average of the student's. A batch may bring `teacher_logits`
+    `[n, C]`; then no teacher is run.
 
     Args:
-      student: trained.
-      teacher: only ever evaluated; None for plain training.
-      objective: what is minimised.
+      student: the network to train.
+      teacher: evaluated only; None for plain training.
+      objective: the loss.
       optimizer: over `(student parameters, method parameters)`, see `trainable`.
       schedule: the learning rate by step, to be logged.
       steps_per_epoch: of the run.
       ema_decay: of the moving average in the state; None without one.
       mixup: blends the images of a batch; it must have no padding then. None does not.
-      remat: keep only the outputs of convolutions and matrix products for the backward pass, and compute
-        what is cheap (normalisations, activations) from them again.
-      accumulate: microbatches, one after another, whose gradients make one step. Example i is in
-        microbatch i % accumulate: each device takes its own examples, however many devices there are.
-      skip_non_finite: a step whose loss or gradient is not finite changes nothing but the step number;
-        `skipped` in the metrics counts it.
-      unroll: write the microbatches out one after another instead of as a loop, which a CPU is slow in.
-      compared_depth: how many of the largest classes the metrics compare, see `agreement`.
+      remat: keep only the outputs of convolutions and matrix products for the backward pass, and recompute
+        normalisations and activations from them.
+      accumulate: the number of microbatches whose gradients make one step. Example i is in microbatch
+        i % accumulate, so that each device keeps its own examples.
+      skip_non_finite: leave everything but the step number unchanged by a step whose loss or gradient is
+        not finite, and count it as `skipped` in the metrics.
+      unroll: unroll the loop over microbatches, which is slow on a CPU.
+      compared_depth: the number of largest classes that the metrics compare, see `agreement`.
     """
 
     def forward(params, batch_stats, images, where):
@@ -208,7 +207,7 @@ def make_train_step(
 
 
 def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which keeps for its backward pass what convolutions and matrix products gave, no more."""
+    """Returns the function with a backward pass that keeps the outputs of convolutions and matrix products only."""
     kept = jax.checkpoint_policies
     products = kept.save_from_both_policies(kept.dots_saveable, kept.save_only_these_names("convolution"))
     return jax.checkpoint(forward, policy=products)
@@ -217,7 +216,7 @@ def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _accumulated(
     gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int, unroll: bool
 ) -> tuple[Tree, Tree, Means]:
-    """`gradients_of` the microbatches, one after another: means over all examples, and the metrics' sums."""
+    """Runs `gradients_of` on each microbatch; returns means over all examples, and the sums of the metrics."""
     # Strided, not in blocks: a batch that is split over devices is then split alike in each microbatch.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
     rows = batch["label"].shape[0]
@@ -243,7 +242,7 @@ def _metrics(
     where: jax.Array | None,
     depth: int,
 ) -> Means:
-    """The terms of the loss as means over the rows that count, and how well the student does."""
+    """Returns the terms of the loss as means over the unmasked rows, with accuracies and agreement."""
     metrics = classification(logits, labels, where)
     if teacher_logits is not None:
         depth = min(depth, logits.shape[-1])
@@ -256,7 +255,7 @@ def _metrics(
 
 
 def _unless_non_finite(old: TrainState, new: TrainState, gradients: Tree, metrics: Means) -> tuple[TrainState, Means]:
-    """The new state and its metrics; or the old one, with metrics that count in no mean."""
+    """Returns the new state and its metrics, or the old state and metrics that count in no mean."""
     finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(optax.tree.norm(gradients))
     kept = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)._replace(step=new.step)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
@@ -264,7 +263,7 @@ def _unless_non_finite(old: TrainState, new: TrainState, gradients: Tree, metric
 
 
 def last_layer(variables: Variables, classes: int) -> jax.Array:
-    """The weights `[C, d]` of a network's last layer: its one matrix with a column for each class.
+    """Returns the weights `[C, d]` of a network's last layer: its only matrix with a column for each class.
 
     Raises:
       UserError: if there is no such matrix, or several.
@@ -284,7 +283,7 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
 
 
 def _rows(batch: Batch) -> Batch:
-    """The batch with a row per view of an image."""
+    """Returns the batch with a row per view of an image."""
     images = batch["image"]
     if images.ndim == 4:
         return batch
@@ -293,7 +292,7 @@ def _rows(batch: Batch) -> Batch:
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:
-    """The gradients of the methods' own parameters, as each method wants them applied."""
+    """Returns the gradients of the methods' own parameters, scaled as each method asks."""
     scaled = {}
     for name, gradient in gradients.items():
         scale = objective.methods[name].method.gradient_scale
@@ -303,7 +302,7 @@ def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) 
 
 
 def make_eval_step(network: Network | Ensemble) -> Callable[[Any, Batch], Means]:
-    """`step(variables, batch) -> metrics` over the real examples of a padded batch."""
+    """Returns `step(variables, batch) -> metrics` over the real examples of a padded batch."""
 
     def step(variables: Any, batch: Batch) -> Means:
         logits, _ = network(variables, batch["image"], train=False)

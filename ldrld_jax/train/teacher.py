@@ -1,4 +1,4 @@
-"""The teacher of a run: the kinds there are, which one a config asks for, and where its weights come from."""
+"""Teachers: their kinds, the choice that a config makes, and the source of their weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class NetworkTeacher:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTeacher:
-    """A teacher whose logits come beside each batch; the step runs none.
+    """A teacher whose stored logits accompany each batch; the step runs no teacher.
 
     Attributes:
       logits: gives them, from a store.
@@ -70,25 +70,25 @@ def network_of(teacher: Teacher | None) -> Network | Ensemble | None:
 
 
 def weights_of(teacher: Teacher | None) -> Weights | None:
-    """Returns the weights that the step is given; None where it needs none, or has them in its state."""
+    """Returns the weights to pass to the step; None if it needs none or has them in its state."""
     return teacher.variables if isinstance(teacher, NetworkTeacher) else None
 
 
 def top1_of(teacher: Teacher | None) -> float | None:
-    """Returns the teacher's top-1 in percent; None where there is none to tell."""
+    """Returns the teacher's top-1 in percent, if it was measured."""
     return None if teacher is None or isinstance(teacher, SelfTeacher) else teacher.top1
 
 
 def obtain_teacher(
     run: Run, student: Network, signals: Signals, train: Callable[[ConfigDict, epath.Path], object]
 ) -> Teacher | None:
-    """Loads a run's teacher, or trains it first, and measures it; None for plain training.
+    """Loads a run's teacher, after training it if it has a recipe, and measures it; None for plain training.
 
     Args:
       run: the plan.
       student: its network.
-      signals: looked at while the teacher is measured.
-      train: `train(recipe, workdir)` trains a teacher in its workdir, or finds it trained.
+      signals: polled while the teacher is measured.
+      train: `train(recipe, workdir)` trains a teacher in its workdir unless it is trained already.
 
     Raises:
       UserError: if it does not load, or scores less than `teacher.min_top1`.
@@ -156,7 +156,7 @@ def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
 
 
 def checkpoints_of(run: Run) -> list[str]:
-    """Returns where a run's teachers are loaded from: the checkpoints of its config, or the workdirs they train in."""
+    """Returns the paths of a run's teachers: the checkpoints of its config, or the workdirs they train in."""
     given = run.config.teacher.checkpoint
     return given.split(",") if given else [str(place) for _, place in config_lib.teacher_runs(run.config, run.workdir)]
 
@@ -196,7 +196,7 @@ def _each(teacher: NetworkTeacher, change: Callable[[Variables], Variables]) -> 
 
 
 def open_store(run: Run, teacher: NetworkTeacher) -> LogitStore:
-    """Returns the store of a run's teacher in `logits.dir`, which may not be there yet."""
+    """Returns the store of a run's teacher in `logits.dir`, which may not exist yet."""
     several = isinstance(teacher.network, Ensemble)
     source: Any = getattr(run.batches.source, "uncached", run.batches.source)
     key = make_key(

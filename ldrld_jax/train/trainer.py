@@ -1,4 +1,4 @@
-"""What the command line does with a config: a run with its teacher before it, or an evaluation."""
+"""Runs of a config: training, with the teacher first, and evaluation."""
 
 from typing import Any
 
@@ -22,21 +22,21 @@ from ldrld_jax.train.teacher import obtain_teacher
 def train(
     config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None, profile: str | None = None
 ) -> dict[str, Any]:
-    """Trains the student of a config, its teacher first where that is a recipe; resumes what it finds.
+    """Trains the student of a config, after its teacher if that has a recipe; resumes an interrupted run.
 
     Args:
       config: of `ldrld_jax.config.load`.
-      workdir: where the run's files lie: config.json, metrics.jsonl, summary.json, checkpoints/.
+      workdir: the folder of the run's files: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
       profile: a directory for a trace of some of the student's steps.
 
     Returns:
-      What stands in summary.json.
+      The content of summary.json.
 
     Raises:
-      UserError: if the input is wrong; the workdir has not been touched.
+      UserError: if the input is wrong; the workdir is untouched.
       NonFiniteError: if the loss is not finite.
-      Interrupted: if SIGTERM or SIGINT came; the state is saved.
+      Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
     config = config_lib.resolve(config)
     keep_compiled(config.compile_cache)
@@ -46,7 +46,7 @@ def train(
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
-    """Cross-entropy, top-1 and top-5 of a run's best checkpoint on the evaluation split of `config`.
+    """Returns cross-entropy, top-1 and top-5 of a run's best checkpoint on the evaluation split of `config`.
 
     Raises:
       UserError: if there is no such run, or it trained another model.
