@@ -143,7 +143,10 @@ for (const width of [390, 1280]) {
     const boxes = (what) => [...root.querySelectorAll(what)].filter(e => !e.closest(".scroll"))
                             .map(e => e.getBoundingClientRect());
     const loaded = view.performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
-    told.push({width, loaded, scroll: root.scrollWidth, right: Math.max(...boxes("main *").map(box => box.right)),
+    const faded = [...root.querySelectorAll("main *:not(svg *)")]
+                  .filter(e => view.getComputedStyle(e).opacity < 1).length;
+    told.push({width, loaded, faded, scroll: root.scrollWidth,
+               right: Math.max(...boxes("main *").map(box => box.right)),
                small: Math.min(...boxes("details[open] svg text, .comparison > * svg text").map(box => box.height))});
     if (told.length == 2) console.log("MEASURED " + JSON.stringify(told).replaceAll('"', "'"));
   };
@@ -165,6 +168,7 @@ def test_chromium_shows_it_whole_on_a_phone_and_on_a_desk(document, tmp_path):
         assert view["scroll"] == view["width"]
         assert view["right"] <= view["width"]
         assert view["loaded"] == 0
+        assert view["faded"] == 0  # parts of the page that a rule for parts of a chart has caught
         assert view["small"] >= 8  # pixels of a line of text in a chart
     with Image.open(tmp_path / "both.png") as shot:
         assert shot.size == (1690, 2000)
