@@ -1,6 +1,8 @@
 """The page loads nothing, fits a phone, and can be read without seeing its pictures or colours."""
 
+import base64
 import html.parser
+import io
 import itertools
 import json
 import pathlib
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldrld_jax.report import Report
+from ldrld_jax.report import Report, pictures
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.outputs import Outputs, described
 from ldrld_jax.report.page import page
@@ -110,6 +112,15 @@ def test_every_picture_is_there(document):
     assert "ldrld depth=7: 94.75 at 4" not in document
     assert "kd: 96.00 at 4" in document
     assert "running (not finished)" in document
+
+
+def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
+    svg = pictures.heat_map([[0.0, 0.1], [0.2, 0.4]], "title", "", most=0.4)
+    [data] = re.findall(r'href="data:image/png;base64,([^"]+)"', svg)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        found = np.asarray(image.convert("RGB")).reshape(4, 3)
+    expected = [pictures.colour(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    np.testing.assert_allclose(found, expected, atol=2)  # a step of 256 is at most 4 of a channel
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
