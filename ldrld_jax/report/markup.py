@@ -42,26 +42,26 @@ def grid(items: Sequence[Markup], *, wide: bool = False) -> Markup | None:
     return tag("div", *items, class_="grid wide" if wide else "grid") if items else None
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Markup:
-    """A table of text and numbers, a line a method, in a box of its own that scrolls."""
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, shares: Sequence[float] = ()
+) -> Markup:
+    """A table of text and numbers in a box that scrolls sideways, by the keyboard too; the first cell names its row.
+
+    Args:
+      header: a name for each column.
+      rows: their cells.
+      caption: of the table, and the name of the box.
+      shares: the length, 0 to 1, of a bar below each row's name.
+    """
     columns = [[row[i] for row in rows] for i in range(len(header))]
     classes = ["number" if any(map(_is_number, column)) else None for column in columns]
     head = tag("tr", *(tag("th", name, scope="col", class_=kind) for name, kind in zip(header, classes, strict=True)))
-    body = [tag("tr", *map(_cell, header, row)) for row in rows]
-    return scrolling(
-        tag("table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body)), caption
-    )
-
-
-def scrolling(content: Markup, label: str) -> Markup:
-    """A box that scrolls sideways, by the keyboard too."""
-    return tag("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
-
-
-def _cell(name: str, text: str) -> Markup:
-    if name == "method":
-        return tag("th", text, scope="row")
-    return tag("td", text, class_="number" if _is_number(text) else None)
+    bars = [tag("span", style=f"--share:{share:.3f}", class_="bar", aria_hidden="true") for share in shares]
+    names = [join([row[0], *bars[i : i + 1]]) for i, row in enumerate(rows)]
+    cells = [[tag("td", cell, class_="number" if _is_number(cell) else None) for cell in row[1:]] for row in rows]
+    body = [tag("tr", tag("th", name, scope="row"), *rest) for name, rest in zip(names, cells, strict=True)]
+    table = tag("table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body))
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
 def _is_number(text: str) -> bool:

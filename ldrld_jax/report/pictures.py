@@ -12,9 +12,9 @@ from ldrld_jax.report.markup import Markup, join, tag
 _COLOURS = ((13, 8, 35), (87, 16, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164))
 
 
-def matrix(values: Sequence[Sequence[float]], title: str, *, most: float) -> Markup:
+def matrix(values: Sequence[Sequence[float]], title: str) -> Markup:
     """A small matrix of weights by rank, its numbers written in; only what lies above the diagonal."""
-    size, cell = len(values), 44
+    size, cell, most = len(values), 44, max(map(max, values))
     pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
     cells = [_cell(values[i][j], i, j - 1, cell, most, written=size <= 10) for i, j in pairs]
     ranks = [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
@@ -35,24 +35,30 @@ def _cell(value: float, row: int, column: int, cell: int, most: float, *, writte
 
 def heat_map(values: Sequence[Sequence[float]], title: str, description: str, *, most: float) -> Markup:
     """A large matrix as pixels, from 0 to `most`."""
-    from PIL import Image
-
     size = len(values)
-    pixels = bytes(part for row in values for value in row for part in colour(value / most if most else 0))
-    file = io.BytesIO()
-    Image.frombytes("RGB", (size, size), pixels).save(file, format="png", optimize=True)
-    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return svg(size, size, title, description, tag("image", href=data, width=size, height=size, class_="pixels"))
+    return svg(size, size, title, description, _pixels([value / (most or 1) for row in values for value in row], size))
 
 
 def colour_bar(most: float, label: str) -> Markup:
     """The colours of `heat_map` with their numbers."""
-    steps = [tag("rect", x=20 + 4 * i, y=4, width=4.5, height=14, fill=hex_colour(i / 59))
-             for i in range(60)]  # fmt: skip
+    bar = _pixels([i / 59 for i in range(60)], 60, transform="translate(20 4) scale(4 14)")
     texts = [
         tag("text", f"{share * most:.2f}", x=20 + 240 * share, y=34, text_anchor="middle") for share in (0, 0.5, 1)
     ]
-    return svg(280, 40, label, f"From 0, dark, to {most:.2f}, light.", *steps, *texts)
+    return svg(280, 40, label, f"From 0, dark, to {most:.2f}, light.", bar, *texts)
+
+
+def _pixels(shares: Sequence[float], width: int, **attributes: Any) -> Markup:
+    """An image of numbers from 0 to 1, row by row, a pixel each, in 256 colours."""
+    from PIL import Image
+
+    numbers = bytes(round(255 * min(max(share, 0.0), 1.0)) for share in shares)
+    image = Image.frombytes("P", (width, len(shares) // width), numbers)
+    image.putpalette([part for i in range(256) for part in colour(i / 255)])
+    file = io.BytesIO()
+    image.save(file, format="png", optimize=True)
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return tag("image", href=data, width=width, height=image.height, class_="pixels", **attributes)
 
 
 def colour(share: float) -> tuple[int, int, int]:

@@ -1,14 +1,15 @@
 """The parts of a comparison's page: each a heading, a line on how to read it, and its figures; None without data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ldrld_jax.report import charts, curves, pictures
-from ldrld_jax.report.groups import Comparison, Group
-from ldrld_jax.report.markup import Markup, figure, grid, html_table, join, scrolling, tag
+from ldrld_jax.report.groups import Comparison
+from ldrld_jax.report.markup import Markup, figure, grid, html_table, join, tag
 from ldrld_jax.report.table import spread
 
 Analyses = dict[str, dict[str, Any]]  # by folder
+Known = list[tuple[str, list[dict[str, Any]]]]  # the label of each group that has analyses, and those of its seeds
 
 
 class Section(NamedTuple):
@@ -28,11 +29,13 @@ def sections(comparison: Comparison, analyses: Analyses, number: int) -> list[Se
       analyses: what `outputs.analyse` kept, of the runs that have one.
       number: of the comparison on its page.
     """
-    made = ((name, heading, told, make(comparison, analyses)) for name, heading, told, make in _PARTS)
+    found = [(g.label, [analyses[run.folder] for run in g.runs if run.folder in analyses]) for g in comparison.groups]
+    known = [(label, seeds) for label, seeds in found if seeds]
+    made = ((name, heading, told, make(comparison, known)) for name, heading, told, make in _PARTS)
     return [Section(f"c{number}-{name}", heading, told, content) for name, heading, told, content in made if content]
 
 
-def _overview(comparison: Comparison, analyses: Analyses) -> Markup | None:
+def _overview(comparison: Comparison, known: Known) -> Markup | None:
     rows = curves.overview(comparison)
     if not rows:
         return None
@@ -42,136 +45,101 @@ def _overview(comparison: Comparison, analyses: Analyses) -> Markup | None:
     return figure(chart, "; ".join(notes) + ".")
 
 
-def _learning(comparison: Comparison, analyses: Analyses) -> Markup | None:
+def _learning(comparison: Comparison, known: Known) -> Markup | None:
     lines = curves.learning(comparison)
     if not lines:
         return None
     chart = charts.line_chart(lines, f"Learning curves, {comparison.title}", "epoch", "top-1 %")
-    labels = charts.legend([(line.label, line.style) for line in lines])
-    return figure(chart, "Top-1 on the evaluation split, mean over seeds; the band is one deviation.", labels)
+    return figure(chart, "Top-1 on the evaluation split, mean over seeds; the band is one deviation.", _legend(lines))
 
 
-def _sweeps(comparison: Comparison, analyses: Analyses) -> Markup | None:
+def _sweeps(comparison: Comparison, known: Known) -> Markup | None:
     figures = []
     for key, lines in curves.sweeps(comparison.groups):
         chart = charts.line_chart(lines, f"Accuracy by {key}", key, "last top-1 %")
-        figures.append(
-            figure(chart, f"By {key}, all else the same.", charts.legend([(s.label, s.style) for s in lines]))
-        )
+        figures.append(figure(chart, f"By {key}, all else the same.", _legend(lines)))
     return grid(figures, wide=True)
 
 
-def _ranks(comparison: Comparison, analyses: Analyses) -> Markup | None:
-    found = curves.rank_matrices(comparison.groups)
+def _legend(lines: Sequence[charts.Series]) -> Markup:
+    return charts.legend([(line.label, line.style) for line in lines])
+
+
+def _ranks(comparison: Comparison, known: Known) -> Markup | None:
+    names = ("IRW: near ranks weigh more", "ERD: high ranks weigh more", "Their product, the weight of a pair")
     blocks = []
-    for _, weights in found:
-        most = [max(map(max, values)) for values in weights]
-        names = ("IRW: near ranks weigh more", "ERD: high ranks weigh more", "Their product, the weight of a pair")
-        drawn = [
-            pictures.matrix(values, name, most=top) for values, name, top in zip(weights, names, most, strict=True)
-        ]
-        blocks.append(grid([figure(picture, name) for picture, name in zip(drawn, names, strict=True)]))
-    if len(blocks) > 1:
-        named = zip(found[1:], blocks[1:], strict=True)
-        others = [tag("details", tag("summary", labels), block) for (labels, _), block in named]
-        return join([tag("p", found[0][0]), blocks[0], *others])
-    return join(blocks) if blocks else None
+    for labels, weights in curves.rank_matrices(comparison.groups):
+        drawn = [figure(pictures.matrix(values, name), name) for values, name in zip(weights, names, strict=True)]
+        blocks.append((labels, grid(drawn)))
+    if len(blocks) < 2:
+        return blocks[0][1] if blocks else None
+    (labels, first), *others = blocks
+    return join([tag("p", labels), first, *(tag("details", tag("summary", name), block) for name, block in others)])
 
 
-def _closeness(comparison: Comparison, analyses: Analyses) -> Markup | None:
+def _closeness(comparison: Comparison, known: Known) -> Markup | None:
     rows = []
-    for group in comparison.groups:
-        known = [analyses[run.folder] for run in group.runs if run.folder in analyses]
-        if known:
-            taught = [one for one in known if one["teacher"]]
-            rows.append(
-                [
-                    group.label,
-                    spread([one["agreement"] for one in taught]),
-                    spread([one["correlation_mean"] for one in taught], 4),
-                    spread([one["calibration"]["ece"] for one in known]),
-                    spread([one["teacher"]["calibration"]["ece"] for one in taught]),
-                ]
-            )
+    for label, seeds in known:
+        taught = [one for one in seeds if one["teacher"]]
+        agreement, distance = ([one[key] for one in taught] for key in ("agreement", "correlation_mean"))
+        eces = ([one["calibration"]["ece"] for one in of] for of in (seeds, [one["teacher"] for one in taught]))
+        rows.append([label, spread(agreement), spread(distance, 4), *map(spread, eces)])
     header = ["method", "agreement %", "mean |Δ correlation|", "ECE %", "teacher's ECE %"]
     return html_table(header, rows, "Of the best checkpoints, over seeds") if rows else None
 
 
-def _correlation(comparison: Comparison, analyses: Analyses) -> Markup | None:
-    known = [(group, one) for group, one in _first(comparison, analyses) if one["teacher"]]
-    if not known:
+def _correlation(comparison: Comparison, known: Known) -> Markup | None:
+    taught = [(label, seeds[0]) for label, seeds in known if seeds[0]["teacher"]]
+    if not taught:
         return None
-    most = max(max(map(max, one["correlation"])) for _, one in known)
+    most = max(max(map(max, one["correlation"])) for _, one in taught)
     figures = []
-    for group, one in known:
+    for label, one in taught:
         told = f"Mean {one['correlation_mean']:.4f} over {one['classes']} x {one['classes']} classes."
-        picture = pictures.heat_map(
-            one["correlation"], f"|corr(teacher) - corr(student)|, {group.label}", told, most=most
-        )
-        figures.append(figure(picture, f"{group.label}: mean {one['correlation_mean']:.4f}"))
+        picture = pictures.heat_map(one["correlation"], f"|corr(teacher) - corr(student)|, {label}", told, most=most)
+        figures.append(figure(picture, f"{label}: mean {one['correlation_mean']:.4f}"))
     bar = tag("div", pictures.colour_bar(most, "Colours of the heat maps"), class_="bar-of-colours")
     return join([bar, grid(figures)])
 
 
-def _pairs(comparison: Comparison, analyses: Analyses) -> Markup | None:
-    known = [(group, one["pairs"]) for group, one in _first(comparison, analyses) if one["teacher"]]
-    most = max((pair["kl"] for _, pairs in known for pair in pairs), default=0)
-    return grid([_pair_table(group, pairs, most) for group, pairs in known])
+def _pairs(comparison: Comparison, known: Known) -> Markup | None:
+    taught = [(label, seeds[0]["pairs"]) for label, seeds in known if seeds[0]["teacher"]]
+    most = max((pair["kl"] for _, pairs in taught for pair in pairs), default=0)
+    tables = []
+    for label, pairs in taught:
+        rows = [
+            [f"{pair['first']} / {pair['second']}".replace("_", " "), f"{pair['kl']:.3f}",
+             *(f"{100 * pair[who]:.0f}" for who in ("teacher", "student"))]
+            for pair in pairs
+        ]  # fmt: skip
+        shares = [pair["kl"] / most if most else 0 for pair in pairs]
+        tables.append(html_table(["pair", "KL", "teacher %", "student %"], rows, label, shares))
+    return grid(tables)
 
 
-def _pair_table(group: Group, pairs: list[dict[str, Any]], most: float) -> Markup:
-    rows = []
-    for pair in pairs:
-        bar = tag("span", style=f"--share:{pair['kl'] / most if most else 0:.3f}", class_="bar", aria_hidden="true")
-        cells = (f"{pair['kl']:.3f}", f"{100 * pair['teacher']:.0f}", f"{100 * pair['student']:.0f}")
-        name = tag("th", " / ".join(pair[side].replace("_", " ") for side in ("first", "second")), bar, scope="row")
-        rows.append(tag("tr", name, *(tag("td", cell, class_="number") for cell in cells)))
-    header = tag("tr", *(tag("th", name, scope="col") for name in ("pair", "KL", "teacher %", "student %")))
-    return scrolling(
-        tag("table", tag("caption", tag("span", group.label)), tag("thead", header), tag("tbody", *rows)), group.label
-    )
-
-
-def _features(comparison: Comparison, analyses: Analyses) -> Markup | None:
-    known = [(group.label, one, one["embedding"]) for group, one in _first(comparison, analyses) if one["embedding"]]
-    teachers = [one for _, one, _ in known if one["teacher"] and one["teacher"]["embedding"]]
-    if teachers:
-        known.append(("teacher", teachers[0], teachers[0]["teacher"]["embedding"]))
-    if not known:
+def _features(comparison: Comparison, known: Known) -> Markup | None:
+    embedded = [(label, seeds[0], seeds[0]["embedding"]) for label, seeds in known if seeds[0]["embedding"]]
+    if not embedded:
         return None
+    taught = [one for _, one, _ in embedded if one["teacher"] and one["teacher"]["embedding"]]
+    embedded += [("teacher", one, one["teacher"]["embedding"]) for one in taught[:1]]
     figures = []
-    for label, one, embedding in known:
+    for label, one, embedding in embedded:
         picture = pictures.scatter(embedding, one["embedded"], f"t-SNE of features, {label}")
         figures.append(figure(picture, f"{label}: silhouette {embedding['silhouette']:.3f}"))
-    names = list(dict.fromkeys(known[0][1]["embedded"]))
-    return join(
-        [grid(figures), charts.legend([(name.replace("_", " "), i) for i, name in enumerate(names)], lines=False)]
-    )
+    names = dict.fromkeys(embedded[0][1]["embedded"])
+    labels = [(name.replace("_", " "), i) for i, name in enumerate(names)]
+    return join([grid(figures), charts.legend(labels, lines=False)])
 
 
-def _calibration(comparison: Comparison, analyses: Analyses) -> Markup | None:
-    figures, teacher = [], None
-    for group in comparison.groups:
-        known = [analyses[run.folder] for run in group.runs if run.folder in analyses]
-        if known:
-            eces = spread([one["calibration"]["ece"] for one in known])
-            figures.append(_reliability(known[0]["calibration"], f"{group.label}: ECE {eces} %"))
-            teacher = teacher or known[0]["teacher"]
-    if teacher:
-        figures.append(_reliability(teacher["calibration"], f"teacher: ECE {teacher['calibration']['ece']:.2f} %"))
-    return grid(figures)
+def _calibration(comparison: Comparison, known: Known) -> Markup | None:
+    drawn = [(f"{label}: ECE {spread([one['calibration']['ece'] for one in of])} %", of[0]) for label, of in known]
+    teachers = [one["teacher"] for _, one in drawn if one["teacher"]][:1]
+    drawn += [(f"teacher: ECE {one['calibration']['ece']:.2f} %", one) for one in teachers]
+    return grid([figure(pictures.reliability(one["calibration"], title), title) for title, one in drawn])
 
 
-def _reliability(found: dict[str, Any], title: str) -> Markup:
-    return figure(pictures.reliability(found, title), title)
-
-
-def _first(comparison: Comparison, analyses: Analyses) -> Iterator[tuple[Group, dict[str, Any]]]:
-    """The analysis of each group's first seed."""
-    return ((g, analyses[g.first.folder]) for g in comparison.groups if g.first.folder in analyses)
-
-
-_PARTS: tuple[tuple[str, str, str, Callable[[Comparison, Analyses], Markup | None]], ...] = (
+_PARTS: tuple[tuple[str, str, str, Callable[[Comparison, Known], Markup | None]], ...] = (
     ("overview", "Accuracy at a glance", "", _overview),
     ("curves", "Learning curves", "", _learning),
     ("sweeps", "What one number changes", "Top-1 after the last epoch, mean over seeds.", _sweeps),

@@ -17,6 +17,7 @@ from ldrld_jax.report import collect, outputs
 from ldrld_jax.report.__main__ import main
 from ldrld_jax.report.groups import compare
 from ldrld_jax.train import trainer
+from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Variables
 from tests.conftest import ROOT
@@ -26,7 +27,7 @@ from tests.tiny_net import TinyNet
 def untrained(config, workdir: pathlib.Path) -> float:
     """A run that ended with the weights it began with; its top-1."""
     run = Run.plan(config_lib.resolve(config), epath.Path(workdir))
-    with contextlib.closing(run.checkpoints()) as checkpoints:
+    with contextlib.closing(RunFolder(run).checkpoints()) as checkpoints:
         checkpoints.save(1, {"model": run.make_student()[1]._asdict()}, {}, top1=10.0)
     (workdir / "config.json").write_text(run.config.to_json())
     top1 = trainer.evaluate(config, workdir)["top1"]

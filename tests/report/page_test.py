@@ -1,6 +1,8 @@
 """The page loads nothing, fits a phone, and can be read without seeing its pictures or colours."""
 
+import base64
 import html.parser
+import io
 import itertools
 import json
 import pathlib
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldrld_jax.report import Report
+from ldrld_jax.report import Report, pictures
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.outputs import Outputs, described
 from ldrld_jax.report.page import page
@@ -112,6 +114,15 @@ def test_every_picture_is_there(document):
     assert "running (not finished)" in document
 
 
+def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
+    svg = pictures.heat_map([[0.0, 0.1], [0.2, 0.4]], "title", "", most=0.4)
+    [data] = re.findall(r'href="data:image/png;base64,([^"]+)"', svg)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        found = np.asarray(image.convert("RGB")).reshape(4, 3)
+    expected = [pictures.colour(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    np.testing.assert_allclose(found, expected, atol=2)  # a step of 256 is at most 4 of a channel
+
+
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
     block = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[scheme]
@@ -143,7 +154,10 @@ for (const width of [390, 1280]) {
     const boxes = (what) => [...root.querySelectorAll(what)].filter(e => !e.closest(".scroll"))
                             .map(e => e.getBoundingClientRect());
     const loaded = view.performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
-    told.push({width, loaded, scroll: root.scrollWidth, right: Math.max(...boxes("main *").map(box => box.right)),
+    const faded = [...root.querySelectorAll("main *:not(svg *)")]
+                  .filter(e => view.getComputedStyle(e).opacity < 1).length;
+    told.push({width, loaded, faded, scroll: root.scrollWidth,
+               right: Math.max(...boxes("main *").map(box => box.right)),
                small: Math.min(...boxes("details[open] svg text, .comparison > * svg text").map(box => box.height))});
     if (told.length == 2) console.log("MEASURED " + JSON.stringify(told).replaceAll('"', "'"));
   };
@@ -165,6 +179,7 @@ def test_chromium_shows_it_whole_on_a_phone_and_on_a_desk(document, tmp_path):
         assert view["scroll"] == view["width"]
         assert view["right"] <= view["width"]
         assert view["loaded"] == 0
+        assert view["faded"] == 0  # parts of the page that a rule for parts of a chart has caught
         assert view["small"] >= 8  # pixels of a line of text in a chart
     with Image.open(tmp_path / "both.png") as shot:
         assert shot.size == (1690, 2000)
