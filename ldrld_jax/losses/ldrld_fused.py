@@ -159,7 +159,7 @@ def _(cfg, kernel, primals, tangents):
     return sums, moved
 
 
-    # Without the checkpoint, reverse mode keeps masks of the logits' size; with it, the logits and `sums`.
+# Without the checkpoint, reverse mode keeps masks of the logits' size; with it, the logits and `sums`.
 @functools.partial(jax.checkpoint, static_argnums=(5,), prevent_cse=False)
 def _derivative(
     teacher: jax.Array,
