@@ -52,7 +52,9 @@ def open_folder(
         raise UserError(f"{name} needs a folder. Set data.data_dir to the one that holds train and val.")
     files, class_names = FOLDERS[name](epath.Path(data_dir), split)
     if len(class_names) < 2:
-        raise UserError(f"{data_dir} has {len(class_names)} classes, and there is nothing to tell apart. Check its layout.")
+        raise UserError(
+            f"{data_dir} has {len(class_names)} classes, and there is nothing to tell apart. Check its layout."
+        )
     empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == "train" else []
     if not files:
         raise UserError(f"there is no image in {data_dir}/{split}. Supported are {', '.join(SUFFIXES)}.")
