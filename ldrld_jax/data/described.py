@@ -45,7 +45,7 @@ class Undelivered:
 
 @dataclasses.dataclass(frozen=True)
 class Describer:
-    """Opens splits like `sources.open_source`, but without their images.
+    """A callable like `sources.open_source` that opens splits without their images.
 
     Attributes:
       known: the `compile` block of a config, for values that no description provides.

@@ -72,7 +72,7 @@ class CentreCrop:
         image = pixels(open_image(data), channels=self.channels, exif=self.exif)
         width, height = image.size
         short = min(width, height)
-        # As in torchvision, the longer side is rounded down and the crop's corner to the nearest even number.
+        # The longer side is rounded down and the crop's corner to the nearest even number, as in torchvision.
         scaled = (self.resize * width // short, self.resize * height // short)
         left, top = (round((side - self.size) / 2) for side in scaled)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))

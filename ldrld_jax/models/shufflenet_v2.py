@@ -22,7 +22,7 @@ _conv = functools.partial(conv, kernel_init=torch_default)
 
 
 class ShuffleUnit(nnx.Module):
-    """Half of the channels pass, the others go through 1x1, 3x3 depthwise and 1x1; then both are shuffled."""
+    """A unit that passes half of the channels, convolves the others (1x1, 3x3 depthwise, 1x1) and shuffles both."""
 
     def __init__(self, features: int, **common: Any):
         half = features // 2
