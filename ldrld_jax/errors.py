@@ -1,15 +1,15 @@
-"""Errors that a person can mend: one line each, shown without a traceback by the command line."""
+"""Errors that the user can fix: one line each, shown without a traceback by the command line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong input: the message says what was given, what is allowed and what to do."""
+    """Invalid input; the message says what was given, what is allowed and what to do."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is in no table, with the nearest one that is.
+    """Returns the error for a name that is not in a table, with the nearest known name.
 
     Example:
       >>> str(unknown("model", "resnet8x5", ["resnet8x4", "resnet20"]))

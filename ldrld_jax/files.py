@@ -1,4 +1,4 @@
-"""Small files on disk: written whole or not at all, read with an error that names them, and a lock."""
+"""Small files: atomic writes, reads with errors that name the file, and a lock."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 
-_LOOK_SECONDS = 0.2  # longer than it takes `is_locked` to look
+_LOOK_SECONDS = 0.2  # longer than the duration of an `is_locked` check
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never half of either."""
+    """Writes a file atomically: after a crash it holds either the old or the new text."""
     temporary = path.parent / f"{path.name}.tmp"
     with named(path), temporary.open("w") as file:
         file.write(text)
@@ -29,14 +29,14 @@ def replace_text(path: epath.Path, text: str) -> None:
 
 
 def append_text(path: epath.Path, text: str) -> None:
-    """Writes to the end of a file; a crash may leave half of it there."""
+    """Appends to a file; a crash may leave part of the text."""
     with named(path), path.open("a") as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def named(path: epath.Path) -> Iterator[None]:
-    """An error that names the file: Python's own does not where a write is refused, as on a full disk."""
+    """Adds the file name to errors, because Python's own lack it when a write fails, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -46,7 +46,7 @@ def named(path: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk_named(path: epath.PathLike, message: str) -> Iterator[None]:
-    """A full disk as the OSError that it is: tensorstore's is a ValueError of many lines."""
+    """Raises an OSError for a full disk, for which tensorstore raises a ValueError of many lines."""
     try:
         yield
     except Exception as error:
@@ -60,19 +60,19 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Args:
-      path: of a file that exists.
-      what: it is, for the error.
-      keys: that it must have.
+      path: path of an existing file.
+      what: description of the file, for the error.
+      keys: required keys.
 
     Raises:
-      UserError: if it is torn, or something else.
+      UserError: if the file is truncated, is not a JSON object or lacks a key.
     """
     try:
         content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or endlessly nested brackets
         raise UserError(f"{path} is torn or no JSON ({error}). {what}: restore it, or choose another.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object. {what}: restore it, or choose another.")
@@ -101,19 +101,19 @@ def is_local(path: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
-    """Keeps other processes out of a folder: a lock on `<folder>/.lock`, which ends with the process, however it ends.
+    """Locks other processes out of a folder with `<folder>/.lock`; the lock ends with the process in any case.
 
-    Does nothing on `gs://` and the like, nor where the file system knows no locks.
+    It has no effect on remote paths such as `gs://` and on file systems without locks.
 
     Raises:
-      UserError: if another process holds it.
+      UserError: if another process holds the lock.
     """
     if not is_local(folder):
         yield
         return
     with (folder / ".lock").open("a") as file:
         if not _lock(file):
-            time.sleep(_LOOK_SECONDS)  # perhaps somebody looked whether it is locked
+            time.sleep(_LOOK_SECONDS)  # another process may only be checking the lock
             if not _lock(file):
                 raise UserError(
                     f"another process is running in {folder}. Wait for it to end, or choose another workdir."
@@ -122,7 +122,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
 
 
 def is_locked(folder: epath.Path) -> bool:
-    """Whether another process, or this one, holds the lock on a folder; False where there is no folder."""
+    """Returns whether any process, including this one, holds the lock on a folder; False if there is no folder."""
     if not folder.is_dir() or not is_local(folder):
         return False
     with (folder / ".lock").open("a") as file:
@@ -134,6 +134,6 @@ def _lock(file: IO[str]) -> bool:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here, as on some network file systems
+    except OSError:  # the file system has no locks, as some network file systems
         pass
     return True

@@ -1,8 +1,8 @@
-"""What makes two runs the same run: the keys of a resolved config that say what is computed."""
+"""Identity of a run: the keys of a resolved config that determine what is computed."""
 
 from typing import Any
 
-# Where and how fast a run runs, not what it computes.
+# These keys determine where and how fast a run executes, not what it computes.
 NOT_IDENTITY = (
     "data.data_dir",
     "data.loader",
@@ -16,7 +16,7 @@ NOT_IDENTITY = (
     "teacher.data.threads",
     "teacher.data.cache_mb",
     "steps_per_dispatch",
-    "compile",  # the cache's place, and what --mode compile assumes
+    "compile",  # the cache folder, and the assumptions of --mode compile
     "mesh.",
     "log.",
     "checkpoint.",
@@ -24,8 +24,7 @@ NOT_IDENTITY = (
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Of a resolved config (a ConfigDict, or a dict as config.json has it): the keys that two runs must share to be
-    the same run, dotted and flat.
+    """Returns the flat keys that identify a run, from a resolved config: a ConfigDict, or a dict as in config.json.
 
     Example:
       >>> identity({"seed": 1, "data": {"mean": (0.5,), "threads": 4}})
@@ -36,7 +35,7 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config under dotted keys, its tuples as the lists that JSON makes of them."""
+    """Flattens a nested config to dotted keys, with tuples as lists, as in JSON."""
     keys: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Metrics: means as (sum, count) pairs, which steps, devices and hosts add up alike."""
+"""Metrics: means as (sum, count) pairs, which add up over steps, devices and hosts."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Mean(NamedTuple):
-    """A mean that can still be added to: over steps, devices and hosts alike."""
+    """A mean that can be accumulated over steps, devices and hosts."""
 
     total: Any
     count: Any
@@ -28,19 +28,19 @@ Means = dict[str, Mean]
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
-    """Returns the mean of `values` `[n]` over the rows that `where` `[n]` keeps; float64 stays, all else is float32."""
+    """Returns the mean of `values` `[n]` over rows where `where` `[n]` is True, in float32 (float64 for float64)."""
     values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
     kept = jnp.ones(values.shape, values.dtype) if where is None else where.astype(values.dtype)
     return Mean(jnp.sum(values * kept), jnp.sum(kept))
 
 
 def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
-    """The mean of `[n]` shares or booleans, in percent."""
+    """Returns the mean of `[n]` shares or booleans, in percent."""
     return mean_of(100 * shares.astype(jnp.float32), where)
 
 
 def add(left: Means, right: Means) -> Means:
-    """The sums of two sets of means; a name that only one has is kept.
+    """Adds two sets of means; a name that only one of them has is kept.
 
     Example:
       >>> add({"loss": Mean(1.0, 1)}, {"loss": Mean(3.0, 1)})["loss"].value
@@ -53,11 +53,11 @@ def add(left: Means, right: Means) -> Means:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Means in one array, which one transfer brings to the host: of an accelerator each costs as much as many numbers.
+    """Means in a single array, because each transfer from an accelerator costs as much as many numbers.
 
     Attributes:
-      values: `[2, names]`, totals and counts; `[k, 2, names]` of k steps.
-      names: of the means.
+      values: `[2, names]`, totals and counts; `[k, 2, names]` for k steps.
+      names: names of the means.
     """
 
     values: jax.Array
@@ -65,7 +65,7 @@ class Packed:
 
 
 def pack(means: Means) -> Packed:
-    """Packs means of scalars into one array, float64 if one of them is, else float32."""
+    """Packs means of scalars into one array, float64 if any of them is float64, otherwise float32."""
     wide = any(number.dtype == jnp.float64 for mean in means.values() for number in mean)
     dtype = jnp.float64 if wide else jnp.float32
     rows = [[getattr(mean, part).astype(dtype) for mean in means.values()] for part in Mean._fields]
@@ -73,7 +73,7 @@ def pack(means: Means) -> Packed:
 
 
 def packed(step: Callable[..., tuple[Any, Means]]) -> Callable[..., tuple[Any, Packed]]:
-    """Returns a train step with its metrics packed."""
+    """Wraps a train step so that it returns packed metrics."""
 
     def stepped(*arguments: Any) -> tuple[Any, Packed]:
         state, means = step(*arguments)
@@ -83,7 +83,7 @@ def packed(step: Callable[..., tuple[Any, Means]]) -> Callable[..., tuple[Any, P
 
 
 def by_step(metrics: Packed) -> list[Means]:
-    """Brings the means of one step, or of several in one dispatch, to the host, a set a step; waits for the device.
+    """Transfers the means of one or several steps to the host, one set per step; waits for the device.
 
     Example:
       >>> by_step(pack({"loss": Mean(jnp.array(6.0), jnp.array(2.0))}))[0]["loss"].value
@@ -95,9 +95,9 @@ def by_step(metrics: Packed) -> list[Means]:
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether the label is among the k largest logits, `[n]` bool; of ties the lower class counts first.
+    """Returns whether each label is among the k largest logits, `[n]` bool; ties go to the lower class.
 
-    Counts the logits above the label's, which needs no sort.
+    It counts the logits above the label's, which needs no sort.
 
     Example:
       >>> in_top(jnp.array([[0.1, 0.7, 0.2]]), jnp.array([2]), 2).tolist()
@@ -109,7 +109,7 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 
 def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None = None) -> Means:
-    """Cross-entropy in nats, top-1 and top-5 in percent."""
+    """Computes the cross-entropy in nats, and top-1 and top-5 in percent."""
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
@@ -126,16 +126,16 @@ def agreement(
     student_top: jax.Array,
     where: jax.Array | None = None,
 ) -> Means:
-    """How student and teacher compare, in percent.
+    """Compares student and teacher, in percent.
 
-    `agreement`: both have one first class. `top_d_overlap`: the share of the student's d largest
-    classes that are among the teacher's. `label_in_top_d`: the label is among the student's.
+    `agreement`: both have the same largest class. `top_d_overlap`: the share of the student's d largest
+    classes that are among the teacher's. `label_in_top_d`: the label is among the student's d largest.
 
     Args:
       teacher, student: logits `[n, C]`.
       labels: `[n]`.
       teacher_top, student_top: `[n, C]` bool, each side's d largest classes.
-      where: `[n]` bool; rows left out count in nothing.
+      where: `[n]` bool; rows where it is False are ignored.
     """
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
     size, both = (jnp.sum(mask, axis=-1, dtype=jnp.float32) for mask in (student_top, teacher_top & student_top))

@@ -1,1 +1,1 @@
-"""Checkpoints: written in the background, kept by policy, told from damaged ones, restored on any devices."""
+"""Checkpoints: written in the background, kept by a policy, checked for damage, restored on any devices."""

@@ -1,4 +1,4 @@
-"""Checksums of arrays: the same however an array lies on devices and hosts."""
+"""Checksums of arrays that do not depend on the layout over devices and hosts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 
-# of an array: its dtype, its shape, its checksum
+# Path of an array -> its dtype, shape and checksum.
 Described = dict[str, tuple[str, tuple[int, ...], int]]
 
 
 def describe(tree: Any) -> Described:
-    """Dtype, shape and checksum of each array in a tree, by path.
+    """Returns dtype, shape and checksum of each array in a tree, by path.
 
     A checksum is the sum of the array's bits, read as unsigned integers of at least 32 bits, each
-    times 2 i + 1 where i is its position, modulo 2^32 (2^64 for 64-bit types). Odd weights: a
-    change of any one element changes the sum. Each host reads what lies on its own devices, which
-    costs no compilation; several hosts add their sums up.
+    times 2 i + 1 where i is its position, modulo 2^32 (2^64 for 64-bit types). The odd weights ensure that
+    a change of any one element changes the sum. Each host reads the data on its own devices, without
+    compilation, and several hosts add up their sums.
 
     Example:
       >>> describe({"w": np.float32([0.0, 1.0])})
@@ -36,19 +36,19 @@ def describe(tree: Any) -> Described:
 
 
 def _width(dtype: np.dtype) -> int:
-    """Bytes of the integers that are added up."""
+    """Returns the size in bytes of the integers that are summed."""
     return max(np.dtype(dtype).itemsize, 4)
 
 
 def _sum_here(array: Any) -> np.uint64:
-    total = np.zeros(1, np.uint64)  # an array, not a scalar: it wraps around without a warning
+    total = np.zeros(1, np.uint64)  # an array, because a scalar warns when it wraps around
     for block, index in _blocks(array):
         total += _weighted_sum(block, index, array.shape)
     return total[0]
 
 
 def _blocks(array: Any) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
-    """What lies on this host's devices, each part of the array once over all hosts, and where it belongs."""
+    """Yields this host's blocks of an array and their indices; over all hosts each block occurs once."""
     if isinstance(array, np.ndarray):
         yield array, (slice(None),) * array.ndim
         return

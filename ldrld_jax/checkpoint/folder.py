@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are kept, which one a run goes on from, and that it is as it was written."""
+"""The checkpoints of a run: retention, selection of the one to resume from, and checks for damage."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ _DELETED = ".deleted"
 
 
 class Restored(NamedTuple):
-    """A checkpoint as it was saved: after `step` steps, the trees and the JSON that belong to it."""
+    """A checkpoint as it was saved after `step` steps: its trees and its JSON."""
 
     step: int
     trees: dict[str, Any]
@@ -28,17 +28,17 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<directory>/<step>`: the last ones, the best by `top1`, every so many.
+    """The checkpoints of one run, `<directory>/<step>`: the last ones, the best by `top1`, and every n-th.
 
-    Saving copies the arrays, then writes in the background; a checkpoint appears under its name only
-    when it is whole. Beside the arrays lie their checksums, which are compared when they are restored.
-    Nothing on disk changes before `resume` or `save`.
+    Saving copies the arrays, then writes in the background. A checkpoint appears under its name only
+    once it is whole. It contains checksums of its arrays, which are compared on restore. Nothing on
+    disk changes before `resume` or `save`.
 
     Args:
       directory: created by the first save.
-      run: what names the run, JSON; noted beside each checkpoint.
-      keep_last: how many of the last are kept, at least 1.
-      keep_every: those whose step is a multiple of this are kept for good.
+      run: JSON that identifies the run, stored in each checkpoint.
+      keep_last: number of last checkpoints to keep, at least 1.
+      keep_every: checkpoints whose step is a multiple of this are kept forever.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Checkpoints:
         keep_every: int | None = None,
     ):
         self._run = run or {}
-        self._directory = epath.Path(directory).resolve()  # tensorstore takes absolute paths only
+        self._directory = epath.Path(directory).resolve()  # tensorstore accepts absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
         self._notes = {step: read_note(self._path(step)) for step in self._steps_on_disk()}
         self._writing: tuple[int, Note, orbax_io.Writing] | None = None
@@ -64,12 +64,12 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are saved, ascending; what is damaged is among them."""
+        """The saved steps, ascending, including damaged checkpoints."""
         return sorted(self._notes)
 
     @property
     def readable_steps(self) -> list[int]:
-        """Those whose `host` can be read."""
+        """The steps whose `host` can be read, ascending."""
         return sorted(self._readable())
 
     @property
@@ -78,11 +78,11 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the highest top-1, of ties the latest; None before the first evaluation."""
+        """The step of the highest top-1, the latest one among ties; None before the first evaluation."""
         return max(self._top1s(), key=lambda step: (self._top1s()[step], step), default=None)
 
     def by_preference(self, *, best: bool) -> list[int]:
-        """The steps, those first that might be the one wanted: unreadable, then by top-1 or the latest."""
+        """Returns the steps in order of preference: unreadable ones, then by top-1 (`best`) or the latest."""
         top1s = self._top1s() if best else {}
         readable = self._readable()
         return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
@@ -100,26 +100,26 @@ class Checkpoints:
         return note
 
     def host(self, step: int) -> Json:
-        """What was saved as `host` at `step`; raises a DamagedError if it cannot be read."""
+        """Returns the `host` saved at `step`; raises a DamagedError if it cannot be read."""
         return self._note(step)["host"]
 
     def run(self, step: int) -> Json:
-        """The `run` that saved `step`; raises likewise."""
+        """Returns the `run` that saved `step`; raises a DamagedError if it cannot be read."""
         return self._note(step)["run"]
 
     def arrays(self, step: int, name: str) -> Described:
-        """Dtype, shape and checksum of each array of the tree saved as `name`; raises likewise."""
+        """Returns the tree `name` as dtype, shape and checksum of each array; raises a DamagedError if unreadable."""
         arrays = self._note(step)["arrays"].get(name, {})
         return {path: (dtype, tuple(shape), total) for path, (dtype, shape, total) in arrays.items()}
 
     def save(self, step: int, trees: dict[str, Any], host: Json, top1: float | None = None) -> None:
-        """Saves unless this step is saved already; returns when the arrays may be donated again.
+        """Saves a checkpoint unless this step is already saved; on return the arrays may be donated again.
 
         Args:
-          step: the number of steps done.
-          trees: trees of arrays, each of which can be restored alone.
-          host: what else belongs to the run, JSON.
-          top1: the evaluation's, if there was one at this step; it is added to a checkpoint that has none.
+          step: the number of completed steps.
+          trees: trees of arrays, each of which can be restored separately.
+          host: other state of the run, JSON.
+          top1: the top-1 of an evaluation at this step, if any; added to an existing checkpoint without one.
         """
         self.wait()
         if step in self._notes:
@@ -135,14 +135,14 @@ class Checkpoints:
         self._writing = step, note, orbax_io.write(self._path(step), trees, signed(note))
 
     def _rate(self, step: int, host: Json, top1: float) -> None:
-        """Adds the evaluation that a signal had cut short when the step was saved."""
+        """Adds the result of an evaluation that a signal had interrupted when the step was saved."""
         note = self._notes[step] = {**self._note(step), "host": host, "top1": top1}
         if jax.process_index() == 0:
             rewrite_note(self._path(step), note)
         self._tidy()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is whole, and those that it makes superfluous are gone."""
+        """Waits until the pending checkpoint is whole and superseded checkpoints are removed."""
         if self._writing is None:
             return
         (step, note, writing), self._writing = self._writing, None
@@ -153,16 +153,16 @@ class Checkpoints:
     close = wait
 
     def resume(self, like: dict[str, Any]) -> Restored | None:
-        """The newest whole checkpoint; newer ones that are damaged are set aside as `<step>.corrupt`.
+        """Restores the newest whole checkpoint; newer damaged ones are renamed to `<step>.corrupt`.
 
         Args:
-          like: as for `restore`.
+          like: see `restore`.
 
         Returns:
-          None if nothing has been saved.
+          The checkpoint; None if nothing has been saved.
 
         Raises:
-          UserError: if there are checkpoints and none is whole, or they hold other arrays; nothing is touched.
+          UserError: if there are checkpoints but none is whole, or they hold other arrays; then nothing is renamed.
         """
         damaged: dict[int, DamagedError] = {}
         for step in reversed(self.steps):
@@ -184,16 +184,16 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """The trees of `step` that `like` names, as they were saved.
+        """Restores the trees of `step` that are named in `like`.
 
         Args:
           step: one of `steps`.
-          like: arrays or their shapes and dtypes; those with a sharding come back as it says, on any
-            number of devices, the others as NumPy arrays.
+          like: arrays or their shapes and dtypes. Arrays with a sharding are restored with it, on any number
+            of devices, the others as NumPy arrays.
 
         Raises:
           UserError: if the checkpoint holds arrays of other names, shapes or dtypes.
-          DamagedError: if it is torn, or an array has not the checksum it was saved with.
+          DamagedError: if it cannot be read, or an array's checksum differs from the saved one.
         """
         for name, tree in like.items():
             self._check_fit(step, name, tree)
@@ -227,12 +227,12 @@ class Checkpoints:
         return kept | {step for step in saved if self._keep_every and step % self._keep_every == 0}
 
     def _tidy(self) -> None:
-        """Removes what the policy does not keep, and what a killed run left half written or half deleted."""
+        """Removes checkpoints that the policy does not keep, and half-written or half-deleted ones of a killed run."""
         if jax.process_index() or not self._directory.exists():
             return
         for step in self._readable().keys() - self._kept():
             del self._notes[step]
-            self._path(step).rename(self._path(step, _DELETED))  # at once: half of one is never taken for one
+            self._path(step).rename(self._path(step, _DELETED))  # atomic, so half a checkpoint never passes for one
         for path in self._directory.iterdir():
             if path.name.endswith((orbax_io.UNFINISHED, _DELETED)):
                 path.rmtree()
@@ -252,13 +252,13 @@ class Checkpoints:
 def load_model(
     directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None, best: bool = True
 ) -> dict[str, Any]:
-    """The weights in a run's best (or last) checkpoint; if that is damaged, in the next best, and says so.
+    """Restores the weights of a run's best or last checkpoint; falls back to the next if it is damaged, and warns.
 
     Args:
       directory: the run's `checkpoints` folder.
       like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
-      run: what the checkpoint must have been saved as, but for its epochs, which may have grown.
-      best: the best evaluated one, if any; else the last.
+      run: the `run` that the checkpoint must have been saved with, except for its epochs, which may have grown.
+      best: use the checkpoint with the best evaluation, if any; otherwise the last.
 
     Raises:
       UserError: if there is no checkpoint, none is whole, or it does not fit or belongs to another run.
@@ -282,7 +282,7 @@ def load_model(
 
 
 def _as_stored(saved: Described, like: Any) -> Any:
-    """The shapes of `like` in the dtypes that they were saved in."""
+    """Returns the shapes of `like` with the dtypes of the saved arrays."""
 
     def stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

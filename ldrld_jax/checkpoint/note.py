@@ -1,4 +1,4 @@
-"""What is noted beside a checkpoint's arrays, and that it is as it was written."""
+"""Reads and writes the JSON note next to a checkpoint's arrays, with a digest that detects changes."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ from ldrld_jax.files import replace_text
 
 Note = dict[str, Any]
 
-_FILE = "_CHECKPOINT_METADATA"  # orbax's; read without it, as it stops at what it cannot parse
+_FILE = "_CHECKPOINT_METADATA"  # orbax's file, read without orbax because that stops at metadata it cannot parse
 _FIELD = "custom_metadata"
 
 
 class DamagedError(Exception):
-    """A checkpoint is not as it was written; the message says in what."""
+    """A checkpoint that differs from what was written; the message names the damage."""
 
 
 def read_note(checkpoint: epath.Path) -> Note | DamagedError:
-    """The note in a checkpoint's folder, without its signature."""
+    """Reads the note in a checkpoint's folder and removes its digest; returns a DamagedError if it is damaged."""
     try:
         note = dict(json.loads((checkpoint / _FILE).read_text())[_FIELD])
         digest = note.pop("digest")
@@ -31,14 +31,14 @@ def read_note(checkpoint: epath.Path) -> Note | DamagedError:
 
 
 def rewrite_note(checkpoint: epath.Path, note: Note) -> None:
-    """Another note for a checkpoint that is whole."""
+    """Replaces the note of a whole checkpoint."""
     path = checkpoint / _FILE
     replace_text(path, json.dumps({**json.loads(path.read_text()), _FIELD: signed(note)}))
 
 
 def signed(note: Note) -> Note:
-    """The note as it is written: with a digest of what it says."""
-    note = json.loads(json.dumps(note))  # tuples become lists, as they will be read
+    """Returns the note with a digest of its content, as it is written."""
+    note = json.loads(json.dumps(note))  # turns tuples into lists, as in the note that is read back
     return {**note, "digest": _digest(note)}
 
 

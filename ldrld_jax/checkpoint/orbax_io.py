@@ -1,4 +1,4 @@
-"""Reads and writes a checkpoint's arrays: the only file that touches orbax, and hears what its threads have to say."""
+"""Reads and writes a checkpoint's arrays; the only file that uses orbax. It also filters what orbax's threads log."""
 
 import contextlib
 import functools
@@ -18,48 +18,48 @@ from ldrld_jax.checkpoint.note import DamagedError, Note
 from ldrld_jax.files import full_disk_named, is_full_disk
 
 _FULL = "no space left; the last whole checkpoint is intact"
-UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends that is still being written
-# What tensorstore and XLA say when the machine failed, not the checkpoint.
+UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still being written
+# Error codes of tensorstore and XLA for failures of the machine, not of the checkpoint.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Writing:
-    """A checkpoint that is written in the background."""
+    """A checkpoint that is being written in the background."""
 
     def __init__(self, path: epath.Path, response: ocp.AsyncResponse):
         self._path, self._response = path, response
 
     def wait(self) -> None:
-        """Until it is whole; raises the OSError of a full disk."""
+        """Waits until the checkpoint is whole; raises an OSError if the disk is full."""
         with full_disk_named(self._path.parent, _FULL):
             self._response.result()
 
 
 def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
-    """Copies the trees and writes them, with a note; a checkpoint appears under its path when it is whole."""
+    """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole."""
     _quiet_threads()
     with full_disk_named(path.parent, _FULL):
         return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
 
 
 def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
-    """The trees of a checkpoint that `like` names: leaves with a sharding as it says, the others as NumPy arrays.
+    """Reads the trees named in `like`: leaves with a sharding are placed by it, others become NumPy arrays.
 
     Raises:
-      DamagedError: if they cannot be read; what orbax makes many lines of is one.
+      DamagedError: if they cannot be read; its message shortens orbax's to one line.
     """
     _quiet_threads()
     abstract = jax.tree.map(_abstract, like)
     with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # One after another: of several at once, those behind a damaged one are never awaited, and Python says so.
+            # One at a time: with several at once, orbax never awaits those after a damaged one, and Python warns.
             return {name: ocp.load_checkpointables(path, {name: tree})[name] for name, tree in abstract.items()}
-        except Exception as error:  # dozens of kinds
+        except Exception as error:  # orbax raises dozens of kinds
             if any(word in str(error) for word in _NOT_DAMAGE):
                 raise
             reason = _first_cause(error)
-        gc.collect()  # what orbax never awaited complains when it goes
+        gc.collect()  # coroutines that orbax never awaited warn when they are collected: do it while silenced
     raise DamagedError(f"it cannot be read: {reason}")
 
 
@@ -96,12 +96,12 @@ def _quiet_threads() -> None:
 
 
 def _reported_elsewhere(record: logging.LogRecord) -> bool:
-    """Returns False for tracebacks of a full disk, which `full_disk_named` reports in one line."""
+    """Drops tracebacks of a full disk that orbax's threads log; `full_disk_named` reports it in one line."""
     return not (record.exc_info and is_full_disk(record.exc_info[1]))
 
 
 def _but_late_writes(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns `hook` without the complaint of tensorstore about writes that a failed checkpoint left behind."""
+    """Wraps an unraisable hook to ignore writes left over from a failed checkpoint, which nobody awaits."""
 
     def report(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

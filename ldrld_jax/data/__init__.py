@@ -1,1 +1,1 @@
-"""Data: a source of records, what is done to an image, and the loaders that make batches of both."""
+"""Data: sources of records, image augmentation, and the loaders that make batches."""

@@ -1,4 +1,4 @@
-"""What training draws at random, and the crops and mirrors made of it: pure functions of (seed, epoch, index)."""
+"""Random numbers of training and the crops and flips made with them: pure functions of (seed, epoch, index)."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Draws(NamedTuple):
-    """The random numbers of one epoch, an entry per example of the dataset."""
+    """Random numbers of one epoch, with one entry per example of the dataset."""
 
     order: np.ndarray  # [n] the permutation in which the epoch visits the examples
     top: np.ndarray  # [n] crop offsets, 0..2 pad
@@ -14,12 +14,12 @@ class Draws(NamedTuple):
     flip: np.ndarray  # [n] bool
 
     def at(self, indices: np.ndarray) -> "Draws":
-        """The entries of the examples at `indices`; their order is `indices` itself."""
+        """Returns the entries of the examples at `indices`, with `indices` as their order."""
         return Draws(indices, self.top[indices], self.left[indices], self.flip[indices])
 
 
 def draw(seed: int, epoch: int, examples: int, *, pad: int = 0, flip: bool = False) -> Draws:
-    """All random numbers of an epoch: the same for any loader, batch size, host or resume.
+    """Draws all random numbers of an epoch; they do not depend on loader, batch size, host or resume.
 
     Example:
       >>> sorted(draw(0, 3, 5).order.tolist())
@@ -32,11 +32,10 @@ def draw(seed: int, epoch: int, examples: int, *, pad: int = 0, flip: bool = Fal
 
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one image in one epoch, for views whose draws depend on the image's size.
+    """Returns the generator of one image in one epoch, for views whose draws depend on the image's size.
 
-    A counter-based generator needs no hashing of its seed: key and counter name the stream, in a
+    A counter-based generator does not hash its seed. Using key and counter as the stream's name takes a
     third of the time.
-
     Example:
       >>> generator(0, 3, 5).random() == generator(0, 3, 5).random()
       True
@@ -45,12 +44,12 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
-    """Crops of the zero-padded images, some mirrored; the offsets and mirrors are those of `draws`.
+    """Crops and flips the zero-padded images as given by `draws`.
 
     Args:
       images: `[n, height, width, channels]`.
-      draws: with `[n]` entries.
-      pad: zeros on each side.
+      draws: `Draws` with `[n]` entries.
+      pad: number of zeros on each side.
 
     Returns:
       An array of the shape and dtype of `images`.
@@ -64,7 +63,7 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
     _, height, width, channels = images.shape
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else np.ascontiguousarray(images)
     out = np.empty_like(padded, shape=images.shape)
-    # Slices copy whole rows, and a pixel as one item mirrors four times as fast as its channels do.
+    # Slices copy whole rows, and flipping pixels as single items is four times as fast as flipping their channels.
     pixel = np.dtype((np.void, channels * images.itemsize))
     moves = zip(out.view(pixel), padded.view(pixel), draws.top, draws.left, draws.flip, strict=True)
     for row, image, top, left, flip in moves:

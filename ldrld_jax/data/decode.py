@@ -1,4 +1,4 @@
-"""Encoded images to pixels: upright, of the wanted number of channels, or an error that says what is wrong."""
+"""Decodes images to upright pixels with the requested number of channels, or raises an error that names the defect."""
 
 import contextlib
 import io
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps
 
-# Of content, whatever a file is called. Not all that Pillow knows: PostScript would be run, by another program.
+# Formats of the content, whatever the file name. Pillow knows more, but it runs PostScript in another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height change places
+_ORIENTATION = 0x0112  # the EXIF tag; values of 5 and above swap width and height
 
 
 class BrokenImageError(ValueError):
-    """Bytes that do not hold the image they should; the message says why, the caller says which."""
+    """An image whose bytes are broken; the message says why, and the caller adds which image it is."""
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The header of an encoded image; its pixels are not decoded yet.
+    """Reads the header of an encoded image without decoding its pixels.
 
     Raises:
-      BrokenImageError: if the bytes begin like none of `FORMATS`, or claim to be an image too big to be one.
+      BrokenImageError: if the bytes have none of the `FORMATS`, or the header claims an implausibly large image.
 
     Example:
       >>> open_image(b"hello")
@@ -33,16 +33,16 @@ def open_image(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow's own message for an unknown format is the address of the buffer.
+        # For an unknown format, Pillow's message is the address of the buffer.
         why = str(error) if "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
         raise BrokenImageError(why) from error
 
 
 def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
-    """Width and height as `pixels` will give them.
+    """Returns width and height of the result of `pixels`.
 
     Raises:
-      BrokenImageError: if the image ends before its orientation is known.
+      BrokenImageError: if the image ends before its orientation.
     """
     width, height = image.size
     return (height, width) if exif and _orientation(image) >= 5 else (width, height)
@@ -50,12 +50,12 @@ def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
 
 def _orientation(image: Image.Image) -> int:
     with _as_broken():
-        return image.getexif().get(_ORIENTATION, 1)  # of a PNG this reads the whole file
+        return image.getexif().get(_ORIENTATION, 1)  # for a PNG this reads the whole file
 
 
 @contextlib.contextmanager
 def _as_broken() -> Iterator[None]:
-    """What Pillow's decoders raise at bytes that are not as they should be, as one error."""
+    """Converts the errors of Pillow's decoders for malformed bytes to one kind of error."""
     try:
         yield
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error) as error:
@@ -63,18 +63,18 @@ def _as_broken() -> Iterator[None]:
 
 
 def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
-    """The decoded image, in mode "L" or "RGB".
+    """Decodes an image to mode "L" or "RGB".
 
-    Grey and colour are converted into each other, palettes and CMYK into either; what is transparent
-    lies on white; 16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white).
+    Grey and colour are converted into each other, palettes and CMYK into either. Transparent pixels
+    are composited on white. 16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white).
 
     Args:
-      image: of `open_image`.
+      image: the result of `open_image`.
       channels: 1 or 3.
-      exif: turn the image as its EXIF orientation says.
+      exif: rotate the image by its EXIF orientation.
 
     Raises:
-      BrokenImageError: if the image is truncated or corrupt, or has pixels that have no 8-bit equivalent.
+      BrokenImageError: if the image is truncated or corrupt, or its pixels have no 8-bit equivalent.
     """
     with _as_broken():
         image.load()
@@ -92,5 +92,5 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
-        raise BrokenImageError(f"mode {image.mode}: only 8-bit and 16-bit integer pixels are known")
+        raise BrokenImageError(f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Data sets by what is known of them alone: enough to compile a run for, nothing to read."""
+"""Data sets known by description alone: enough to compile a run, but without records to read."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ldrld_jax.data import folders, tfds_records
 from ldrld_jax.data.sources import Source, open_source
 from ldrld_jax.errors import UserError
 
-# Images by split where no description on disk tells: TFDS has a data set's classes and shape in its code, not its size.
+# Images per split if no description is on disk: TFDS's code holds a data set's classes and shape, but not its size.
 _SIZES = {
     "cifar10": {"train": 50_000, "test": 10_000},
     "cifar100": {"train": 50_000, "test": 10_000},
@@ -25,7 +25,7 @@ _SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Undelivered:
-    """Records that are counted and not there; their labels are spread evenly over the classes."""
+    """Records that have a count but no content; their labels are spread evenly over the classes."""
 
     count: int
     classes: int
@@ -34,7 +34,7 @@ class Undelivered:
         return self.count
 
     def __getitems__(self, indices: Sequence[int]) -> NoReturn:
-        raise UserError(f"record {indices[0]} is only described, and nothing of it can be read.")
+        raise UserError(f"record {indices[0]} is only described and cannot be read.")
 
     def name(self, index: int) -> str:
         return f"record {index} of a described data set"
@@ -45,11 +45,11 @@ class Undelivered:
 
 @dataclasses.dataclass(frozen=True)
 class Describer:
-    """Opens splits as `sources.open_source` does, without their images.
+    """A callable like `sources.open_source` that opens splits without their images.
 
     Attributes:
-      known: the `compile` block of a config, which completes what no description tells.
-      images: the key of that block that has the number of images, "train_images" or "eval_images".
+      known: the `compile` block of a config, for values that no description provides.
+      images: the key of that block with the number of images, "train_images" or "eval_images".
     """
 
     known: ConfigDict
@@ -59,10 +59,10 @@ class Describer:
         """Describes a split.
 
         Raises:
-          UserError: if the data set is unknown, or is not here and a key of `compile` that tells of it is missing.
+          UserError: if the data set is unknown, or it is not on this machine and a key of `compile` is missing.
         """
         if name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir():
-            return open_source(name, split, data_dir, on_error=on_error)  # lists the files, which is all it does
+            return open_source(name, split, data_dir, on_error=on_error)  # it only lists the files
         classes, shape, count = _folder(name, split) if name in folders.FOLDERS else _tfds(name, split, data_dir)
         classes = self._complete("classes", classes, name)
         shape = self._complete("image_shape", shape, name)
@@ -74,21 +74,21 @@ class Describer:
         value = self.known[key] if described is None else described
         if value is None:
             raise UserError(
-                f"data.name={name} is not here, and no description of it gives compile.{key}. Set "
-                f"--config.compile.{key}, or data.data_dir to where the data lie."
+                f"data.name={name} is not on this machine, and no description of it gives compile.{key}. Set "
+                f"--config.compile.{key}, or set data.data_dir to the folder of the data."
             )
         return value
 
 
 def _folder(name: str, split: str) -> tuple[int | None, tuple[Any, ...] | None, int | None]:
-    """Returns classes, shape and images of a folder that is not here; None for what is not known."""
+    """Returns classes, shape and number of images of a folder that is not on this machine; None for unknown values."""
     if name == "tiny_imagenet":
         return 200, (64, 64, 3), _SIZES[name].get(split)
     return None, (None, None, 3), None
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> tuple[int, tuple[Any, ...], int | None]:
-    """Returns classes, shape and images of a TFDS data set; None for images that no description counts."""
+    """Returns classes, shape and number of images of a TFDS data set; None for an unknown number."""
     builder = tfds_records.make_builder(name, data_dir)
     label, image = builder.info.features["label"], builder.info.features["image"]
     sizes = {key: info.num_examples for key, info in builder.info.splits.items()} or _SIZES.get(name, {})

@@ -1,4 +1,4 @@
-"""The digits dataset: 1,797 real scans of handwritten digits, prepared without network or TensorFlow."""
+"""The digits dataset: 1,797 real scans of handwritten digits, prepared without network access or TensorFlow."""
 
 import io
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import tensorflow_datasets as tfds
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The test part of the UCI handwritten-digits set, 8x8 pixels, as scikit-learn ships it.
+    """The test part of the UCI handwritten digits, 8x8 pixels, as distributed with scikit-learn.
 
-    Every fifth scan is held out for testing. The images are stored as PNG, so that preparing them
-    takes no TensorFlow; grey levels 0 to 16 become 0 to 255.
+    Every fifth scan is held out for testing. The images are stored as PNG, so that preparation does not
+    need TensorFlow; grey levels 0 to 16 become 0 to 255.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # The module has no README, citation or checksum files beside it for TFDS to look for.
+    # TFDS would look for README, citation and checksum files next to the module, and there are none.
     pkg_dir_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class, and Tiny-ImageNet-200 as its zip unpacks."""
+"""Folders of images, with one folder per class or in the layout of the Tiny-ImageNet-200 zip."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 class FolderRecords:
     """Image files and their labels `[n]` int32."""
 
-    paths: Sequence[str]  # strings: a million path objects take half a gigabyte
+    paths: Sequence[str]  # strings, because a million path objects take half a gigabyte
     targets: np.ndarray
 
     def __len__(self) -> int:
@@ -37,16 +37,16 @@ class FolderRecords:
 def open_folder(
     name: str, split: str, data_dir: str | None, *, on_error: str = "raise"
 ) -> tuple[FolderRecords, tuple[str, ...], tuple]:
-    """The images of a split and the class names, both sorted by the folders' names, and the images' shape.
+    """Returns the images of a split, the class names, both sorted by folder name, and the images' shape.
 
     Args:
       name: a key of `FOLDERS`.
       split: "train" or "val".
-      data_dir: the folder that holds both.
-      on_error: a class without images stops the run ("raise") or is named once ("skip").
+      data_dir: the folder that holds both splits.
+      on_error: a class without images stops the run ("raise") or is logged once ("skip").
 
     Raises:
-      UserError: if there is no such folder, or it is not laid out as it should be.
+      UserError: if the folder does not exist or has another layout.
     """
     if data_dir is None:
         raise UserError(f"{name} needs a folder. Set data.data_dir to the one that holds train and val.")
@@ -57,12 +57,12 @@ def open_folder(
         )
     empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == "train" else []
     if not files:
-        raise UserError(f"there is no image in {data_dir}/{split}. Known are {', '.join(SUFFIXES)}.")
+        raise UserError(f"there is no image in {data_dir}/{split}. Supported are {', '.join(SUFFIXES)}.")
     if empty:
         message = f"there is no image of {', '.join(class_names[i] for i in empty)} in {data_dir}/{split}"
         if on_error == "raise":
-            raise UserError(f"{message}. Remove what is empty, or set data.on_error=skip.")
-        logger.warning("%s: no such image will be seen in training", message)
+            raise UserError(f"{message}. Remove the empty folders, or set data.on_error=skip.")
+        logger.warning("%s: training sees no image of these classes", message)
     paths, labels = zip(*files, strict=True)
     side = 64 if name == "tiny_imagenet" else None
     return FolderRecords(paths, np.array(labels, np.int32)), class_names, (side, side, 3)
@@ -92,7 +92,7 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip && unzip -q tiny-imagenet-200.zip, then set "
             "data.data_dir=tiny-imagenet-200."
         )
-    # Sorted, as a reader of plain folders numbers them: so do the checkpoints that people have.
+    # Sorted, as generic folder readers number classes, and so as existing checkpoints do.
     wnids = sorted(_name(line, root / "wnids.txt") for line in (root / "wnids.txt").read_text().split())
     words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)

@@ -1,6 +1,6 @@
-"""Harder training sets from an easy one: fewer images, a long tail, wrong labels, some held out.
+"""Harder training sets made from an easy one: fewer images, a long tail, wrong labels, held-out images.
 
-All are functions of the labels and a seed, so that they are the same wherever the run is.
+All are functions of the labels and a seed, so they are the same on every machine.
 """
 
 import numpy as np
@@ -11,23 +11,23 @@ from ldrld_jax.errors import UserError
 
 
 def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool = False) -> Records:
-    """The part of the training records that the config's `data` block asks for.
+    """Selects the training records that the config's `data` block requests.
 
-    First `held_out` of each class is put aside, unspoilt; of the rest `fraction` stays, then its tail
+    First, `held_out` of each class is put aside unchanged. Of the rest, `fraction` is kept, then the tail
     is thinned by `imbalance`, then labels are changed at `label_noise_rate`.
 
     Args:
       records: the whole training split.
-      data: with `held_out`, `fraction`, `imbalance`, `label_noise`, `label_noise_rate` and `seed`.
+      data: a block with `held_out`, `fraction`, `imbalance`, `label_noise`, `label_noise_rate` and `seed`.
       classes: C.
-      held_out: give what was put aside instead.
+      held_out: return the records put aside instead.
 
     Raises:
-      UserError: if a number is out of its range, or nothing is left.
+      UserError: if a value is out of its range, or no record is left.
     """
     noisy = data.label_noise != "none"
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
-        return records  # labels are not even read
+        return records  # without reading the labels
     labels = records.labels()
     aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
     if held_out:
@@ -44,7 +44,7 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
 
 
 def stratified(labels: np.ndarray, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """The sorted positions of a random `share` of each class, rounded to whole images.
+    """Returns the sorted positions of a random `share` of each class, rounded to whole images.
 
     Example:
       >>> labels = np.repeat([0, 1], [10, 20])
@@ -55,11 +55,11 @@ def stratified(labels: np.ndarray, share: float, classes: int, rng: np.random.Ge
 
 
 def long_tail(labels: np.ndarray, imbalance: float, classes: int, rng: np.random.Generator) -> np.ndarray:
-    r"""The sorted positions of a subset whose class sizes fall exponentially.
+    r"""Returns the sorted positions of a subset whose class sizes decay exponentially.
 
     .. math:: n_c = n_{\max} \, \mathrm{imbalance}^{-c / (C - 1)}
 
-    A class that has fewer images keeps them all, and each keeps one.
+    A class with fewer images keeps all of them, and every class keeps at least one.
 
     References:
       Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019, section 5.1.
@@ -75,14 +75,14 @@ def long_tail(labels: np.ndarray, imbalance: float, classes: int, rng: np.random
 
 
 def with_noise(labels: np.ndarray, kind: str, rate: float, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """The labels with `rate` of them wrong, rounded to whole images.
+    """Returns the labels with `rate` of them made wrong, rounded to whole images.
 
     Args:
       labels: `[n]` int32.
-      kind: "symmetric", any other class with equal chance; "asymmetric", the next class, the first after the last.
+      kind: "symmetric": any other class with equal probability; "asymmetric": the next class, cyclically.
       rate: 0..1.
       classes: C.
-      rng: which ones, and to what.
+      rng: selects the changed labels and their new classes.
 
     Example:
       >>> labels = np.repeat([0, 1], 50)
@@ -101,7 +101,7 @@ def _counts(labels: np.ndarray, classes: int) -> list[int]:
 
 
 def _first(labels: np.ndarray, counts: list[int], rng: np.random.Generator) -> np.ndarray:
-    """The sorted positions of `counts[c]` random examples of each class c; labels out of range are in none."""
+    """Returns the sorted positions of `counts[c]` random examples of each class c; ignores labels out of range."""
     shuffled = rng.permutation(len(labels))
     chosen = [shuffled[labels[shuffled] == c][:count] for c, count in enumerate(counts)]
     return np.sort(np.concatenate(chosen))

@@ -1,4 +1,4 @@
-"""The data of a run from the `data` block of its config: the one place that the trainer asks."""
+"""Builds the data of a run from the `data` block of its config; the trainer's only entry point to the data."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, View
 from ldrld_jax.errors import UserError
 
-Open = Callable[..., Source]  # as `sources.open_source`
+Open = Callable[..., Source]  # like `sources.open_source`
 
 
 def make_train_batches(
@@ -31,18 +31,18 @@ def make_train_batches(
     sharding: NamedSharding | None = None,
     open_source: Open = open_source,
 ) -> TrainBatches:
-    """The training batches, by step.
+    """Returns the training batches, indexed by step.
 
     Args:
-      data: the block of a config, see `ldrld_jax.config`.
-      batch_size: of the whole batch, over all hosts.
-      seed: of the order, and of the augmentation unless `data.augment_seed` is set.
+      data: the `data` block of a config, see `ldrld_jax.config`.
+      batch_size: size of the whole batch, over all hosts.
+      seed: seed of the order, and of the augmentation unless `data.augment_seed` is set.
       divisor, host, hosts, views, cycle: see `stream.TrainBatches`.
-      sharding: how a batch lies on the devices, for the resident loader.
-      open_source: opens a split; a `described.Describer` for data that are not here.
+      sharding: sharding of a batch over the devices, for the resident loader.
+      open_source: opens a split; a `described.Describer` for data that are not on this machine.
 
     Raises:
-      UserError: the first thing that is wrong with the block or the data.
+      UserError: if the block or the data are invalid; names the first problem.
     """
     source = open_source(data.name, data.train_split, data.data_dir, on_error=data.on_error)
     records = hard.select(source.records, data, classes=len(source.class_names))
@@ -82,10 +82,10 @@ def make_train_batches(
 
 
 def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Readable:
-    """Opens what is evaluated on: `data.eval_split`, or what `data.held_out` puts aside of the training split.
+    """Opens the evaluation data: `data.eval_split`, or the part of the training split that `data.held_out` puts aside.
 
     Raises:
-      UserError: as `make_train_batches`.
+      UserError: if the block or the data are invalid; names the first problem.
     """
     split = data.train_split if data.held_out else data.eval_split
     source = open_source(data.name, split, data.data_dir, on_error=data.on_error)
@@ -93,7 +93,7 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     if data.held_out:
         records = hard.select(records, data, classes=len(source.class_names), held_out=True)
         if not len(records):
-            raise UserError(f"data.held_out={data.held_out} holds out less than half an image a class. Raise it.")
+            raise UserError(f"data.held_out={data.held_out} holds out less than half an image per class. Raise it.")
     return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
 
 
@@ -108,11 +108,11 @@ def _eval_view(stored: tuple[Any, Any, int], data: ConfigDict) -> AsStored | Cen
     if data.crop_size is not None:
         return CentreCrop(data.resize_size or data.crop_size, data.crop_size, stored[-1], data.exif)
     if None in stored:
-        raise UserError(f"the images of {data.name} may have many sizes. Set data.crop_size, to 224 for example.")
+        raise UserError(f"the images of {data.name} may differ in size. Set data.crop_size, to 224 for example.")
     return AsStored(stored, data.exif)
 
 
 def _remembered(source: Source, data: ConfigDict) -> Readable:
-    """The source, with its decoded images kept if they are always the same and fit into `data.cache_mb`."""
+    """Caches the decoded images in memory if they are not random and fit into `data.cache_mb`."""
     fits = len(source) * math.prod(source.image_shape) <= data.cache_mb * 2**20
     return InMemory(source) if fits and not source.view.random else source

@@ -1,4 +1,4 @@
-"""RandAugment: a few random distortions of a strength, for networks that overfit (the transformers)."""
+"""RandAugment: a few random distortions of a given strength, for networks that overfit, such as transformers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def _rotate(image: Image.Image, degrees: float) -> Image.Image:
     return image.rotate(degrees, fillcolor=GREY if image.mode == "RGB" else GREY[0])
 
 
-# name: the operation, given a strength -1..1; those that know no direction take its size.
+# Each operation takes a strength in -1..1; operations without a direction use its absolute value.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda image, s: image,
     "shear_x": lambda image, s: _affine(image, 1, 0.3 * s, 0, 0, 1, 0),
@@ -42,12 +42,12 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """What `base` shows, after `operations` of OPERATIONS chosen at random.
+    """The view `base` followed by randomly chosen OPERATIONS.
 
     Attributes:
-      base: the view before it.
-      operations: how many, each time drawn anew from all.
-      magnitude: their strength, 0..30; the direction is random where there is one.
+      base: the view before the distortions.
+      operations: the number of operations, each drawn from all with replacement.
+      magnitude: their strength, 0..30; the direction is random for operations that have one.
 
     References:
       Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space", 2019.

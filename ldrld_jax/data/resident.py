@@ -1,4 +1,4 @@
-"""The resident loader: all images on the devices as uint8, order, crop and mirror applied there."""
+"""The resident loader: all images stay on the devices as uint8, and ordering, crops and flips run there."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ DeviceBatch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ResidentBatches(TrainBatches):
-    """The very batches of `TrainBatches`, made on the devices: for sets that fit in each one's memory.
+    """The same batches as `TrainBatches`, made on the devices; for data sets that fit in each device's memory.
 
     Attributes:
-      sharding: how a batch lies on the devices; None for the default device.
+      sharding: sharding of a batch over the devices; None for the default device.
 
     Raises:
-      UserError: with more than one host, or more than one view.
+      UserError: if there is more than one host or more than one view.
     """
 
     sharding: NamedSharding | None = None
@@ -41,31 +41,31 @@ class ResidentBatches(TrainBatches):
             )
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
-        """The batches from step `start` on, dispatched one by one; `threads` is not needed."""
+        """Yields the batches from step `start` on, dispatched one at a time; `threads` is unused."""
         return map(self.on_devices().batch, itertools.count(start))
 
     def on_devices(self) -> "Images":
-        """Reads all images and puts them there."""
+        """Reads all images and copies them to the devices."""
         images, labels = self.source.read(np.arange(len(self.source)))
         return Images(self, self.put((images.reshape(len(images), -1), labels)))
 
     def put(self, tree: Any) -> Any:
-        """Arrays to every device."""
+        """Copies arrays to every device."""
         replicated = self.sharding and NamedSharding(self.sharding.mesh, PartitionSpec())
         return jax.device_put(tree, replicated)
 
     @property
     def rows(self) -> int:
-        """Of a batch: `batch_size` rounded up to the devices."""
+        """The number of rows of a batch: `batch_size` rounded up to a multiple of the devices."""
         return -(-self.batch_size // self.divisor) * self.divisor
 
 
 class Images:
-    """A training set on the devices, of which any batch is made there.
+    """A training set on the devices, which makes any batch there.
 
     Args:
-      batches: what a batch is.
-      stored: all images, a row each, and labels; None if no batch is made and only the programs are wanted.
+      batches: the definition of the batches.
+      stored: all images, one per row, and labels; None if only the programs are needed and no batch is made.
 
     Attributes:
       make: the program of one batch, see `make_batch`.
@@ -78,14 +78,14 @@ class Images:
         self.make = make_batch(batches.batch_size, batches.rows, shape, batches.pad, batches.sharding)
 
     def batch(self, step: int) -> DeviceBatch:
-        """The batch of `step`: one dispatch."""
+        """Makes the batch of `step` with one dispatch."""
         stored, draws, position = self.at(step)
         start = int(position) * self._batches.batch_size
         count = min(self._batches.batch_size, len(self._batches.source) - start)
         return self._padding_known(self.make(stored, draws, np.int32(start), np.int32(count)), count)
 
     def at(self, step: int) -> tuple[Any, Draws, np.int32]:
-        """What the batch of `step` is made of: the images, the epoch's draws and the batch's place in the epoch."""
+        """Returns the inputs of the batch of `step`: images, the epoch's draws and its position in the epoch."""
         epoch, position = divmod(step, self._batches.steps_per_epoch)
         if self._draws[0] != epoch:
             draws = Draws(*(values.astype(np.int32) for values in self._batches.draws(epoch)))
@@ -93,13 +93,13 @@ class Images:
         return self._stored, self._draws[1], np.int32(position)
 
     def whole(self, stored: Any, draws: Draws, position: jax.Array) -> DeviceBatch:
-        """A batch without missing examples, of what `at` gives: for use inside a program."""
+        """Makes a batch without missing examples from the result of `at`, for use inside a program."""
         count = self._batches.batch_size
         batch = self.make(stored, draws, position * count, jnp.int32(count))
         return self._padding_known(batch, count)
 
     def _padding_known(self, batch: DeviceBatch, count: int) -> DeviceBatch:
-        """The batch, without its mask where nothing can be masked."""
+        """Removes the mask of a batch in which nothing can be masked."""
         if count == self._batches.rows and not self._batches.masked:
             del batch["mask"]
         return batch
@@ -109,21 +109,21 @@ class Images:
 def make_batch(
     batch_size: int, rows: int, shape: tuple[int, int, int], pad: int, sharding: NamedSharding | None
 ) -> Callable[..., DeviceBatch]:
-    """Returns `make(stored, draws, start, count)`: the `count` examples from place `start` of an epoch's order.
+    """Returns `make(stored, draws, start, count)`, which makes a batch of `count` examples of an epoch.
 
-    The images are `stored` flat, `[n, height * width * channels]`: a TPU gathers their rows where they lie, and would
-    write all images anew in another layout, at every step, if they had four axes.
+    The batch starts at position `start` of the order. `stored` images are flat, `[n, height * width * channels]`: a TPU
+    gathers their rows in place, but with four axes would copy all images to another layout at every step.
 
     Args:
-      batch_size: examples of a whole batch.
-      rows: `batch_size` rounded up to the devices.
+      batch_size: number of examples of a whole batch.
+      rows: `batch_size` rounded up to a multiple of the devices.
       shape: height, width and channels of an image.
-      pad: zeros around it, of which the draws may crop some in.
-      sharding: of the batch.
+      pad: number of zeros around the image that a crop may include.
+      sharding: sharding of the batch.
 
     Returns:
-      A jitted function; `image` `[rows, height, width, channels]` uint8, `label` `[rows]` and `mask`
-      `[rows]`, of which the last `rows - count` are 0 and False.
+      A jitted function that returns `image` `[rows, height, width, channels]` uint8, `label` `[rows]` and
+      `mask` `[rows]`, of which the last `rows - count` are 0 and False.
     """
 
     def make(stored, draws, start, count):
@@ -147,13 +147,13 @@ def make_batch(
 
 
 def crop_by_slices(images: jax.Array, top: jax.Array, left: jax.Array, flip: jax.Array, *, pad: int) -> jax.Array:
-    """Crops zero-padded images, each at its place, and mirrors some.
+    """Crops zero-padded images, each at its own position, and flips some.
 
     Args:
       images: `[n, height, width, channels]` uint8.
-      top, left: `[n]` int32, 0 to 2 `pad`, where the crop begins in the padded image.
-      flip: `[n]`, whether to mirror it.
-      pad: zeros on each side.
+      top, left: `[n]` int32, 0 to 2 `pad`, the crop's corner in the padded image.
+      flip: `[n]`, whether to flip the image horizontally.
+      pad: number of zeros on each side.
 
     Returns:
       `[n, height, width, channels]` uint8.
@@ -168,9 +168,9 @@ def crop_by_slices(images: jax.Array, top: jax.Array, left: jax.Array, flip: jax
 
 
 def crop_by_products(images: jax.Array, top: jax.Array, left: jax.Array, flip: jax.Array, *, pad: int) -> jax.Array:
-    """Does what `crop_by_slices` does, by matrix products: on a TPU slices at many places are a loop.
+    """Computes `crop_by_slices` by matrix products, because slices at many positions are a loop on a TPU.
 
-    A product with rows of one 1 and zeros picks, and bfloat16 holds every whole number up to 256.
+    A product with rows that hold one 1 and zeros selects entries, and bfloat16 represents all integers up to 256.
     """
     height, width = images.shape[1:3]
     rows = top[:, None] + jnp.arange(height, dtype=jnp.int32)[None, :]
@@ -182,5 +182,5 @@ def crop_by_products(images: jax.Array, top: jax.Array, left: jax.Array, flip: j
 
 
 def _picks(places: jax.Array, size: int) -> jax.Array:
-    """Returns `[n, k, size]` bfloat16 with a 1 at each of the places `[n, k]`; a place outside of `size` has none."""
+    """Returns `[n, k, size]` bfloat16 with a 1 at each of the places `[n, k]`, none for places outside `size`."""
     return (places[:, :, None] == jnp.arange(size, dtype=places.dtype)[None, None, :]).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Where records come from: random access to encoded images and labels."""
+"""Sources of records: random access to encoded images and labels."""
 
 import dataclasses
 import logging
@@ -30,11 +30,11 @@ class Records(Protocol):
     def __getitems__(self, indices: Sequence[int]) -> list[Record]: ...
 
     def name(self, index: int) -> str:
-        """What a person would call the record: its file, or its number."""
+        """Returns a readable name of the record: its file or its number."""
         ...
 
     def labels(self) -> np.ndarray:
-        """`[n]` int32, without decoding any image."""
+        """Returns the labels `[n]` int32, without decoding any image."""
         ...
 
 
@@ -45,10 +45,10 @@ class Source:
     Attributes:
       records: the encoded images and their labels.
       class_names: the name of each label.
-      image_shape: `(height, width, channels)`; the first two are None where images may have many sizes.
-      view: what is done to each image, by default nothing: all must have `image_shape`.
-      on_error: a broken image or label out of range stops the run ("raise"), or gets the label -1 and
-        is named once ("skip").
+      image_shape: `(height, width, channels)`; the first two are None if the images may differ in size.
+      view: the transform of each image; by default none, and all images must have `image_shape`.
+      on_error: a broken image or a label out of range stops the run ("raise"), or gets the label -1 and
+        is logged once ("skip").
     """
 
     records: Any
@@ -66,18 +66,18 @@ class Source:
         return len(self.records)
 
     def of(self, records: Records, view: View) -> "Source":
-        """Other records of the dataset, as another view shows them."""
+        """Returns a source of other records of the dataset with another view."""
         return dataclasses.replace(self, records=records, view=view, image_shape=view.shape, broken=set())
 
     def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
-        """The images `[n, height, width, channels]` uint8 and labels `[n]` int32 at `indices`.
+        """Reads the images `[n, height, width, channels]` uint8 and labels `[n]` int32 at `indices`.
 
         Args:
           indices: `[n]`.
-          key: seed and epoch; with an image's index they fix what a random view draws for it.
+          key: seed and epoch; together with an image's index they determine the draws of a random view.
 
         Raises:
-          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0, its label -1.
+          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0 and its label -1.
         """
         view = self.view
         records = self.records.__getitems__(indices.tolist())
@@ -107,12 +107,12 @@ class Source:
 
 
 class InMemory:
-    """A source whose images are kept once they have been decoded; for views that are not random."""
+    """A source that caches its decoded images; for views that are not random."""
 
     def __init__(self, source: Source):
         self.uncached = source
         self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
-        self._images = np.zeros((len(source), *source.image_shape), np.uint8)  # the system gives pages as they fill
+        self._images = np.zeros((len(source), *source.image_shape), np.uint8)  # pages are allocated as they fill
         self._labels = np.zeros(len(source), np.int32)
         self._known = np.zeros(len(source), bool)
         self._lock = threading.Lock()
@@ -121,11 +121,11 @@ class InMemory:
         return len(self.uncached)
 
     def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
-        """As `Source.read`."""
+        """Reads images and labels as `Source.read` does."""
         missing = indices[~self._known[indices]]
         if len(missing):
             images, labels = self.uncached.read(missing, key)
-            with self._lock:  # an example is known only after it is there
+            with self._lock:  # an example is marked as known only once it is stored
                 self._images[missing], self._labels[missing] = images, labels
                 self._known[missing] = True
         return self._images[indices], self._labels[indices]
@@ -133,7 +133,7 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """Some of the records, by index, perhaps under other labels."""
+    """A subset of records by index, optionally with other labels."""
 
     records: Records
     indices: np.ndarray
@@ -156,17 +156,17 @@ class Selected:
 
 
 def open_source(name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise") -> Source:
-    """A split of an image classification dataset, read without TensorFlow.
+    """Opens a split of an image classification dataset, without TensorFlow.
 
     Args:
       name: `tiny_imagenet` or `image_folder` for folders; `digits`, which is prepared on first use; or any
         dataset name that TFDS knows.
-      split: a split of it; of a TFDS dataset also a slice such as `train[:90%]`.
-      data_dir: the folder itself, or where TFDS datasets lie; None for TFDS's own default.
+      split: a split of the dataset; for TFDS also a slice such as `train[:90%]`.
+      data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
       on_error: see `Source`.
 
     Raises:
-      UserError: if the name or the split is unknown, or the dataset is not there; the message has the
+      UserError: if the name or the split is unknown, or the dataset is missing; the message contains the
         command that prepares it.
     """
     if name in folders.FOLDERS:

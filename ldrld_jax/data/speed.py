@@ -1,4 +1,4 @@
-"""How fast the input is: on its own, and whether a run waits for it."""
+"""Measures the speed of the input on its own, and detects runs that wait for it."""
 
 import itertools
 import logging
@@ -21,23 +21,23 @@ T = TypeVar("T")
 
 
 def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[str, float]:
-    """Images per second of a config's training input, without any training.
+    """Measures the images per second of a config's training input, without training.
 
     Args:
-      data: the block of a config.
-      batch_size: of a batch.
-      seconds: about how long each measurement takes.
+      data: the `data` block of a config.
+      batch_size: size of a batch.
+      seconds: approximate duration of each measurement.
 
     Returns:
-      With one thread, `read`: encoded images from the disk; `decode`: and decoded, whole; `augment`:
-      and seen as training sees them, which may decode less. Then `pipeline`: batches as a run gets
-      them, with `data.threads` threads, or from the devices.
+      A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read
+      and fully decoded; `augment`: read and transformed as in training, which may decode less. Then
+      `pipeline`: batches as in a run, with `data.threads` threads, or from the devices.
 
     Raises:
-      UserError: if the data is not as the block says.
+      UserError: if the data differ from the block.
     """
     batches = make_train_batches(data, batch_size=batch_size, seed=0)
-    source: Any = getattr(batches.source, "uncached", batches.source)  # what is kept in memory shows nothing
+    source: Any = getattr(batches.source, "uncached", batches.source)  # a cache would hide the cost
     draws, count = batches.draws(0), min(batch_size, len(batches.source))
 
     def read(at: np.ndarray) -> Any:
@@ -60,12 +60,12 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
 
 
 def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
-    """`measure` as a table for people."""
+    """Formats the result of `measure` as a readable table."""
     rates = measure(data, batch_size=batch_size, seconds=seconds)
     how = {
         "read": "encoded images from the disk, one thread",
-        "decode": "and decoded, whole, one thread",
-        "augment": "and cropped, resized, mirrored, one thread",
+        "decode": "read and fully decoded, one thread",
+        "augment": "read, cropped, resized, flipped, one thread",
         "pipeline": f"batches of {batch_size}, loader {data.loader}"
         + (f", {data.threads} threads" if data.loader == "stream" else ""),
     }
@@ -74,7 +74,7 @@ def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
 
 
 def warm_up(iterator: Iterator[Any], batches: TrainBatches) -> None:
-    """Takes an epoch, at most 30 seconds of it: what is decoded once, or compiled, is so afterwards."""
+    """Takes batches for one epoch, at most 30 seconds, so that caches are filled and programs compiled."""
     until = time.perf_counter() + 30.0
     for _ in range(batches.steps_per_epoch):
         next(iterator)
@@ -83,7 +83,7 @@ def warm_up(iterator: Iterator[Any], batches: TrainBatches) -> None:
 
 
 def rate(work: Callable[[], Any], seconds: float) -> float:
-    """Calls per second, over about `seconds`."""
+    """Measures the calls per second over about `seconds`."""
     work()
     calls, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
@@ -95,10 +95,10 @@ def rate(work: Callable[[], Any], seconds: float) -> float:
 def watched(
     batches: Iterator[T], *, share: float = 0.1, every: int = 100, clock: Callable[[], float] = time.perf_counter
 ) -> Iterator[T]:
-    """The batches; says once if the loop that takes them waits for them for more than `share` of its time.
+    """Yields the batches, and warns once if their consumer waits for them for more than `share` of its time.
 
-    The time between two calls is the loop's own, a call's is waiting. The first batch is left out:
-    threads start, and the step compiles. Then every `every` batches are looked at as a whole.
+    Time between two calls belongs to the consumer, time inside a call is waiting. The first batch is not
+    counted, because threads start and the step compiles. After it, every `every` batches are judged together.
     """
     yield from itertools.islice(batches, 1)
     told, waited, since, taken = False, 0.0, clock(), 0

@@ -1,4 +1,4 @@
-"""The streaming loader: batches read, decoded and augmented by threads ahead of the step."""
+"""The streaming loader: threads read, decode and augment batches ahead of the step."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
 
 Batch = dict[str, np.ndarray]
 
-# Batches that wait to be used are kept below this, whatever the size of an image.
+# Limit for the memory of batches that wait for use, whatever the size of an image.
 _AHEAD_BYTES = 256 * 2**20
 
 
 class Readable(Protocol):
-    """What the loader asks of a source: see `sources.Source`."""
+    """The part of a source that the loader uses, see `sources.Source`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -35,21 +35,21 @@ class Readable(Protocol):
 class TrainBatches:
     """The batches of a training run by step: `batches[step]` is a pure function of (seed, step).
 
-    A loader's state is therefore the number of the next step: it resumes anywhere, and every host
-    can make its own share of a batch.
+    The state of the loader is therefore the number of the next step. It can resume at any step, and every
+    host can make its own share of a batch.
 
     Attributes:
-      source: what to read, as its view shows it.
-      batch_size: of the whole batch, over all hosts.
-      seed: of the order, and of the augmentation unless `augment_seed` is given.
+      source: the source of images and labels, with its view.
+      batch_size: size of the whole batch, over all hosts.
+      seed: seed of the order, and of the augmentation unless `augment_seed` is given.
       pad, flip: see `augment.draw`.
-      drop_remainder: leave out an epoch's last partial batch.
-      divisor: batches are padded to a multiple of this, the devices they are split over.
-      host, hosts: which share of each batch to make.
-      masked: give every batch a mask, since examples may be skipped.
-      views: how many augmentations of each image; for several, `image` is `[rows, views, ...]`.
-      augment_seed: of crops, mirrors and random views, so that runs of several orders show the same images.
-      cycle: so many epochs' augmentations come round again and again; None for new ones each epoch.
+      drop_remainder: drop an epoch's last partial batch.
+      divisor: batches are padded to a multiple of this, the number of devices that share them.
+      host, hosts: this host's number and the number of hosts, which select the share of each batch.
+      masked: give every batch a mask, because examples may be skipped.
+      views: number of augmentations of each image; if above 1, `image` is `[rows, views, ...]`.
+      augment_seed: seed of crops, flips and random views, so that runs with different orders see the same images.
+      cycle: number of epochs after which the augmentations repeat; None for new ones in each epoch.
     """
 
     source: Readable
@@ -72,53 +72,53 @@ class TrainBatches:
         return math.floor(batches) if self.drop_remainder else math.ceil(batches)
 
     def __len__(self) -> int:
-        return 2**62  # without end: the trainer stops
+        return 2**62  # unlimited: the trainer stops
 
     def __getitem__(self, step: int) -> Batch:
         return self.part(*divmod(step, self.steps_per_epoch))
 
     def part(self, epoch: int, position: int) -> Batch:
-        """The batch at a position of an epoch; after the last one comes the remainder that is dropped."""
+        """Makes the batch at a position of an epoch; the position after the last holds the dropped remainder."""
         kept, shown, seed = self.share(epoch, position), self.shown(epoch), self.augmented_by
         images, labels = self._view(kept.indices, shown, seed)
-        if self.views > 1:  # a further view is what another seed makes of the same images
+        if self.views > 1:  # each further view augments the same images with another seed
             others = [self._view(kept.indices, shown, seed + (view << 32))[0] for view in range(1, self.views)]
             images = np.stack([images, *others], axis=1)
         return kept.batch(images, labels)
 
     def share(self, epoch: int, position: int) -> "Share":
-        """Which examples are this host's rows of `part(epoch, position)`."""
+        """Returns the examples of this host's rows of `part(epoch, position)`."""
         indices = self.draws(epoch).order[position * self.batch_size : (position + 1) * self.batch_size]
         return share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=self.masked)
 
     def shown(self, epoch: int) -> int:
-        """The epoch as which an epoch's images are augmented."""
+        """Returns the epoch whose augmentations `epoch` uses."""
         return epoch % self.cycle if self.cycle else epoch
 
     @property
     def augmented_by(self) -> int:
-        """The seed of crops, mirrors and random views."""
+        """The seed of crops, flips and random views."""
         return self.seed if self.augment_seed is None else self.augment_seed
 
     def _view(self, indices: np.ndarray, epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images at `indices` as `seed` shows them in `epoch`, and their labels."""
+        """Returns the images at `indices`, augmented by `seed` and `epoch`, and their labels."""
         draws = _draws(seed, epoch, len(self.source), self.pad, self.flip).at(indices)
         images, labels = self.source.read(indices, (seed, epoch))
         return pad_crop_flip(images, draws, pad=self.pad), labels
 
     def draws(self, epoch: int) -> Draws:
-        """The order, crops and mirrors of an epoch, whichever loader makes its batches."""
+        """Returns the order, crops and flips of an epoch, which are the same for every loader."""
         examples = len(self.source)
         shown = _draws(self.augmented_by, self.shown(epoch), examples, self.pad, self.flip)
         return shown._replace(order=_draws(self.seed, epoch, examples, self.pad, self.flip).order)
 
     def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4) -> Iterator[Batch]:
-        """`part(epoch, position)` for each position, prepared by `threads` threads."""
+        """Yields `part(epoch, position)` for each position, prepared by `threads` threads."""
         dataset = grain.MapDataset.source(positions).map(lambda position: self.part(epoch, position))
         return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
 
     def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
-        """The batches from step `start` on, prepared by `threads` threads ahead of their use."""
+        """Yields the batches from step `start` on, prepared by `threads` threads ahead of their use."""
         dataset = grain.MapDataset.source(self)[start:]
         return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
 
@@ -128,7 +128,7 @@ def _read_options(threads: int, batch_size: int, image_shape: tuple[int, ...]) -
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
 
 
-@functools.lru_cache(maxsize=8)  # this epoch and, ahead of the step, the next: order, augmentation, a second view
+@functools.lru_cache(maxsize=8)  # this epoch and the next: order, augmentation, a second view
 def _draws(seed, epoch, examples, pad, flip):
     return draw(seed, epoch, examples, pad=pad, flip=flip)
 
@@ -142,9 +142,9 @@ class Share:
     masked: bool
 
     def batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-        """`image`, `label` and, if the whole batch may have padding, `mask`: True for real examples.
+        """Returns `image`, `label` and, if the whole batch may have padding, `mask`: True for real examples.
 
-        A label of -1 marks an example that was skipped: it becomes padding.
+        A label of -1 marks a skipped example, which becomes padding.
         """
         missing = self.rows - len(labels)
         batch = {
@@ -155,9 +155,9 @@ class Share:
 
 
 def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int, *, masked: bool = False) -> Share:
-    """The rows of one host, of a batch of `indices` padded to the full size rounded up to `divisor`.
+    """Returns one host's rows of a batch of `indices`, padded to `batch_size` rounded up to `divisor`.
 
-    A partial batch is padded to the full size: one shape for all of them, whatever the devices.
+    Partial batches are padded to the full size, so that all batches have one shape on any number of devices.
     """
     total = -(-batch_size // divisor) * divisor
     rows = total // hosts
@@ -167,7 +167,7 @@ def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: 
 def eval_batches(
     source: Readable, batch_size: int, *, divisor: int = 1, host: int = 0, hosts: int = 1, threads: int = 4
 ) -> Iterator[Batch]:
-    """Every example once, in order; always with a `mask`, so that the step is traced once."""
+    """Yields every example once, in order, always with a `mask`, so that the step is traced once."""
 
     def batch(start: int) -> Batch:
         kept = share(

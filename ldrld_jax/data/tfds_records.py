@@ -1,4 +1,4 @@
-"""TFDS classification datasets as random access to encoded images, without TensorFlow."""
+"""Random access to encoded images of TFDS classification datasets, without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from ldrld_jax.errors import UserError, unknown
 
 @dataclasses.dataclass(frozen=True)
 class TfdsRecords:
-    """A split of a TFDS dataset; `title` is what errors call it."""
+    """A split of a TFDS dataset; `title` is its name in error messages."""
 
     records: Any
     title: str
@@ -31,7 +31,7 @@ class TfdsRecords:
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         try:
             return self.records.__getitems__(list(indices))
-        except RuntimeError as error:  # of the reader of array_record files
+        except RuntimeError as error:  # from the reader of array_record files
             reason = " ".join(str(error).split())
             raise UserError(f"the files of {self.title} are damaged ({reason}). Prepare or copy them again.") from None
 
@@ -41,13 +41,13 @@ class TfdsRecords:
         return f"record {index} of {self.title}" + (f" ({file.decode()})" if isinstance(file, bytes) and file else "")
 
     def labels(self) -> np.ndarray:
-        """Reads every record, some hundreds at a time: TFDS stores labels beside the images."""
+        """Reads the labels from all records, in blocks, because TFDS stores them with the images."""
         spans = (range(start, min(start + 256, len(self))) for start in range(0, len(self), 256))
         return np.array([record["label"] for span in spans for record in self.__getitems__(span)], np.int32)
 
 
 def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
-    """The records of a split, the class names, and the images' shape with None where it varies.
+    """Returns the records of a split, the class names, and the images' shape with None where it varies.
 
     Raises:
       UserError: see `sources.open_source`.
@@ -55,7 +55,7 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     builder = make_builder(name, data_dir)
     if name == "digits" and not builder.is_prepared():
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download, and there is none
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download, and there is none
             builder.download_and_prepare()
     if not any(builder.data_path.glob("*.array_record*")):
         raise _not_prepared(name, data_dir, builder)
@@ -65,7 +65,7 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
     opened = TfdsRecords(records, f"{name}, {split}")
-    opened.__getitems__(sorted({0, len(opened) - 1}))  # what is missing or torn is best told before a run begins
+    opened.__getitems__(sorted({0, len(opened) - 1}))  # to report missing or damaged files before the run begins
     return opened, tuple(features["label"].names), features["image"].shape
 
 
@@ -73,9 +73,9 @@ def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """Returns the builder of an image classification dataset, whether it is prepared or not.
 
     Raises:
-      UserError: if there is no such dataset, its description is damaged, or it has not one image and label a record.
+      UserError: if the dataset is unknown, its description is damaged, or its records lack an image or a label.
     """
-    # data_source reads array_record only; TFDS warns at each use of another format and of Pillow.
+    # data_source reads array_record only. TFDS warns at each use of another format and of Pillow.
     logging.getLogger("absl").setLevel(logging.ERROR)
     _check_name(name)
     try:
@@ -88,16 +88,16 @@ def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(
-            f"dataset {name} has no image and label, but {', '.join(features)}. Choose a classification one."
+            f"dataset {name} has {', '.join(features)}, but needs image and label. Choose a classification dataset."
         )
     channels = features["image"].shape[-1]
     if channels not in (1, 3):
-        raise UserError(f"dataset {name} has images of {channels} channels, and 1 or 3 are known. Choose another.")
+        raise UserError(f"dataset {name} has images of {channels} channels; supported are 1 and 3. Choose another.")
     return builder
 
 
 def _check_name(name: str) -> None:
-    """Refuses what TFDS would take as `namespace:dataset`: code of strangers, which it fetches and runs."""
+    """Rejects names of the form `namespace:dataset`, for which TFDS downloads and runs third-party code."""
     if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name):
         raise _unknown(name)
 
@@ -108,10 +108,10 @@ def _unknown(name: str) -> UserError:
 
 
 def _check_features(folder: epath.Path) -> None:
-    """TFDS imports the modules that a dataset names in its description: only its own are let through.
+    """Rejects dataset descriptions that name foreign modules, because TFDS imports the modules they name.
 
     Raises:
-      UserError: if another one is named, or the description is damaged.
+      UserError: if a module outside TFDS is named, or the description is damaged.
     """
     found = [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")] if folder.is_dir() else []
     for path in found:
@@ -137,7 +137,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     except ValueError as error:
         if "File format is already set" not in str(error):
             raise
-        return tfds.builder(name, data_dir=data_dir)  # a copy in another format; it is refused below
+        return tfds.builder(name, data_dir=data_dir)  # a copy in another format; `open_tfds` rejects it
 
 
 def _not_prepared(name: str, data_dir: str | None, builder: Any) -> UserError:
@@ -146,10 +146,10 @@ def _not_prepared(name: str, data_dir: str | None, builder: Any) -> UserError:
     if any(path.glob("*.tfrecord*")):
         command = f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
         return UserError(
-            f"dataset {name} in {path} is there as TFRecord files, and they give no random access. Convert them: "
+            f"dataset {name} in {path} consists of TFRecord files, which have no random access. Convert them: "
             f"pip install 'ldrld_jax[tf]' && {command}"
         )
     return UserError(
-        f"dataset {name} is not prepared in {path}. Set data.data_dir to where it lies, or prepare "
+        f"dataset {name} is not prepared in {path}. Set data.data_dir to its folder, or prepare "
         f"it: pip install 'ldrld_jax[tf]' && tfds build {name} --file_format array_record{where}"
     )

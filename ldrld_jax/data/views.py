@@ -1,8 +1,8 @@
-"""What is done to one encoded image: how training and evaluation look at it.
+"""Views: the transforms of one encoded image for training and evaluation.
 
-A view is called with the bytes of an image and, where it is random, a generator of that image's own
-(`augment.generator`); it gives uint8 pixels of the one shape that it names. Resizing is Pillow's
-antialiased bilinear, as it was when torchvision's teachers were trained.
+A view is called with the bytes of an image and, if it is random, with that image's generator
+(`augment.generator`). It returns uint8 pixels of its fixed shape. Resizing is Pillow's antialiased
+bilinear, as in the training of torchvision's teachers.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ BILINEAR = Image.Resampling.BILINEAR
 
 
 class View(Protocol):
-    """`view(data, rng)` gives an array of `view.shape`; without `random`, `rng` is not looked at."""
+    """A transform: `view(data, rng)` returns an array of `view.shape`; it ignores `rng` unless `random` is True."""
 
     random: ClassVar[bool]
 
@@ -35,7 +35,7 @@ def _as_array(image: Image.Image, shape: Shape) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class AsStored:
-    """Images that all have one size, untouched."""
+    """Images of one size, unchanged."""
 
     shape: Shape
     exif: bool = True
@@ -51,7 +51,7 @@ class AsStored:
 
 @dataclasses.dataclass(frozen=True)
 class CentreCrop:
-    """The shorter side resized to `resize`, then the middle square of `size`: torchvision's evaluation.
+    """Shorter side resized to `resize`, then cropped to the central square of `size`: torchvision's evaluation.
 
     Example:
       >>> CentreCrop(resize=256, size=224).shape
@@ -72,7 +72,7 @@ class CentreCrop:
         image = pixels(open_image(data), channels=self.channels, exif=self.exif)
         width, height = image.size
         short = min(width, height)
-        # The longer side is rounded down, the crop's corner to the nearest even: both as torchvision does.
+        # The longer side is rounded down and the crop's corner to the nearest even number, as in torchvision.
         scaled = (self.resize * width // short, self.resize * height // short)
         left, top = (round((side - self.size) / 2) for side in scaled)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
@@ -81,7 +81,7 @@ class CentreCrop:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The largest middle part of the shape's proportions, resized to it; an image of that size is untouched.
+    """Largest central part with the shape's proportions, resized to it; an image of that size is unchanged.
 
     Example:
       >>> Fitted((32, 32, 3)).shape
@@ -100,9 +100,9 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, `crop_box`, resized to a square of `size`.
+    """Random part of the image, chosen by `crop_box` and resized to a square of `size`.
 
-    A JPEG that is far larger than the crop needs is decoded at a half, a quarter or an eighth of its size.
+    A JPEG far larger than the crop needs is decoded at a half, a quarter or an eighth of its size.
     """
 
     size: int
@@ -121,7 +121,7 @@ class RandomResizedCrop:
         image = open_image(data)
         width, height = upright_size(image, exif=self.exif)
         left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)
-        # draft() takes the smallest scaled decode that is no smaller than what it is asked for.
+        # draft() selects the smallest scaled decode that is at least as large as requested.
         enough = self.size / min(wide, high)
         if enough <= 0.5 and image.format == "JPEG":
             image.draft(None, (math.ceil(image.width * enough), math.ceil(image.height * enough)))
@@ -129,7 +129,7 @@ class RandomResizedCrop:
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + wide) * scale_x, (top + high) * scale_y)
         if (scale_x, scale_y) == (1, 1):
-            # Cropped first: with box=, resize would blend in the pixels around the crop.
+            # Crop first: with box=, resize would blend in the pixels around the crop.
             image, box = image.crop((left, top, left + wide, top + high)), (0, 0, wide, high)
         return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
 
@@ -137,13 +137,13 @@ class RandomResizedCrop:
 def crop_box(
     rng: np.random.Generator, width: int, height: int, *, area: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """A random box `(left, top, width, height)` inside an image.
+    """Draws a random box `(left, top, width, height)` inside an image.
 
-    Its share of the image's area is uniform in `area` and the logarithm of width / height uniform in
-    `ratio`. What does not fit is drawn again, ten times; then it is the largest box in the middle.
+    Its share of the image's area is uniform in `area`, and the logarithm of width / height is uniform in
+    `ratio`. A box that does not fit is redrawn, up to ten times; then the largest central box is used.
 
     References:
-      Szegedy et al., "Going Deeper with Convolutions", 2015, section 6; the numbers of tries and the
+      Szegedy et al., "Going Deeper with Convolutions", 2015, section 6; the number of tries and the
       fallback are torchvision's RandomResizedCrop.
     """
     shares = rng.uniform(*area, 10)
@@ -161,9 +161,9 @@ def crop_box(
 
 @dataclasses.dataclass(frozen=True)
 class RandomRotation:
-    """What `base` shows, turned about its middle by up to `degrees` either way; the corners become black.
+    """View `base`, rotated about its centre by up to `degrees` in either direction; the corners become black.
 
-    Nearest pixels are taken, as torchvision's RandomRotation does by default.
+    It takes the nearest pixels, the default of torchvision's RandomRotation.
     """
 
     base: AsStored | CentreCrop

@@ -1,4 +1,4 @@
-"""Reads the tensors of checkpoint files that strangers wrote, and runs no code of theirs."""
+"""Reads the tensors of untrusted checkpoint files without running code from them."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 
-# Where training scripts put the state_dict in what they save.
+# Keys under which training scripts save the state_dict.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 
 _SAFETENSORS_DTYPES = {
@@ -32,14 +32,14 @@ _SAFETENSORS_DTYPES = {
 
 
 def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
-    """The tensors of a `.pth` or `.safetensors` file or of one in a tar archive, under the keys in the file.
+    """Reads the tensors of a `.pth` or `.safetensors` file, or of one in a tar archive, under the file's keys.
 
     Args:
-      path: of the file, or `archive::member`. Nothing is unpacked to disk.
-      model_name: chooses the member of an archive.
+      path: path of the file, or `archive::member`. Nothing is unpacked to disk.
+      model_name: selects the member of an archive.
 
     Raises:
-      UserError: if there is no such file or member, or it is not a checkpoint that can be read safely.
+      UserError: if the file or member does not exist, or is not a checkpoint that can be read safely.
     """
     name, _, member = str(path).partition("::")
     file = epath.Path(name)
@@ -58,19 +58,19 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one file, marked as PyTorch's, as readers of that library expect."""
+    """Writes one file with PyTorch's format marker, which readers of that library expect."""
     epath.Path(path).write_bytes(safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
 
 
 def _is_tar(stream: IO[bytes]) -> bool:
-    """By content: `.pth.tar` is what some scripts call a plain torch file."""
+    """Detects a tar archive by content, because some scripts name a plain torch file `.pth.tar`."""
     head = stream.read(512)
     stream.seek(0)
     return head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b"
 
 
 def _read_member(stream: IO[bytes], archive: str, member: str, model_name: str) -> tuple[str, bytes]:
-    """The name and the bytes of the member asked for, or of the only one whose path names the model."""
+    """Returns name and bytes of the requested member, or of the only one whose path names the model."""
     try:
         with tarfile.open(fileobj=stream, mode="r:*") as tar:
             files = {info.name: info for info in tar.getmembers() if info.isreg()}
@@ -87,7 +87,7 @@ def _read_member(stream: IO[bytes], archive: str, member: str, model_name: str) 
 
 
 def _names(member: str, model_name: str) -> bool:
-    """Whether a folder or the file in the path is called after the model, such as `resnet56_vanilla`."""
+    """Returns whether a folder or file in the path is named after the model, such as `resnet56_vanilla`."""
     if not member.endswith((".pth", ".pt", ".safetensors")):
         return False
     return re.search(rf"(^|/){re.escape(model_name)}([_./-]|$)", member) is not None
@@ -124,11 +124,11 @@ def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f"{name} is a PyTorch file, which needs torch to be read: pip install 'ldrld_jax[torch]'. "
-            "A .safetensors file needs nothing."
+            f"{name} is a PyTorch file, and reading it needs torch: pip install 'ldrld_jax[torch]'. "
+            "A .safetensors file needs no extra."
         ) from None
     try:
-        # Counters and options that training scripts save beside the weights; building them runs nothing.
+        # These are counters and options that training scripts save with the weights; building them runs no code.
         with torch.serialization.safe_globals(_harmless_globals()):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         for wrapper in _WRAPPERS:
@@ -147,7 +147,7 @@ def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
-    """Narrow floats, of which NumPy lacks some, become float32, which holds them exactly."""
+    """Converts floats below 32 bits, some of which NumPy lacks, to float32, which represents them exactly."""
     narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
     return (tensor.float() if narrow else tensor).detach().numpy()
 
@@ -157,7 +157,7 @@ def _harmless_globals() -> list[Any]:
 
     scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")]
-    old = (scalar, "numpy.core.multiarray.scalar")  # numpy 1 called it so
+    old = (scalar, "numpy.core.multiarray.scalar")  # its name in numpy 1
     return [argparse.Namespace, np.dtype, *dtypes, scalar, old]
 
 

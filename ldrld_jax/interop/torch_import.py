@@ -1,6 +1,6 @@
-"""PyTorch checkpoints in and out: the names, the layouts and what does not fit.
+"""Reads and writes PyTorch checkpoints: conversion of names and layouts, and reports of mismatches.
 
-A parameter's path is PyTorch's key but for the last name, so that one rule serves every model:
+A parameter's path equals PyTorch's key except for the last name, so one rule serves every model:
 `layer1/0/conv1/kernel` is `layer1.0.conv1.weight`, transposed.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"
 
-# What wrappers put before the names: DataParallel, torch.compile, a distiller that holds both networks.
+# Prefixes of names by DataParallel, torch.compile, and a distiller that holds both networks.
 _PREFIX = re.compile(r"((module|_orig_mod)\.)*((?P<role>student|teacher)\.)?((module|_orig_mod)\.)*")
 
 
@@ -38,25 +38,25 @@ def load_torch_checkpoint(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
 ) -> nnx.Module:
-    """The model with the weights of a PyTorch checkpoint; no code in the file is ever run.
+    """Loads a model with the weights of a PyTorch checkpoint; code in the file is never run.
 
     Args:
-      path: a `.pth` file as `torch.save` writes it (needs the `torch` extra), `.safetensors` (needs
-        nothing), or a tar archive of these, of which the member is taken whose path names the model
-        (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56) or that `path.tar::member` gives.
-        Recognised by content, not by name; `gs://` and the like work. The tensors may lie under
-        `model`, `state_dict`, `model_state_dict` or `net` and have the prefixes `module.`,
-        `student.`, `teacher.`; of a file that holds a student and a teacher, the one that fits is
-        taken, the student if both do.
+      path: a `.pth` file from `torch.save` (needs the `torch` extra), a `.safetensors` file (needs no
+        extra), or a tar archive of these. From an archive, the member whose path names the model is read
+        (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56), or the one given as `path.tar::member`.
+        The format is recognised by content, not by name. Remote paths such as `gs://` work. The tensors
+        may be under `model`, `state_dict`, `model_state_dict` or `net` and have the prefixes `module.`,
+        `student.`, `teacher.`. From a file with a student and a teacher, the one that fits is loaded,
+        the student if both fit.
       model_name: a key of `MODELS`.
-      num_classes: C, as the checkpoint was trained.
-      in_channels: channels of the images.
-      dtype: of the computation and the logits.
-      param_dtype: to which the weights are converted.
+      num_classes: C, as in the checkpoint's training.
+      in_channels: number of channels of the images.
+      dtype: dtype of the computation and the logits.
+      param_dtype: dtype to which the weights are converted.
 
     Raises:
-      UserError: if the file cannot be read safely or does not fit the model; every missing, unexpected
-        and misshapen key is counted, the first ones named.
+      UserError: if the file cannot be read safely or does not fit the model; the message counts all missing,
+        unexpected and misshapen keys and names the first ones.
 
     Example:
       >>> model = load_torch_checkpoint("ckpt_epoch_240.pth", "resnet32x4", num_classes=100)  # doctest: +SKIP
@@ -81,16 +81,16 @@ def load_torch_checkpoint(
 
 
 def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:
-    """Writes the variables as a PyTorch state_dict in safetensors, under the published keys.
+    """Writes the variables as a PyTorch state_dict in safetensors format, under the published keys.
 
-    `safetensors.torch.load_file` gives PyTorch users the dict for `load_state_dict`. Loading it
-    again with the same `param_dtype` gives the same bits. BatchNorm's counters are 0, as nothing
-    here counts batches; PyTorch reads them only when its momentum is None.
+    In PyTorch, `safetensors.torch.load_file` returns the dict for `load_state_dict`. Loading the file
+    here with the same `param_dtype` restores the same bits. BatchNorm's counters are 0, because
+    batches are not counted here; PyTorch reads them only if its momentum is None.
 
     Args:
-      path: of the file; `.safetensors` by convention.
-      params: nested dicts as of `purify`.
-      batch_stats: likewise.
+      path: path of the file; `.safetensors` by convention.
+      params: nested dicts as returned by `purify`.
+      batch_stats: nested dicts as returned by `purify`.
 
     Example:
       >>> import pathlib, tempfile
@@ -104,7 +104,7 @@ def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:
 
 
 def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
-    """The variables under PyTorch's keys and in its layouts (kernels `[out, in, height, width]`).
+    """Converts variables to PyTorch's keys and layouts (kernels `[out, in, height, width]`).
 
     Example:
       >>> state = to_state_dict({"conv1": {"kernel": jnp.zeros((3, 3, 8, 16))}}, {"bn1": {"var": jnp.ones(16)}})
@@ -121,12 +121,12 @@ def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(state: Mapping[str, Any], params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
-    """`(params, batch_stats)` in the form and dtypes of the given ones, arrays or shapes, from a state_dict that fits.
+    """Converts a fitting state_dict to `(params, batch_stats)` with the structure and dtypes of the given ones.
 
     Args:
       state: numpy arrays under PyTorch's keys, without prefixes.
-      params: nested dicts as of `purify`, of which only shapes and dtypes are read.
-      batch_stats: likewise.
+      params: nested dicts of arrays or shapes as returned by `purify`; only shapes and dtypes are read.
+      batch_stats: the same for the batch statistics.
     """
 
     def fill(tree: Tree) -> Tree:
@@ -160,7 +160,7 @@ def _from_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
 
 
 def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors by the network they belong to, without prefixes; the student comes before the teacher."""
+    """Groups the tensors by network and removes prefixes; the student comes before the teacher."""
     networks: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
         prefix = _PREFIX.match(key)
@@ -170,7 +170,7 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarr
 
 
 def _expected(params: Tree, batch_stats: Tree) -> dict[str, tuple[int, ...]]:
-    """The shape that each key should have in PyTorch's layout."""
+    """Returns the shape that each key should have in PyTorch's layout."""
     return {
         _torch_key(path): jax.eval_shape(lambda x, path=path: _to_torch_layout(path, x), like).shape
         for path, like in _flat(params, batch_stats).items()

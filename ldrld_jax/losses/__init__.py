@@ -103,24 +103,24 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A distillation loss as the trainer sees it.
+    """A distillation loss as the trainer uses it.
 
     Attributes:
-      config: its config class, a frozen dataclass whose fields all have defaults.
+      config: the config class, a frozen dataclass whose fields all have defaults.
       parts: `parts(teacher_logits, student_logits, labels, cfg, *, params=None, where=None, weights=None)`
-        gives the summands of the loss by name, scalars, so that each can be logged; a loss of one
-        part calls it "".
-      init: `init(cfg)` gives the parameters that the loss learns, a pytree; None if it learns none.
-      at_epoch: `at_epoch(cfg, epoch)` gives parameters that are not learnt but follow the epoch, a scalar
-        from 1; None if there are none.
-      from_teacher: `from_teacher(rows)` makes parameters that are not learnt from the `[C, d]` weights of
-        the teacher's last layer; None if there are none.
-      gradient_scale: `gradient_scale(epoch)` is what the gradient of these parameters is multiplied
-        by before it is applied, a scalar; None leaves it as it is.
-      decomposes: the loss of a batch is the mean of the losses of its parts; not if it compares examples.
-      ce_weight: what its authors weight the cross-entropy with beside it.
-      kd_weight: what they weight the term with.
-      kd_warmup_epochs: the epochs over which they let the term grow linearly; 0 for none.
+        returns the summands of the loss, a dict of scalars by name, so that each can be logged. A loss
+        with a single part names it "".
+      init: `init(cfg)` returns the parameters that the loss learns, a pytree; None if it learns none.
+      at_epoch: `at_epoch(cfg, epoch)` returns parameters that are not learnt but depend on the epoch, a
+        scalar counted from 1; None if there are none.
+      from_teacher: `from_teacher(rows)` returns parameters that are not learnt, computed from the `[C, d]`
+        weights of the teacher's last layer; None if there are none.
+      gradient_scale: `gradient_scale(epoch)` returns the scalar that multiplies the gradient of the learnt
+        parameters before the update; None leaves the gradient unchanged.
+      decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
+      ce_weight: the authors' weight of the cross-entropy.
+      kd_weight: the authors' weight of the distillation term.
+      kd_warmup_epochs: the number of epochs over which the authors ramp the term up linearly; 0 for none.
     """
 
     config: type[MethodConfig]
@@ -135,7 +135,7 @@ class Method:
     kd_warmup_epochs: int = 0
 
     def views(self, cfg: MethodConfig) -> int:
-        """How many augmentations of every image the loss compares; for 2 the logits are `[2, ..., C]`."""
+        """Returns the number of augmentations of each image that the loss compares; for 2, logits are `[2, ..., C]`."""
         return getattr(cfg, "views", 1)
 
     def loss(
@@ -150,19 +150,19 @@ class Method:
         weights: jax.Array | None = None,
         axis_name: AxisName = None,
     ) -> jax.Array:
-        """The bare distillation term, a scalar: the sum of the parts.
+        """Computes the bare distillation term, a scalar: the sum of the parts.
 
         Args:
           teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
           student_logits: `[..., C]`, the same shape.
-          labels: `[...]` integer classes; methods that compare logits alone ignore them.
+          labels: `[...]` integer classes, ignored by methods that compare logits alone.
           cfg: an instance of `config`.
-          params: what `init`, `at_epoch` or `from_teacher` gives, for a method that has one. None stands for
-            `init(cfg)`, for sld's swap being on, and is an error for wkd.
-          where: `[...]` bool; the mean is over the rows it keeps, the others may hold anything.
-          weights: `[...]`, not negative; the mean is sum(w l) / sum(w).
+          params: the result of `init`, `at_epoch` or `from_teacher`, for a method that has one. None means
+            `init(cfg)` for ctkd, an enabled swap for sld, and is an error for wkd.
+          where: `[...]` bool; the mean is over the rows where it is True, the other rows may hold anything.
+          weights: `[...]`, non-negative; the mean is sum(w l) / sum(w).
           axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split; without
-            it the loss is that of the local rows. Under `jit` over a mesh it is not needed.
+            it the loss covers the local rows only. It is not needed under `jit` over a mesh.
         """
         rows: dict[str, Any] = dict(params=params, where=where, weights=weights)
         if axis_name is not None:
@@ -172,12 +172,12 @@ class Method:
 
 
 def mean_parts(terms: Callable[..., Any]) -> Callable[..., dict[str, jax.Array]]:
-    """The `parts` of a loss that is a mean over examples.
+    """Returns the `parts` function of a loss that is a mean over examples.
 
     Args:
-      terms: `terms(teacher_logits, student_logits, labels, cfg, *, where=None)` gives an array
-        `[...]` of losses per example, or a dict of several that add up. It is given `params=` too
-        if there are any.
+      terms: `terms(teacher_logits, student_logits, labels, cfg, *, where=None)` returns the losses per
+        example, `[...]`, or a dict of several such arrays that add up. It also receives `params=` if
+        there are any.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,7 +199,7 @@ def mean_parts(terms: Callable[..., Any]) -> Callable[..., dict[str, jax.Array]]
 
 
 def without_labels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(teacher_logits, student_logits, cfg, ...)` with a place for labels, which it ignores."""
+    """Wraps `function(teacher_logits, student_logits, cfg, ...)` to accept labels, which it ignores."""
 
     def labelled(teacher_logits, student_logits, labels, cfg, *, params=None, **rows):
         del labels
@@ -210,10 +210,10 @@ def without_labels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def standardized(method: Method) -> Method:
-    """The same method on standardised logits: `standardize_logits` on both sides, then the method.
+    """Returns the method applied to standardised logits: `standardize_logits` on both sides first.
 
-    It composes with every method, whatever leading axes, mask and weights. For kd and dkd it is what
-    their `standardize` field does.
+    It works with every method and with any leading axes, mask and weights. For kd and dkd it is
+    equivalent to their `standardize` field.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,7 +225,7 @@ def standardized(method: Method) -> Method:
     """
 
     def parts(teacher_logits, student_logits, labels, cfg, *, where=None, **rest):
-        # Masked before the transform, through whose gradient a NaN would pass.
+        # Mask before the transform: a NaN would pass through its gradient.
         teacher, student = prepare_logits(teacher_logits, student_logits, where)
         return method.parts(standardize_logits(teacher), standardize_logits(student), labels, cfg, where=where, **rest)
 
@@ -250,7 +250,7 @@ METHODS: dict[str, Method] = {
     "luminet": Method(
         LumiNetConfig, without_labels(luminet_parts), decomposes=False, ce_weight=2.0, kd_warmup_epochs=20
     ),
-    # The cross-entropy is the mean over both views, where the published code adds them up.
+    # The cross-entropy is the mean over both views; the published code adds them up.
     "crld": Method(CRLDConfig, without_labels(crld_parts), ce_weight=2.0),
     "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap, ce_weight=0.2, kd_weight=0.9),
     "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms)), ce_weight=0.0),

@@ -1,6 +1,6 @@
-"""The alpha-beta divergence of two softmaxes: abkd.
+"""abkd, the alpha-beta divergence of two softmaxes.
 
-The bare term: no cross-entropy, no warm-up, no outer weight.
+The loss is the bare term, without cross-entropy, warm-up or outer weight.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
 
-_TERMS = 18  # of the series below, which for arguments up to 1 leaves out less than 1e-16 of the value
+_TERMS = 18  # for arguments up to 1, truncating the power series here omits less than 1e-16 of its value
 
 
 @jax.tree_util.register_static
@@ -22,8 +22,8 @@ class ABKDConfig(MethodConfig):
 
     Attributes:
       temperature: T > 0 of both sides; the loss is not multiplied by T^2.
-      alpha: >= 0, the teacher's power: large cares for the classes that the teacher holds likely.
-      beta: >= 0, the student's power: large cares for the classes that the student holds likely.
+      alpha: >= 0, the teacher's power; large values emphasise classes that the teacher finds likely.
+      beta: >= 0, the student's power; large values emphasise classes that the student finds likely.
     """
 
     temperature: Positive = 4.0
@@ -34,28 +34,28 @@ class ABKDConfig(MethodConfig):
 def abkd_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: ABKDConfig, *, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""Distillation by the alpha-beta divergence, per example.
+    r"""Computes the alpha-beta divergence of teacher and student, per example.
 
     .. math:: D = -\frac{1}{\alpha \beta} \sum_c
               \Big[p^\alpha q^\beta - \frac{\alpha}{s} p^s - \frac{\beta}{s} q^s\Big], \quad s = \alpha + \beta
 
-    with p, q the softmaxes at T. (1, 0) is KL(p || q), (0, 1) KL(q || p), (.5, .5) twice the squared
-    distance of the square roots, (0, 0) half the squared distance of the log-probabilities.
+    with p, q the softmaxes at T. (alpha, beta) = (1, 0) gives KL(p || q), (0, 1) gives KL(q || p), (.5, .5)
+    twice the squared distance of the square roots, (0, 0) half the squared distance of the log-probabilities.
 
-    Where alpha, beta or their sum is 0 this is the divergence's limit, and near 0 it keeps its digits:
-    each class is the second divided difference of :math:`r \mapsto p^{s - r} q^r` at 0, beta and s. The
-    published code computes another number where one of the two is 0 and the other is not 1: it lacks a
-    factor 1/alpha or 1/beta.
+    If alpha, beta or their sum is 0, the result is the limit of the divergence. Precision holds near 0 because
+    each class is computed as the second divided difference of :math:`r \mapsto p^{s - r} q^r` at 0, beta and s.
+    The published code returns a different value if one of the two is 0 and the other is not 1: it lacks
+    a factor 1/alpha or 1/beta.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: an `ABKDConfig`.
-      where: `[...]` bool; rows left out give 0 and may hold NaN.
+      where: `[...]` bool; rows where it is False give 0 and may hold NaN.
 
     Returns:
-      `[...]`, float32 (float64 for float64 logits); not negative. Probabilities that underflow count
-      by their logarithms, so that value and gradient stay finite.
+      `[...]`, float32 (float64 for float64 logits); not negative. Value and gradient stay finite for
+      probabilities that underflow, because the computation uses their logarithms.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -80,14 +80,14 @@ def abkd_terms(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _of_class(log_p: jax.Array, log_q: jax.Array, alpha: float, beta: float) -> jax.Array:
-    """The summand of a class, elementwise; its derivative is for log_q alone."""
+    """Computes the summand of each class, elementwise; differentiable in log_q only."""
     ratio, total = log_q - log_p, alpha + beta
     if total == 0:
         return ratio**2 / 2
     teacher, mixed, student = total * log_p, alpha * log_p + beta * log_q, total * log_q
     far = ratio * (_secant(mixed, student) - _secant(teacher, mixed)) / total
-    # Where the three exponents are close, the two secants are, too: there the power series. Its
-    # coefficients are the complete homogeneous polynomials of the nodes 0, beta / total and 1.
+    # If the three exponents are close, so are the two secants, and their difference cancels: use the power
+    # series. Its coefficients are the complete homogeneous polynomials of the nodes 0, beta / total and 1.
     near = jnp.zeros_like(ratio)
     step = jnp.clip(total * ratio, -1, 1)
     for j in reversed(range(_TERMS)):
@@ -103,7 +103,7 @@ def _(alpha, beta, primals, tangents):
 
 
 def _secant(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(exp(a) - exp(b)) / (a - b) of exponents <= 0, elementwise; exp(a) where they are equal."""
+    """Computes (exp(a) - exp(b)) / (a - b) for exponents <= 0, elementwise; exp(a) where a equals b."""
     gap = jnp.abs(a - b)
     apart = gap > 0
     gap = jnp.where(apart, gap, 1.0)

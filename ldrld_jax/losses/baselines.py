@@ -1,6 +1,6 @@
-"""Losses that compare whole softmaxes: kd, ctkd, ttm, wttm; and the standardisation of logits.
+"""Losses that compare whole softmaxes (kd, ctkd, ttm, wttm), and the standardisation of logits.
 
-Each is the bare term: no cross-entropy, no warm-up, no outer weight.
+Each is the bare term, without cross-entropy, warm-up or outer weight.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ class KDConfig(MethodConfig):
 
     Attributes:
       temperature: T > 0 of both sides; the loss is multiplied by T^2.
-      standardize: whether both sides' logits are standardised first.
-      entropy_weighting: whether each example is multiplied by its entropy weight (EA-KD).
-      entropy_temperature: t > 0 of the weight's entropies.
-      entropy_bound: > 0, by which the student's entropy is divided there; None for log C. The published
-        CIFAR-100 code has 100.
+      standardize: whether to standardise both sides' logits first.
+      entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).
+      entropy_temperature: t > 0 of the entropies in that weight.
+      entropy_bound: > 0, the divisor of the student's entropy in that weight; None for log C. The published
+        CIFAR-100 code uses 100.
     """
 
     temperature: Positive = 4.0
@@ -37,7 +37,7 @@ class KDConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CTKDConfig(MethodConfig):
-    """Curriculum temperature: nothing to set; the temperature is learnt."""
+    """Curriculum temperature: no settings, because the temperature is learnt."""
 
 
 @jax.tree_util.register_static
@@ -46,7 +46,7 @@ class TTMConfig(MethodConfig):
     """Transformed teacher matching.
 
     Attributes:
-      gamma: >= 0, the power of the teacher's probabilities, 1/T of kd.
+      gamma: >= 0, the power of the teacher's probabilities; it corresponds to 1/T of kd.
     """
 
     gamma: float = 0.1
@@ -58,28 +58,28 @@ class WTTMConfig(MethodConfig):
     """Weighted transformed teacher matching.
 
     Attributes:
-      gamma: >= 0, the power of the teacher's probabilities, whose sum is the example's weight.
+      gamma: >= 0, the power of the teacher's probabilities; their sum is the example's weight.
     """
 
     gamma: float = 0.2
 
 
 def standardize_logits(logits: jax.Array) -> jax.Array:
-    r"""Logit standardisation: zero mean and unit deviation per example, `[..., C]` to `[..., C]`.
+    r"""Standardises logits to zero mean and unit deviation per example, `[..., C]` to `[..., C]`.
 
     .. math:: z \leftarrow (z - \bar z) / (\mathrm{std}(z) + 10^{-7})
 
-    The deviation is the sample one (ddof = 1). Equal logits give 0; the gradient there is finite
-    but as large as the formula has it, 10^7 times what arrives: do not start a student at 0.
+    The deviation is the sample deviation (ddof = 1). Equal logits give 0; the gradient there is finite
+    but 10^7 times the incoming one, as the formula implies: do not start a student at 0.
 
-    It is a transform of both sides, not a loss: `ldrld_jax.losses.standardized` puts it before any method.
-    It is published with temperature 2.
+    This is a transform of both sides, not a loss: `ldrld_jax.losses.standardized` applies it before any method.
+    It was published with temperature 2.
 
     Args:
       logits: `[..., C]`, any float dtype.
 
     Returns:
-      The same shape, float32 (float64 for float64 logits).
+      An array of the same shape, float32 (float64 for float64 logits).
 
     Example:
       >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0]])).round(3).tolist()
@@ -97,7 +97,7 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
 def kd_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: KDConfig, *, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""Hinton's distillation loss, per example.
+    r"""Computes Hinton's distillation loss, per example.
 
     .. math:: T^2 \, \mathrm{KL}\big(\sigma(z^t / T) \,\|\, \sigma(z^s / T)\big)
 
@@ -105,14 +105,14 @@ def kd_terms(
 
     .. math:: w = \tfrac12 \big(H_t + H_t H_s / H_{ub}\big)
 
-    without gradient, H the entropies of the softmaxes at the entropy temperature of the logits as they
-    are given, standardised or not. The weights reach log C: they also scale the loss.
+    which carries no gradient. H are the entropies of the softmaxes at the entropy temperature, of the
+    logits before any standardisation. The weights reach log C, so they also scale the loss.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: a `KDConfig`.
-      where: `[...]` bool; rows left out give 0 and may hold NaN.
+      where: `[...]` bool; rows where it is False give 0 and may hold NaN.
 
     Returns:
       `[...]`, float32 (float64 for float64 logits), in nats times T^2.
@@ -140,13 +140,13 @@ def kd_terms(
 
 
 def ctkd_init(cfg: CTKDConfig) -> dict[str, jax.Array]:
-    """The learnt parameter of ctkd: a scalar theta = 1, which is T = 15.6, in the default float dtype."""
+    """Returns the learnt parameter of ctkd: a scalar theta = 1, i.e. T = 15.6, in the default float dtype."""
     del cfg
     return {"theta": jnp.ones(())}
 
 
 def ctkd_temperature(params: dict[str, jax.Array]) -> jax.Array:
-    r"""The learnt temperature, between 1 and 21.
+    r"""Computes the learnt temperature, between 1 and 21.
 
     .. math:: T = 1 + 20 \, \mathrm{sigmoid}(\theta)
 
@@ -158,15 +158,15 @@ def ctkd_temperature(params: dict[str, jax.Array]) -> jax.Array:
 
 
 def ctkd_gradient_scale(epoch: float | jax.Array) -> jax.Array:
-    r"""What theta's gradient is multiplied by: negative, so that the temperature makes the task harder.
+    r"""Returns the factor of theta's gradient: it is negative, so that the temperature makes the task harder.
 
     .. math:: -\big(1 - \cos(\pi \min(e, 10) / 10)\big) / 2
 
-    From 0 at the start it falls to -1 at epoch 10 and stays. It depends on the epoch and not on the
-    logits, so `ctkd_terms` has the plain gradient and whoever owns the optimizer scales it.
+    It falls from 0 at the start to -1 at epoch 10 and stays there. It depends on the epoch, not on the
+    logits, so `ctkd_terms` returns the plain gradient and the owner of the optimizer applies the factor.
 
     Args:
-      epoch: e >= 0, whole or with a fraction, a number or a scalar array.
+      epoch: e >= 0, a number or a scalar array, with or without a fraction.
 
     Example:
       >>> [round(float(ctkd_gradient_scale(e)), 3) for e in (0, 5, 10, 99)]
@@ -183,21 +183,21 @@ def ctkd_terms(
     params: dict[str, jax.Array] | None = None,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Curriculum temperature distillation, per example: kd at a learnt temperature.
+    r"""Computes the curriculum temperature loss, per example: kd at a learnt temperature.
 
     .. math:: T^2 \, \mathrm{KL}\big(\sigma(z^t / T) \,\|\, \sigma(z^s / T)\big), \quad
               T = 1 + 20 \, \mathrm{sigmoid}(\theta)
 
     The gradient flows into the student and, through T on both sides and through T^2, into theta.
-    It is the plain one: multiply theta's by `ctkd_gradient_scale(epoch)` before it is applied, by
-    which the temperature ascends the loss that the student descends.
+    It is the plain gradient: multiply theta's by `ctkd_gradient_scale(epoch)` before the update, so
+    that the temperature ascends the loss that the student descends.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: a `CTKDConfig`.
-      params: as `ctkd_init` gives them, which is also what None stands for.
-      where: `[...]` bool; rows left out give 0 and may hold NaN.
+      params: the result of `ctkd_init`, which is also used for None.
+      where: `[...]` bool; rows where it is False give 0 and may hold NaN.
 
     Returns:
       `[...]`, float32 (float64 for float64 logits), in nats times T^2.
@@ -211,7 +211,7 @@ def ctkd_terms(
       1.328
 
     References:
-      Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, the global temperature.
+      Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, global temperature.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     params = ctkd_init(cfg) if params is None else params
@@ -220,7 +220,7 @@ def ctkd_terms(
 
 
 def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
-    """KL(norm(p_t^gamma) || p_s) and the log of that norm, log sum p_t^gamma; both `[...]`."""
+    """Computes KL(norm(p_t^gamma) || p_s) and the log of the normaliser, log sum p_t^gamma; both `[...]`."""
     power = gamma * jax.nn.log_softmax(teacher)
     log_mass = jax.nn.logsumexp(power, axis=-1, keepdims=True)
     return numerics.divergence(power - log_mass, jax.nn.log_softmax(student)), log_mass[..., 0]
@@ -229,17 +229,17 @@ def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tup
 def ttm_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: TTMConfig, *, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""Transformed teacher matching, per example: a temperature for the teacher alone.
+    r"""Computes transformed teacher matching, per example: only the teacher has a temperature.
 
     .. math:: \mathrm{KL}\Big(\frac{p_t^\gamma}{\sum_c p_{t,c}^\gamma} \,\Big\|\, p_s\Big)
 
-    with both probabilities at temperature 1; gamma plays 1/T, and there is no T^2.
+    with both probabilities at temperature 1. gamma takes the place of 1/T, and there is no factor T^2.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: a `TTMConfig`.
-      where: `[...]` bool; rows left out give the value of equal logits, 0, and may hold NaN.
+      where: `[...]` bool; rows where it is False give 0, the value of equal logits, and may hold NaN.
 
     Returns:
       `[...]`, float32 (float64 for float64 logits), in nats.
@@ -263,12 +263,12 @@ def ttm_terms(
 def wttm_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: WTTMConfig, *, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""Weighted transformed teacher matching, per example: ttm, more of it where the teacher is unsure.
+    r"""Computes weighted transformed teacher matching, per example: ttm with more weight if the teacher is unsure.
 
     .. math:: \Big(\sum_c p_{t,c}^\gamma\Big) \,
               \mathrm{KL}\Big(\frac{p_t^\gamma}{\sum_c p_{t,c}^\gamma} \,\Big\|\, p_s\Big)
 
-    Arguments, errors and source as in `ttm_terms`, with a `WTTMConfig`. For gamma <= 1 the factor
+    Arguments, errors and source are those of `ttm_terms`, with a `WTTMConfig`. For gamma <= 1 the factor
     is between 1 (a teacher that is sure) and C^(1 - gamma).
 
     Returns:

@@ -1,9 +1,8 @@
-"""Losses whose numbers come from the whole batch: skd, luminet.
+"""Losses with statistics over the whole batch: skd, luminet.
 
-Each is the bare term: no cross-entropy, no warm-up, no outer weight. As in `correlation.py`,
-leading axes are flattened to N rows, a row of weight 0 does not exist, and the weights of the others
-are scaled to a mean of 1. Under `jit` over a mesh N is the global batch; under `pmap` or `shard_map`
-it is with `axis_name`.
+Each is the bare term, without cross-entropy, warm-up or outer weight. Leading axes are flattened to N
+rows. Rows of weight 0 are ignored, and the other weights are scaled to a mean of 1. N is the global
+batch under `jit` over a mesh; under `pmap` or `shard_map` it is if `axis_name` is given.
 """
 
 import dataclasses
@@ -22,11 +21,11 @@ class SKDConfig(MethodConfig):
     """Distillation of the directions between examples.
 
     Attributes:
-      temperature: T > 0 of the KL, which is multiplied by T^2; the directions have none.
+      temperature: T > 0 of the KL, which is multiplied by T^2; the directions use no temperature.
       ridge: > 0, added to the diagonal of the covariance.
       kl_weight: weight of the KL.
       direction_weight: weight of the directions.
-      batch_masks: whether both are multiplied by the published code's factors, about .5 each.
+      batch_masks: whether to multiply both by the published code's factors, about .5 each.
     """
 
     temperature: Positive = 4.0
@@ -39,11 +38,11 @@ class SKDConfig(MethodConfig):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LumiNetConfig(MethodConfig):
-    """Distillation of logits standardised per class.
+    """Distillation of logits that are standardised per class.
 
     Attributes:
-      temperature: T > 0 of the softmaxes of standardised logits.
-      alpha: the loss is multiplied by alpha^2, which plays the role of T^2.
+      temperature: T > 0 of the softmaxes of the standardised logits.
+      alpha: the loss is multiplied by alpha^2, which takes the place of T^2.
     """
 
     temperature: Positive = 4.0
@@ -59,33 +58,33 @@ def skd_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation of each example, and of the cosines between examples by a Mahalanobis distance.
+    r"""Computes the KL of each example, and a Mahalanobis distance of the cosines between examples.
 
     .. math:: w_k f_B T^2 \, \mathrm{KL}(p_t \| p_s) + w_d f_C \, \frac1N \sum_i \sqrt{D_i S^{-1} D_i^T}, \quad
               D = \frac1C (\bar Z_s \bar Z_s^T - \bar Z_t \bar Z_t^T), \quad
               S = \mathrm{cov}(D) + \mathrm{ridge} \cdot I
 
-    with :math:`\bar Z` the `[N, C]` logits, each row divided by its norm, D_i the rows of D, and their
-    covariance (ddof 1) as a function of the student. The loss compares examples: it is no mean over them.
+    with :math:`\bar Z` the `[N, C]` logits, each row divided by its norm, D_i the rows of D, and cov their
+    covariance (ddof 1), a function of the student. The loss compares examples, so it is not a mean over them.
 
     With `batch_masks`, f_B is the share of examples whose largest teacher probability (T = 1) is at
-    most the batch's median, and f_C the share of classes whose summed teacher probability is at most
-    the classes' median; else both are 1.
+    most the batch's median, and f_C is the share of classes whose summed teacher probability is at most
+    the classes' median. Otherwise both are 1.
 
-    A student whose cosines are the teacher's has a second part of 0, where the slope of the root is
-    taken as 0; one row has no cosines, and a second part of 0. A row of zeros has the finite but
-    large slope 10^12: do not start a student at 0. A shift of a row's logits changes its directions.
+    The second part is 0 if the student's cosines equal the teacher's, where the slope of the root is taken
+    as 0, and for a single row, which has no cosines. A row of zeros has a finite but large slope of 10^12:
+    do not start a student at 0. Shifting a row's logits changes its direction.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: an `SKDConfig`.
-      where: `[...]` bool; only the rows it keeps are compared, the others may hold NaN.
-      weights: `[...]`, not negative; each row's share in the means, in D_i and in the covariance.
+      where: `[...]` bool; only rows where it is True are compared, the others may hold NaN.
+      weights: `[...]`, non-negative; each row's share in the means, in D_i and in the covariance.
       axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
-      "kl" and "direction": scalars, float32 (float64 for float64 logits), 0 if nothing is kept. Time
+      "kl" and "direction": scalars, float32 (float64 for float64 logits), 0 if no row counts. Time
       grows with N^3, memory with N^2.
 
     Raises:
@@ -119,13 +118,13 @@ def skd_parts(
 def _direction_distances(
     teacher: jax.Array, student: jax.Array, weights: jax.Array, count: jax.Array, ridge: float
 ) -> jax.Array:
-    """The Mahalanobis length of each row of the difference of cosines, `[N]`.
+    """Computes the Mahalanobis length of each row of the difference of cosines, `[N]`.
 
-    A row of weight w is w equal rows: its entries carry sqrt(w) in D_i and in the covariance.
+    A row of weight w acts as w equal rows: its entries carry sqrt(w) in D_i and in the covariance.
     """
     of_teacher, of_student = (z / jnp.maximum(_norm(z), 1e-12) for z in (teacher, student))
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    # A A' - B B' = ((A - B)(A + B)' + its transpose) / 2: nothing large to subtract when A is near B.
+    # A A' - B B' = ((A - B)(A + B)' + its transpose) / 2 avoids subtracting large numbers if A is near B.
     product = dot(of_student - of_teacher, (of_student + of_teacher).T)
     root = numerics.sqrt(weights)[:, None]
     rows = root * (product + product.T) / (2 * student.shape[-1])  # sqrt(W) D, whose columns are the D_i
@@ -136,15 +135,15 @@ def _direction_distances(
 
 
 def _norm(z: jax.Array) -> jax.Array:
-    """The Euclidean norm of each row, `[N, C]` to `[N, 1]`, with slope 0 at 0."""
+    """Computes the Euclidean norm of each row, `[N, C]` to `[N, 1]`, with slope 0 at 0."""
     return numerics.sqrt(jnp.sum(z**2, axis=-1, keepdims=True))
 
 
 def _share_up_to_median(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """The share of weight on values up to the median, by counting what is smaller: no sort, no gather."""
+    """Returns the share of weight on values up to the median, by counting smaller values: no sort, no gather."""
     smaller = jnp.sum(jnp.where(values[None] < values[:, None], weights[None], 0.0), axis=-1)
     total = jnp.sum(weights)
-    # Exactly half the weight below a value puts it above the median; the margin is for rounding.
+    # A value with exactly half the weight below it is above the median; the margin absorbs rounding.
     up_to = 2 * smaller < total * (1 - 1e-6)
     return jnp.sum(jnp.where(up_to, weights, 0.0)) / jnp.where(total > 0, total, 1.0)
 
@@ -158,24 +157,24 @@ def luminet_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation of logits that are standardised per class over the batch, each side by itself.
+    r"""Computes the KL of logits that are standardised per class over the batch, each side by itself.
 
     .. math:: \alpha^2 \, \mathrm{KL}\big(\sigma(\hat z^t / T) \,\|\, \sigma(\hat z^s / T)\big), \quad
               \hat z_{ic} = \frac{z_{ic} - \mathrm{mean}_c}{\sqrt{\mathrm{var}_c + 10^{-5}}}
 
-    with the population variance. The statistics compare examples: the loss is no mean over them. One
-    row gives 0. A class that is constant over the batch is divided by .003: gradients are large there.
+    with the population variance. The statistics span the batch, so the loss is not a mean over examples. A
+    single row gives 0. A class that is constant over the batch is divided by .003, so its gradients are large.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: a `LumiNetConfig`.
-      where: `[...]` bool; only the rows it keeps count in mean and statistics, the others may hold NaN.
-      weights: `[...]`, not negative; each row's share in the mean and in the statistics.
+      where: `[...]` bool; only rows where it is True enter the mean and the statistics, the others may hold NaN.
+      weights: `[...]`, non-negative; each row's share in the mean and in the statistics.
       axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
-      "": a scalar, float32 (float64 for float64 logits), 0 if nothing is kept.
+      "": a scalar, float32 (float64 for float64 logits), 0 if no row counts.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -196,7 +195,7 @@ def luminet_parts(
 
 
 def _standardized_classes(z: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:
-    """Logits `[N, C]` with mean 0 and variance 1 in each class over the rows that count."""
+    """Returns logits `[N, C]` with mean 0 and variance 1 in each class over the rows that count."""
     mean = lambda x: jnp.sum(weights[:, None] * x, axis=0, keepdims=True) / jnp.maximum(count, 1.0)  # noqa: E731
     centred = z - mean(z)
     return centred * jax.lax.rsqrt(mean(centred**2) + 1e-5)

@@ -1,4 +1,4 @@
-"""What every loss shares: validated configs, checked logits, the mean over what a mask keeps."""
+"""Helpers shared by all losses: validated configs, checked logits, the mean over the rows of a mask."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ Positive = Annotated[float, "positive"]
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or a ValueError that says what is allowed."""
+    """Converts `value` to `kind`, or raises a ValueError that states the allowed values."""
     if type(None) in get_args(kind):
         return None if value is None else _coerce(name, value, get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -40,10 +40,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Base of the methods' configs: every field is coerced to its annotated type and checked.
+    """Base class of the method configs: coerces each field to its annotated type and checks it.
 
-    Floats are finite and not negative (`Positive`: above 0), so that a typo fails here and not as
-    a NaN thousands of steps later; a field annotated `KIND | None` may be None. Subclasses are
+    Floats must be finite and not negative (`Positive`: above 0), so that a typo fails here and not as
+    a NaN thousands of steps later. A field annotated `KIND | None` may be None. Subclasses are
     registered static: they pass through `jax.jit` and `jax.vmap` as arguments and cannot be traced.
 
     Raises:
@@ -57,7 +57,7 @@ class MethodConfig:
 
 
 def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
-    """Raises a ValueError unless both are floating arrays of one shape `[..., C]`."""
+    """Raises a ValueError unless both are floating arrays of the same shape `[..., C]`."""
     for side, logits in (("teacher", teacher_logits), ("student", student_logits)):
         if not jnp.issubdtype(logits.dtype, jnp.floating):
             raise ValueError(f"{side}_logits must be floating, got {logits.dtype}. Pass logits, not labels.")
@@ -73,9 +73,9 @@ def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
 def prepare_logits(
     teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Checked logits, ready to compute with: float32 at least, no gradient into the teacher.
+    """Checks both logits, raises them to float32 at least and stops the gradient into the teacher.
 
-    Rows that `where` leaves out are set to 0, so that a NaN there reaches neither the value nor
+    Rows where `where` is False are set to 0, so that a NaN there reaches neither the value nor
     the gradient.
 
     Raises:
@@ -92,7 +92,7 @@ def prepare_logits(
 
 
 def check_rows(name: str, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`rows` as an array, or a ValueError unless it has one entry per row of logits, `shape`."""
+    """Returns `rows` as an array; raises a ValueError unless it has one entry per row of logits, `shape`."""
     rows = jnp.asarray(rows)
     if rows.shape != shape:
         raise ValueError(f"{name} must have the shape of the logits without classes, {shape}, got {rows.shape}.")
@@ -108,21 +108,21 @@ def mean_over_rows(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    r"""The weighted mean of per-example values over all rows that a mask keeps.
+    r"""Computes the weighted mean of per-example values over the rows that a mask keeps.
 
     .. math:: \sum_i w_i v_i / \sum_i w_i
 
     Args:
       values: `[...]`, floating.
-      where: `[...]` bool; rows left out count as weight 0.
-      weights: `[...]`, not negative.
-      axis_name: mapped axes (`pmap`, `shard_map`) over which both sums run as well.
+      where: `[...]` bool; rows where it is False get weight 0.
+      weights: `[...]`, non-negative.
+      axis_name: mapped axes (`pmap`, `shard_map`) that both sums also run over.
 
     Returns:
-      A scalar of the dtype of `values`; 0 if nothing is kept.
+      A scalar of the dtype of `values`; 0 if no row counts.
 
     Raises:
-      ValueError: if the shape of `weights` is not that of `values`.
+      ValueError: if the shape of `weights` differs from that of `values`.
     """
     kept = jnp.ones_like(values)
     if weights is not None:
@@ -143,14 +143,14 @@ def batch_rows(
     weights: jax.Array | None,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Prepares the rows of a whole batch for a loss that compares them with each other.
+    """Prepares the rows of a whole batch for a loss that compares them.
 
     Args:
       teacher_logits: `[..., C]`.
       student_logits: the same shape.
       where: `[...]` bool or None.
-      weights: `[...]`, not negative, or None.
-      axis_name: mapped axes (`pmap`, `shard_map`) whose shards hold the rest of the batch, equally many rows each.
+      weights: `[...]`, non-negative, or None.
+      axis_name: mapped axes (`pmap`, `shard_map`) whose shards hold the rest of the batch, with equally many rows.
 
     Returns:
       Both logits as `[N, C]`, the weights `[N]` scaled to a mean of 1 over the rows that count (0 for
@@ -170,7 +170,7 @@ def batch_rows(
 
 
 def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Returns the rows of every shard one after another: a psum, so that they count as the same on all shards."""
+    """Returns the rows of all shards, concatenated; a psum marks the result as replicated, unlike an all-gather."""
     shard, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
     mine = (jnp.arange(shards) == shard).reshape(-1, *(1,) * x.ndim)
     slots = jnp.where(mine, x[None], jnp.zeros((), x.dtype))
@@ -178,7 +178,7 @@ def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def check_views(method: str, remedy: str = "Stack the two views.", **arrays: jax.Array | None) -> None:
-    """Raises a ValueError unless each array that is given has a first axis of 2, one entry per view of an image."""
+    """Raises a ValueError unless each given array has a first axis of 2, one entry per view of an image."""
     for name, array in arrays.items():
         if array is not None and (jnp.ndim(array) == 0 or jnp.shape(array)[0] != 2):
             raise ValueError(f"{method} needs {name} with a first axis of 2, got shape {jnp.shape(array)}. {remedy}")

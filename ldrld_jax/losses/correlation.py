@@ -1,9 +1,9 @@
 """Losses that relate the examples of a batch to each other: dist, mlkd.
 
-Each is the bare term: no cross-entropy, no warm-up, no outer weight. They are no means of
-per-example values, so `*_parts` takes the mask and the weights and gives scalars. Leading axes are
-flattened to N rows; a row of weight 0 does not exist, and the weights of the others are scaled to a
-mean of 1, so that they give shares and not units.
+Each is the bare term, without cross-entropy, warm-up or outer weight. Neither is a mean of per-example
+values, so `*_parts` takes the mask and the weights and returns scalars. Leading axes are flattened to N
+rows. Rows of weight 0 are ignored, and the other weights are scaled to a mean of 1, so that only their
+ratios matter.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class MLKDConfig(MethodConfig):
       views: 1, or 2 for logits `[2, ..., C]` of two augmentations of every image.
 
     Raises:
-      ValueError: if views is neither.
+      ValueError: if views is neither 1 nor 2.
     """
 
     views: int = 1
@@ -56,7 +56,7 @@ _MLKD_TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def _pearson(a: jax.Array, b: jax.Array, weights: jax.Array, count: jax.Array | int) -> jax.Array:
-    r"""Weighted correlation of two arrays `[M, K]` along K, `[M]`; 0 where either is constant.
+    r"""Computes the weighted correlation of two arrays `[M, K]` along K, `[M]`; 0 where either is constant.
 
     .. math:: \rho = \frac{\langle a, b \rangle}{|a| |b| + 10^{-8}} \text{ of the centred vectors}
 
@@ -64,7 +64,7 @@ def _pearson(a: jax.Array, b: jax.Array, weights: jax.Array, count: jax.Array | 
       a: `[M, K]`.
       b: `[M, K]`.
       weights: `[1, K]`, adding up to `count`.
-      count: how many of K count.
+      count: the number of entries of K that count.
     """
     a, b = (x - jnp.sum(weights * x, axis=-1, keepdims=True) / count for x in (a, b))
     dot = lambda x, y: jnp.sum(weights * x * y, axis=-1)  # noqa: E731
@@ -80,27 +80,27 @@ def dist_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation from a stronger teacher: correlations in place of divergences.
+    r"""Computes the dist loss: correlations in place of divergences.
 
     .. math:: T^2 \Big[\beta \Big(1 - \frac1N \sum_i \rho(P^t_{i \cdot}, P^s_{i \cdot})\Big)
               + \gamma \Big(1 - \frac1C \sum_c \rho(P^t_{\cdot c}, P^s_{\cdot c})\Big)\Big]
 
-    with P the `[N, C]` softmaxes at T and rho the centred cosine, 1e-8 added to its denominator.
-    One row has no correlation over the batch: rho is 0 there and the second part the constant
-    gamma T^2. Where the student's logits are all equal the slope of rho is finite but large, up to
+    with P the `[N, C]` softmaxes at T and rho the centred cosine with 1e-8 added to its denominator.
+    A single row has no correlation over the batch: rho is 0 and the second part is the constant
+    gamma T^2. If the student's logits are all equal, the slope of rho is finite but large, up to
     1e8: do not start a student at 0.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       cfg: a `DISTConfig`.
-      where: `[...]` bool; only the rows it keeps are correlated, the others may hold NaN.
-      weights: `[...]`, not negative; each row's share in the mean and in the correlations.
+      where: `[...]` bool; only rows where it is True are correlated, the others may hold NaN.
+      weights: `[...]`, non-negative; each row's share in the mean and in the correlations.
       axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
       "inter" (over classes) and "intra" (over the batch): scalars, float32 (float64 for float64
-      logits), 0 if nothing is kept.
+      logits), 0 if no row counts.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -127,12 +127,12 @@ def dist_parts(
 
 
 def _gram_distance(teacher: jax.Array, student: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""How far the Gram matrices of two `[N, C]` arrays are apart: the squared norms over classes and over rows.
+    r"""Computes the squared distances of the Gram matrices of two `[N, C]` arrays, over classes and over rows.
 
     .. math:: \|A^T W A - B^T W B\|_F^2, \quad \|\sqrt W (A A^T - B B^T) \sqrt W\|_F^2
 
-    With D = A - B and S = A + B, A'A - B'B = (D'S + S'D) / 2: one product in place of two, and
-    nothing large to subtract when the student is near the teacher.
+    With D = A - B and S = A + B, A'A - B'B = (D'S + S'D) / 2 needs one product instead of two, and
+    subtracts no large numbers if the student is near the teacher.
     """
     difference, total = teacher - student, teacher + student
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
@@ -148,7 +148,7 @@ def _mlkd_view(
     weights: jax.Array | None,
     axis_name: AxisName,
 ) -> dict[str, jax.Array]:
-    """The parts of mlkd for one view, `[..., C]`."""
+    """Computes the parts of mlkd for one view, `[..., C]`."""
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
 
     def at(temperature: jax.Array) -> dict[str, jax.Array]:
@@ -172,34 +172,33 @@ def mlkd_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Multi-level logit distillation: instances, classes and the batch, at five temperatures.
+    r"""Computes the multi-level loss: instances, classes and the batch, at five temperatures.
 
     .. math:: \sum_{T=2}^{6} T^2 \, \mathrm{KL}(P_t \| P_s) + \frac1C \|P_t^T P_t - P_s^T P_s\|_F^2
               + \frac1N \|P_t P_t^T - P_s P_s^T\|_F^2
 
-    with P the `[N, C]` softmaxes at T. With two views it is the mean of both views' losses, each
-    with its own matrices; the mean, because the cross-entropy is one over both views too.
+    with P the `[N, C]` softmaxes at T. With two views the result is the mean of the two views' losses, each
+    with its own matrices. It is a mean because the cross-entropy is a mean over both views, too.
 
-    This is the clean form. The published code differs: its class and batch terms are on the weak
-    view alone; the weak view's terms are multiplied by the mean of a confidence mask, about 0.5; its
-    KL of the strong view is at T = 2 and 6 in fact that of the weak one; and it adds up the views,
-    with cross-entropy on both, over 480 epochs.
+    The published code differs from this formula: its class and batch terms use the weak view alone; the
+    weak view's terms are multiplied by the mean of a confidence mask, about 0.5; at T = 2 and 6 its
+    KL of the strong view is in fact that of the weak one; and it adds up the views, with
+    cross-entropy on both, over 480 epochs.
 
     Args:
       teacher_logits: `[..., C]`, or `[2, ..., C]` for `views=2`, any float dtype; no gradient flows into it.
       student_logits: the same shape.
       cfg: an `MLKDConfig`.
-      where: bool, the shape of the logits without classes; the rows left out may hold NaN.
-      weights: the same shape, not negative; each row's share in the mean and in the matrices.
+      where: bool, the shape of the logits without classes; rows where it is False may hold NaN.
+      weights: the same shape, non-negative; each row's share in the mean and in the matrices.
       axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split.
 
     Returns:
-      "instance", "class" and "batch": scalars, float32 (float64 for float64 logits), 0 if nothing is
-      kept. Time and memory grow with N^2 and C^2.
+      "instance", "class" and "batch": scalars, float32 (float64 for float64 logits), 0 if no row
+      counts. Time and memory grow with N^2 and C^2.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, or two views are asked for and the
-        first axis is not 2.
+      ValueError: if the shapes differ, a dtype is not floating, or views is 2 and the first axis is not 2.
 
     Example:
       >>> z = jnp.array([[2.0, 0.0, -2.0], [0.0, 1.0, 0.0]])

@@ -1,8 +1,8 @@
 """Losses that treat the label's class apart from the others: dkd, nkd, wsld, rld.
 
-Each is the bare term: no cross-entropy, no warm-up, no outer weight. Two of their summands are
-logged apart, so `*_terms` gives a dict of per-example arrays, weights included, whose means add
-up to the loss.
+Each is the bare term, without cross-entropy, warm-up or outer weight. Losses with two separately logged
+summands return a dict of per-example arrays from `*_terms`; these include their weights, and the sum of
+their means is the loss.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ class DKDConfig(MethodConfig):
       alpha: weight of the target part.
       beta: weight of the non-target part; 8 for most CIFAR-100 pairs, 2 where the teacher is small.
       temperature: T > 0 of both parts.
-      standardize: whether both sides' logits are standardised first.
-      entropy_weighting: whether each example is multiplied by its entropy weight (EA-KD).
-      entropy_temperature: t > 0 of the weight's entropies.
-      entropy_bound: > 0, by which the student's entropy is divided there; None for log C. The published
-        CIFAR-100 code has 100.
-      top_k: the non-target part compares the teacher's so many largest classes without the label, which
-        counts among them (DeepKD); 0 for all.
+      standardize: whether to standardise both sides' logits first.
+      entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).
+      entropy_temperature: t > 0 of the entropies in that weight.
+      entropy_bound: > 0, the divisor of the student's entropy in that weight; None for log C. The published
+        CIFAR-100 code uses 100.
+      top_k: the number of the teacher's largest classes, the label counted among them, that the non-target
+        part compares after removing the label (DeepKD); 0 for all classes.
     """
 
     alpha: float = 1.0
@@ -108,25 +108,25 @@ def dkd_terms(
     *,
     where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    r"""Decoupled knowledge distillation, per example.
+    r"""Computes the two parts of decoupled knowledge distillation, per example.
 
     .. math:: \alpha T^2 \, \mathrm{KL}(b_t \| b_s) + \beta T^2 \, \mathrm{KL}(q_t \| q_s), \quad
               b = [p_y, 1 - p_y], \quad q = \sigma(z_{c \ne y} / T)
 
-    with p the softmax at T: whether it is the label, and which of the others it is.
+    with p the softmax at T. The first part asks whether the class is the label, the second which of the
+    other classes it is.
 
-    With `top_k` (DeepKD) q is over the teacher's K largest classes without y; of equal logits the lower
-    class counts as the larger, and K = 1 with y on top leaves none and a part of 0. With
-    `entropy_weighting` (EA-DKD) each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2` without
-    gradient, H the entropies of the softmaxes at the entropy temperature, of standardised logits under
-    `standardize`.
+    With `top_k` (DeepKD), q is over the teacher's K largest classes without y. Ties go to the lower class.
+    If K = 1 and y is the largest, no class is left and the part is 0. With `entropy_weighting` (EA-DKD),
+    each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2`, which carries no gradient. H are the
+    entropies of the softmaxes at the entropy temperature, of the standardised logits under `standardize`.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       labels: `[...]` integer classes.
       cfg: a `DKDConfig`.
-      where: `[...]` bool; rows left out give 0 and may hold NaN and any label.
+      where: `[...]` bool; rows where it is False give 0 and may hold NaN and any label.
 
     Returns:
       "target" and "non_target": `[...]`, float32 (float64 for float64 logits), in nats times T^2
@@ -145,8 +145,8 @@ def dkd_terms(
     References:
       Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7;
       agrees with mdistiller's DKD to 1e-12 (tests/losses/baselines_test.py). "DeepKD: A Deeply Decoupled
-      and Denoised Knowledge Distillation Trainer", arXiv 2505.15133, of which this is the loss and not
-      the optimizer. "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
+      and Denoised Knowledge Distillation Trainer", arXiv 2505.15133 (its loss, not its optimizer).
+      "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("dkd", student, 3)
@@ -181,20 +181,20 @@ def nkd_terms(
     *,
     where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    r"""Normalised knowledge distillation, per example.
+    r"""Computes the two parts of normalised knowledge distillation, per example.
 
     .. math:: -p_{t,y} \log p_{s,y} - \gamma T^2 \sum_{c \ne y} q_{t,c} \log q_{s,c}, \quad
               q = \sigma(z_{c \ne y} / T)
 
-    with p the softmax at temperature 1. These are cross-entropies: equal logits do not give 0. The
-    label is taken out of q, as in the authors' present code; copies that leave it in compute another loss.
+    with p the softmax at temperature 1. These are cross-entropies, so equal logits do not give 0. The
+    label is excluded from q, as in the authors' present code; copies that keep it compute another loss.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       labels: `[...]` integer classes.
       cfg: an `NKDConfig`.
-      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+      where: `[...]` bool; rows where it is False give a constant and may hold NaN and any label.
 
     Returns:
       "target" and "non_target": `[...]`, float32 (float64 for float64 logits), in nats, the latter
@@ -232,7 +232,7 @@ def wsld_terms(
     *,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Weighted soft labels, per example: distil more where the student is worse than the teacher.
+    r"""Computes weighted soft labels, per example: more distillation where the student is worse than the teacher.
 
     .. math:: \alpha T^2 \Big(1 - \exp\Big(-\frac{\mathrm{CE}_s}{\mathrm{CE}_t + 10^{-7}}\Big)\Big) H, \quad
               H = -\sum_c p_{t,c} \log p_{s,c}
@@ -245,7 +245,7 @@ def wsld_terms(
       student_logits: `[..., C]`, the same shape.
       labels: `[...]` integer classes.
       cfg: a `WSLDConfig`.
-      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+      where: `[...]` bool; rows where it is False give a constant and may hold NaN and any label.
 
     Returns:
       `[...]`, float32 (float64 for float64 logits), in nats times T^2 and alpha.
@@ -266,7 +266,7 @@ def wsld_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("wsld", student, 2)
     target = label_mask(labels, student)
-    # By the log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
+    # Log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
     teacher_ce, student_ce = (-jax.nn.log_sigmoid(pick(log_ratio(z, ~target), target)) for z in (teacher, student))
     bracket = jax.lax.stop_gradient(-jnp.expm1(-student_ce / (teacher_ce + 1e-7)))
     p, log_q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.log_softmax(student / cfg.temperature)
@@ -281,21 +281,21 @@ def rld_terms(
     *,
     where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    r"""Refined logit distillation, per example: what survives of a teacher that may be wrong.
+    r"""Computes the two parts of refined logit distillation, per example, for a teacher that may be wrong.
 
     .. math:: \alpha T_a^2 \, \mathrm{KL}\big([m, 1 - m] \,\|\, [p_{s,y}, 1 - p_{s,y}]\big)
               + \beta T^2 \, \mathrm{KL}_K, \quad K = \{c : z^t_c < z^t_y\}
 
-    The student's probability of the label learns the teacher's confidence m, its largest
-    probability, both at T_a; the softmaxes at T over K are those of the classes that the teacher
-    ranks below the label. Classes tied with the label are not in K; if K is empty its term is 0.
+    The student's probability of the label learns m, the teacher's largest probability, both at T_a.
+    KL_K compares the softmaxes at T over K, the classes that the teacher ranks below the label. Classes
+    tied with the label are not in K; if K is empty, the second part is 0.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       labels: `[...]` integer classes.
       cfg: an `RLDConfig`.
-      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+      where: `[...]` bool; rows where it is False give a constant and may hold NaN and any label.
 
     Returns:
       "confidence" and "masked": `[...]`, float32 (float64 for float64 logits), in nats times T^2

@@ -1,4 +1,4 @@
-"""KL divergences whose derivatives are closed forms, differentiable any number of times in either mode."""
+"""KL divergences with closed-form derivatives, differentiable any number of times in either mode."""
 
 import functools
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 RULED_OUT = -1e30
-"""What a logit of -inf is raised to: its probability is 0 beside any other, and arithmetic on it stays finite."""
+"""Replaces logits of -inf: the class has probability 0 beside any other, and arithmetic on it stays finite."""
 
 
 @jax.custom_jvp
 def bernoulli_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    r"""KL divergence of two Bernoulli distributions, from their logits.
+    r"""Computes the KL divergence of two Bernoulli distributions from their logits.
 
     .. math:: \mathrm{KL}(\sigma(t) \,\|\, \sigma(s)), \quad \frac{\partial}{\partial s} = \sigma(s) - \sigma(t)
 
@@ -38,10 +38,10 @@ def _(primals, tangents):
 
 
 def _oriented(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both logits with the sign that makes the teacher's positive.
+    """Returns the sign that makes the teacher's logit positive, and both logits times that sign.
 
     The KL is the same for both signs. With this one the formulas subtract small numbers, not
-    numbers near 1, so that saturated pairs keep their digits.
+    numbers near 1, so that saturated pairs keep their precision.
     """
     sign = jnp.where(teacher < 0, -jnp.ones_like(teacher), jnp.ones_like(teacher))
     return sign, sign * teacher, sign * student
@@ -57,30 +57,30 @@ def masked_kl(
     temperature: float,
     class_axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    r"""KL divergence of two softmaxes over the classes that a mask keeps.
+    r"""Computes the KL divergence of two softmaxes over the classes that a mask keeps.
 
     With :math:`p, q` the softmaxes of t / T and s / T over the kept classes:
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_c p_c \log(p_c / q_c), \quad \frac{\partial}{\partial s} = (q - p) / T
 
-    Autodiff would keep a handful of arrays of size C for the backward pass; this keeps q - p.
+    Autodiff would keep several arrays of size C for the backward pass; this keeps only q - p.
 
     Args:
       teacher: `[C]`, floating; no gradient flows into it.
       student: `[C]`, the same dtype.
       kept: `[C]` bool, at least one True.
-      teacher_max: scalar, the largest kept teacher logit (not below `RULED_OUT`); no gradient flows into it.
-      student_max: scalar, the same of the student.
+      teacher_max: scalar, the largest kept teacher logit (at least `RULED_OUT`); no gradient flows into it.
+      student_max: scalar, the largest kept student logit, with the same bound.
       temperature: T > 0.
-      class_axis_name: mapped axes over which the classes are sharded; the maxima are then those over all shards.
+      class_axis_name: mapped axes over which the classes are sharded; the maxima must then cover all shards.
 
     Returns:
       A scalar in nats, not times T^2.
     """
     p, _, p_sum, q_sum = _exponentials(teacher, student, kept, teacher_max, student_max, temperature, class_axis_name)
-    # p is 0 outside the mask, and RULED_OUT keeps the difference finite there. Written so that no
-    # array is shared with _exponentials, not even a broadcast maximum: XLA fuses what is not
-    # shared into the sum and writes the rest to memory (3.4 arrays instead of 1.4 on CPU).
+    # p is 0 outside the mask, where RULED_OUT keeps the difference finite. The expression shares no array
+    # with _exponentials, not even a broadcast maximum: XLA fuses unshared arrays into the sum and writes
+    # shared ones to memory (3.4 arrays instead of 1.4 on CPU).
     shifted = [
         jnp.maximum(z + minus_max, RULED_OUT + minus_max)
         for z, minus_max in ((teacher, -teacher_max), (student, -student_max))
@@ -98,7 +98,7 @@ def _(temperature, class_axis_name, primals, tangents):
 
 
 def _exponentials(teacher, student, kept, teacher_max, student_max, temperature, class_axis_name):
-    """exp((z - max) / T) of both sides, 0 where `kept` is False, and their sums."""
+    """Computes exp((z - max) / T) of both sides, 0 where `kept` is False, and their sums."""
     floor = jnp.asarray(RULED_OUT, teacher.dtype)
     p, q = (
         jnp.exp(jnp.where(kept, jnp.maximum(z, floor) - z_max, floor) * (1 / temperature))

@@ -1,4 +1,4 @@
-"""Entropy-based adaptive weights: examples on which the teacher is unsure count more, in kd and in dkd."""
+"""Entropy-based adaptive weights for kd and dkd: examples on which the teacher is unsure count more."""
 
 import math
 from collections.abc import Callable
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 
 GUARD = 1e-10
-"""The number by which the published code keeps the argument of a logarithm away from 0."""
+"""Keeps the argument of a logarithm away from 0, as in the published code."""
 
 
 def log_of_sum(p: jax.Array) -> jax.Array:
-    """The logarithm of p + 1e-10, as the published code of kd has it."""
+    """Computes log(p + 1e-10), as the published code of kd does."""
     return jnp.log(p + GUARD)
 
 
 def log_of_max(p: jax.Array) -> jax.Array:
-    """The logarithm of max(p, 1e-10), as the published code of dkd has it."""
+    """Computes log(max(p, 1e-10)), as the published code of dkd does."""
     return jnp.log(jnp.maximum(p, GUARD))
 
 
@@ -27,17 +27,17 @@ def entropy_weight(
     bound: float | None,
     log: Callable[[jax.Array], jax.Array] = log_of_sum,
 ) -> jax.Array:
-    r"""Weights each example by the entropies of both sides.
+    r"""Computes the weight of each example from the entropies of both sides.
 
     .. math:: w = \tfrac12 \big(H_t + H_t H_s / H_{ub}\big), \quad H = -\sum_c p_c \log p_c, \quad p = \sigma(z / t)
 
-    The weights are not normalised: they also scale the loss, by up to log C.
+    The weights are not normalised, so they also scale the loss, by up to log C.
 
     Args:
-      teacher: `[..., C]` logits, prepared.
-      student: the same.
+      teacher: `[..., C]` logits from `prepare_logits`.
+      student: `[..., C]` logits from `prepare_logits`.
       temperature: t > 0 of both entropies.
-      bound: H_ub > 0; None for log C, the largest entropy that there is.
+      bound: H_ub > 0; None for log C, the largest possible entropy.
       log: the guarded logarithm.
 
     Returns:

@@ -16,19 +16,19 @@ from ldrld_jax.losses.top import AxisName, Top, not_in_top, take, top_classes
 Implementation = Literal["xla", "pallas"] | None
 
 PROVEN_DEVICES: dict[str, str] = {}
-"""Where `implementation=None` takes the Pallas kernel: how a device's kind begins -> the date and version of JAX with
-which the kernel gave the right values there. It has not run on a device yet (docs/loss_speed.md)."""
+"""Devices on which `implementation=None` selects the Pallas kernel: prefix of the device kind -> date and version of
+JAX with which the kernel's values were checked there. Empty: it has not run on a device yet (docs/loss_speed.md)."""
 
 
 def _local_terms(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
-    """Pairs and integrity, `[N]`, from the logits of the d classes over T, `[d, N]`.
+    """Computes pairs and integrity, `[N]`, from the logits of the d classes over T, `[d, N]`.
 
-    The ranks come first because the pairs are then taken row by row; along the last axis the
-    same takes twice as long on CPU.
+    The ranks are the first axis because the pairs are then computed row by row; on CPU the last axis takes
+    twice as long.
     """
     i, j = np.triu_indices(cfg.depth, k=1)
-    # z_i - z_j of all pairs as a product with rows of 1 and -1, exact at full precision: to gather
-    # z_i and z_j would hold two more arrays a side (at C = 100: 3.3 arrays of B x C instead of 2.8).
+    # z_i - z_j of all pairs as a product with rows of 1 and -1, exact at full precision. Gathering z_i and
+    # z_j would hold two more arrays a side (at C = 100: 3.3 arrays of B x C instead of 2.8).
     difference = jnp.asarray(np.eye(cfg.depth)[i] - np.eye(cfg.depth)[j], student.dtype)
     pair = lambda z: jnp.matmul(difference, z, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
 
@@ -42,7 +42,7 @@ def _local_terms(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tu
 
 
 def _remainder(teacher: jax.Array, student: jax.Array, top: Top, cfg: LDRLDConfig, class_axis_name: AxisName):
-    """The KL over the classes of one row, `[C]`, that rank after the d largest; `top` holds d + 1."""
+    """Computes the KL of one row, `[C]`, over the classes that rank after the d largest; `top` holds d + 1."""
     by_teacher = cfg.rank_by == "teacher"
     ranking, other = (teacher, student) if by_teacher else (student, teacher)
     rest = not_in_top(jax.lax.stop_gradient(ranking), jax.tree.map(lambda z: z[: cfg.depth], top), class_axis_name)
@@ -55,7 +55,7 @@ def _remainder(teacher: jax.Array, student: jax.Array, top: Top, cfg: LDRLDConfi
 
 
 def _number_of_classes(logits: jax.Array, class_axis_name: AxisName) -> int:
-    """C over all shards."""
+    """Returns C, the number of classes over all shards."""
     return logits.shape[-1] * (1 if class_axis_name is None else jax.lax.axis_size(class_axis_name))
 
 
@@ -63,36 +63,36 @@ def _number_of_classes(logits: jax.Array, class_axis_name: AxisName) -> int:
 def _terms_of_rows(
     teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig, class_axis_name: AxisName = None
 ) -> LDRLDTerms:
-    """The three parts for rows of logits `[N, C]`."""
+    """Computes the three terms of rows of logits `[N, C]`."""
     classes = _number_of_classes(student, class_axis_name)
     ranking = teacher if cfg.rank_by == "teacher" else jax.lax.stop_gradient(student)
-    # One more than d: the next is the largest of the rest.
+    # One more than d, because entry d + 1 is the largest of the remaining classes.
     top = jax.vmap(lambda z: top_classes(z, min(cfg.depth + 1, classes), class_axis_name))(ranking)
 
     def at_top_of_row(z, top):
         chosen = take(z, jax.tree.map(lambda z: z[: cfg.depth], top), class_axis_name)
         chosen = jnp.maximum(chosen, RULED_OUT)
-        # Only differences matter; taken before the division by T they are exact for close logits.
+        # Only differences matter. Taken before the division by T, they are exact for close logits.
         return (chosen - jax.lax.stop_gradient(chosen[0])) / cfg.temperature
 
     at_top = jax.vmap(at_top_of_row, out_axes=-1)
     pairs, integrity = _local_terms(at_top(teacher, top), at_top(student, top), cfg)
     if classes - cfg.depth > 1:
         remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)
-    else:  # Over one class or none the KL is 0.
+    else:  # The KL over at most one class is 0.
         remainder = jnp.zeros_like(pairs)
     return LDRLDTerms(*(cfg.temperature**2 * term for term in (pairs, integrity, remainder)))
 
 
 def _takes_kernel(implementation: Implementation, class_axis_name: AxisName) -> bool:
-    """Returns whether the Pallas kernel is to be used; raises a ValueError where it cannot be."""
+    """Returns whether to use the Pallas kernel; raises a ValueError if it is requested but cannot be used."""
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f'implementation must be None, "xla" or "pallas", got {implementation!r}.')
     if implementation == "pallas" and class_axis_name is not None:
         raise ValueError('implementation="pallas" takes whole rows of classes. Use "xla" with class_axis_name.')
     if implementation is None and class_axis_name is None:
         proven = any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
-        # XLA cannot partition a kernel: in a program over several devices it takes a shard_map around it.
+        # XLA cannot partition a kernel, so a program over several devices needs a shard_map around it.
         return proven and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
     return implementation == "pallas"
 
@@ -107,7 +107,7 @@ def ldrld_terms(
     block_rows: int | None = None,
     implementation: Implementation = None,
 ) -> LDRLDTerms:
-    r"""LDRLD's three parts, per example, before they are weighted and averaged.
+    r"""Computes the three parts of LDRLD per example, before weighting and averaging.
 
     With pi(1..d) the d largest classes of the student, R their complement and
     :math:`KL_S = KL(\sigma(z^t_S / T) \,\|\, \sigma(z^s_S / T))`:
@@ -117,27 +117,27 @@ def ldrld_terms(
         \text{integrity} = T^2 KL_{\pi(1..d)}, \quad
         \text{remainder} = T^2 KL_R
 
-    The derivatives are closed forms (forward mode, reverse mode and second derivatives work);
-    `tests.losses.ldrld_reference` holds the same terms written for reading.
+    The derivatives are closed forms (forward mode, reverse mode and second derivatives work).
+    `tests.losses.ldrld_reference` is a readable implementation of the same terms.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
-      student_logits: `[..., C]`, the same shape. No gradient flows through the choice of classes.
-        A class that is -inf on both sides takes no part; -inf on the student's side alone counts as
-        -1e30, which makes the loss as large as the KL then is. Of equal logits the lower class ranks first.
-      cfg: an `LDRLDConfig`; alpha, beta, pair_reduction, use_integrity and use_remainder play no part here.
-      where: `[...]` bool; rows left out give 0 and may hold NaN.
-      class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, in
-        equal shards (C is then a shard's). Only d + 1 candidates of each shard and a few sums travel.
-        As with every psum, leave `check_vma` on if you differentiate inside the `shard_map`.
-      block_rows: how many rows to work on at a time, to bound temporary memory by blocks of so many
-        rows beside one array `[..., C]`; by default all at once. Under a batch-sharded `jit` leave it
-        out, or use it inside `shard_map`. The Pallas kernel holds no such array and ignores it.
+      student_logits: `[..., C]`, the same shape. No gradient flows through the choice of classes. Ties go to
+        the lower class. A class that is -inf on both sides is ignored. -inf on the student's side alone counts
+        as -1e30, which makes the loss as large as the KL with that value.
+      cfg: an `LDRLDConfig`; alpha, beta, pair_reduction, use_integrity and use_remainder are not used here.
+      where: `[...]` bool; rows where it is False give 0 and may hold NaN.
+      class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, in equal
+        shards (C is then the size of a shard). Each shard sends only d + 1 candidates and a few sums. As with
+        every psum, leave `check_vma` on if you differentiate inside the `shard_map`.
+      block_rows: the number of rows processed at a time, which bounds temporary memory to blocks of that many
+        rows and one array `[..., C]`; None for all rows at once. Do not set it under a batch-sharded `jit`
+        unless inside `shard_map`. The Pallas kernel holds no such array and ignores it.
       implementation: "xla", or "pallas" for a kernel that reads the logits once: Mosaic on a TPU, Triton on an NVIDIA
-        GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU; the program is lowered with that of its
-        platform. On several devices call it inside a `shard_map` over the rows: a kernel is not partitioned by XLA.
-        None takes the kernel on the devices that `PROVEN_DEVICES` names, none so far, if there is one or the call is
-        inside a `shard_map`, and "xla" elsewhere.
+        GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU. The program is lowered with the kernel
+        of its platform. With several devices, call it inside a `shard_map` over the rows, because XLA does not
+        partition a kernel. None selects the kernel on the devices in `PROVEN_DEVICES` (none so far) if there is
+        a single device or the call is inside a `shard_map`, and "xla" otherwise.
 
     Returns:
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.
@@ -166,7 +166,7 @@ def ldrld_terms(
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}.")
     if fused:
-        from ldrld_jax.losses import ldrld_fused  # Pallas takes a while to load, and most calls do without
+        from ldrld_jax.losses import ldrld_fused  # lazy: Pallas is slow to import, and most calls do not need it
 
         return ldrld_fused.ldrld_terms(teacher_logits, student_logits, cfg, where=where)
     rows = [z.reshape(-1, z.shape[-1]) for z in (teacher, student)]
@@ -193,12 +193,12 @@ def ldrld_parts(
     block_rows: int | None = None,
     implementation: Implementation = None,
 ) -> dict[str, jax.Array]:
-    """The summands of `ldrld_loss` by name: the parts that are switched on, weighted and averaged.
+    """Computes the summands of `ldrld_loss` by name: the enabled parts, weighted and averaged.
 
-    Arguments and errors as in `ldrld_loss`.
+    Arguments and errors are those of `ldrld_loss`.
 
     Returns:
-      A dict with "pairs" and, where they are switched on, "integrity" and "remainder": scalars.
+      A dict of scalars: "pairs" and, if enabled, "integrity" and "remainder".
     """
     terms = ldrld_terms(
         teacher_logits,
@@ -220,13 +220,13 @@ def parts_of_terms(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    """The summands of `ldrld_loss` by name, from the per-example terms `[...]`; arguments as in `ldrld_loss`."""
+    """Computes `ldrld_parts` from the per-example terms `[...]`; the arguments are those of `ldrld_loss`."""
     mean = functools.partial(mean_over_rows, where=where, weights=weights, axis_name=axis_name)
     pairs, integrity = cfg.depth * (cfg.depth - 1) // 2, terms.integrity
     local_weight = cfg.alpha / (pairs + 1) if cfg.pair_reduction == "mean" else cfg.alpha
     if cfg.depth == 2 and cfg.pair_reduction == "mean":
-        # The official code tells pairs from the full set by its size, so at d = 2 the full set is
-        # weighted as the one pair it is. The golden case with d = 2 holds this.
+        # The official code tells pairs from the full set by size, so at d = 2 it weights the full set as
+        # the pair that it is. The golden case with d = 2 checks this.
         integrity = integrity * float(host_rank_weights(cfg)[0, 1])
     parts = {"pairs": local_weight * mean(terms.pairs)}
     if cfg.use_integrity:
@@ -248,7 +248,7 @@ def ldrld_loss(
     block_rows: int | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    r"""The LDRLD distillation loss; the cross-entropy with the labels is the caller's to add.
+    r"""Computes the LDRLD distillation loss, without the cross-entropy with the labels.
 
     .. math:: \mathrm{mean}\Big(\alpha \frac{\text{pairs} + \text{integrity}}{n} + \beta\, \text{remainder}\Big),
               \quad n = \tfrac{d(d-1)}{2} + 1
@@ -257,19 +257,19 @@ def ldrld_loss(
     integrity term carries w(1, 2), as in the official code.
 
     Args:
-      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it. -inf as in `ldrld_terms`.
+      teacher_logits: `[..., C]`, any float dtype; no gradient flows into it. `ldrld_terms` explains -inf.
       student_logits: `[..., C]`, the same shape.
       cfg: an `LDRLDConfig`.
-      where: `[...]` bool; the mean is over the rows it keeps, the others may hold NaN.
-      weights: `[...]`, not negative; the mean is sum(w l) / sum(w).
-      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean runs over as well;
-        without it the mean is local.
+      where: `[...]` bool; the mean is over the rows where it is True, the others may hold NaN.
+      weights: `[...]`, non-negative; the mean is sum(w l) / sum(w).
+      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean also runs over; without it the
+        mean is local.
       class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, as in `ldrld_terms`.
-      block_rows: how many rows to work on at a time, as in `ldrld_terms`; changes memory, not the loss.
+      block_rows: the number of rows processed at a time, as in `ldrld_terms`; changes memory, not the loss.
       implementation: None, "xla" or "pallas", as in `ldrld_terms`.
 
     Returns:
-      A scalar, float32 (float64 for float64 logits), in nats times T^2; 0 if nothing is kept.
+      A scalar, float32 (float64 for float64 logits), in nats times T^2; 0 if no row counts.
 
     Raises:
       ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"

@@ -1,4 +1,4 @@
-"""LDRLD's config, the weights of its pairs, and the terms of an example."""
+"""LDRLD's config, its rank weights, and the per-example terms."""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -13,22 +13,22 @@ from ldrld_jax.losses.common import MethodConfig, Positive
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LDRLDConfig(MethodConfig):
-    """How LDRLD compares two rows of logits; the defaults are the official ResNet32x4 -> ResNet8x4 run's.
+    """Settings of LDRLD; the defaults are those of the official ResNet32x4 -> ResNet8x4 run.
 
     Attributes:
-      depth: d, how many of the largest classes are compared pair by pair; 2 <= d <= C.
+      depth: d, the number of largest classes that are compared pair by pair; 2 <= d <= C.
       temperature: T > 0 of every softmax; every term is multiplied by T^2.
       alpha: weight of the local part (pairs and integrity).
       beta: weight of the remainder.
-      rank_by: whose logits choose and rank the d classes; the paper takes the student's.
+      rank_by: the side whose logits select and rank the d classes, "student" as in the paper or "teacher".
       irw_epsilon: eps > 0 of the inverse rank weight, `1 / (|i - j| + eps)`.
       erd_scale: delta of the exponential rank decay, delta exp(-lambda (i + j)).
-      erd_decay: lambda of the same.
+      erd_decay: lambda of the exponential rank decay.
       use_irw: False sets the inverse rank weight to 1.
-      use_erd: False sets the exponential rank decay to 1, delta with it.
+      use_erd: False sets the exponential rank decay, including delta, to 1.
       pair_reduction: "mean" divides the local part by d(d-1)/2 + 1, as the official code does;
         "sum" is the paper's formula.
-      use_integrity: False drops the local softmax over the d classes; the divisor stays.
+      use_integrity: False drops the local softmax over the d classes; the divisor stays the same.
       use_remainder: False drops the term over the other C - d classes.
 
     Raises:
@@ -60,7 +60,7 @@ class LDRLDConfig(MethodConfig):
 
 
 class LDRLDTerms(NamedTuple):
-    """LDRLD's three parts per example, `[...]`, each already times T^2 and before alpha and beta."""
+    """The three parts of LDRLD per example, `[...]`, times T^2 but without alpha and beta."""
 
     pairs: jax.Array
     integrity: jax.Array
@@ -68,7 +68,7 @@ class LDRLDTerms(NamedTuple):
 
 
 def rank_weights(cfg: LDRLDConfig) -> jax.Array:
-    r"""The adaptive decay weight of every pair of ranks.
+    r"""Computes the adaptive decay weight of every pair of ranks.
 
     .. math:: w(i, j) = \frac{1}{|i - j| + \epsilon} \cdot \delta e^{-\lambda (i + j)}, \quad 1 \le i < j \le d
 
@@ -90,7 +90,7 @@ def rank_weights(cfg: LDRLDConfig) -> jax.Array:
 
 
 def host_rank_weights(cfg: LDRLDConfig) -> np.ndarray:
-    """As `rank_weights`, in float64 and without starting a device."""
+    """Computes `rank_weights` in float64, without initialising a device."""
     rank = np.arange(1.0, cfg.depth + 1)
     i, j = rank[:, None], rank[None, :]
     irw = 1 / (np.abs(i - j) + cfg.irw_epsilon) if cfg.use_irw else 1.0

@@ -1,7 +1,7 @@
-"""LDRLD's terms by a kernel that reads the logits once, with derivatives in both modes.
+"""LDRLD's terms from a kernel that reads the logits once, with derivatives in both modes.
 
-The kernel keeps no array of the logits' size. A term's derivative is made of the logits and a few numbers of each row,
-elementwise, so that XLA fuses it into what uses it (the cross-entropy's gradient reads the same student logits).
+The kernel stores no array of the logits' size. The derivative of a term is elementwise in the logits and a few numbers
+per row, so XLA fuses it into its consumer (the cross-entropy's gradient reads the same student logits).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _row_sums_p.def_impl(lambda *rows, cfg: jax.jit(functools.partial(_row_sums_p.bi
 
 
 def _kernel_of_the_platform(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> RowSums:
-    """Computes `RowSums` by the kernel of the platform that the program is lowered for, interpreted on a CPU."""
+    """Computes `RowSums` with the kernel of the platform that the program is lowered for, interpreted on a CPU."""
     return RowSums(*_row_sums_p.bind(teacher, student, cfg=cfg))
 
 
@@ -38,14 +38,14 @@ def _(teacher, student, *, cfg):
     count = student.shape[0]
     outputs = [((3, count), jnp.float32), *[((2, count), jnp.float32)] * 2]
     outputs += [((cfg.depth, count), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-    # Inside a shard_map a type says over which axes the values differ.
+    # Inside a shard_map, a type records the axes over which its values differ.
     like = max((teacher, student), key=lambda z: len(z.manual_axis_type.varying))
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec(None, like.sharding.spec[0]))
     return [like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding) for shape, dtype in outputs]
 
 
 def _batched(rows, axes, *, cfg):
-    """Makes a batch more rows of the same kernel."""
+    """Folds a batch axis into the rows of the same kernel."""
     size = next(z.shape[axis] for z, axis in zip(rows, axes, strict=True) if axis is not None)
     rows = [
         jnp.broadcast_to(z[None], (size, *z.shape)) if axis is None else jnp.moveaxis(z, axis, 0)
@@ -60,10 +60,10 @@ batching.primitive_batchers[_row_sums_p] = _batched
 
 
 def _some_gpu() -> contextlib.AbstractContextManager:
-    """Returns a context in which Triton's code can be made on a machine without a GPU.
+    """Returns a context in which Triton can lower a kernel on a machine without a GPU.
 
-    From jax 0.12 on it is made for a device. Where there is none it is the oldest kind that is served; XLA compiles
-    the code for the device that it then finds.
+    From jax 0.12 on, lowering needs a device. Without one, this describes the oldest supported kind; XLA compiles
+    the code for the device that it finds at run time.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if jax.default_backend() == "gpu" or (described is not None and described.platform == "gpu"):
@@ -76,7 +76,7 @@ def _register(platform: str, kernel: Kernel, context: Callable = contextlib.null
     lower = mlir.lower_fun(lambda teacher, student, cfg: kernel(teacher, student, cfg))
 
     def lower_on_one_device(ctx, *rows, cfg):
-        # A kernel knows nothing of the shard_map around it.
+        # A kernel does not know of the shard_map around it.
         ctx = ctx.replace(avals_in=[jax.core.ShapedArray(z.shape, z.dtype) for z in ctx.avals_in])
         with context():
             return lower(ctx, *rows, cfg=cfg)
@@ -97,12 +97,12 @@ def ldrld_terms(
     where: jax.Array | None = None,
     kernel: Kernel = _kernel_of_the_platform,
 ) -> LDRLDTerms:
-    """Computes `ldrld_jax.ldrld_terms` with `implementation="pallas"`; `kernel` is the one to use."""
+    """Computes `ldrld_jax.ldrld_terms` with `implementation="pallas"`, using `kernel`."""
     teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
     check_logits(teacher, student)
     if jnp.float64 in (teacher.dtype, student.dtype):
         raise ValueError('implementation="pallas" is for float32 and less, got float64. Use implementation="xla".')
-    # bfloat16 is raised inside the kernel, which then reads half as much.
+    # bfloat16 stays: the kernel raises it and so reads half as many bytes.
     teacher, student = (z if z.dtype == jnp.bfloat16 else z.astype(jnp.float32) for z in (teacher, student))
     kept = None if where is None else check_rows("where", where, student.shape[:-1]).reshape(-1)
     rows = [z.reshape(-1, z.shape[-1]) for z in (jax.lax.stop_gradient(teacher), student)]
@@ -129,7 +129,7 @@ _compiled_terms = jax.jit(_terms, static_argnums=(3, 4))
 def _row_sums(
     teacher: jax.Array, student: jax.Array, kept: jax.Array | None, cfg: LDRLDConfig, kernel: Kernel
 ) -> RowSums:
-    """Computes what the kernel gives for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits there."""
+    """Computes the kernel's outputs for rows `[N, C]`; 0 where `kept` `[N]` is False, whatever the logits there."""
     sums = kernel(teacher, student, cfg)
     if kept is None:
         return sums
@@ -138,14 +138,14 @@ def _row_sums(
 
 @_row_sums.defjvp
 def _(cfg, kernel, primals, tangents):
-    """Differentiates what `_derivative` takes, for second derivatives, by XLA."""
+    """Differentiates the inputs of `_derivative` with XLA, for second derivatives."""
     sums = _row_sums(*primals, cfg, kernel)
     teacher, student, tangent = _cleaned(*primals, tangents[1])
     at_rank = _at_ranks(sums, student)
     picked = [[jnp.sum(jnp.where(at, z, 0.0), axis=-1)[None, :] for at in at_rank] for z in (teacher, student, tangent)]
     slopes = lambda students: tuple(z[: cfg.depth] for z in local_terms(picked[0], students, cfg)[2:])  # noqa: E731
     _, slopes_tangent = jax.jvp(slopes, (picked[1],), (picked[2],))
-    # The maxima count as constants, and the scales then move with the sums of exponentials alone.
+    # The maxima count as constants, so the scales change with the sums of exponentials alone.
     q = _rest_softmax(student, sums.maxima[1], sums.scales[1], at_rank, cfg) * (1 / cfg.temperature)
     shrink = -sums.scales[1] * jnp.sum(q * tangent, axis=-1) * (1 / cfg.temperature)
     moved = RowSums(
@@ -159,7 +159,7 @@ def _(cfg, kernel, primals, tangents):
     return sums, moved
 
 
-# Without it reverse mode would keep masks of the logits' size; with it, the logits and `sums`.
+# Without the checkpoint, reverse mode keeps masks of the logits' size; with it, the logits and `sums`.
 @functools.partial(jax.checkpoint, static_argnums=(5,), prevent_cse=False)
 def _derivative(
     teacher: jax.Array,
@@ -169,7 +169,7 @@ def _derivative(
     tangent: jax.Array,
     cfg: LDRLDConfig,
 ) -> jax.Array:
-    """Computes the derivative of the terms along `tangent`, `[3, N]`: linear in it, and elementwise when transposed."""
+    """Computes the derivative of the terms along `tangent`, `[3, N]`; linear in it, and elementwise when transposed."""
     teacher, student, tangent = _cleaned(teacher, student, kept, tangent)
     at_rank = _at_ranks(sums, student)
     picked = jnp.stack([jnp.sum(jnp.where(at, tangent, 0.0), axis=-1) for at in at_rank])
@@ -180,14 +180,14 @@ def _derivative(
 
 
 def _cleaned(teacher: jax.Array, student: jax.Array, kept: jax.Array | None, tangent: jax.Array) -> list[jax.Array]:
-    """Returns logits and tangent `[N, C]` in float32: -inf raised, 0 in the rows that are not kept."""
+    """Returns logits and tangent `[N, C]` in float32, with -inf raised, and 0 in the rows that are not kept."""
     arrays = [jnp.maximum(z.astype(jnp.float32), RULED_OUT) for z in (teacher, student)]
     arrays.append(tangent.astype(jnp.float32))
     return arrays if kept is None else [jnp.where(kept[:, None], z, 0.0) for z in arrays]
 
 
 def _at_ranks(sums: RowSums, student: jax.Array) -> list[jax.Array]:
-    """Marks the class of each rank, d masks `[N, C]`: comparisons that XLA fuses, in place of a scatter."""
+    """Marks the class of each rank, d masks `[N, C]`; XLA fuses these comparisons, unlike a scatter."""
     classes = jax.lax.broadcasted_iota(jnp.int32, student.shape, 1)
     return [classes == chosen[:, None] for chosen in sums.classes]
 
@@ -195,7 +195,7 @@ def _at_ranks(sums: RowSums, student: jax.Array) -> list[jax.Array]:
 def _rest_softmax(
     logits: jax.Array, maximum: jax.Array, scale: jax.Array, at_rank: list[jax.Array], cfg: LDRLDConfig
 ) -> jax.Array:
-    """Computes T times the softmax of `[N, C]` logits over the classes of no rank, 0 elsewhere."""
+    """Computes T times the softmax of `[N, C]` logits over the classes without a rank, 0 elsewhere."""
     ranked = functools.reduce(jnp.logical_or, at_rank)
     exponent = jnp.where(ranked, RULED_OUT, logits - maximum[:, None]) * (1 / cfg.temperature)
     return jnp.exp(exponent) * scale[:, None]

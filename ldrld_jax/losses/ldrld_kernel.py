@@ -1,8 +1,8 @@
-"""Pallas kernels that read each row of logits once and give LDRLD's terms and what their derivatives are made of.
+"""Pallas kernels that read each row of logits once and compute LDRLD's terms and the inputs of their derivatives.
 
 The arithmetic is written once, for blocks whose first axis is the classes: a block `[classes, rows]` with rows on the
-lanes of a TPU, or one row `[classes]` on a GPU. A quantity of each row is then `[1, rows]` or `[1]`, one of each rank
-`[ranks, rows]` or `[ranks]`. `losses/ldrld_fused.py` differentiates and chooses between the kernels.
+lanes of a TPU, or a single row `[classes]` on a GPU. A per-row quantity is then `[1, rows]` or `[1]`, and a per-rank
+quantity `[ranks, rows]` or `[ranks]`. `losses/ldrld_fused.py` differentiates the kernels and selects one.
 """
 
 import functools
@@ -21,21 +21,21 @@ from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 Entries = Sequence[jax.Array]
 Side = TypeVar("Side", jax.Array, Entries)
 
-TPU_ROWS = 128  # as many as a TPU has lanes
+TPU_ROWS = 128  # the number of lanes of a TPU
 TPU_CLASSES = 1024
 GPU_CLASSES = 4096
 
 
 class RowSums(NamedTuple):
-    """Everything about rows of logits that is not of the logits' size; float32 but for `classes`.
+    """All results for N rows of logits, none of the logits' size; float32 except `classes`.
 
     Attributes:
       terms: `[3, N]`, the three terms times T^2.
-      maxima: `[2, N]`, the largest logit among the other C - d classes, the teacher's and the student's.
-      scales: `[2, N]`, T / sum exp((z - maximum) / T) over them, of both sides.
+      maxima: `[2, N]`, the largest logit among the other C - d classes, of teacher and student.
+      scales: `[2, N]`, T / sum exp((z - maximum) / T) over these classes, of teacher and student.
       classes: `[d, N]` int32, the d largest classes in descending order.
-      pair_slopes: `[d, N]`, the derivative of `pairs` by the student's logits of these classes.
-      integrity_slopes: `[d, N]`, the same of `integrity`.
+      pair_slopes: `[d, N]`, the derivative of `pairs` with respect to the student's logits of the d classes.
+      integrity_slopes: `[d, N]`, the derivative of `integrity` with respect to the same logits.
     """
 
     terms: jax.Array
@@ -47,13 +47,13 @@ class RowSums(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """Running sums over the classes that are not among the d largest so far; an entry for each row.
+    """Running sums over the classes that are not among the d largest so far; one entry per row.
 
     Attributes:
-      teacher_max: the largest logit.
-      student_max: the same of the student.
+      teacher_max: the largest teacher logit.
+      student_max: the largest student logit.
       teacher_sum: the sum of exp((t - teacher_max) / T).
-      student_sum: the same of the student.
+      student_sum: the sum of exp((s - student_max) / T).
       difference: the sum of exp((t - teacher_max) / T) ((t - teacher_max) - (s - student_max)).
     """
 
@@ -68,9 +68,9 @@ class _Rows(NamedTuple):
     """State of rows after some blocks of their classes.
 
     Attributes:
-      ranked: the d largest logits of the side that ranks, descending; -inf where there are fewer so far.
+      ranked: the d largest logits of the ranking side, descending; padded with -inf.
       paired: the other side's logits of the same classes.
-      places: the classes, as floats (exact up to 2^24).
+      places: the indices of the classes, as floats (exact up to 2^24).
       rest: sums over the other classes.
     """
 
@@ -93,7 +93,7 @@ def _no_classes(shape: tuple[int, ...], cfg: LDRLDConfig) -> _Rows:
 
 
 def _add_to_rest(rest: _Rest, teacher: jax.Array, student: jax.Array, kept: jax.Array, cfg: LDRLDConfig) -> _Rest:
-    """Adds the classes that `kept` marks; the sums move to the new maxima, so that nothing overflows or cancels."""
+    """Adds the classes in `kept`; the sums are rescaled to the new maxima, so that nothing overflows or cancels."""
 
     def exponentials(logits, old_max, old_sum):
         new_max = jnp.maximum(old_max, _rowwise_max(jnp.where(kept, logits, RULED_OUT)))
@@ -112,10 +112,10 @@ def _add_to_rest(rest: _Rest, teacher: jax.Array, student: jax.Array, kept: jax.
 def _add_block(
     rows: _Rows, teacher: jax.Array, student: jax.Array, first: jax.Array | int, classes: int, cfg: LDRLDConfig
 ) -> _Rows:
-    """Adds the classes from `first` on, as many as lie below `classes`; blocks come in ascending order.
+    """Adds the classes from `first` on that are below `classes`; blocks come in ascending order.
 
-    The d largest so far are kept in order, and a block's largest is put among them until none belongs there.
-    What it displaces joins the rest, so that the rest is a sum of what belongs to it and never a difference.
+    The d largest classes so far are kept in order. The largest class of the block is inserted among them until
+    none belongs there. Displaced classes join the rest, so the rest is always a sum and never a difference.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, teacher.shape, 0) + first
     inside = index < classes
@@ -129,7 +129,7 @@ def _add_block(
         chosen = place_of == place
         return chosen, _rowwise_max(jnp.where(chosen, other, -jnp.inf)), place
 
-    if teacher.shape[0] >= classes:  # The only block: its d largest are the rows', and displace nothing.
+    if teacher.shape[0] >= classes:  # A single block: its d largest are the rows' d largest and displace nothing.
         largest = []
         for _ in range(cfg.depth):
             value = _rowwise_max(remaining)
@@ -142,7 +142,7 @@ def _add_block(
 
         def some_belongs(state):
             _, value, rows, count = state
-            # A reduction to a number that both compilers have; `count` ends the loop for a row with NaN as well.
+            # Both compilers support a reduction to a number. `count` also ends the loop for a row with NaN.
             belongs = jnp.max(jnp.where(value > rows.ranked[-1], 1.0, 0.0)) > 0
             return belongs & (count < cfg.depth)
 
@@ -159,28 +159,28 @@ def _add_block(
 
         state = remaining, _rowwise_max(remaining), rows, jnp.int32(0)
         remaining, _, rows, _ = jax.lax.while_loop(some_belongs, put_in_order, state)
-    # Not `!=`, so that NaN stays and makes the remainder NaN.
+    # Not `!=`, so that a NaN stays and makes the remainder NaN.
     return rows._replace(rest=_add_to_rest(rows.rest, teacher, student, ~(remaining == -jnp.inf), cfg))
 
 
 def _ranking_first(teacher: Side, student: Side, cfg: LDRLDConfig) -> tuple[Side, Side]:
-    """Swaps two sides unless the teacher ranks; its own inverse."""
+    """Swaps the two sides unless the teacher ranks; its own inverse."""
     return (teacher, student) if cfg.rank_by == "teacher" else (student, teacher)
 
 
 def _insert(column: tuple[jax.Array, ...], new: jax.Array, beats: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """Returns `column` with `new` before the first entry that it beats, without the last entry where it beats any."""
+    """Inserts `new` before the first entry that it beats and drops the last entry; no change if it beats none."""
     shifted = [new, *(jnp.where(beats[k], column[k], new) for k in range(len(column) - 1))]
     return tuple(jnp.where(beat, moved, kept) for beat, moved, kept in zip(beats, shifted, column, strict=True))
 
 
 def _finish(rows: _Rows, classes: int, cfg: LDRLDConfig) -> tuple[jax.Array, ...]:
-    """Returns 3 terms, 2 maxima, 2 scales and a 0, `[8, ...]`; classes and two kinds of slopes `[ranks, ...]`."""
+    """Returns 3 terms, 2 maxima, 2 scales and a 0, `[8, ...]`; classes and both kinds of slopes, `[ranks, ...]`."""
     rest, square = rows.rest, cfg.temperature**2
     local = local_terms(*_ranking_first(rows.ranked, rows.paired, cfg), cfg)
     pairs, integrity, pair_slopes, integrity_slopes = local
     if classes > cfg.depth:
-        # One logarithm of a ratio near 1 is closer than the difference of two.
+        # The logarithm of one ratio near 1 is more exact than the difference of two logarithms.
         log_ratio = jnp.log(rest.teacher_sum / rest.student_sum)
         remainder = rest.difference / (rest.teacher_sum * cfg.temperature) - log_ratio
         scales = [cfg.temperature / total for total in (rest.teacher_sum, rest.student_sum)]
@@ -191,7 +191,7 @@ def _finish(rows: _Rows, classes: int, cfg: LDRLDConfig) -> tuple[jax.Array, ...
 
 
 def _stack(entries: Entries) -> jax.Array:
-    """Stacks entries `[1, ...]` to a length that is a power of two of at least 8, the first one again at the end."""
+    """Stacks entries `[1, ...]` to a power-of-two length of at least 8, padded with the first entry."""
     shape = (number_of_ranks(len(entries)), *entries[0].shape[1:])
     position = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     stacked = jnp.broadcast_to(entries[0], shape)
@@ -201,7 +201,7 @@ def _stack(entries: Entries) -> jax.Array:
 
 
 def number_of_ranks(depth: int) -> int:
-    """Returns a power of two, which Triton wants, of at least the 8 sublanes of a TPU."""
+    """Returns a power of two, as Triton requires, of at least 8, the number of sublanes of a TPU."""
     return max(8, pl.next_power_of_2(depth))
 
 
@@ -209,20 +209,20 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
     """Computes pairs and integrity, `[1, ...]`, and their slopes, `[ranks, ...]`, from the logits of the d classes.
 
     Args:
-      teacher: d entries `[1, ...]` in descending order of the side that ranks.
-      student: the same.
+      teacher: d entries `[1, ...]` in descending order of the ranking side.
+      student: d entries `[1, ...]` of the same classes.
       cfg: depth, temperature and the rank weights.
 
     Returns:
-      pairs, integrity, pair_slopes, integrity_slopes: times T^2, the slopes 0 beyond the first d.
+      pairs, integrity, pair_slopes, integrity_slopes: all times T^2; the slopes are 0 beyond the first d.
     """
-    # Only differences matter; taken before the division by T they are exact for close logits.
+    # Only differences matter. Taken before the division by T, they are exact for close logits.
     teachers, students = ([(z - side[0]) / cfg.temperature for z in side] for side in (teacher, student))
     t, s = _stack(teachers), _stack(students)
     rank = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
     real = rank < cfg.depth
     weights = host_rank_weights(cfg)
-    weights = weights + weights.T  # Each pair stands in the sums twice.
+    weights = weights + weights.T  # Each pair occurs twice in the sums.
     pairs, pair_slopes = jnp.zeros_like(s), jnp.zeros_like(s)
     for j in range(cfg.depth):
         weight = jnp.zeros_like(s)
@@ -243,7 +243,7 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
 
 
 def _bernoulli_kl(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes `divergence.bernoulli_kl` and its derivative, from one exponential a side."""
+    """Computes `divergence.bernoulli_kl` and its derivative with one exponential per side."""
     sign = jnp.where(teacher < 0, -1.0, 1.0)
     teacher, student = sign * teacher, sign * student
     teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(-jnp.abs(student))
@@ -262,16 +262,16 @@ def row_sums_tpu(
     interpret: bool = False,
     block_classes: int = TPU_CLASSES,
 ) -> RowSums:
-    """Computes `RowSums` of rows `[N, C]` by Mosaic.
+    """Computes `RowSums` of rows `[N, C]` with Mosaic.
 
-    128 rows lie on the lanes of a TPU, so that a maximum over the classes is one of whole registers and what belongs
-    to rows alone fills them. Classes that do not fit one block come in several, with the state in scratch memory.
+    128 rows lie on the lanes of a TPU, so a maximum over the classes works on whole registers, and per-row
+    quantities fill them. Classes that exceed one block are split into several, with the state in scratch memory.
     """
     count, classes = student.shape
     block = min(block_classes, _round_up(classes, 128))
     blocks = pl.cdiv(classes, block)
-    # XLA lays out logits in memory so that they need the least padding, often with the rows on the lanes already.
-    # What is transposed here then costs nothing; what were transposed against it would be copied.
+    # XLA picks the memory layout of logits with the least padding, often with the rows on the lanes already.
+    # A transpose to that layout is free here; a transpose away from it would be a copy.
     rows_on_lanes = _round_up(count, 128) * _round_up(classes, 8) < _round_up(count, 8) * _round_up(classes, 128)
     empty_state = jax.eval_shape(lambda: _no_classes((1, TPU_ROWS), cfg))
     state_size, state_tree = len(jax.tree.leaves(empty_state)), jax.tree.structure(empty_state)
@@ -333,7 +333,7 @@ def row_sums_gpu(
     interpret: bool = False,
     block_classes: int = GPU_CLASSES,
 ) -> RowSums:
-    """Computes `RowSums` of rows `[N, C]` by Triton: a program for each row, a warp for each 256 classes of a block."""
+    """Computes `RowSums` of rows `[N, C]` with Triton: one program per row, one warp per 256 classes of a block."""
     count, classes = student.shape
     block = min(block_classes, pl.next_power_of_2(classes))
 
@@ -381,7 +381,7 @@ def _call(
     """Calls a kernel that writes the outputs of `_finish` for `count` rows."""
     ranks = number_of_ranks(cfg.depth)
     outputs = [((8, count), jnp.float32), ((ranks, count), jnp.int32), *[((ranks, count), jnp.float32)] * 2]
-    varies = jax.typeof(student).manual_axis_type  # over which axes of a shard_map
+    varies = jax.typeof(student).manual_axis_type  # the axes of a shard_map over which the values differ
     sums, *of_ranks = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(*output, manual_axis_type=varies) for output in outputs],

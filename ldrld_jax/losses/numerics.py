@@ -1,17 +1,17 @@
-"""What the label-aware and correlation losses are made of; nothing here can turn a finite input into NaN."""
+"""Building blocks of the label-aware and correlation losses; none turns a finite input into NaN."""
 
 import jax
 import jax.numpy as jnp
 
 
 def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Where each label is: `[...]` integers to `[..., C]` bool, all False for a label such as -100.
+    """Marks the class of each label: `[...]` integers to `[..., C]` bool, all False for a label such as -100.
 
-    A comparison with the class index, which XLA fuses into whatever uses it: no one-hot array is
-    written, and no gather has to be turned into a scatter for the gradient.
+    It is a comparison with the class index, which XLA fuses into its consumer: no one-hot array is
+    written, and the gradient needs no scatter, as it would for a gather.
 
     Raises:
-      ValueError: if there is not one integer for each row of logits.
+      ValueError: unless there is one integer for each row of logits.
     """
     labels = jnp.asarray(labels)
     if labels.shape != logits.shape[:-1]:
@@ -25,17 +25,17 @@ def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def pick(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The value at the one class that `mask` marks, `[..., C]` to `[...]`; 0 where it marks none."""
+    """Returns the value at the single class that `mask` marks, `[..., C]` to `[...]`; 0 if it marks none."""
     return jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
 
 
 def log_ratio(logits: jax.Array, keep: jax.Array) -> jax.Array:
-    r"""Every class against a set of classes K, `[..., C]`.
+    r"""Compares every class with a set of classes K, `[..., C]`.
 
     .. math:: z_c - \log \sum_{k \in K} e^{z_k}
 
-    Within K this is the log-softmax over K. If K is all classes but one, it is that one's log-odds,
-    :math:`\log (p_c / (1 - p_c))`: one log-sum-exp serves both, and no probability is subtracted from 1.
+    Within K this is the log-softmax over K. For the one class outside K = all others, it is the log-odds
+    :math:`\log (p_c / (1 - p_c))`. One log-sum-exp serves both, and no probability is subtracted from 1.
 
     Args:
       logits: `[..., C]`, floating.
@@ -47,7 +47,7 @@ def log_ratio(logits: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
-    """The sum of `exp(log_p) * values` over the classes that `keep` marks, `[..., C]` to `[...]`.
+    """Sums `exp(log_p) * values` over the classes that `keep` marks, `[..., C]` to `[...]`.
 
     Both factors are masked: a dropped class may have any log_p, and its exp must not overflow.
     """
@@ -55,17 +55,17 @@ def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Arr
 
 
 def divergence(log_p: jax.Array, log_q: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-    r"""KL of two distributions given by their logarithms, `[..., C]` to `[...]`, in nats.
+    r"""Computes the KL of two distributions given by their logarithms, `[..., C]` to `[...]`, in nats.
 
     .. math:: \sum_c \big(p_c (\log p_c - \log q_c) + q_c - p_c\big)
 
-    The last two sums are 1 each and cancel. With them the rounding of either log-sum-exp, which all
-    classes share, drops out to first order of the value, and equal distributions get a gradient of exactly 0.
+    The last two sums are 1 each and cancel. They remove the rounding error of either log-sum-exp, which all
+    classes share, to first order, and give equal distributions a gradient of exactly 0.
 
     Args:
       log_p: `[..., C]`.
       log_q: `[..., C]`.
-      keep: `[..., C]` bool, the classes that the distributions are over; at others both may be anything.
+      keep: `[..., C]` bool, the classes that the distributions cover; both may be anything at other classes.
     """
     if keep is None:
         p, q, difference = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
@@ -76,34 +76,34 @@ def divergence(log_p: jax.Array, log_q: jax.Array, keep: jax.Array | None = None
 
 
 def kl(teacher: jax.Array, student: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-    """KL(softmax(teacher) || softmax(student)), `[..., C]` to `[...]`, in nats.
+    """Computes KL(softmax(teacher) || softmax(student)), `[..., C]` to `[...]`, in nats.
 
     Args:
       teacher: `[..., C]` logits, divided by their temperature.
-      student: the same.
-      keep: `[..., C]` bool, the classes to which both softmaxes are confined; of none the KL is 0.
+      student: `[..., C]` logits, divided by their temperature.
+      keep: `[..., C]` bool, the classes that both softmaxes cover; the KL of a row with none is 0.
     """
     if keep is None:
         return divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
-    # An empty set has no log-sum-exp: take that of all classes, and sum over none.
+    # An empty set has no log-sum-exp: use that of all classes, and sum over none.
     domain = keep | ~jnp.any(keep, axis=-1, keepdims=True)
     return divergence(log_ratio(teacher, domain), log_ratio(student, domain), keep)
 
 
 def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
-    """KL of two Bernoulli distributions given by their log-odds, elementwise, in nats."""
+    """Computes the KL of two Bernoulli distributions given by their log-odds, elementwise, in nats."""
     hit = jax.nn.log_sigmoid(teacher_odds) - jax.nn.log_sigmoid(student_odds)
     miss = jax.nn.log_sigmoid(-teacher_odds) - jax.nn.log_sigmoid(-student_odds)
     return jax.nn.sigmoid(teacher_odds) * hit + jax.nn.sigmoid(-teacher_odds) * miss
 
 
 def sqrt(x: jax.Array) -> jax.Array:
-    """The square root of x >= 0 with slope 0 at 0, where the true one is infinite and 0 times it NaN."""
+    """Computes the square root of x >= 0 with slope 0 at 0; the true slope is infinite and would give NaN."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def check_classes(method: str, logits: jax.Array, least: int) -> None:
-    """Raises a ValueError if there are fewer classes than a method can work with."""
+    """Raises a ValueError if there are fewer than `least` classes."""
     if logits.shape[-1] < least:
         raise ValueError(f"{method} needs at least {least} classes, got {logits.shape[-1]}. Use kd instead.")

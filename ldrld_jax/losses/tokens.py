@@ -1,7 +1,7 @@
-"""Losses for many classes, of which they compare the largest: bild and topk_tail, made for tokens.
+"""Losses that compare the largest of many classes: bild and topk_tail, designed for tokens.
 
-Each is the bare term, per token: no cross-entropy, no warm-up, no outer weight. Logits are
-`[..., V]`, `[batch, length, V]` for text, and `where` leaves out prompt and padding.
+Each is the bare term per token, without cross-entropy, warm-up or outer weight. Logits are `[..., V]`,
+for text `[batch, length, V]`, and `where` excludes prompt and padding.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class BiLDConfig(MethodConfig):
     """Distillation of the differences between the largest logits.
 
     Attributes:
-      top_k: K >= 2, how many of the largest logits are compared with each other; of 2 the loss is 0.
+      top_k: K >= 2, the number of largest logits that are compared with each other; for 2 the loss is 0.
       temperature: T > 0 of the softmaxes over differences; the loss is not multiplied by T^2.
 
     Raises:
@@ -42,10 +42,10 @@ class TopKTailConfig(MethodConfig):
     """Distillation of the largest probabilities and a bucket for the rest.
 
     Attributes:
-      top_k: K >= 1, how many classes are compared one by one; from all of them on there is no bucket.
+      top_k: K >= 1, the number of classes that are compared one by one; if it covers all, there is no bucket.
       temperature: T > 0 of both sides; the loss is not multiplied by T^2.
       beta: between 0, KL(teacher || student), and 1, KL(student || teacher).
-      tail: whether the other classes make a bucket; else the K probabilities are renormalised.
+      tail: True puts the other classes into a bucket; False renormalises the K probabilities.
 
     Raises:
       ValueError: if top_k is below 1, or beta above 1.
@@ -67,20 +67,20 @@ class TopKTailConfig(MethodConfig):
 def bild_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: BiLDConfig, *, where: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    r"""Bi-directional logits difference distillation, per token.
+    r"""Computes the bi-directional logits difference loss, per token.
 
     .. math:: \mathrm{KL}\big(\sigma(\Delta^t / T) \,\|\, \sigma(\Delta^s / T)\big), \quad
               \Delta = (z_{\pi(i)} - z_{\pi(j)})_{i<j \le K}
 
-    once with pi(1..K) the K largest classes of the teacher, in descending order, and once with those
-    of the student; the loss is the sum. Of equal logits the lower class comes first, which decides
-    the sign of a difference. No gradient flows through the choice.
+    once with pi(1..K) the K largest classes of the teacher, in descending order, and once with those of
+    the student; the loss is the sum of the two. Ties go to the lower class, which decides the sign of a
+    difference. No gradient flows through the selection.
 
     Args:
       teacher_logits: `[..., V]`, any float dtype; no gradient flows into it.
       student_logits: `[..., V]`, the same shape.
       cfg: a `BiLDConfig`.
-      where: `[...]` bool; tokens left out give a constant and may hold NaN.
+      where: `[...]` bool; tokens where it is False give a constant and may hold NaN.
 
     Returns:
       "teacher_led" and "student_led": `[...]`, float32 (float64 for float64 logits), in nats.
@@ -110,7 +110,7 @@ def bild_terms(
     def led_by(leader: jax.Array) -> jax.Array:
         top = jax.vmap(lambda z: top_classes(z, cfg.top_k))(jax.lax.stop_gradient(leader))
         chosen = (jax.vmap(take)(z, top) / cfg.temperature for z in rows)
-        # All K^2 differences and a mask: nothing is gathered a second time.
+        # All K^2 differences and a mask, to avoid a second gather.
         of_teacher, of_student = ((z[:, :, None] - z[:, None, :]).reshape(-1, cfg.top_k**2) for z in chosen)
         keep = jnp.broadcast_to(earlier.reshape(1, -1), of_student.shape)
         return numerics.kl(of_teacher, of_student, keep).reshape(student.shape[:-1])
@@ -121,27 +121,27 @@ def bild_terms(
 def topk_tail_terms(
     teacher_logits: jax.Array, student_logits: jax.Array, cfg: TopKTailConfig, *, where: jax.Array | None = None
 ) -> jax.Array:
-    r"""Divergence of the K largest probabilities and the mass of all others, per token.
+    r"""Computes a divergence over the K largest probabilities and the mass of all others, per token.
 
     .. math:: \beta \, \mathrm{KL}(p_t \| m) + (1 - \beta) \, \mathrm{KL}(p_s \| m), \quad
               m = \beta p_t + (1 - \beta) p_s
 
     over the classes that are among the K largest of either side, and one bucket that holds the rest.
-    At beta = 0 it is KL(p_t || p_s) over the teacher's K largest, at beta = 1 KL(p_s || p_t) over the
-    student's. These ends are not the limits of what lies between, which is 0 there. From K = V on
-    it is the divergence of the whole softmaxes.
+    beta = 0 gives KL(p_t || p_s) over the teacher's K largest, beta = 1 gives KL(p_s || p_t) over the
+    student's. The values at both ends are special cases: the formula's limits there are 0. For K >= V the
+    divergence is that of the whole softmaxes.
 
-    The bucket is the exact log-sum-exp of the rest; published code cuts it where the K classes hold
-    nearly all (TRL at 1e-7, Megatron at 1e-8).
+    The bucket is the exact log-sum-exp of the rest; published code clips it if the K classes hold
+    nearly all the mass (TRL at 1e-7, Megatron at 1e-8).
 
     Args:
       teacher_logits: `[..., V]`, any float dtype; no gradient flows into it.
       student_logits: `[..., V]`, the same shape.
       cfg: a `TopKTailConfig`.
-      where: `[...]` bool; tokens left out give 0 and may hold NaN.
+      where: `[...]` bool; tokens where it is False give 0 and may hold NaN.
 
     Returns:
-      `[...]`, float32 (float64 for float64 logits), in nats. Of equal logits the lower class counts as the larger.
+      `[...]`, float32 (float64 for float64 logits), in nats. Ties go to the lower class.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -175,7 +175,7 @@ def topk_tail_terms(
 
 @dataclasses.dataclass(frozen=True)
 class _Buckets:
-    """Log-probabilities `[..., V]` of the classes that a mask keeps, and `[..., 1]` of all others together, or None."""
+    """Log-probabilities `[..., V]` of the kept classes, and `[..., 1]` of all others together, or None."""
 
     classes: jax.Array
     rest: jax.Array | None
@@ -185,19 +185,19 @@ class _Buckets:
         if not tail:
             return cls(numerics.log_ratio(logits, keep), None)
         classes = jax.nn.log_softmax(logits)
-        # A union may hold all classes: then any finite number does, and `divergence_from` leaves it out.
+        # A union may hold all classes. Then any finite number works, because `divergence_from` ignores it.
         domain = ~keep | jnp.all(keep, axis=-1, keepdims=True)
         others = jnp.where(domain, classes, -jnp.inf)
         return cls(classes, jax.nn.logsumexp(others, axis=-1, keepdims=True))
 
     def mixed_with(self, other: "_Buckets", share: float) -> "_Buckets":
-        """share of these and 1 - share of the other, 0 < share < 1."""
+        """Returns the mixture of `share` of these and `1 - share` of the other, 0 < share < 1."""
         mix = lambda a, b: jnp.logaddexp(a + jnp.log(share), b + jnp.log(1 - share))  # noqa: E731
         rest = None if self.rest is None or other.rest is None else mix(self.rest, other.rest)
         return _Buckets(mix(self.classes, other.classes), rest)
 
     def divergence_from(self, other: "_Buckets", keep: jax.Array) -> jax.Array:
-        """KL(self || other), `[...]`."""
+        """Computes KL(self || other), `[...]`."""
         total = numerics.divergence(self.classes, other.classes, keep)
         if self.rest is None or other.rest is None:
             return total

@@ -1,4 +1,4 @@
-"""The largest classes of a row of logits: without a sort, without a gather of rows or of sharded classes."""
+"""Selection of the largest classes of a row of logits without a sort or a gather of rows or sharded classes."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 class Top(NamedTuple):
-    """The largest classes of one row, in descending order; of equal logits the lower class comes first.
+    """The largest classes of one row, in descending order; ties go to the lower class.
 
     Attributes:
       values: `[k]` logits, -inf raised to `RULED_OUT`.
@@ -28,15 +28,15 @@ class Top(NamedTuple):
 def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> Top:
     """Finds the `depth` largest of `logits` `[C]`, exactly.
 
-    The selection is written once for CPUs and once for everything else, and each platform is lowered
-    with its own. `lax.top_k` is avoided: it gathers a batch-sharded array onto every device, and on CPU
-    it may turn into a full sort.
+    There is one selection for CPUs and one for all other platforms; each platform lowers its own.
+    `lax.top_k` is avoided: it gathers a batch-sharded array onto every device, and on CPU it may turn
+    into a full sort.
 
     Args:
       logits: `[C]`, floating; NaN makes every value NaN.
       depth: at most the number of classes over all shards.
-      axis_name: mapped axes over which the classes are sharded; depth candidates of each shard
-        are merged, the logits stay where they are.
+      axis_name: mapped axes over which the classes are sharded; depth candidates of each shard are
+        merged, and the logits stay in place.
 
     Example:
       >>> top = top_classes(jnp.array([1.0, 3.0, 3.0, 2.0]), 3)
@@ -53,9 +53,9 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
 
 
 def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
-    """Which of `logits` `[C]` rank after the last of `top`, a mask `[C]`.
+    """Returns a mask `[C]` of the `logits` `[C]` that rank after the last of `top`.
 
-    Two comparisons a class instead of a scatter: what ranks after is smaller, or equal and a higher class.
+    A class ranks after it if it is smaller, or equal with a higher index: two comparisons instead of a scatter.
     """
     last, last_class = top.values[-1], top.classes[-1]
     classes = jnp.arange(logits.size, dtype=logits.dtype)
@@ -67,10 +67,10 @@ def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def take(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
-    """Returns the entries of `logits` `[C]` at `top`, `[k]`, whichever shard they lie on.
+    """Returns the entries of `logits` `[C]` at `top`, `[k]`, across all shards.
 
-    The derivative compares each class with the k chosen ones: it fuses with whatever else the gradient
-    of the logits is made of, where the scatter that transposes a gather would be a pass of its own.
+    The derivative compares each class with the k chosen ones. It fuses with the rest of the gradient of the
+    logits, while a scatter (the transpose of a gather) would need a pass of its own.
     """
     chosen = top.classes - _first_class(logits, axis_name)
     values = platform_dependent(logits, chosen, cpu=_gathered, default=_matched)
@@ -80,37 +80,37 @@ def take(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
 @take.defjvp
 def _(axis_name, primals, tangents):
     logits, top = primals
-    # Recomputed in the backward pass, whose residuals are then the classes and not k masks of C each.
+    # Recomputed in the backward pass, so that its residuals are the classes and not k masks of size C.
     matched = jax.checkpoint(_matched, prevent_cse=False)
     tangent = matched(tangents[0], top.classes - _first_class(logits, axis_name))
     return take(logits, top, axis_name), tangent if axis_name is None else jax.lax.psum(tangent, axis_name)
 
 
 def _gathered(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Returns `logits` `[C]` at `classes` `[k]`, 0 for a class that is not among them."""
+    """Returns `logits` `[C]` at `classes` `[k]`, 0 for a class outside the shard."""
     index = classes.astype(jnp.int32)
     inside = (index >= 0) & (index < logits.size)
     return jnp.where(inside, logits[jnp.clip(index, 0, logits.size - 1)], jnp.zeros((), logits.dtype))
 
 
 def _matched(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Returns what `_gathered` does, by comparisons: an accelerator reads the logits faster than it gathers."""
+    """Computes `_gathered` by comparisons: an accelerator reads the logits faster than it gathers."""
     own = jnp.arange(logits.size, dtype=logits.dtype)
     zero = jnp.zeros((), logits.dtype)
     return jnp.stack([jnp.sum(jnp.where(own == classes[k], logits, zero)) for k in range(classes.size)])
 
 
 def _first_class(logits: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Returns the number of the shard's first class, a scalar in the dtype of `logits` `[C]`."""
+    """Returns the index of the shard's first class, a scalar in the dtype of `logits` `[C]`."""
     shard = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     return jnp.asarray(shard * logits.size, logits.dtype)
 
 
 def _by_rounds(logits: jax.Array, depth: int) -> Top:
-    """Finds the largest by passes over `logits` `[C]`, two a pass: the best of those that rank after the last ones.
+    """Finds the two largest remaining classes in each pass over `logits` `[C]`.
 
-    A pass is one reduction of values and classes together, and writes nothing but its result. Three or more
-    a pass save little time and take an accelerator's compiler much longer (TPU v5e, 1,024 x 1,000: 5 s for
+    A pass is one reduction over values and classes, and writes only its result. Finding three or more per
+    pass saves little time and makes an accelerator's compiler much slower (TPU v5e, 1,024 x 1,000: 5 s for
     one, 10 s for two, 70 s for all eight).
     """
     classes = jnp.arange(logits.size, dtype=logits.dtype)
@@ -119,7 +119,7 @@ def _by_rounds(logits: jax.Array, depth: int) -> Top:
     nothing = jnp.broadcast_to(lowest, logits.shape), jnp.broadcast_to(highest, logits.shape)
     value, after, found = highest, jnp.ones(logits.shape, bool), list[tuple[jax.Array, jax.Array]]()
     while len(found) < depth:
-        # The minimum is -inf, or NaN once there was a NaN, which then makes all that follow NaN.
+        # The minimum is -inf, or NaN after a NaN was found, which makes all later values NaN.
         candidates = jnp.where(after, logits, jnp.minimum(value, lowest))
         first, first_class, value, c = jax.lax.reduce(
             (candidates, classes, *nothing), (lowest, highest) * 2, _two_best, (0,)
@@ -148,10 +148,10 @@ def _either(choice: jax.Array, one: tuple[jax.Array, ...], other: tuple[jax.Arra
 
 
 def _by_blocks(logits: jax.Array, depth: int) -> Top:
-    """Finds the largest in one pass over `logits` `[C]`, and d rounds over about sqrt(C) numbers.
+    """Finds the largest in one pass over `logits` `[C]` and d rounds over about sqrt(C) numbers.
 
-    The d largest lie in the d blocks of classes with the largest maxima. It is the fastest on CPU; an
-    accelerator pays more for the gather of the blocks than for d passes.
+    The d largest lie in the d blocks of classes with the largest maxima. This is the fastest method on CPU. On
+    an accelerator the gather of the blocks costs more than d passes.
     """
     block = _block_size(logits.size, depth)
     if block == 1:
@@ -168,15 +168,15 @@ def _by_blocks(logits: jax.Array, depth: int) -> Top:
 
 
 def _block_size(classes: int, depth: int) -> int:
-    """A power of two near sqrt(C / d), which balances the blocks against what lies in d of them; 1: no blocks."""
+    """Returns a power of two near sqrt(C / d), which balances the blocks against d blocks' entries; 1: no blocks."""
     block = 2 ** round(math.log2(math.sqrt(classes / depth)))
     return block if block >= 4 and classes >= 4 * block * depth else 1
 
 
 def _largest(values: jax.Array, classes: jax.Array, depth: int) -> Top:
-    """The `depth` largest of `values` `[n]` by repeated maximum, of equal ones the lowest of `classes` `[n]` first.
+    """Finds the `depth` largest of `values` `[n]` by repeated maximum; ties go to the lowest of `classes` `[n]`.
 
-    The classes are floats because XLA vectorises a float maximum on CPU and not an argmax (6 times slower).
+    The classes are floats because on CPU XLA vectorises a float maximum but not an argmax (6 times slower).
     """
     values = jnp.maximum(values, jnp.asarray(RULED_OUT, values.dtype))
     found = []
@@ -189,7 +189,7 @@ def _largest(values: jax.Array, classes: jax.Array, depth: int) -> Top:
 
 
 def _concatenate(values: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The `[k]` of every shard one after another, the same on all: a psum, so that it counts as replicated."""
+    """Returns the `[k]` of all shards, concatenated; a psum marks the result as replicated."""
     shard, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
     mine = (jnp.arange(shards) == shard)[:, None]
     slots = jnp.where(mine, values[None, :], jnp.zeros((), values.dtype))
@@ -197,7 +197,7 @@ def _concatenate(values: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def top_mask(logits: jax.Array, depth: int) -> jax.Array:
-    """Returns where the `depth` largest of each row are, `[..., C]` to `[..., C]` bool; ties go to the lower class.
+    """Marks the `depth` largest of each row, `[..., C]` to `[..., C]` bool; ties go to the lower class.
 
     Example:
       >>> top_mask(jnp.array([[1.0, 3.0, 3.0, 2.0]]), 1).tolist()

@@ -1,6 +1,6 @@
-"""Distillation by optimal transport between classes: wkd, and the cost of its transport.
+"""wkd, distillation by optimal transport between classes, and its transport cost.
 
-The bare term: no cross-entropy, no warm-up, no outer weight.
+The loss is the bare term, without cross-entropy, warm-up or outer weight.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class WKDConfig(MethodConfig):
     Attributes:
       temperature: T > 0 of the two distributions between which mass is moved.
       gamma: weight of the transport.
-      regularization: > 0, of the entropy: small is nearer to the true transport, and slower to get there.
+      regularization: > 0, entropy regularisation; small values are closer to the true transport but converge slower.
       iterations: >= 1, of Sinkhorn's algorithm.
 
     Raises:
-      ValueError: if there is no iteration.
+      ValueError: if iterations is below 1.
     """
 
     temperature: Positive = 8.0
@@ -41,23 +41,23 @@ class WKDConfig(MethodConfig):
 
 
 def wkd_cost(rows: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
-    r"""Makes wkd's cost from what a teacher knows of the classes.
+    r"""Computes wkd's cost between classes from the teacher's weights or features.
 
     .. math:: 1 - e^{-\mathrm{sharpen} \cdot d_{jk}}
 
-    with d one minus the cosine of two classes' rows of the last layer, or one minus the linear CKA of
-    their features: the cosine of the two centred Gram matrices.
+    with d_jk one minus the cosine of the two classes' rows of the last layer, or one minus the linear CKA
+    of their features: the cosine of the two centred Gram matrices.
 
     Args:
       rows: `[C, d]`, the last layer's weights, one row per class; or `[C, n, d]`, features of n >= 2
-        training examples of each class. A class whose row is 0 is at distance 1 from all.
-      sharpen: >= 0; 0 gives the distance itself.
+        training examples of each class. A class whose row is 0 is at distance 1 from all others.
+      sharpen: >= 0; 0 returns the distance d itself.
 
     Returns:
       `[C, C]`, symmetric, 0 on the diagonal; float32 (float64 for float64 rows), without gradient.
 
     Raises:
-      ValueError: if the rows have another number of axes, or sharpen is negative.
+      ValueError: if the rows have another number of axes or sharpen is negative.
 
     Example:
       >>> wkd_cost(jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]), sharpen=0).tolist()
@@ -90,29 +90,29 @@ def wkd_terms(
     params: jax.Array | None = None,
     where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation by what it costs to turn the student's distribution into the teacher's, per example.
+    r"""Computes the cost of turning the student's distribution into the teacher's, per example.
 
     .. math:: -p_{t,y} \log p_{s,y} + \gamma \sum_{jk} u_j K_{jk} v_k c_{jk}, \quad K = e^{-c / \mathrm{regularization}}
 
-    with p at temperature 1, and u, v from `iterations` rounds of Sinkhorn between the softmaxes at T
-    of student (j) and teacher (k) over the classes c != y, from u = 1 / (C - 1). The gradient goes
-    through all rounds. After them the student's marginal holds and the teacher's roughly; the
-    entropy is no part of the loss. The published recipe lowers gamma to 0 by a cosine, from epoch 150
-    to 240; here it is constant.
+    with p at temperature 1, and u, v from `iterations` rounds of Sinkhorn between the softmaxes at T of
+    student (j) and teacher (k) over the classes c != y, starting at u = 1 / (C - 1). The gradient flows
+    through all rounds. After them the student's marginal holds exactly and the teacher's approximately. The
+    loss does not include the entropy. The published recipe lowers gamma to 0 by a cosine from epoch 150 to
+    240; here it is constant.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
       student_logits: `[..., C]`, the same shape.
       labels: `[...]` integer classes.
       cfg: a `WKDConfig`.
-      params: the cost `[C, C]` of moving mass from class j to class k, as `wkd_cost` makes it; below 0
-        counts as 0. It is not learnt: no gradient flows into it.
-      where: `[...]` bool; rows left out give a constant and may hold NaN and any label.
+      params: the cost `[C, C]` of moving mass from class j to class k, as returned by `wkd_cost`; negative
+        entries count as 0. It is not learnt: no gradient flows into it.
+      where: `[...]` bool; rows where it is False give a constant and may hold NaN and any label.
 
     Returns:
       "target" and "transport": `[...]`, float32 (float64 for float64 logits), the latter times gamma.
-      With two classes one is left and nothing can be moved. Time and memory grow with rows times C^2
-      and with the iterations.
+      With two classes only one is left and nothing can be moved. Time and memory grow with rows times
+      C^2 and with the iterations.
 
     Raises:
       ValueError: if C < 2, the shapes differ, a dtype is not floating, the labels are not integers, or
@@ -137,7 +137,7 @@ def wkd_terms(
     cost = _checked_cost(params, student)
     kernel = jnp.exp(-cost / cfg.regularization)
     dot = lambda a, b: jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    # The label's class has no mass on either side and gets none: no class has to be cut out of the cost.
+    # The label's class has no mass on either side and receives none, so the cost keeps all classes.
     log_mass = (numerics.log_ratio(z / cfg.temperature, ~target) for z in (student, teacher))
     from_student, to_teacher = (jnp.exp(jnp.where(target, -jnp.inf, x)) for x in log_mass)
 
@@ -152,7 +152,7 @@ def wkd_terms(
 
 
 def _checked_cost(cost: jax.Array | None, logits: jax.Array) -> jax.Array:
-    """The cost as the published code uses it, in the dtype of the logits."""
+    """Returns the cost, clipped and offset as in the published code, in the dtype of the logits."""
     classes = logits.shape[-1]
     if cost is None:
         raise ValueError(

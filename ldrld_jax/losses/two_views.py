@@ -1,7 +1,7 @@
 """Losses that compare two augmentations of every image: crld, sld.
 
-Each is the bare term: no cross-entropy, no warm-up, no outer weight. An example is its two views: it
-counts if `where` keeps both, with the mean of their weights.
+Each is the bare term, without cross-entropy, warm-up or outer weight. An example consists of its two
+views: it counts if `where` is True for both, with the mean of their weights.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class CRLDConfig(MethodConfig):
 
     Attributes:
       temperature: T > 0 of every KL, which is multiplied by T^2.
-      weak_threshold: the KLs within a view count where the teacher is at least so sure of the weak view.
-      strong_threshold: the KLs across views count where the teacher is at least so sure of the strong view.
+      weak_threshold: minimum teacher confidence on the weak view for the KLs within a view to count.
+      strong_threshold: minimum teacher confidence on the strong view for the KLs across views to count.
       within_weight: weight of the KLs within a view; .5 for ResNet56 to ResNet20.
       cross_weight: weight of the KLs across views.
     """
@@ -41,7 +41,7 @@ class CRLDConfig(MethodConfig):
     strong_threshold: float = 0.2
     within_weight: float = 2.0
     cross_weight: float = 0.5
-    views = 2  # of the class: nothing to set
+    views = 2  # a class attribute, not a field
 
 
 @jax.tree_util.register_static
@@ -50,18 +50,18 @@ class SLDConfig(MethodConfig):
     """Distillation of swapped logits.
 
     Attributes:
-      student_swap: weight of the student's own swapped target; 0 leaves it out.
-      student_swap_epoch: in training it is on after so many epochs; 0 from the start.
+      student_swap: weight of the student's own swapped target; 0 drops it.
+      student_swap_epoch: the epoch of training after which that target is used; 0 from the start.
     """
 
     student_swap: float = 1.0
     student_swap_epoch: int = 150
-    views = 2  # of the class: nothing to set
+    views = 2  # a class attribute, not a field
 
 
 @dataclasses.dataclass(frozen=True)
 class _Views:
-    """Checked logits `[2, ..., C]` of both views, and what the mean over examples takes: `[...]` each, or None."""
+    """Checked logits `[2, ..., C]` of both views; mask and weights of the mean over examples, `[...]` or None."""
 
     teacher: jax.Array
     student: jax.Array
@@ -81,7 +81,7 @@ class _Views:
         return cls(teacher, student, where, weights)
 
     def mean(self, values: jax.Array, axis_name: AxisName) -> jax.Array:
-        """The mean over examples of values `[...]`."""
+        """Computes the mean of `values` `[...]` over examples."""
         return mean_over_rows(values, where=self.where, weights=self.weights, axis_name=axis_name)
 
 
@@ -94,25 +94,25 @@ def crld_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation within two views of an image and across them, where the teacher is sure.
+    r"""Computes KLs within two views of an image and across them, on examples where the teacher is sure.
 
     .. math:: w \, [m_0 \ge \tau_w] (k_{00} + k_{11}) + c \, [m_1 \ge \tau_s] (k_{01} + k_{10}), \quad
               k_{ij} = T^2 \, \mathrm{KL}(p^t_i \| p^s_j)
 
     with view 0 the weak one, view 1 the strong one, and m the teacher's largest probability at
-    temperature 1. The mean is over all examples, also those on which the teacher is not sure.
+    temperature 1. The mean is over all examples, including those on which the teacher is not sure.
 
     Args:
       teacher_logits: `[2, ..., C]`, any float dtype; no gradient flows into it.
       student_logits: the same shape.
       cfg: a `CRLDConfig`.
-      where: `[2, ...]` bool; an example counts if both views are kept, others may hold NaN.
-      weights: `[2, ...]`, not negative; an example's weight is the mean of its views'.
-      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean runs over as well.
+      where: `[2, ...]` bool; an example counts if it is True for both views, others may hold NaN.
+      weights: `[2, ...]`, non-negative; an example's weight is the mean of its views' weights.
+      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean also runs over.
 
     Returns:
       "within" and "cross": scalars, float32 (float64 for float64 logits), in nats times T^2 and their
-      weights; 0 if nothing is kept.
+      weights; 0 if no example counts.
 
     Raises:
       ValueError: if the first axis is not 2, the shapes differ or a dtype is not floating.
@@ -140,11 +140,11 @@ def crld_parts(
 
 
 def sld_student_swap(cfg: SLDConfig, epoch: int | jax.Array) -> jax.Array:
-    """Returns the factor of the student's swapped target: 1 after epoch `cfg.student_swap_epoch`, before it 0.
+    """Returns the factor of the student's swapped target: 1 after epoch `cfg.student_swap_epoch`, otherwise 0.
 
     Args:
       cfg: an `SLDConfig`.
-      epoch: from 1, a whole number or a scalar integer array.
+      epoch: counted from 1, a whole number or a scalar integer array.
 
     Example:
       >>> [float(sld_student_swap(SLDConfig(), epoch)) for epoch in (1, 150, 151)]
@@ -164,29 +164,29 @@ def sld_parts(
     weights: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    r"""Distillation of logits in which the label has changed places with the largest, on two views.
+    r"""Computes KLs to logits in which the label is swapped with the largest, on two views.
 
     .. math:: \sum_{\text{views}} \sum_{T=1}^{6} T^2 \, \mathrm{KL}\big(\sigma(\mathrm{swap}(z^t) / T) \|\, p_s\big)
               + w T^2 \, \mathrm{KL}\big(\sigma(\mathrm{swap}(z^s) / T) \,\|\, p_s\big)
 
-    swap exchanges the label's logit with the largest; of equal ones the lowest class counts as the
-    largest. The student's own target keeps its gradient, so that the student moves it, too. That KL is
-    :math:`(p_m - p_y)(z_m - z_y) / T` with m the largest class, and is computed so: it has no
-    logarithm of a probability that underflows.
+    swap exchanges the label's logit with the largest logit; among ties, the lowest class is the largest. The
+    student's own target keeps its gradient, so the student moves it, too. This second KL is computed as
+    :math:`(p_m - p_y)(z_m - z_y) / T` with m the largest class, which avoids the logarithm of a
+    probability that underflows.
 
     Args:
       teacher_logits: `[2, ..., C]`, any float dtype; no gradient flows into it.
       student_logits: the same shape.
       labels: `[2, ...]` integer classes, or `[...]` for both views.
-      cfg: an `SLDConfig`; student_swap is w, and student_swap_epoch plays no part here.
-      params: what w is multiplied by, a scalar as `sld_student_swap` gives it for an epoch; None for 1.
-      where: `[2, ...]` bool; an example counts if both views are kept, others may hold NaN and any label.
-      weights: `[2, ...]`, not negative; an example's weight is the mean of its views'.
-      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean runs over as well.
+      cfg: an `SLDConfig`; student_swap is w, and student_swap_epoch is not used here.
+      params: a scalar factor of w, as returned by `sld_student_swap` for an epoch; None for 1.
+      where: `[2, ...]` bool; an example counts if it is True for both views, others may hold NaN and any label.
+      weights: `[2, ...]`, non-negative; an example's weight is the mean of its views' weights.
+      axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean also runs over.
 
     Returns:
       "teacher" and "student": scalars, float32 (float64 for float64 logits), in nats times T^2, summed
-      over views and temperatures; 0 if nothing is kept.
+      over views and temperatures; 0 if no example counts.
 
     Raises:
       ValueError: if the first axis is not 2, the shapes differ, a dtype is not floating or the labels
@@ -200,8 +200,8 @@ def sld_parts(
 
     References:
       "Swapped Logit Distillation via Bi-level Teacher Alignment", Multimedia Systems 2025; agrees with
-      the published code to 1e-9 (tests/losses/golden_2026_test.py). There the student's target starts
-      after epoch 150, so never in the published ImageNet runs of 100.
+      the published code to 1e-9 (tests/losses/golden_2026_test.py). That code starts the student's target
+      after epoch 150, so never in the published ImageNet runs of 100 epochs.
     """
     rows = _Views.of("sld", teacher_logits, student_logits, where, weights)
     labels = jnp.asarray(labels)
@@ -220,7 +220,7 @@ def sld_parts(
         )
         return temperature**2 * taught, temperature**2 * of_itself
 
-    # Over the temperatures and the views.
+    # Sum over the temperatures and the views.
     taught, of_itself = (
         jnp.sum(term, axis=(0, 1)) for term in jax.vmap(at)(jnp.asarray(_SLD_TEMPERATURES, rows.student.dtype))
     )

@@ -1,4 +1,4 @@
-"""Flax NNX models under the names of the published zoo."""
+"""Flax NNX models under the names of the published model zoo."""
 
 from collections.abc import Callable
 
@@ -43,18 +43,18 @@ def create_model(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
 ) -> nnx.Module:
-    """A freshly initialised model: `model(x, train=False)` gives logits `[N, num_classes]`.
+    """Creates a freshly initialised model; `model(x, train=False)` returns logits `[N, num_classes]`.
 
-    `x` is `[N, height, width, in_channels]`, normalised as the training data were; `train` is
-    required, since a forgotten mode is the commonest silent error with BatchNorm.
+    `x` is `[N, height, width, in_channels]`, normalised like the training data. `train` is required
+    because a forgotten mode is the most common silent error with BatchNorm.
 
     Args:
       name: a key of `MODELS`.
       num_classes: C >= 1.
-      in_channels: channels of the images.
-      rngs: the "params" stream initialises.
-      dtype: of the computation and the logits.
-      param_dtype: of the parameters; BatchNorm's statistics are float32 at least.
+      in_channels: number of channels of the images.
+      rngs: its "params" stream initialises the parameters.
+      dtype: dtype of the computation and the logits.
+      param_dtype: dtype of the parameters; BatchNorm's statistics are float32 at least.
 
     Raises:
       UserError: if no model has this name.

@@ -16,11 +16,11 @@ class CifarResNet(nnx.Module):
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
+      in_channels: number of channels of the input.
       depth: 6 n + 2 with n >= 1.
       widths: channels of the stem and of the three stages.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, section 4.2; the x4
@@ -46,7 +46,7 @@ class CifarResNet(nnx.Module):
         self.fc = linear(stages[2], num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = nnx.relu(self.bn1(self.conv1(x), mode))
         for layer in (self.layer1, self.layer2, self.layer3):

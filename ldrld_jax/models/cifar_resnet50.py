@@ -1,4 +1,4 @@
-"""The ResNet-50 for CIFAR of RepDistiller and mdistiller: bottlenecks behind a stem that keeps the resolution."""
+"""The ResNet-50 for CIFAR of RepDistiller and mdistiller: bottleneck blocks after a stem that keeps the resolution."""
 
 import functools
 from typing import Any
@@ -13,16 +13,16 @@ _stage = functools.partial(stage, Bottleneck, shortcut="shortcut")
 
 
 class CifarResNet50(nnx.Module):
-    """Four stages of bottlenecks behind a 3x3 stem of stride 1, without max-pool; any height and width.
+    """Four stages of bottleneck blocks after a 3x3 stem of stride 1, without max-pool; any height and width.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
-      He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016; RepDistiller's form.
+      He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016; RepDistiller's version.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
@@ -35,7 +35,7 @@ class CifarResNet50(nnx.Module):
         self.linear = linear(2048, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = nnx.relu(self.bn1(self.conv1(x), mode))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -1,8 +1,8 @@
-"""The convolution under all models, written on a CPU such that XLA takes its faster kernel.
+"""The convolution of all models, written such that XLA for CPU selects its faster kernel.
 
-XLA for CPU has two: Eigen's and YNNPACK's, and gives float32 to the latter, which runs many shapes on one thread and
-is up to eighteen times slower in the gradient by the weights (docs/train_speed.md). It keeps a convolution from
-YNNPACK whose input is dilated. So the rows of input and kernel are both set two apart, which is the same sum.
+XLA for CPU has two kernels, Eigen's and YNNPACK's, and uses the latter for float32. It runs many shapes on one thread
+and is up to eighteen times slower in the gradient with respect to the weights (docs/train_speed.md). XLA does not give
+YNNPACK a convolution whose input is dilated, so the rows of input and kernel are both spaced two apart: the same sum.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-_FEW_CHANNELS = 8  # below, as in a stem of three colours, YNNPACK is the faster one forwards
+_FEW_CHANNELS = 8  # below this, as in a stem for three colours, YNNPACK is faster in the forward pass
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -24,33 +24,33 @@ Padding = tuple[Pair, Pair]
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding, *, feature_group_count: int = 1, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` for `nnx.Conv`: the faster program where it is known, the plain one elsewhere.
+    """Replaces `jax.lax.conv_general_dilated` in `nnx.Conv`, with a faster program where one is known.
 
-    Groups and other dtypes than float32 go the plain way, as does everything on a GPU or TPU: a program lowered for
-    several platforms has both. Where it is faster, only reverse mode is defined, once.
+    Grouped convolutions, dtypes other than float32, GPUs and TPUs use the plain convolution. A program lowered for
+    several platforms holds both versions. The faster version supports reverse mode only, once.
 
     Args:
       x: `[N, H, W, C]`.
       kernel: `[height, width, C / groups, features]`.
-      strides, padding: of the rows and of the columns.
-      feature_group_count: the groups.
-      options: more of `jax.lax.conv_general_dilated`'s.
+      strides, padding: for rows and columns.
+      feature_group_count: the number of groups.
+      options: further keywords of `jax.lax.conv_general_dilated`.
     """
     if feature_group_count == 1 and x.dtype == jnp.float32:
         y = _convolution(x, kernel, tuple(strides), tuple(map(tuple, padding)))
     else:
         options["feature_group_count"] = feature_group_count
         y = lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    return checkpoint_name(y, "convolution")  # what `jax.checkpoint` may keep by this name
+    return checkpoint_name(y, "convolution")  # the name under which `jax.checkpoint` policies can keep it
 
 
 def plain(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
-    """The convolution as it is."""
+    """Computes the unmodified convolution."""
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NHWC)
 
 
 def spread(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
-    """The same with a row of zeros between the rows of `x` and of `kernel`, visited at twice the stride.
+    """Computes the same convolution with a row of zeros between the rows of `x` and `kernel`, at twice the stride.
 
     Example:
       >>> x, kernel = jnp.arange(25.0).reshape(1, 5, 5, 1), jnp.arange(9.0).reshape(3, 3, 1, 1)
@@ -91,7 +91,7 @@ def _backward(strides, padding, saved, gradient):
             x = _written_down(x, kernel)
         return jax.linear_transpose(lambda kernel: conv(x, kernel, strides, padding), kernel)(gradient)[0]
 
-    # With a stride the gradient by the input is a dilated convolution already.
+    # With a stride, the gradient with respect to the input is already a dilated convolution.
     by_x_spread = strides == (1, 1) and saved[0].shape[-1] >= _FEW_CHANNELS
     return _by_platform(by_x, *saved, gradient, spread_on_cpu=by_x_spread), _by_platform(
         by_kernel, *saved, gradient, spread_on_cpu=True
@@ -99,13 +99,13 @@ def _backward(strides, padding, saved, gradient):
 
 
 def _written_down(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, as an array in memory; `other` is any array that each device has.
+    """Returns x, forced into memory as an array; `other` is any array that each device has.
 
-    Eigen takes it transposed. XLA would compute it anew inside of the transposition, with all that led to it since
-    the convolutions before, element by element in the wrong order: two thirds of a resnet20's step. It fuses nothing
-    over the borders of a condition.
+    Eigen reads it transposed. XLA would otherwise fuse everything since the previous convolutions into the
+    transposition and recompute it element by element in the wrong order, which took two thirds of a resnet20's
+    step. It fuses nothing across the borders of a conditional.
     """
-    number = other[(0,) * other.ndim] >= -jnp.inf  # always, but XLA cannot know: a NaN is not
+    number = other[(0,) * other.ndim] >= -jnp.inf  # True except for NaN, which XLA cannot rule out
     return lax.cond(number, lambda x: x, lambda x: 2 * x, x)
 
 
@@ -113,7 +113,7 @@ _convolution.defvjp(_forward, _backward)
 
 
 def _by_platform(function: Callable, *arrays: jax.Array, spread_on_cpu: bool) -> jax.Array:
-    """`function(plain or spread, *arrays)`, decided when the program is lowered."""
+    """Calls `function(plain or spread, *arrays)`; the choice is made when the program is lowered."""
     if not spread_on_cpu:
         return function(plain, *arrays)
     return lax.platform_dependent(

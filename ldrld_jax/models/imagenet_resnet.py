@@ -1,4 +1,4 @@
-"""The ImageNet ResNets in torchvision's form."""
+"""The ImageNet ResNets as in torchvision."""
 
 import functools
 from typing import Any
@@ -11,15 +11,15 @@ from ldrld_jax.models.residual import BasicBlock, Bottleneck, stage
 
 
 class ImageNetResNet(nnx.Module):
-    """Four stages behind a 7x7 stem of stride 2 and a max-pool; any height and width from 32 up.
+    """Four stages after a 7x7 stem of stride 2 and a max-pool; any height and width of at least 32.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      block: `BasicBlock` or `Bottleneck`, whose stride is on the 3x3.
-      counts: the blocks of each stage.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      block: `BasicBlock` or `Bottleneck`, with the stride on the 3x3 convolution.
+      counts: the number of blocks of each stage.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, table 1; keys and
@@ -45,7 +45,7 @@ class ImageNetResNet(nnx.Module):
         self.fc = linear(512 * width, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = nnx.relu(self.bn1(self.conv1(x), mode))
         x = max_pool(x, 3, stride=2, padding=1)

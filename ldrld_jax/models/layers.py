@@ -1,4 +1,4 @@
-"""The layers that the families share, with PyTorch's padding, initialisation and statistics."""
+"""Layers shared by the model families, with PyTorch's padding, initialisation and statistics."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ Dtype = jax.typing.DTypeLike
 
 
 class Mode(NamedTuple):
-    """How a forward pass is run: `train` uses batch statistics; `where` `[N]` leaves out padded examples."""
+    """Mode of a forward pass: `train` uses batch statistics; `where` `[N]` masks out padded examples."""
 
     train: bool
     where: jax.Array | None = None
 
 
 def at_least_float32(*dtypes: Dtype) -> Dtype:
-    """Of sums that bfloat16 cannot hold: float64 if any of the dtypes is, otherwise float32."""
+    """Returns a dtype for sums that bfloat16 cannot hold: float64 if any dtype is float64, otherwise float32."""
     return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
@@ -40,7 +40,7 @@ def conv(
     kernel_init: nnx.Initializer = kaiming_normal_fan_out,
     bias_init: nnx.Initializer = nnx.initializers.zeros,
 ) -> nnx.Conv:
-    """A square convolution over `[N, H, W, C]`, padded by kernel // 2 on both sides as in PyTorch.
+    """Creates a square convolution over `[N, H, W, C]`, padded by kernel // 2 on both sides as in PyTorch.
 
     Flax's "SAME" would pad (0, 1) at stride 2.
     """
@@ -72,7 +72,7 @@ def linear(
     kernel_init: nnx.Initializer = torch_default,
     bias_init: nnx.Initializer | None = None,
 ) -> nnx.Linear:
-    """A linear layer, initialised as PyTorch does unless told otherwise."""
+    """Creates a linear layer with PyTorch's initialisation, unless other initialisers are given."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -87,20 +87,20 @@ def linear(
 class BatchNorm(nnx.Module):
     """Batch normalisation as in PyTorch: eps 1e-5, momentum .9, unbiased running variance.
 
-    Not `nnx.BatchNorm`, which keeps the biased running variance and promotes dtypes on the way.
-    Statistics are float32 at least and taken in two passes, which loses nothing where the mean is
-    large. Examples that `mode.where` leaves out count in no statistic, so that a padded batch
-    trains exactly as the batch without its padding. Under jit over a mesh the batch is the global one.
+    It replaces `nnx.BatchNorm`, which keeps the biased running variance and promotes dtypes. Statistics
+    are float32 at least and computed in two passes, which loses no precision if the mean is large.
+    Examples masked out by `mode.where` enter no statistic, so a padded batch trains exactly like the
+    batch without its padding. Under jit over a mesh the batch is the global one.
 
     Attributes:
-      groups: statistics are of one in so many examples, as if each group was on a device of its own: example
+      groups: number of groups with separate statistics, as if each group was on a device of its own. Example
         i is in group i % groups, whatever the devices. See `group_batch_norms`.
     """
 
     groups: int = 1
 
     def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs | None = None):
-        del rngs  # nothing here is random: accepted so that all layers are made with the same arguments
+        del rngs  # not random; accepted so that all layers take the same arguments
         stats_dtype = at_least_float32(dtype, param_dtype)
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
@@ -109,7 +109,7 @@ class BatchNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
-        """`[N, ..., C]` to the same shape in the module's dtype.
+        """Normalises `[N, ..., C]`; the result has the same shape and the module's dtype.
 
         Raises:
           TypeError: in training, if N is not a multiple of `groups`.
@@ -122,14 +122,14 @@ class BatchNorm(nnx.Module):
             factor = (jax.lax.rsqrt(self.var[...] + EPSILON) * scale).reshape(*lead, -1)
             y = (x - self.mean[...].reshape(*lead, -1)) * factor + bias.reshape(*lead, -1)
             return y.astype(self.dtype)
-        # [n, groups, ..., C], example i = a * groups + g: a device that holds rows holds some of each group.
+        # [n, groups, ..., C], example i = a * groups + g, so that a device that holds rows holds some of each group.
         x = x.reshape(-1, self.groups, *x.shape[1:])
         y, moments = normalise(x, scale, bias, None if mode.where is None else mode.where.reshape(x.shape[:2]))
         self._average(moments)
         return y.reshape(shape).astype(self.dtype)
 
     def _average(self, moments: Moments) -> None:
-        """The running statistics move a tenth of the way to the mean over the groups, weighted by their examples."""
+        """Moves the running statistics a tenth of the way to the groups' mean, weighted by their example counts."""
         mean, var, count = jax.lax.stop_gradient(moments)
         weight = count / jnp.maximum(jnp.sum(count), 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
@@ -138,17 +138,17 @@ class BatchNorm(nnx.Module):
 
 
 def group_batch_norms(model: nnx.Module, groups: int) -> None:
-    """Makes every batch normalisation of a model take its statistics in so many groups of a batch."""
+    """Sets the number of groups with separate statistics in every batch normalisation of a model."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.groups = groups
 
 
 class Sequential(nnx.List):
-    """Layers one after another; with none, the identity.
+    """A sequence of layers; the identity if there are none.
 
-    Functions such as `nnx.relu` take a place in the list, so that the positions, which are part of
-    every parameter's path, are PyTorch's.
+    Functions such as `nnx.relu` take a position in the list. Positions are part of every parameter's
+    path, so this makes them equal to PyTorch's.
     """
 
     def __init__(self, *layers: Any):
@@ -162,20 +162,20 @@ class Sequential(nnx.List):
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """`[N, H, W, C]` to `[N, C]`: the published fixed windows at native size, and right at any other."""
+    """Averages `[N, H, W, C]` to `[N, C]`; equals the published fixed windows at native size and fits any other."""
     return jnp.mean(x, axis=(1, 2))
 
 
 def max_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:
-    """`[N, H, W, C]` by square windows, padded on both sides as in PyTorch."""
+    """Pools `[N, H, W, C]` by the maximum over square windows, padded on both sides as in PyTorch."""
     pad = (padding, padding)
     return nnx.max_pool(x, (window, window), strides=(stride, stride), padding=(pad, pad))
 
 
 def average_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:
-    """`[N, H, W, C]` by square windows; padding counts as zeros, PyTorch's default.
+    """Pools `[N, H, W, C]` by the mean over square windows; padding counts as zeros, PyTorch's default.
 
-    Not `nnx.avg_pool`, which promotes dtypes on the way.
+    It replaces `nnx.avg_pool`, which promotes dtypes.
     """
     pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     total = jax.lax.reduce_window(
@@ -185,6 +185,6 @@ def average_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) ->
 
 
 def shuffle_channels(x: jax.Array, groups: int) -> jax.Array:
-    """Deals the channels of `[N, H, W, C]` round the groups: C as groups x C / groups, transposed."""
+    """Shuffles the channels of `[N, H, W, C]` among groups: reshapes C to groups x C / groups and transposes."""
     *lead, channels = x.shape
     return x.reshape(*lead, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)

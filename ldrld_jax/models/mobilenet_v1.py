@@ -33,17 +33,17 @@ _PAIRS = (
 
 
 class MobileNetV1(nnx.Module):
-    """Thirteen depthwise-separable pairs behind a 3x3 stem, 1/32 of any height and width.
+    """Thirteen depthwise-separable pairs after a 3x3 stem; reduces any height and width to 1/32.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
-      Applications", 2017, table 1; the keys, which start with `model.`, are the distillation papers'.
+      Applications", 2017, table 1; the keys, which start with `model.`, are those of the distillation papers.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
@@ -65,7 +65,7 @@ class MobileNetV1(nnx.Module):
         self.fc = linear(features, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         return self.fc(global_average_pool(self.model(x, Mode(train, where))))
 
 

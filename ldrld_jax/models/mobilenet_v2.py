@@ -10,7 +10,7 @@ from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_av
 
 
 class InvertedResidual(nnx.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1; the identity is added where the shape stays."""
+    """1x1 expansion, 3x3 depthwise and linear 1x1 convolution; adds the input if the shape does not change."""
 
     def __init__(self, in_features: int, features: int, *, expansion: int, stride: int, **common: Any):
         hidden = expansion * in_features
@@ -31,7 +31,7 @@ class InvertedResidual(nnx.Module):
         return x + y if self.residual else y
 
 
-# Expansion, width at half size, blocks, stride of the first.
+# Expansion, half-size width, number of blocks, stride of the first block.
 _STAGES = (
     (1, 8, 1, 1),
     (6, 12, 2, 1),
@@ -44,17 +44,17 @@ _STAGES = (
 
 
 class MobileNetV2(nnx.Module):
-    """Seven stages of inverted residuals, 1/16 of any height and width; the head of 1280 is not halved.
+    """Seven stages of inverted residuals; reduces any height and width to 1/16. The head of 1280 is not halved.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018; RepDistiller's
-      form, with ReLU and an expansion in the first stage too.
+      version, with ReLU, and with an expansion in the first stage, too.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
@@ -80,7 +80,7 @@ class MobileNetV2(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         for part in (self.conv1, self.blocks, self.conv2):
             x = part(x, mode)

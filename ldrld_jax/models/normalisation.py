@@ -1,4 +1,4 @@
-"""Batch normalisation as a function, with its derivative written down: fewer passes over the activations."""
+"""Batch normalisation as a function with a hand-written derivative, which passes over the activations less often."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ EPSILON = 1e-5
 
 
 class Moments(NamedTuple):
-    """Of each group, `[1, groups, 1, .., C]`: the mean and the biased variance; and how many numbers they are of."""
+    """Mean and biased variance of each group, `[1, groups, 1, .., C]`, and the number of values in each group."""
 
     mean: jax.Array
     var: jax.Array
@@ -23,8 +23,8 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, kept: jax.Array |
 
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
 
-    The moments are taken in two passes, which loses nothing where the mean is large. Only y is
-    differentiated, once, in reverse mode: with g the gradient by y, sums over what a moment is of,
+    The moments are computed in two passes, which loses no precision if the mean is large. Only y is
+    differentiable, once, in reverse mode: with g the gradient with respect to y, and sums over a moment's values,
 
     .. math:: \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \Big(g - \frac1n \Big(\sum g +
               \frac{x - \mu}{\sigma^2 + \epsilon} \sum g (x - \mu)\Big)\Big)
@@ -32,7 +32,7 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, kept: jax.Array |
     Args:
       x: `[n, groups, ..., C]`, float32 or float64.
       scale, bias: gamma and beta, `[C]`, of the same dtype.
-      kept: `[n, groups]` bool, the examples that count in a moment; None for all.
+      kept: `[n, groups]` bool, the examples that enter the moments; None for all.
 
     References:
       Ioffe, Szegedy, "Batch Normalization", 2015, section 3.
@@ -52,7 +52,7 @@ def _forward(x, scale, bias, kept):
         count = jnp.full((1, x.shape[1], *(1,) * (x.ndim - 2)), x.shape[0] * pixels, x.dtype)
     else:
         count = pixels * jnp.sum(mask, axis=0, keepdims=True, dtype=x.dtype)
-    # In a group of padding alone nothing counts: its moments are 0.
+    # In a group of padding alone nothing counts, so its moments are 0.
     mean = _total(x, mask) / jnp.maximum(count, 1)
     var = _total((x - mean) ** 2, mask) / jnp.maximum(count, 1)
     inverse = jax.lax.rsqrt(var + EPSILON)

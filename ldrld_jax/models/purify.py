@@ -1,7 +1,7 @@
-"""NNX modules as pure functions over plain dicts: the only file that splits and merges them.
+"""Converts NNX modules to pure functions over plain dicts; the only file that splits and merges modules.
 
-Tracing plain dicts costs a fraction of the host time that `nnx.jit` or `nnx.State` costs for deep
-thin nets, and everything outside (optimizer, checkpoints, shardings) stays plain JAX.
+For deep thin nets, tracing plain dicts costs a fraction of the host time of `nnx.jit` or `nnx.State`,
+and everything outside (optimizer, checkpoints, shardings) stays plain JAX.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ Apply = Callable[..., tuple[jax.Array, Tree]]
 
 
 def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
-    """`(apply, params, batch_stats)` of a model: a pure function and nested dicts with string keys.
+    """Returns `(apply, params, batch_stats)` of a model: a pure function and nested dicts with string keys.
 
-    `apply(params, batch_stats, images, train=..., where=...)` gives the logits and the batch
-    statistics after the pass, which are the ones it was given unless `train` is True.
+    `apply(params, batch_stats, images, train=..., where=...)` returns the logits and the batch statistics
+    after the pass, which are unchanged unless `train` is True.
 
     Example:
       >>> from ldrld_jax.models import create_model
@@ -40,7 +40,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
 
 
 def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Module:
-    """A copy of `model`, which may be abstract (`nnx.eval_shape`), that holds these variables: purify's inverse.
+    """Returns a copy of `model`, which may be abstract (`nnx.eval_shape`), with these variables: purify's inverse.
 
     Example:
       >>> from ldrld_jax.models import create_model
@@ -54,7 +54,7 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
 
 
 def _str_keys(tree: Any) -> Any:
-    """List positions are integer keys in NNX; checkpoints and paths want strings."""
+    """Converts integer keys, NNX's list positions, to the strings that checkpoints and paths require."""
     return {str(key): _str_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 

@@ -1,4 +1,4 @@
-"""The residual blocks that the ResNet families share, post-activation and with the stride on a 3x3."""
+"""Post-activation residual blocks shared by the ResNet families, with the stride on a 3x3 convolution."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut: `[N, H, W, in_features]` to `[N, H', W', features]`."""
+    """Two 3x3 convolutions and a shortcut: `[N, H, W, in_features]` to `[N, H', W', features]`."""
 
     expansion = 1
 
@@ -27,9 +27,9 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 beside a shortcut; four times `features` come out.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the output has four times `features` channels.
 
-    `shortcut` names the attribute that holds the projection, since the published keys differ in it.
+    `shortcut` is the name of the attribute that holds the projection, which differs among published keys.
     """
 
     expansion = 4
@@ -53,7 +53,7 @@ class Bottleneck(nnx.Module):
 
 
 def projection(in_features: int, features: int, *, stride: int, **common: Any) -> Sequential:
-    """A 1x1 convolution and its norm where the shape changes, otherwise the identity."""
+    """Creates a 1x1 convolution and its norm if the shape changes, otherwise the identity."""
     if stride == 1 and in_features == features:
         return Sequential()
     return Sequential(conv(in_features, features, 1, stride=stride, **common), BatchNorm(features, **common))
@@ -68,7 +68,7 @@ def stage(
     stride: int,
     **common: Any,
 ) -> Sequential:
-    """`count` blocks of one width, of which the first may stride and widen."""
+    """Creates `count` blocks of one width; the first may have a stride and change the width."""
     first = block(in_features, features, stride=stride, **common)
     width = block.expansion * features
     return Sequential(first, *(block(width, features, stride=1, **common) for _ in range(count - 1)))

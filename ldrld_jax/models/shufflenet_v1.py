@@ -25,15 +25,15 @@ _STEM = 24
 
 
 class ShuffleUnit(nnx.Module):
-    """Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; joined to the input.
+    """Grouped 1x1 convolution, shuffle, 3x3 depthwise and grouped 1x1 convolution, joined to the input.
 
-    A unit of stride 2 concatenates the pooled input behind the branch, the others add it.
+    A unit of stride 2 appends the pooled input to the branch; other units add the input.
     """
 
     def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
         branch = features - in_features if stride == 2 else features
         hidden = branch // 4
-        # The stem has too few channels to be grouped; what is not grouped needs no shuffle.
+        # The stem has too few channels for groups, and without groups there is nothing to shuffle.
         self.groups = 1 if in_features == _STEM else _GROUPS
         self.stride = stride
         self.conv1 = _conv(in_features, hidden, 1, groups=self.groups, **common)
@@ -54,17 +54,17 @@ class ShuffleUnit(nnx.Module):
 
 
 class ShuffleNetV1(nnx.Module):
-    """Three stages of 4, 8 and 4 units behind a 1x1 stem, 1/8 of any height and width.
+    """Three stages of 4, 8 and 4 units after a 1x1 stem; reduces any height and width to 1/8.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Zhang, Zhou, Lin, Sun, "ShuffleNet: An Extremely Efficient Convolutional Neural Network for
-      Mobile Devices", 2018; RepDistiller's form, with a ReLU after the depthwise convolution.
+      Mobile Devices", 2018; RepDistiller's version, with a ReLU after the depthwise convolution.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
@@ -76,7 +76,7 @@ class ShuffleNetV1(nnx.Module):
         self.linear = linear(960, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = nnx.relu(self.bn1(self.conv1(x), mode))
         for layer in (self.layer1, self.layer2, self.layer3):

@@ -22,7 +22,7 @@ _conv = functools.partial(conv, kernel_init=torch_default)
 
 
 class ShuffleUnit(nnx.Module):
-    """Half of the channels pass; the others go through 1x1, 3x3 depthwise, 1x1; then both are shuffled."""
+    """A unit that passes half of the channels, convolves the others (1x1, 3x3 depthwise, 1x1) and shuffles both."""
 
     def __init__(self, features: int, **common: Any):
         half = features // 2
@@ -42,7 +42,7 @@ class ShuffleUnit(nnx.Module):
 
 
 class DownUnit(nnx.Module):
-    """Both branches take all channels at stride 2: 3x3 depthwise, 1x1 beside 1x1, 3x3 depthwise, 1x1."""
+    """Two branches at stride 2 over all channels: 3x3 depthwise, 1x1; and 1x1, 3x3 depthwise, 1x1."""
 
     def __init__(self, in_features: int, features: int, **common: Any):
         half = features // 2
@@ -67,17 +67,17 @@ class DownUnit(nnx.Module):
 
 
 class ShuffleNetV2(nnx.Module):
-    """Three stages of 4, 8 and 4 units behind a 1x1 stem, 1/8 of any height and width.
+    """Three stages of 4, 8 and 4 units after a 1x1 stem; reduces any height and width to 1/8.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture
-      Design", 2018; RepDistiller's form.
+      Design", 2018; RepDistiller's version.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
@@ -91,7 +91,7 @@ class ShuffleNetV2(nnx.Module):
         self.linear = linear(1024, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = nnx.relu(self.bn1(self.conv1(x), mode))
         for layer in (self.layer1, self.layer2, self.layer3):

@@ -1,6 +1,6 @@
-"""What every model costs: parameters and the FLOPs of a forward pass at its native size.
+"""Computes the cost of every model: its parameters, and the FLOPs of a forward pass at its native size.
 
-`python -m ldrld_jax.models.table` lists them all.
+`python -m ldrld_jax.models.table` lists all models.
 """
 
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ from ldrld_jax.models.purify import purify
 
 
 class ModelSummary(NamedTuple):
-    """One model at its native size.
+    """The cost of one model at its native size.
 
     Attributes:
       name: key of `MODELS`.
-      image_size: height and width, 32 for CIFAR's models and 224 for ImageNet's.
+      image_size: height and width, 32 for CIFAR models and 224 for ImageNet models.
       num_classes: 100 or 1000.
-      parameters: numbers that are trained; running statistics are not.
-      flops: of the forward pass of one image, two a multiply-add, of convolutions and matrix
-        products alone. Papers that count multiply-adds, as torchvision does, give half of it.
+      parameters: the number of trained values, without running statistics.
+      flops: FLOPs of the forward pass of one image, two per multiply-add, in convolutions and matrix
+        products only. Papers that count multiply-adds, as torchvision does, report half of it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class ModelSummary(NamedTuple):
 
 
 def summarize(name: str) -> ModelSummary:
-    """Parameters and FLOPs, counted in shapes: nothing is computed.
+    """Counts parameters and FLOPs from shapes, without computing anything.
 
     Raises:
       UserError: if no model has this name.
@@ -53,7 +53,7 @@ def summarize(name: str) -> ModelSummary:
 
 
 def model_table(names: Iterable[str] = MODELS) -> str:
-    """A line for every model, for people to read; all of them take some ten seconds.
+    """Returns a readable table with a line per model; all models take about ten seconds.
 
     Example:
       >>> print(model_table(["resnet8", "resnet8x4"]))
@@ -84,7 +84,7 @@ def _flops(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
-        elif equation.primitive.name == "cond":  # a convolution has a form per platform: one of them is taken
+        elif equation.primitive.name == "cond":  # a convolution has one version per platform, of which one runs
             total += max(_flops(branch) for branch in equation.params["branches"])
         else:
             inner = jax.tree.leaves(list(equation.params.values()))

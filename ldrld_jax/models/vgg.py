@@ -1,4 +1,4 @@
-"""The VGG nets for CIFAR, with BatchNorm and one linear layer."""
+"""The VGG nets for CIFAR, with BatchNorm and a single linear layer."""
 
 import functools
 import itertools
@@ -12,18 +12,18 @@ from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_av
 
 
 class VGG(nnx.Module):
-    """Five blocks of 3x3 convolutions, halving after the first three; any height and width from 8 up.
+    """Five blocks of 3x3 convolutions, halving after the first three; any height and width of at least 8.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      counts: the convolutions of each block, whose widths are 64, 128, 256, 512, 512.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      in_channels: number of channels of the input.
+      counts: the number of convolutions of each block; the blocks' widths are 64, 128, 256, 512, 512.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2015;
-      RepDistiller's form.
+      RepDistiller's version.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class VGG(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
-        high = x.shape[1] == 64  # the published code halves a fourth time for Tiny-ImageNet's size alone
+        high = x.shape[1] == 64  # the published code halves a fourth time, but only for Tiny-ImageNet's size
         for block in (self.block0, self.block1, self.block2):
             x = max_pool(block(x, mode), 2, stride=2)
         x = self.block3(x, mode)

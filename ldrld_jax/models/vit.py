@@ -16,7 +16,7 @@ _linear = functools.partial(linear, kernel_init=_normal, bias_init=nnx.initializ
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over `[N, tokens, width]` with queries, keys and values from one matrix."""
+    """Multi-head self-attention over `[N, tokens, width]`; one matrix computes queries, keys and values."""
 
     def __init__(self, width: int, heads: int, **common: Any):
         self.heads = heads
@@ -28,13 +28,13 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) * (width // self.heads) ** -0.5
-        # The softmax is taken in float32 at least.
+        # The softmax is computed in float32 at least.
         weights = nnx.softmax(scores.astype(at_least_float32(x.dtype))).astype(x.dtype)
         return self.proj(jnp.einsum("nhqk,nkhd->nqhd", weights, value).reshape(x.shape))
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around the exact GELU, not its tanh form, which is 1.5e-4 off."""
+    """Two linear layers around the exact GELU; its tanh approximation is off by 1.5e-4."""
 
     def __init__(self, width: int, hidden: int, **common: Any):
         self.fc1 = _linear(width, hidden, **common)
@@ -45,7 +45,7 @@ class Mlp(nnx.Module):
 
 
 class EncoderBlock(nnx.Module):
-    """Attention and MLP, each added to its input and normalised before."""
+    """Pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, **common: Any):
         self.norm1 = _layer_norm(width, **common)
@@ -59,20 +59,20 @@ class EncoderBlock(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """Encoder blocks over patches of 16 x 16 and a class token, from which the logits are read.
+    """Encoder blocks over patches of 16 x 16 and a class token, which yields the logits.
 
-    The position embedding belongs to images of 224 x 224 and is resampled for others, bicubic and
-    antialiased as timm does it. Most published weights expect images normalised with mean and
-    standard deviation .5, not ImageNet's.
+    The position embedding is for images of 224 x 224. For other sizes it is resampled as in timm, bicubic
+    and antialiased. Most published weights expect images normalised with mean and standard deviation
+    .5, not with ImageNet's.
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
-      width: of the tokens, 64 a head.
+      in_channels: number of channels of the input.
+      width: width of the tokens, 64 per head.
       depth: number of blocks.
-      dtype: of the computation and the logits.
-      param_dtype: of the parameters.
-      rngs: the "params" stream initialises.
+      dtype: dtype of the computation and the logits.
+      param_dtype: dtype of the parameters.
+      rngs: its "params" stream initialises the parameters.
 
     References:
       Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; the small sizes are those of Touvron
@@ -98,7 +98,7 @@ class VisionTransformer(nnx.Module):
         self.dtype = dtype
         self.cls_token = nnx.Param(normal(1e-6)(rngs.params(), (1, 1, width), param_dtype))
         self.pos_embed = nnx.Param(_normal(rngs.params(), (1, tokens, width), param_dtype))
-        # A dict for the published key, patch_embed.proj; a convolution whose stride is its kernel, unpadded.
+        # A dict yields the published key, patch_embed.proj. The convolution's stride is its kernel size, unpadded.
         self.patch_embed = nnx.Dict(
             proj=nnx.Conv(
                 in_channels,
@@ -116,9 +116,9 @@ class VisionTransformer(nnx.Module):
         self.head = _linear(width, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`, H and W multiples of 16.
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`, H and W multiples of 16.
 
-        `train` and `where` change nothing: there is neither BatchNorm nor dropout.
+        `train` and `where` have no effect, because there is neither BatchNorm nor dropout.
 
         Raises:
           ValueError: if the patches do not tile the images.
@@ -140,7 +140,7 @@ class VisionTransformer(nnx.Module):
         return self.head(self.norm(x)[:, 0])
 
     def _positions(self, height: int, width: int) -> jax.Array:
-        """The position embedding `[1, 1 + height * width, features]` of another grid than the native one."""
+        """Returns the position embedding resampled to a grid, `[1, 1 + height * width, features]`."""
         positions = self.pos_embed[...]
         if (height, width) == (self.grid, self.grid):
             return positions

@@ -11,10 +11,10 @@ from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_av
 
 
 class PreActivationBlock(nnx.Module):
-    """BN, ReLU and a 3x3 convolution, twice, beside a shortcut.
+    """BN, ReLU and a 3x3 convolution, twice, and a shortcut.
 
-    Where the width changes, the shortcut is a bare 1x1 convolution of the activated input;
-    elsewhere it is the input itself.
+    If the width changes, the shortcut is a bare 1x1 convolution of the activated input;
+    otherwise it is the input itself.
     """
 
     def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
@@ -36,11 +36,11 @@ class WideResNet(nnx.Module):
 
     Args:
       num_classes: C, the number of logits.
-      in_channels: channels of the input.
+      in_channels: number of channels of the input.
       depth: 6 n + 4 with n >= 1.
-      widen: the factor k on the stage widths 16, 32, 64.
-      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, `rngs`, whose
-        "params" stream initialises.
+      widen: the factor k of the stage widths 16, 32, 64.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
 
     References:
       Zagoruyko, Komodakis, "Wide Residual Networks", 2016.
@@ -57,7 +57,7 @@ class WideResNet(nnx.Module):
         self.fc = linear(widths[3], num_classes, bias_init=nnx.initializers.zeros, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
-        """Logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` leaves out padding."""
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
         mode = Mode(train, where)
         x = self.conv1(x)
         for block in (self.block1, self.block2, self.block3):
