@@ -38,7 +38,7 @@ class Evaluator:
         self._stored: dict[str, jax.Array] | None = None
 
     def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns cross-entropy (nats), top-1 and top-5 (percent); `each` is called before each dispatch and may raise."""
+        """Returns cross-entropy (nats), top-1 and top-5 (percent); `each` is called before each dispatch, may raise."""
         total: Means = {}
         each()
         for dispatched in self._dispatches(variables):
