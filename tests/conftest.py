@@ -1,5 +1,6 @@
 """Strict numerics for the whole suite: rank promotion raises, warnings are errors, eight fake devices."""
 
+import gc
 import json
 import os
 import pathlib
@@ -22,6 +23,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees what a module traced and compiled: Python's garbage collector looks at all of it again and again.
+
+    Compiled programs stay on disk.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
