@@ -83,7 +83,7 @@ class Program:
             kind = instruction.kind.removesuffix("-start")
             if kind in COLLECTIVES:
                 size = _bytes(instruction.shape, any_memory=True)
-                if instruction.kind in ("all-gather-start", "collective-permute-start"):  # its shape holds operand and result
+                if instruction.kind in ("all-gather-start", "collective-permute-start"):  # operand and result
                     operands = (self._computations[computation][name].shape for name in instruction.operands)
                     size -= sum(_bytes(shape, any_memory=True) for shape in operands)
                 counts[kind] += times

@@ -115,7 +115,7 @@ def _refusal(config: ConfigDict, target: Target, index: int, large: Cost | TooLa
     memory = usable_memory(target)
     assert memory is not None
     needed = "more than" if large.total_bytes is None else f"{_size(large.total_bytes)} of"
-    line = f"the {large.name} needs {needed} the {_size(memory)} that a run may take of a device's memory."
+    line = f"the {large.name} needs {needed} the {_size(memory)} that a run may use of a device's memory."
     for change in _changes(config, len(target.devices), large.name):
         if not change.might_fit(large, memory):
             continue
@@ -126,7 +126,7 @@ def _refusal(config: ConfigDict, target: Target, index: int, large: Cost | TooLa
             continue
         if cost.fits:
             return f"{line} With {change} it fits ({_size(cost.total_bytes)})."
-    return f"{line} No batch of it fits. Take a larger device, more of them, or a smaller network."
+    return f"{line} No batch size fits. Use a larger device, more devices, or a smaller network."
 
 
 @dataclasses.dataclass(frozen=True)

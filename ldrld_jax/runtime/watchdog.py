@@ -1,4 +1,4 @@
-"""A watchdog: says where a run hangs."""
+"""Reports where a run hangs."""
 
 import faulthandler
 import sys
@@ -8,13 +8,13 @@ from typing import IO
 
 
 class Watchdog:
-    """Prints what the run is doing, and the stacks of all threads, when it has made no progress for a while.
+    """Context manager that prints a run's activity and all threads' stacks when it makes no progress.
 
-    Once per hang. A daemon thread looks at the clock; `at` costs the step an assignment.
+    It prints once per hang, from a daemon thread. A call of `at` costs one assignment.
 
     Args:
-      seconds: without progress; 0 turns it off.
-      file: with a file descriptor; None for standard error.
+      seconds: time without progress before it prints; 0 turns it off.
+      file: a file with a file descriptor; None for standard error.
 
     Example:
       >>> with Watchdog(300.0) as watchdog:
@@ -28,7 +28,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, doing: str) -> None:
-        """Progress: what the run does from now on, such as "evaluating after step 300"."""
+        """Records progress and the next activity, such as "evaluating after step 300"."""
         self._doing = (time.monotonic(), doing)
 
     def __enter__(self) -> "Watchdog":
