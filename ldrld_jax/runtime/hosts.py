@@ -24,8 +24,8 @@ HEARTBEAT_SECONDS = 40
 _TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
 _APART = "the processes of the run did not come together"
 _TOGETHER = (
-    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster says who "
-    "they are."
+    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets "
+    "them."
 )
 _GRACE_SECONDS = 2.0
 _GOODBYE = -1
@@ -189,8 +189,8 @@ class _Lifeline:
             time.sleep(_GRACE_SECONDS)  # lets each process report an error common to all
         self._send(dead)
         _end(
-            f"process {dead} of {jax.process_count()} has died or failed, see what it says; process "
-            f"{jax.process_index()} stops. The last checkpoint is whole: the same commands resume."
+            f"process {dead} of {jax.process_count()} has died or failed, see its output; process "
+            f"{jax.process_index()} stops. The last checkpoint is intact: the same commands resume."
         )
 
     def _send(self, message: int) -> None:
