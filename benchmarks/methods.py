@@ -65,10 +65,10 @@ def print_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> N
 
 
 def plot(path: pathlib.Path) -> None:
-    """The gradient of each method with respect to the student's logits, in a picture of small bars.
+    """Plots the gradient of each method with respect to the student's logits as small bar charts.
 
-    One example of ten classes, sorted by the teacher; the student has the second and third classes
-    the wrong way round and is too sure of the label, class 0.
+    The example has ten classes, sorted by the teacher. The student swaps the second and third classes
+    and is overconfident of the label, class 0.
     """
     import matplotlib
 

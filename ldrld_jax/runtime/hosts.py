@@ -24,8 +24,7 @@ HEARTBEAT_SECONDS = 40
 _TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
 _APART = "the processes of the run did not come together"
 _TOGETHER = (
-    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets "
-    "them."
+    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets them."
 )
 _GRACE_SECONDS = 2.0
 _GOODBYE = -1
