@@ -63,7 +63,7 @@ def _cpus(name: str, shape: str) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # JAX has already started: use the devices it has
         jax.config.update("jax_num_cpu_devices", count)
     if count > (here := jax.device_count("cpu")):
-        raise UserError(f"--target {name}: JAX has already started with {here} CPU devices. Start a new process.")
+        raise UserError(f"--target {name}: this process has started with {here} CPU devices. Start a new one.")
     return jax.devices("cpu")[:count]
 
 
