@@ -1,12 +1,12 @@
-"""All that needs an accelerator, for whoever is lent one minutes at a time: it stops in time and goes on later.
+"""Runs all accelerator benchmarks in short sessions: it stops in time and continues in the next session.
 
-python benchmarks/accelerator.py --minutes 9                       # all stages, in order of worth
-python benchmarks/accelerator.py --minutes 9 --stages training     # whatever time there is goes into training
+python benchmarks/accelerator.py --minutes 9                       # all stages, the most valuable first
+python benchmarks/accelerator.py --minutes 9 --stages training     # all the time goes into training
 python benchmarks/accelerator.py --minutes 20 --shrink --work build/rehearsal --out build/out   # on a CPU
 
-Every piece of work is a process of its own with a record in WORK/results, and is not done again once that is complete;
-one that fails leaves its error there, and the others go on. What is to be kept is packed into OUT after each piece.
-docs/accelerator_runs.md says how to prepare an inbox, and what each stage gives.
+Every piece of work is a separate process with a record in WORK/results, and is not repeated once the record is
+complete. A piece that fails leaves its error there, and the others continue. Results are packed into OUT after each
+piece. docs/accelerator_runs.md describes how to prepare an inbox, and the results of each stage.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from stages.training import Launch, Runs, train
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKING_SECONDS = 8.0
 STAGES = ("smoke", "loss", "step", "input", "training")
-# Pieces that stand together run at the same time: they are not timed. Name, seconds at most, at least.
+# (name, maximum seconds, minimum seconds). Pieces in one list run at the same time, because they are not timed.
 PIECES: dict[str, list[list[tuple[str, float, float]]]] = {
     "smoke": [
         [(name, 110, 45) for name in ("losses", "resume", "resume_deterministic", "several", "bfloat16", "store")]
@@ -49,7 +49,7 @@ FLAGS = {"smoke.resume_deterministic": {"XLA_FLAGS": "--xla_gpu_deterministic_op
 
 
 def batches(stages: Sequence[str], folder: pathlib.Path, shrink: bool) -> list[list[Task]]:
-    """The tasks of the stages but for training, in order; those of a batch run side by side."""
+    """Returns the tasks of all stages except training, in order; the tasks of one batch run in parallel."""
     return [
         [_task(stage, name, folder, shrink, seconds, least) for name, seconds, least in together]
         for stage in stages
@@ -75,16 +75,16 @@ def perform(
     say: Callable[[str], None],
     explain: Callable[[str], str] = lambda name: "",
 ) -> None:
-    """Does the tasks that are not done, one batch after another, as far as the time allows.
+    """Runs the tasks that are not complete, one batch after another, as time allows.
 
     Args:
-      work: the batches.
-      folder: where the records lie.
-      minutes: how long there is.
-      launch: `launch(tasks, seconds)` gives exit statuses, see `Launcher`.
-      publish: is called after each batch.
-      say: is told what begins, and what is left out for want of time.
-      explain: gives the end of what a task printed.
+      work: the batches of tasks.
+      folder: the work folder, which holds the records.
+      minutes: the time available.
+      launch: `launch(tasks, seconds)` returns exit statuses, see `Launcher`.
+      publish: called after each batch.
+      say: called with a line for each batch that begins or is skipped for lack of time.
+      explain: returns the end of a task's output, by the task's name.
     """
     for batch in work:
         waiting = [task for task in batch if not record.is_complete(folder, task.name)]
@@ -105,7 +105,7 @@ def perform(
 
 
 def commit(inbox: pathlib.Path) -> str:
-    """The commit that is measured, by git or as the inbox says, and a digest of what runs."""
+    """Returns the measured commit, from git or the inbox, and a digest of the sources."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -121,14 +121,14 @@ def commit(inbox: pathlib.Path) -> str:
 
 
 def environment(folder: pathlib.Path, inbox: pathlib.Path, shrink: bool) -> dict[str, str]:
-    """Returns every process's environment: where modules and compiled programs lie, and what the records say."""
+    """Returns the environment of all processes: module paths, the compile cache, and provenance for records."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     more = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes, and PyTorch, take of the same memory
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes and PyTorch share the memory
         "BENCHMARK_COMMIT": commit(inbox),
         "BENCHMARK_COMMAND": shlex.join(["python", *sys.argv]),
     }
@@ -137,11 +137,11 @@ def environment(folder: pathlib.Path, inbox: pathlib.Path, shrink: bool) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="of wall-clock time, never overstepped")
-    parser.add_argument("--stages", default=",".join(STAGES), help="some of %(default)s")
-    parser.add_argument("--inbox", type=pathlib.Path, default=pathlib.Path("inbox"), help="what was brought along")
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outbox/work"), help="where all work lies")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outbox/out"), help="what is to be kept")
+    parser.add_argument("--minutes", type=float, required=True, help="wall-clock time, never exceeded")
+    parser.add_argument("--stages", default=",".join(STAGES), help="a comma-separated selection of %(default)s")
+    parser.add_argument("--inbox", type=pathlib.Path, default=pathlib.Path("inbox"), help="the prepared inbox")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outbox/work"), help="the work folder")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outbox/out"), help="where results are packed")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the training")
     parser.add_argument("--shrink", action="store_true", help="rehearse on a CPU: tiny sizes, the same code")
     flags = parser.parse_args()
@@ -169,7 +169,7 @@ def main() -> None:
     def last_resort(*_: Any) -> None:
         launcher.kill()
         deliver()
-        print("ended before its end; what was done is packed", flush=True)
+        print("stopped before the end; finished work is packed", flush=True)
         os._exit(1)
 
     carry.bring(flags.inbox, folder, say)
@@ -179,17 +179,17 @@ def main() -> None:
     watch.start()
     signal.signal(signal.SIGTERM, last_resort)
     machine = _task("smoke", "machine", folder, flags.shrink, 60, 1)
-    codes = launcher([machine], min(60.0, minutes.left()))  # each time: the next machine may be another one
+    codes = launcher([machine], min(60.0, minutes.left()))  # every session: the machine may differ
     about = {key: value for key, value in record.read(folder, machine.name).items() if key not in ("name", "values")}
     if codes[machine.name] != 0:
-        sys.exit(f"nothing can be done here:\n{launcher.tail(machine.name, 3000)}")
+        sys.exit(f"this machine cannot run the benchmarks:\n{launcher.tail(machine.name, 3000)}")
     if about["platform"] == "cpu" and not flags.shrink:
-        sys.exit("JAX sees no accelerator here, only a CPU. --shrink rehearses on one.")
+        sys.exit("JAX finds no accelerator, only a CPU. Use --shrink to rehearse on it.")
     say(f"{about['device']}, {about['versions']}, commit {about['commit']}")
     work = batches(stages, folder, flags.shrink)
     has_data = (folder / "data" / "cifar100").exists()
     if not has_data:
-        say(f"CIFAR-100 is not there: without training, {', '.join(sorted(NEED_DATA))}")
+        say(f"CIFAR-100 is missing: skipping training, {', '.join(sorted(NEED_DATA))}")
         work = [batch for batch in work if batch[0].name not in NEED_DATA]
     perform(work, folder, minutes, launcher, publish=publish, say=say, explain=launcher.tail)
     if "training" in stages and has_data:
@@ -200,7 +200,7 @@ def main() -> None:
 
 
 def _is_further(now: Progress, begun: Progress, name: str) -> bool:
-    """Returns whether a run has come further than it was; one that has not lies where it was brought from."""
+    """Returns True if a run has made progress in this session; otherwise the copy in the inbox is current."""
     return (name in now.finished, now.done[name]) > (name in begun.finished, begun.done[name])
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that happens on a machine with an accelerator and without a network, in one command that ends in time:
+# Runs all benchmarks on a machine with an accelerator and without a network, in one command that ends in time:
 #
 #   bash benchmarks/accelerator.sh --minutes 9 [the other flags of benchmarks/accelerator.py]
-#   bash benchmarks/accelerator.sh receive         # nothing but to check what has been brought so far
+#   bash benchmarks/accelerator.sh receive         # only lists the pieces that have arrived so far
 #
-# It looks for a Python with JAX, lays the wheels of INBOX/*/wheels over it in an environment of its own (ENVIRONMENT,
-# outbox/environment), and runs the programme. Results go to OUT where that is set, else to outbox/out.
+# It looks for a Python with JAX, installs the wheels of INBOX/*/wheels on top in a separate environment (ENVIRONMENT,
+# outbox/environment), and runs the programme. Results go to OUT if that is set, else to outbox/out.
 set -uo pipefail
 begun=$SECONDS
 cd "$(dirname "$0")/.." || exit 1
@@ -23,9 +23,9 @@ for candidate in python3 python3.12 python; do
     [ -n "$python" ] && break
     command -v "$candidate" >/dev/null && "$candidate" -c 'import jax' 2>/dev/null && python=$candidate
 done
-[ -n "$python" ] || { echo "there is no Python here that has JAX; set PYTHON"; exit 1; }
+[ -n "$python" ] || { echo "found no Python with JAX; set PYTHON"; exit 1; }
 
-prepare() {  # an environment that sees the packages of $python, which may lie in one itself, and its own before them
+prepare() {  # a virtual environment on top of $python's packages; $python may itself be in a virtual environment
     rm -rf "$environment"
     "$python" -m venv --without-pip "$environment" || return
     "$environment/bin/python" - "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'EOF' || return
@@ -33,21 +33,21 @@ import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "below.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")
 EOF
     wheels=$(ls -d "$inbox"/*/wheels 2>/dev/null | tail -n 1)
-    [ -n "$wheels" ] || { echo "no wheels were brought: going on with what is here"; return 0; }
+    [ -n "$wheels" ] || { echo "found no wheels: using the installed packages"; return 0; }
     pip=("$environment/bin/python" "$(ls "$wheels"/pip-*.whl)/pip" install --quiet --no-index --no-compile --find-links "$wheels")
     "${pip[@]}" -r "$wheels/requirements.txt" || {
-        echo "not all requirements can be met; installing every wheel as it is"
+        echo "not all requirements can be met; installing every wheel without dependencies"
         "${pip[@]}" --no-deps "$wheels"/*.whl
     }
 }
 
-stamp=$(ls "$inbox"/*/wheels 2>/dev/null) # none: what was made of them before stays
+stamp=$(ls "$inbox"/*/wheels 2>/dev/null) # without wheels the existing environment stays
 if [ ! -e "$environment/stamp" ] || [ "${stamp:-$(cat "$environment/stamp")}" != "$(cat "$environment/stamp")" ]; then
-    prepare && echo "$stamp" >"$environment/stamp" || { echo "the environment could not be made"; exit 1; }
+    prepare && echo "$stamp" >"$environment/stamp" || { echo "the environment could not be created"; exit 1; }
 fi
 echo "environment: $((SECONDS - begun)) s"
 
-# What was spent on the environment comes off the minutes; `timeout` is for a programme that does not even end itself.
+# The time spent on the environment is subtracted; `timeout` is for a programme that fails to end by itself.
 arguments=() seconds=0
 while [ $# -gt 0 ]; do
     case $1 in

@@ -1,4 +1,4 @@
-"""The three passes of a convolution on a CPU: as XLA has it, and with rows set apart as the models have it.
+"""Times the three passes of a convolution on a CPU: XLA's own, and the models' form with separated rows.
 
 python benchmarks/convolution.py                                # the second table of docs/train_speed.md
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from ldrld_jax.models.convolution import plain, spread
 
-# Side, channels, features, kernel, stride: what resnet8x4 has, then what resnet20 has, then MobileNetV2.
+# (side, channels, features, kernel, stride) of layers of resnet8x4, then resnet20, then MobileNetV2.
 SHAPES = [
     *[(32, 3, 32, 3, 1), (32, 32, 64, 3, 1), (32, 64, 64, 3, 1), (32, 64, 128, 3, 2), (16, 128, 128, 3, 1)],
     *[(16, 128, 256, 3, 2), (8, 256, 256, 3, 1), (32, 32, 64, 1, 1), (32, 64, 128, 1, 2)],
@@ -23,7 +23,7 @@ SHAPES = [
 
 
 def passes(convolution: Any, shape: tuple[int, ...], batch: int) -> dict[str, Any]:
-    """The compiled passes by name, each to be called without arguments."""
+    """Returns the compiled passes by name, as functions without arguments."""
     side, channels, features, kernel, stride = shape
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, side, side, channels), np.float32))

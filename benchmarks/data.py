@@ -1,15 +1,15 @@
-"""How fast training images come: the stream and the resident loader beside a PyTorch DataLoader with two workers.
+"""Measures input speed: the stream and the resident loader, against a PyTorch DataLoader with two workers.
 
 python benchmarks/data.py --cifar_dir DIR     # the table of docs/data_speed.md; DIR holds cifar100 as TFDS prepares it
-python benchmarks/data.py --memory 5000       # the process's memory while batches of 16 crops stream
-python benchmarks/data.py --threads 1 2 4     # the stream by its number of threads
+python benchmarks/data.py --memory 5000       # the process's memory while streaming batches of 16 crops
+python benchmarks/data.py --threads 1 2 4     # the stream with 1, 2 and 4 threads
 
-ImageNet-style: 500x375 JPEGs in a folder, made of the two photographs that scikit-learn ships; random
-resized crop to 224, flip. CIFAR-style: decoded in memory, crop of the image padded by 4, flip. PyTorch's side
-does what torchvision's transforms do (torchvision itself is not needed): Pillow decode, crop, flip, to tensor,
-normalise. Ours hands over uint8 and leaves scaling and normalising to the device, where XLA fuses
-them into the first layer; "normalised" adds them on the host. Contestants take turns, so that the load of others
-disturbs all alike; the median of the turns counts. Batches of 64.
+ImageNet-style: 500x375 JPEGs in a folder, made from the two photographs that scikit-learn ships; random resized crop
+to 224, flip. CIFAR-style: images decoded in memory, padded by 4, cropped and flipped. The PyTorch side reproduces
+torchvision's transforms without needing torchvision: Pillow decode, crop, flip, to tensor, normalise. Our loaders
+deliver uint8 and leave scaling and normalisation to the device, where XLA fuses them into the first layer;
+"normalised" performs them on the host. Contestants take turns, so that other load on the machine affects all of them
+equally; the median over the turns is reported. Batches of 64.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def make_folder(root: pathlib.Path, images: int, quality: int) -> None:
-    """`root/train/0/*.jpg` and `root/train/1/*.jpg`: parts of two photographs, 500x375."""
+    """Writes `root/train/0/*.jpg` and `root/train/1/*.jpg`, 500x375 parts of two photographs."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -57,14 +57,14 @@ def make_folder(root: pathlib.Path, images: int, quality: int) -> None:
 
 
 def to_tensor(image: Image.Image):
-    """As torchvision: a contiguous float32 [3, h, w] in 0..1, then normalised in place."""
+    """Converts like torchvision: to a contiguous float32 [3, h, w] in 0..1, then normalised in place."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     scaled = pixels.to(torch.float32).div(255)
     return scaled.sub_(torch.from_numpy(MEAN).view(3, 1, 1)).div_(torch.from_numpy(STD).view(3, 1, 1))
 
 
 class Photos:
-    """What a torchvision ImageFolder with its training transforms gives, without end."""
+    """Endless data set equivalent to a torchvision ImageFolder with its training transforms."""
 
     def __init__(self, root: pathlib.Path):
         self.paths = sorted(map(str, root.glob("train/*/*.jpg")))
@@ -83,7 +83,7 @@ class Photos:
 
 
 class Cifar:
-    """What torchvision's CIFAR with RandomCrop(32, padding=4) and a flip gives, without end."""
+    """Endless data set equivalent to torchvision's CIFAR with RandomCrop(32, padding=4) and a flip."""
 
     def __init__(self, images: np.ndarray):
         self.images = images
@@ -99,7 +99,7 @@ class Cifar:
 
 
 def torch_batches(dataset, workers: int = 2) -> Iterator:
-    # Not a fork: JAX has threads by now.
+    # Not fork: JAX already runs threads.
     options = dict(num_workers=workers, multiprocessing_context="forkserver")
     return iter(torch.utils.data.DataLoader(dataset, BATCH, shuffle=False, **options))
 
@@ -130,11 +130,11 @@ def resident(**changes) -> Iterator:
 
 
 def take_turns(contestants: dict[str, Iterator], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Images per second of each contestant in each turn. What was prefetched while others ran is not counted."""
+    """Returns each contestant's images per second in each turn, without batches prefetched between turns."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(turns):
         for name, batches in contestants.items():
-            # Whatever waits in the buffers is taken first; then batches come as fast as they are made.
+            # Drain the buffers first; afterwards batches arrive as fast as they are produced.
             for _ in range(24):
                 next(batches)
             count, start = 0, time.perf_counter()
@@ -167,7 +167,7 @@ def photos(root: pathlib.Path) -> dict:
 
 
 def decode_share(root: pathlib.Path) -> None:
-    """Where the time of one crop goes, in milliseconds, one thread."""
+    """Prints the milliseconds that one thread spends on decoding and on cropping an image."""
     blobs = [path.read_bytes() for path in sorted(root.glob("train/*/*.jpg"))[:100]]
     sizes = f"{len(blobs)} files of {statistics.mean(map(len, blobs)) / 1024:.0f} kB on average"
     start = time.perf_counter()
@@ -183,13 +183,13 @@ def decode_share(root: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar_dir", help="where TFDS's cifar100 lies")
-    parser.add_argument("--images", type=int, default=256, help="JPEGs in the folder")
-    parser.add_argument("--quality", type=int, default=92, help="of the JPEGs")
+    parser.add_argument("--cifar_dir", help="the folder of TFDS's cifar100")
+    parser.add_argument("--images", type=int, default=256, help="number of JPEGs")
+    parser.add_argument("--quality", type=int, default=92, help="quality of the JPEGs")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--threads", type=int, nargs="*", default=[2])
-    parser.add_argument("--memory", type=int, metavar="BATCHES", help="watch the memory instead")
+    parser.add_argument("--memory", type=int, metavar="BATCHES", help="measure memory instead of speed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
@@ -198,7 +198,7 @@ def main() -> None:
             memory(root, args.memory)
             return
         if torch is None:
-            print("torch is missing: ours alone (pip install 'ldrld_jax[torch]')")
+            print("torch is missing: only our loaders are measured (pip install 'ldrld_jax[torch]')")
         decode_share(root)
         contestants = {} if torch is None else {"PyTorch, 2 workers": torch_batches(Photos(root))}
         contestants |= {f"stream, {n} threads": stream(n, **photos(root)) for n in args.threads}
@@ -206,7 +206,7 @@ def main() -> None:
         show("ImageNet-style: 500x375 JPEG to 224x224", take_turns(contestants, args.turns, args.seconds))
         del contestants
     if args.cifar_dir is None:
-        print("\nno --cifar_dir: CIFAR is left out")
+        print("\nno --cifar_dir: skipping CIFAR")
         return
     cifar = dict(name="cifar100", data_dir=args.cifar_dir, pad=4)
     contestants = {f"stream, {n} threads": stream(n, **cifar) for n in args.threads}

@@ -1,12 +1,12 @@
-"""What a student's epoch costs without a teacher, with one, and with one whose logits come from a store.
+"""Times a student's epoch without a teacher, with one, and with one whose logits come from a store.
 
 python benchmarks/logit_store.py --cifar_dir DIR --teacher resnet20.pth     # the table of docs/logit_store.md
 
-ResNet8 on the part of CIFAR-100 that `--fraction` says, by the loss of `--method`; DIR holds cifar100 as TFDS
-prepares it. Whole runs take turns, so that the load of others disturbs all alike, and their programs are compiled
-once for all turns. An epoch is timed from the line of metrics that ends the one before to its own: steps, input and,
-where there is one, the store; its first epoch, which compiles, and the evaluation after the last are left out.
-Beside the seconds stand the processor's, of all cores, which the load of others disturbs less.
+Trains ResNet8 on the fraction `--fraction` of CIFAR-100 with the loss of `--method`; DIR holds cifar100 as prepared
+by TFDS. Whole runs take turns, so that other load on the machine affects all of them equally; their programs are
+compiled once for all turns. An epoch's time runs between the metrics lines that end two epochs and includes steps,
+input and, if used, the store. The first epoch, which compiles, and the final evaluation are excluded. Processor time
+over all cores, which other load affects less, follows the wall-clock time.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def config_of(args: argparse.Namespace, flags: list[str], store: str) -> Any:
 
 
 def epochs_of(config: Any) -> tuple[list[tuple[float, float]], list[float]]:
-    """Seconds of each epoch of a run but the first, and the processor's seconds; the losses of all epochs."""
+    """Returns wall and processor seconds of each epoch of a run except the first, and the losses of all epochs."""
     ends, losses, write = [], [], Recorder.write
 
     def timed(self, step, split, values):
@@ -81,8 +81,8 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |")
     wrote, read, online = (losses[name] for name in list(RUNS)[2:] + list(RUNS)[1:2])
     apart = [f"{abs(a / b - 1):.1e}" for a, b in zip(read, online, strict=True)]
-    print(f"epochs' losses, first run and later runs: {'equal' if wrote == read else 'NOT EQUAL'}")
-    print(f"later runs and the teacher at every step, epoch by epoch apart by {', '.join(apart)} of the loss")
+    print(f"losses of the first run and of later runs: {'equal' if wrote == read else 'NOT EQUAL'}")
+    print(f"relative loss difference of later runs to the teacher at every step, per epoch: {', '.join(apart)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How fast LDRLD is: value and gradient beside plain KD, the plain LDRLD and the published masked form in PyTorch.
+"""Times value and gradient of LDRLD against KD, an unoptimised LDRLD and the published masked form in PyTorch.
 
 python benchmarks/loss.py                                            # the table of docs/loss_speed.md
 python benchmarks/loss.py --sizes 512x262144 --block-rows 16 --contestants copy kd ldrld --repeats 5
-python benchmarks/loss.py --top                                      # ways to find the d + 1 largest classes
-python benchmarks/loss.py --calls 20                                 # on a GPU: the call's own latency counts less
+python benchmarks/loss.py --top                                      # only ways to find the d + 1 largest classes
+python benchmarks/loss.py --calls 20                                 # for a GPU: reduces the share of call latency
 python benchmarks/loss.py --plot docs/loss_speed.svg                 # needs matplotlib
 
-On a machine with a GPU both frameworks take it. The contestants take turns, so that the load of others disturbs all
-alike. Two take part only when asked: "torch compiled" is PyTorch's under torch.compile, "pallas" LDRLD by its kernel.
-"least bytes" is what nobody can avoid, two reads and one write of [B, C] float32; its time at the speed of a copy in
-JAX is the floor. "memory" is what the compiled program holds beside inputs and outputs.
+Both frameworks use a GPU if there is one. The contestants take turns, so that other load on the machine affects all of
+them equally. Two run only on request: "torch compiled" is PyTorch's form under torch.compile, "pallas" LDRLD's kernel.
+"least bytes" is the unavoidable traffic, two reads and one write of [B, C] float32; the floor is its time at the
+speed of a copy in JAX. "memory" is what the compiled program holds besides inputs and outputs.
 """
 
 import argparse
@@ -45,9 +45,9 @@ class Entry:
     """One contestant at one size.
 
     Attributes:
-      run: makes so many calls, 1 unless told, and waits for the last one's result.
-      memory: in bytes; None if unknown.
-      seconds: a call's, of each turn.
+      run: `run(calls=1)` makes that many calls and waits for the last result.
+      memory: temporary memory in bytes; None if unknown.
+      seconds: seconds per call, for each turn.
     """
 
     run: Callable[..., Any]
@@ -61,7 +61,7 @@ class Entry:
 
 
 def kd_loss(teacher: jax.Array, student: jax.Array) -> jax.Array:
-    """Hinton's distillation as everybody writes it, differentiated by JAX."""
+    """Computes Hinton's distillation loss in its usual form, to be differentiated by JAX."""
     log_p, log_q = (jax.nn.log_softmax(z / TEMPERATURE) for z in (teacher, student))
     return TEMPERATURE**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
@@ -79,15 +79,15 @@ def jax_entry(function: Callable, *arguments: jax.Array) -> Entry:
 
 
 def pair_weights() -> list[tuple[int, int, float]]:
-    """The pairs of ranks and their weights, as numbers that torch.compile takes for constants."""
+    """Returns pairs of ranks with their weights, as numbers that torch.compile treats as constants."""
     weights = np.asarray(ldrld_jax.rank_weights(ldrld_jax.LDRLDConfig(depth=DEPTH)))
     return [(i, j, float(weights[i, j])) for i, j in itertools.combinations(range(DEPTH), 2)]
 
 
 def torch_loss(teacher, student, pairs: list[tuple[int, int, float]]):
-    """The published formulation: a masked softmax over all C classes for each pair, one for all d, one for the rest.
+    """Computes the published form: a masked softmax over all C classes per pair, for all d and for the rest.
 
-    Classes are hidden by subtracting 1000 from their logits, as published.
+    Classes are masked by subtracting 1000 from their logits, as published.
     """
 
     def kl(hidden):
@@ -115,13 +115,13 @@ def torch_entry(teacher: np.ndarray, student: np.ndarray, *, compile: bool) -> E
         for _ in range(calls):
             loss = loss_of(fixed, trained, pairs)
             gradient = torch.autograd.grad(loss, trained)
-        return loss.item(), *gradient  # which waits for what was launched before, the gradient too
+        return loss.item(), *gradient  # .item() waits for all launched work, including the gradient
 
     return Entry(run, None)
 
 
 def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> dict[str, Entry]:
-    """The contestants at one size, compiled and run once, on the same logits; their losses agree."""
+    """Returns the contestants at one size, compiled and run once on the same logits; checks that their losses agree."""
     rng = np.random.default_rng(0)
     teacher, student = (rng.standard_normal(size, np.float32) * 4 for _ in range(2))
     cfg = ldrld_jax.LDRLDConfig(depth=DEPTH, temperature=TEMPERATURE, alpha=ALPHA, beta=BETA)
@@ -140,7 +140,7 @@ def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> 
             return torch_entry(teacher, student, compile=name == "torch compiled")
         return jax_entry(jax.value_and_grad(losses[name], 1), *sides)
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # a GPU's programs take seconds to compile
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # GPU programs take seconds to compile
         made = dict(zip(names, pool.map(make, names), strict=True))
     results = {name: entry.run() for name, entry in made.items()}
     values = [float(results[name][0]) for name in CONTESTANTS[2:] if name in results]
@@ -150,7 +150,7 @@ def entries(size: tuple[int, int], names: list[str], block_rows: int | None) -> 
 
 
 def print_top_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
-    """Measures the ways to find the d + 1 largest of every row, in median ms."""
+    """Prints the median ms of several ways to find the d + 1 largest values of every row."""
 
     def argmax(row):
         chosen = []
@@ -176,7 +176,7 @@ def print_top_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) 
 
 
 def measure(made: dict[str, Entry], repeats: int, seconds: float, calls: int = 1) -> None:
-    """Runs the contestants in turn, at least 3 times each, until `repeats` or, slow ones, `seconds` of their own."""
+    """Runs the contestants in turn, each up to `repeats` times or `seconds` in all, but at least 3 times."""
     for round_ in range(repeats):
         for entry in made.values():
             if round_ < 3 or calls * sum(entry.seconds) < seconds:
@@ -184,7 +184,7 @@ def measure(made: dict[str, Entry], repeats: int, seconds: float, calls: int = 1
 
 
 def figures(size: tuple[int, int], made: dict[str, Entry]) -> dict[str, dict[str, float | None]]:
-    """Returns what was measured of each contestant but the copy; None where what it is compared with is missing."""
+    """Returns the figures of each contestant except the copy; None if the contestant to compare with is missing."""
     array = 4 * size[0] * size[1]
     medians = {name: statistics.median(entry.seconds) for name, entry in made.items()}
     floor = 1.5 * medians["copy"] if "copy" in medians else None  # a copy moves two arrays, value and gradient three
@@ -203,11 +203,11 @@ def figures(size: tuple[int, int], made: dict[str, Entry]) -> dict[str, dict[str
     }
 
 
-_DIGITS = (3, 3, 2, 1, 1, 0, 2)  # behind the point, of each figure
+_DIGITS = (3, 3, 2, 1, 1, 0, 2)  # decimal places of each figure
 
 
 def table(size: tuple[int, int], made: dict[str, Entry]) -> list[str]:
-    """One Markdown line a contestant."""
+    """Returns one Markdown line per contestant."""
     lines = []
     for name, values in figures(size, made).items():
         pairs = zip(values.values(), _DIGITS, strict=True)
@@ -224,7 +224,7 @@ HEADER = [
 
 
 def plot(path: pathlib.Path, results: dict[tuple[int, int], dict[str, Entry]]) -> None:
-    """Median nanoseconds per logit of every contestant at every size."""
+    """Plots the median nanoseconds per logit of every contestant at every size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,21 +254,21 @@ def main() -> None:
     default_sizes = [(b, c) for c in (100, 1000, 21841) for b in (64, 256, 1024)]
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=default_sizes, metavar="BxC")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS[:5]))
-    parser.add_argument("--repeats", type=int, default=50, help="runs of each contestant at each size, at most")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each contestant at each size, about")
-    parser.add_argument("--calls", type=int, default=1, help="of each contestant in a turn")
+    parser.add_argument("--repeats", type=int, default=50, help="maximum runs of each contestant at each size")
+    parser.add_argument("--seconds", type=float, default=2.0, help="approximate time of each contestant at each size")
+    parser.add_argument("--calls", type=int, default=1, help="calls of each contestant per turn")
     parser.add_argument("--block-rows", type=int, default=None, help="ldrld_loss(..., block_rows=)")
     parser.add_argument("--top", action="store_true", help="compare the ways to find the largest classes instead")
-    parser.add_argument("--torch-limit", type=int, default=6_000_000, help="most logits that PyTorch is given")
-    parser.add_argument("--torch-threads", type=int, default=None, help="PyTorch's own choice unless given")
-    parser.add_argument("--plot", type=pathlib.Path, default=None, help="also write a picture here")
+    parser.add_argument("--torch-limit", type=int, default=6_000_000, help="maximum number of logits for PyTorch")
+    parser.add_argument("--torch-threads", type=int, default=None, help="default: PyTorch's own choice")
+    parser.add_argument("--plot", type=pathlib.Path, default=None, help="also write a plot to this file")
     flags = parser.parse_args()
     if flags.top:
         print_top_table(flags.sizes, flags.repeats, flags.seconds)
         return
     names = list(flags.contestants)
     if torch is None and any(name.startswith("torch") for name in names):
-        print("PyTorch is not installed: without the published formulation (pip install torch).\n")
+        print("PyTorch is not installed: skipping the published form (pip install torch).\n")
         names = [name for name in names if not name.startswith("torch")]
     elif flags.torch_threads:
         torch.set_num_threads(flags.torch_threads)

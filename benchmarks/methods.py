@@ -1,9 +1,9 @@
-"""What each method costs beside KD, and the gradient that each gives the student for one example.
+"""Times each method relative to KD, and plots each method's gradient for one example.
 
 python benchmarks/methods.py                                  # the table of docs/methods.md
-python benchmarks/methods.py --plot docs/method_gradients.svg # its picture; needs matplotlib
+python benchmarks/methods.py --plot docs/method_gradients.svg # its plot; needs matplotlib
 
-The methods take turns, so that the load of others disturbs all alike.
+The methods take turns, so that other load on the machine affects all of them equally.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ldrld_jax.losses import METHODS, Method
 
 
 def entries(rows: int, classes: int) -> dict[str, Entry]:
-    """Value and gradient of every method with its defaults, compiled and run once."""
+    """Returns value and gradient of every method with its defaults, compiled and run once."""
     rng = np.random.default_rng(0)
     teacher, student = (jnp.asarray(rng.standard_normal((rows, classes), np.float32) * 4) for _ in range(2))
     labels = jnp.asarray(rng.integers(0, classes, rows), jnp.int32)
@@ -32,9 +32,9 @@ def entries(rows: int, classes: int) -> dict[str, Entry]:
 
 
 def loss_of(method: Method) -> Callable[..., jax.Array]:
-    """The loss of a method with its defaults as a function of teacher, student and labels.
+    """Returns the loss of a method with its defaults as a function of teacher, student and labels.
 
-    Where it compares two views, the first half of the rows is one of them and the second half the other.
+    For a method that compares two views, the first half of the rows is the first view, the second half the second.
     """
     cfg = method.config()
 
@@ -42,7 +42,7 @@ def loss_of(method: Method) -> Callable[..., jax.Array]:
         if method.views(cfg) == 2:
             teacher, student, labels = (x.reshape(2, -1, *x.shape[1:]) for x in (teacher, student, labels))
         params = None
-        if method.from_teacher is not None:  # neighbours are alike
+        if method.from_teacher is not None:  # neighbouring classes get similar weights
             angle = jnp.linspace(0, jnp.pi / 2, teacher.shape[-1])
             params = method.from_teacher(jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1))
         return method.loss(teacher, student, labels, cfg, params=params)
@@ -51,7 +51,7 @@ def loss_of(method: Method) -> Callable[..., jax.Array]:
 
 
 def print_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> None:
-    """The median of each method over KD's, by size."""
+    """Prints the median time of each method divided by KD's, by size."""
     columns = []
     for rows, classes in sizes:
         made = entries(rows, classes)
@@ -65,10 +65,10 @@ def print_table(sizes: list[tuple[int, int]], repeats: int, seconds: float) -> N
 
 
 def plot(path: pathlib.Path) -> None:
-    """The gradient of each method with respect to the student's logits, in a picture of small bars.
+    """Plots the gradient of each method with respect to the student's logits as small bar charts.
 
-    One example of ten classes, sorted by the teacher; the student has the second and third classes
-    the wrong way round and is too sure of the label, class 0.
+    The example has ten classes, sorted by the teacher. The student swaps the second and third classes
+    and is overconfident of the label, class 0.
     """
     import matplotlib
 
@@ -77,7 +77,7 @@ def plot(path: pathlib.Path) -> None:
 
     teacher = jnp.asarray([[9.0, 6.5, 5.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0]])
     student = jnp.asarray([[10.0, 4.5, 6.0, 2.0, 3.0, 0.5, 0.0, -2.0, -1.0, -3.5]])
-    # dist, mlkd, skd and luminet compare whole batches: the example beside its mirror image and another one.
+    # dist, mlkd, skd and luminet compare whole batches: add the mirrored example and a shifted one.
     batch = [jnp.concatenate([z, z[:, ::-1], jnp.roll(z, 3, axis=1)]) for z in (teacher, student)]
     labels = jnp.array([0, 9, 3])
     figure, axes = plt.subplots(5, 4, figsize=(12, 10), sharex=True, layout="constrained")
@@ -102,9 +102,9 @@ def plot(path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=[(64, 100), (256, 1000)], metavar="BxC")
-    parser.add_argument("--repeats", type=int, default=100, help="runs of each method at each size, at most")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each method at each size, about")
-    parser.add_argument("--plot", type=pathlib.Path, default=None, help="draw the gradients here instead")
+    parser.add_argument("--repeats", type=int, default=100, help="maximum runs of each method at each size")
+    parser.add_argument("--seconds", type=float, default=1.0, help="approximate time of each method at each size")
+    parser.add_argument("--plot", type=pathlib.Path, default=None, help="plot the gradients to this file instead")
     args = parser.parse_args()
     if args.plot:
         plot(args.plot)

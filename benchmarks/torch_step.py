@@ -1,4 +1,4 @@
-"""The same training step in PyTorch: plain, as public code writes it, and strong, with all that PyTorch offers."""
+"""The same training step in PyTorch: plain, as in public code, and strong, with PyTorch's optimisations."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Residual block of two 3x3 convolutions."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR's with three stages behind a 3x3 stem, ImageNet's with four behind a 7x7 one and a pool."""
+    """ResNet with three stages after a 3x3 stem (CIFAR), or four after a 7x7 stem and a pool (ImageNet)."""
 
     def __init__(self, widths: tuple[int, ...], counts: tuple[int, ...], classes: int):
         super().__init__()
@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 
 class Scans(torch.utils.data.Dataset):
-    """Images on the host, each padded, cropped, mirrored and normalised when it is asked for."""
+    """Images on the host, each padded, cropped, mirrored and normalised on access."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, recipe: "Recipe"):
         self.images, self.labels, self.recipe = images, labels, recipe
@@ -80,17 +80,17 @@ class Scans(torch.utils.data.Dataset):
 
 
 class Step:
-    """A contestant: `run(count)` trains `count` steps and waits for the last.
+    """Contestant whose `run(count)` trains `count` steps and waits for the last.
 
-    `strong` keeps the images on the device and crops there, lays channels last, computes under autocast
-    where bfloat16 is asked for, and compiles if `compile` is given.
+    `strong` keeps and crops the images on the device, uses the channels-last layout, uses autocast for bfloat16, and
+    compiles if `compile` is True.
     """
 
     def __init__(self, recipe: "Recipe", images: np.ndarray, labels: np.ndarray, *, strong: bool, compile: bool):
         self.recipe, self.strong = recipe, strong
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as JAX multiplies by default
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # JAX's default
         self.student = self._model(recipe.student).train()
         self.teacher = None if recipe.teacher is None else self._model(recipe.teacher).eval()
         self.pairs = pair_weights()

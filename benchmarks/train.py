@@ -1,16 +1,16 @@
-"""How fast a training step is: ours beside PyTorch's, plain and strong, and beside XLA's own convolutions.
+"""Times our training step against PyTorch's, plain and strong, and against ours with XLA's own convolutions.
 
 python benchmarks/train.py                                      # resnet32x4 -> resnet8x4, batch 64, 32 pixels
 python benchmarks/train.py --student_only --models resnet8x4 resnet20
 python benchmarks/train.py --models imagenet_resnet34,imagenet_resnet18 --sizes 224 --batch 1024 --precision bfloat16
 
-Synthetic images, 8-bit, cropped and mirrored at 32 pixels. The contestants take turns in one process, so that the
-load of others disturbs all alike. Ours and "torch strong" keep the images on the device; "torch plain" makes its
-batches on the host, in one DataLoader without workers; "xla" is ours with the convolutions as XLA has them on a CPU
-(elsewhere the two are one program); "several", which takes part only when asked, is ours with all steps of a turn in
-one dispatch. MFU is FLOPs by XLA's count over the time and the device's peak (`ldrld_jax/runtime/devices.py`), left
-out where that is not known. --seconds bounds the turns, not the compilation. "CPU ms" is the processors' time, which
-other programs on the machine disturb least. On a machine with a GPU both frameworks take it.
+The images are synthetic, 8-bit, and at 32 pixels cropped and mirrored. The contestants take turns in one process, so
+that other load on the machine affects all of them equally. "ours" and "torch strong" keep the images on the device;
+"torch plain" makes its batches on the host, in one DataLoader without workers. "xla" is ours with XLA's own
+convolutions on a CPU (elsewhere the two are the same program). "several", which runs only on request, is ours with all
+steps of a turn in one dispatch. MFU is XLA's FLOP count divided by time and the device's peak
+(`ldrld_jax/runtime/devices.py`), omitted if the peak is unknown. --seconds limits the turns, not the compilation.
+"CPU ms" is processor time, which other load affects least. Both frameworks use a GPU if there is one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory of the same device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same device
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +54,15 @@ CONTESTANTS = ("ours", "several", "xla", "torch plain", "torch strong")
 
 @dataclasses.dataclass
 class Recipe:
-    """What every contestant trains by.
+    """Training settings shared by all contestants.
 
     Attributes:
-      student, teacher: names; no teacher for cross-entropy alone.
-      batch: examples a step.
-      size, classes: of the images, a side in pixels, and their classes.
-      pad: zeros around an image before it is cropped and mirrored; 0 leaves images as they are.
+      student, teacher: names of models; teacher None for cross-entropy alone.
+      batch: examples per step.
+      size, classes: side of an image in pixels, and number of classes.
+      pad: zero padding in pixels before an image is cropped and mirrored; 0 leaves images unchanged.
       precision: "float32" or "bfloat16".
-      mean, std: of the pixels, a number a channel.
+      mean, std: of the pixels, one number per channel.
     """
 
     student: str
@@ -83,9 +83,9 @@ def make_config(recipe: Recipe) -> Any:
 
 
 class OurStep:
-    """The step of the trainer over images that lie on the device; see `torch_step.Step`.
+    """The trainer's step over images on the device; the counterpart of `torch_step.Step`.
 
-    `together` steps are one dispatch, and `run` takes a multiple of them.
+    One dispatch takes `together` steps; the count given to `run` must be a multiple of it.
     """
 
     def __init__(self, recipe: Recipe, images: np.ndarray, labels: np.ndarray, together: int = 1):
@@ -121,7 +121,7 @@ class OurStep:
         return {key: batch[key] for key in ("image", "label")}
 
     def _resident(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Any, ...]]:
-        """Returns what a dispatch takes beside the state and the teacher: a batch, or what several are made of."""
+        """Yields the further arguments of a dispatch: a batch, or the stored images and draws of several batches."""
         n, pad = len(images), self.recipe.pad
         stored = jax.device_put((images.reshape(n, -1), labels))
         rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ class OurStep:
 
 
 def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
-    """Value and gradient of the objective's distillation terms by the student's logits, without cross-entropy."""
+    """Returns a function that computes value and gradient of the distillation terms in the student's logits."""
     rng = np.random.default_rng(0)
     teacher, student = (jnp.asarray(rng.standard_normal((recipe.batch, recipe.classes), np.float32)) for _ in range(2))
     labels = jnp.zeros(recipe.batch, jnp.int32)
@@ -153,7 +153,7 @@ def loss_alone(recipe: Recipe, objective: Any) -> Callable[[int], Any]:
 def contestants(
     recipe: Recipe, names: list[str], images: int, compile: bool, steps: int
 ) -> tuple[dict[str, Any], float | None]:
-    """Returns what runs, by name, compiled and warm, and the FLOPs of our step; a turn will take `steps`."""
+    """Returns the contestants' functions, compiled and warm, by name, and our step's FLOPs; a turn is `steps` steps."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (images, recipe.size, recipe.size, 3), np.uint8)
     labels = rng.integers(0, recipe.classes, images).astype(np.int32)
@@ -180,7 +180,7 @@ def contestants(
 
 
 def measure(made: dict[str, Any], seconds: float, steps: int) -> dict[str, tuple[float, float]]:
-    """Median seconds a step, by the clock and of the processors, over turns of `steps` until `seconds` are over."""
+    """Returns the median wall and processor seconds per step, over turns of `steps` for at least `seconds`."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
     begun = time.perf_counter()
     while len(taken[next(iter(made))]) < 2 or time.perf_counter() - begun < seconds:
@@ -196,7 +196,7 @@ def measure(made: dict[str, Any], seconds: float, steps: int) -> dict[str, tuple
 def figures(
     recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None
 ) -> dict[str, dict[str, float | None]]:
-    """Returns what was measured of each contestant; None where it does not apply or is not known."""
+    """Returns the figures of each contestant; None where one does not apply or is unknown."""
     kind = jax.devices()[0].device_kind
     ours = seconds.get("ours")
     out = {}
@@ -219,7 +219,7 @@ _FORMATS = ("{:.2f}", "{:.2f}", "{:.1f}", "{:.3g}", "{:.3g}", "{:.1f} %")  # of 
 
 
 def lines(recipe: Recipe, seconds: dict[str, tuple[float, float]], flops: float | None) -> list[str]:
-    """One Markdown line a contestant."""
+    """Returns one Markdown line per contestant."""
     title = f"{recipe.teacher} -> {recipe.student}" if recipe.teacher else recipe.student
     out = []
     for name, values in figures(recipe, seconds, flops).items():
@@ -235,7 +235,7 @@ HEADER = """\
 
 
 def make_recipe(models: str, *, batch: int, size: int, precision: str) -> Recipe:
-    """The recipe of "TEACHER,STUDENT", or of "STUDENT" alone."""
+    """Returns the recipe of "TEACHER,STUDENT" or "STUDENT"."""
     teacher, _, student = models.rpartition(",")
     large = student.startswith("imagenet")
     return Recipe(
@@ -255,15 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet32x4,resnet8x4"], metavar="[TEACHER,]STUDENT")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[32], help="pixels a side")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[32], help="side of an image in pixels")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--student_only", action="store_true", help="cross-entropy without the teacher")
+    parser.add_argument("--student_only", action="store_true", help="train with cross-entropy, without the teacher")
     parser.add_argument(
         "--contestants", nargs="+", choices=CONTESTANTS, default=[name for name in CONTESTANTS if name != "several"]
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the turns of each pair, after the warm-up")
-    parser.add_argument("--steps", type=int, default=None, help="a turn's; 1 on a CPU, 10 elsewhere")
-    parser.add_argument("--images", type=int, default=2048, help="so many synthetic images, at least a batch")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time of the turns of each pair, after the warm-up")
+    parser.add_argument("--steps", type=int, default=None, help="steps per turn (default: 1 on a CPU, 10 elsewhere)")
+    parser.add_argument("--images", type=int, default=2048, help="number of synthetic images, at least a batch")
     parser.add_argument("--compile", action="store_true", help='torch.compile for "torch strong"')
     flags = parser.parse_args()
     if flags.images < flags.batch:

@@ -1,9 +1,9 @@
-"""CIFAR-100, every pair of the papers: `configs/cifar100.py:TEACHER-STUDENT`, by default the paper's headline pair.
+"""CIFAR-100, any pair of the papers: `configs/cifar100.py:TEACHER-STUDENT`; default: the paper's headline pair.
 
 python -m ldrld_jax.main --config configs/cifar100.py:resnet32x4-resnet8x4 --workdir runs/r32x4-r8x4
 python -m ldrld_jax.sweep experiments/methods.py --config configs/cifar100.py:resnet56-resnet20 --workdir runs/r56-r20
 
-Published top-1 (LDRLD: ICCV 2025, best or last epoch not stated; KD and DKD as the DKD family's tables have them, best
+Published top-1 (LDRLD: ICCV 2025, best or last epoch not stated; KD and DKD: from the tables of the DKD family, best
 epoch, mean of five runs):
 
 | pair                    | teacher | student | KD    | DKD   | LDRLD | ours        |
@@ -21,16 +21,16 @@ epoch, mean of five runs):
 | vgg13-MobileNetV2       | 74.64   | 64.60   | 67.37 | 69.71 |       | not yet run |
 | ResNet50-MobileNetV2    | 79.34   | 64.60   | 67.35 | 70.35 |       | not yet run |
 
-Time of a run: not yet measured. A fifth of the images for 15 epochs was run: `configs/cifar100_laptop.py`.
+Time of a run: not yet measured. A run on a fifth of the images for 15 epochs: `configs/cifar100_laptop.py`.
 
-The 240-epoch recipe of RepDistiller, mdistiller and the LDRLD code, warm-up "official" as there; the teacher's has no
-warm-up, as published. alpha and beta are the official README's for resnet32x4-resnet8x4; nobody has published
-another pair's, and until a sweep has found better ones (`experiments/ablations.py:weights`) the others take the same.
+The 240-epoch recipe of RepDistiller, mdistiller and the LDRLD code, with the LDRLD code's warm-up "official"; the
+teacher's recipe has no warm-up, as published. alpha and beta are the official README's values for resnet32x4-resnet8x4.
+None are published for other pairs, which use the same until a sweep (`experiments/ablations.py:weights`) finds better.
 """
 
 from ml_collections import ConfigDict
 
-# These students take a fifth of the others' learning rate, as published.
+# The published learning rate of these students is a fifth of the others'.
 _SMALL_RATE = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 
 

@@ -1,13 +1,13 @@
-"""A fifth of CIFAR-100's images, 15 epochs: the paper's comparison in minutes a run, on two CPU cores.
+"""A fifth of CIFAR-100's images for 15 epochs: the paper's comparison at minutes per run on two CPU cores.
 
 python -m ldrld_jax.main --config configs/cifar100_laptop.py --workdir runs/laptop
 python -m ldrld_jax.sweep experiments/laptop.py --jobs 2 --config.teacher.checkpoint=resnet20.pth
 
-published  none: the recipe is the 240 epochs' cut to a sixteenth, its decays after 9, 11 and 13; warmed up over one
-           epoch, as the official form would take nothing at all of the rate for so short a one
-ours       experiments/README.md: five methods, three seeds; about 12 minutes of processor time a run
-Every image is cropped alike in runs of all seeds (`data.augment_seed`), so that they can share one logit store.
-Without `teacher.checkpoint` the teacher is trained first, on all images.
+published  none: the 240-epoch recipe is cut to a sixteenth, with decays after 9, 11 and 13 epochs and a linear
+           warm-up of one epoch, because the official form would not lower the rate at all in so short a warm-up
+ours       experiments/README.md: five methods, three seeds; about 12 minutes of processor time per run
+All seeds use the same crops (`data.augment_seed`), so that their runs can share one logit store. Without
+`teacher.checkpoint` the teacher is trained first, on all images.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m ldrld_jax.main
 
-published  none: this data set is here so that everything can be tried without a download
+published  none: this data set needs no download, so everything can be tried with it
 """
 
 from ml_collections import ConfigDict

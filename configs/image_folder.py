@@ -1,10 +1,10 @@
-"""Your own images: `configs/image_folder.py:TEACHER-STUDENT`, from DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg.
+"""Your own images in DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg: `configs/image_folder.py:TEACHER-STUDENT`.
 
 python -m ldrld_jax.main --config configs/image_folder.py --workdir runs/mine --config.data.data_dir DIR
 
-published  none: it is your data
-ResNet34 is trained first and then distilled into ResNet18, both at 224 px as for ImageNet, in a shorter
-cosine schedule. With a teacher of your own, set teacher.checkpoint (and teacher.model). A tenth of the
+published  none: the data is yours
+ResNet34 is trained first and then distilled into ResNet18, both at 224 px as for ImageNet, with a shorter
+cosine schedule. To use your own teacher, set teacher.checkpoint (and teacher.model). A tenth of the
 training images can be held out to choose the best epoch: --config.data.held_out=.1.
 """
 

@@ -1,4 +1,4 @@
-"""ImageNet-1K: `configs/imagenet.py:TEACHER-STUDENT`, by default the pair that every paper reports.
+"""ImageNet-1K: `configs/imagenet.py:TEACHER-STUDENT`; default: the pair that every paper reports.
 
 python -m ldrld_jax.main --config configs/imagenet.py --workdir runs/r34-r18 \
     --config.data.data_dir DIR --config.teacher.checkpoint resnet34-b627a593.pth
@@ -7,16 +7,16 @@ python -m ldrld_jax.main --config configs/imagenet.py:imagenet_resnet50-imagenet
 
 published  ResNet34 (73.31) -> ResNet18 (69.75): LDRLD 71.88 (ICCV 2025), DKD 71.70, KD 70.66 to 71.37
            ResNet50 (76.13) -> MobileNetV1: LDRLD 73.12 (ICCV 2025), DKD 72.05, KD 70.50
-ours       not yet run; alpha and beta are CIFAR-100's: nobody has published ImageNet's
+ours       not yet run; alpha and beta are CIFAR-100's, since none are published for ImageNet
 time       not yet measured
 The 100-epoch recipe of torchvision's and the distillation papers' ResNets. The teacher is torchvision's
-IMAGENET1K_V1 file; the newer V2 weights of ResNet50 (80.86) would be another benchmark.
-A laptop sees it run with --config.data.fraction=.001 --config.batch_size=16 --config.epochs=1.
+IMAGENET1K_V1 file; the newer V2 weights of ResNet50 (80.86) would be a different benchmark.
+To try it on a laptop: --config.data.fraction=.001 --config.batch_size=16 --config.epochs=1.
 """
 
 from ml_collections import ConfigDict
 
-# torchvision's top-1 less the point that a wrong resize, normalisation or file costs.
+# torchvision's top-1 minus the roughly one point that a wrong resize, normalisation or file costs.
 _MIN_TOP1 = {"imagenet_resnet18": 69.0, "imagenet_resnet34": 72.5, "imagenet_resnet50": 75.5}
 
 
@@ -34,7 +34,7 @@ def get_config(pair: str = "imagenet_resnet34-imagenet_resnet18") -> ConfigDict:
             "flip": True,
             "resize_size": 256,
             "crop_size": 224,
-            "exif": False,  # torchvision does not turn images either
+            "exif": False,  # torchvision ignores the EXIF orientation too
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
         }
@@ -43,6 +43,6 @@ def get_config(pair: str = "imagenet_resnet34-imagenet_resnet18") -> ConfigDict:
         {"learning_rate": 0.2, "weight_decay": 1e-4, "decay_epochs": (30, 60, 90), "decay_rate": 0.1}
     )
     config.student = ConfigDict({"model": student})
-    # Without teacher.checkpoint the teacher is trained first, by the same recipe.
+    # Without teacher.checkpoint the teacher is trained first, with the same recipe.
     config.teacher = ConfigDict({"model": teacher, "epochs": 100, "min_top1": _MIN_TOP1.get(teacher, 0.0)})
     return config

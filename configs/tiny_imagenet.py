@@ -1,4 +1,4 @@
-"""Tiny-ImageNet-200: `configs/tiny_imagenet.py:TEACHER-STUDENT`, 64 px, from the folder that the zip unpacks.
+"""Tiny-ImageNet-200 at 64 px, read from the unpacked zip: `configs/tiny_imagenet.py:TEACHER-STUDENT`.
 
 curl -LO http://cs231n.stanford.edu/tiny-imagenet-200.zip && unzip -q tiny-imagenet-200.zip
 python -m ldrld_jax.main --config configs/tiny_imagenet.py --workdir runs/tiny \
@@ -10,8 +10,8 @@ python -m ldrld_jax.main --config configs/tiny_imagenet.py:imagenet_resnet18-Shu
 published  the pairs are mdistiller's: ResNet18 -> MobileNetV2 and ResNet18 -> ShuffleNetV2
 ours       not yet run; alpha and beta are CIFAR-100's
 time       not yet measured
-The 200-epoch recipe of mdistiller; its teacher is trained by the same recipe. Its ResNet18 has a 3x3 stem
-of stride 1, ours the one of ImageNet, which sees a quarter of the resolution: figures will differ.
+The 200-epoch recipe of mdistiller, also for the teacher. mdistiller's ResNet18 has a 3x3 stem of stride 1; ours has
+ImageNet's stem, which leaves a quarter of the resolution, so figures will differ.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The documentation site: `python -m sphinx -W docs build/docs`."""
+"""Sphinx configuration of the documentation site: `python -m sphinx -W docs build/docs`."""
 
 import pathlib
 import sys
@@ -12,7 +12,7 @@ version = release = ldrld_jax.__version__
 author = copyright = "the ldrld_jax contributors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated", "mathml"]
 
-html_theme = "furo"  # its fonts are the reader's own and its files lie beside the pages: nothing is fetched
+html_theme = "furo"  # system fonts and local files: pages fetch nothing from elsewhere
 html_title = f"ldrld_jax {release}"
 html_show_sphinx = False
 html_copy_source = False
@@ -23,8 +23,8 @@ html_css_files = ["site.css"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "sh"
-default_role = "code"  # docstrings write `x` as Markdown does
-autodoc_typehints = "none"  # shapes, units and ranges stand in the docstrings
+default_role = "code"  # docstrings write `x` as in Markdown
+autodoc_typehints = "none"  # docstrings give shapes, units and ranges
 autodoc_member_order = "bysource"
-napoleon_use_ivar = True  # a config's fields as one list, as the arguments of a function are
+napoleon_use_ivar = True  # lists a config's fields like a function's arguments
 napoleon_attr_annotations = False

@@ -1,4 +1,4 @@
-"""The pictures of docs/concepts.md, drawn from the code itself: `python docs/figures.py`; needs matplotlib."""
+"""Draws the figures of docs/concepts.md from the code: `python docs/figures.py`; needs matplotlib."""
 
 import pathlib
 
@@ -16,21 +16,21 @@ from ldrld_jax.losses import METHODS, ldrld_parts
 HERE = pathlib.Path(__file__).parent
 CFG = LDRLDConfig(depth=4)
 CLASSES = ("cat", "dog", "fox", "wolf", "deer", "frog", "ship", "car", "truck", "plane")
-# One photograph of a cat: the student takes the dog for it, and has the wolf and the fox the wrong way round.
+# One photograph of a cat: the student ranks the dog first, and swaps the wolf and the fox.
 TEACHER = np.array([9.0, 7.5, 6.0, 4.5, 2.5, 1.5, 0.0, -0.5, -1.0, -2.0])
 STUDENT = np.array([6.5, 8.0, 3.5, 5.0, 3.0, 0.5, 0.5, -1.5, 0.0, -1.0])
 COLOURS = {"pairs": "#1f77b4", "integrity": "#2ca02c", "remainder": "#d62728", "kd": "#7f7f7f"}
 
 
 def save(figure, name: str) -> None:
-    """As SVG without a date, so that drawing it again changes nothing; text stays text."""
+    """Writes an SVG without a date, so that redrawing changes nothing, and with text kept as text."""
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name}
     figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
 def draw_pairs() -> None:
-    """Which classes meet: the student's d largest, each with each, and the rest."""
+    """Draws the compared classes: all pairs of the student's d largest, and the rest."""
     ranked = np.argsort(-STUDENT)
     figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     place = np.arange(len(CLASSES))
@@ -39,7 +39,7 @@ def draw_pairs() -> None:
     weights = np.asarray(rank_weights(CFG))
     for i in range(CFG.depth):
         for j in range(i + 1, CFG.depth):
-            level = {1: 0, 2: 1 + i, 3: 3}[j - i]  # no two lines of a pair at the same height and place
+            level = {1: 0, 2: 1 + i, 3: 3}[j - i]  # no two brackets overlap
             top, middle = 10.3 + 1.1 * level, (i + j) / 2
             bow = "angle,angleA=90,angleB=0,rad=8"
             for end in (i, j):
@@ -58,7 +58,7 @@ def draw_pairs() -> None:
 
 
 def draw_weights() -> None:
-    """The weight of every pair of ranks at d = 7, and its two factors."""
+    """Draws the weight of every pair of ranks at d = 7, and its two factors."""
     pictures = (
         ("inverse rank", LDRLDConfig(use_erd=False)),
         ("exponential decay", LDRLDConfig(use_irw=False)),
@@ -80,7 +80,7 @@ def draw_weights() -> None:
 
 
 def steps() -> dict[str, np.ndarray]:
-    """Where a step of descent moves the student's logits, by each part of LDRLD and by plain KD."""
+    """Returns the negative gradient in the student's logits of each part of LDRLD and of plain KD."""
     teacher, student = jnp.asarray(TEACHER)[None], jnp.asarray(STUDENT)[None]
     kd = METHODS["kd"]
     losses = {name: lambda s, name=name: ldrld_parts(teacher, s, CFG)[name] for name in list(COLOURS)[:3]}
@@ -89,7 +89,7 @@ def steps() -> dict[str, np.ndarray]:
 
 
 def draw_gradient() -> None:
-    """The parts' gradients for the example of the first picture."""
+    """Draws the gradients of the parts for the example of the first figure."""
     figure, axes = plt.subplots(1, 4, figsize=(9, 2.9), layout="constrained")
     ranked = np.argsort(-STUDENT)
     for axis, (name, step) in zip(axes, steps().items(), strict=True):

@@ -1,4 +1,4 @@
-"""Parts of pages that are made from the code when the site is built, so that no copy of it can grow old."""
+"""Generates parts of pages from the code when the site is built, so that they never go stale."""
 
 import ast
 import contextlib
@@ -43,7 +43,7 @@ def _fields(block: ast.ClassDef) -> list[ast.AnnAssign]:
 
 
 def config_keys() -> str:
-    """A table of all keys but those of the methods."""
+    """Returns a table of all keys except the methods' own."""
     rows, config = [], config_lib.default()
     for key, comment in key_comments():
         value = _value(config, key)
@@ -56,7 +56,7 @@ def config_keys() -> str:
 
 
 def method_keys() -> str:
-    """A table of each method's own keys."""
+    """Returns a table of each method's own keys."""
     rows = []
     for name, method in METHODS.items():
         texts = attributes(method.config)
@@ -66,7 +66,7 @@ def method_keys() -> str:
 
 
 def attributes(config: type) -> dict[str, str]:
-    """What a config's docstring says of each of its fields."""
+    """Returns the description of each field from a config's docstring."""
     _, _, block = inspect.getdoc(config).partition("Attributes:\n")
     block = block.partition("\n\n")[0]
     lines = re.findall(r"^  (\w+): (.+(?:\n   .+)*)", block, re.MULTILINE)
@@ -74,14 +74,14 @@ def attributes(config: type) -> dict[str, str]:
 
 
 def command_line() -> str:
-    """What `--help` prints."""
+    """Returns the output of `--help`."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main.parse(["--help"])
     return f"```text\n{printed.getvalue()}```"
 
 
 def models() -> str:
-    """The names of all models."""
+    """Returns the names of all models."""
     return ", ".join(f"`{name}`" for name in MODELS)
 
 
@@ -110,7 +110,7 @@ MADE: tuple[Callable[[], str], ...] = (config_keys, method_keys, command_line, m
 
 
 def fill(app, page: str, source: list[str]) -> None:
-    """Puts what a function of `MADE` gives in the place of the line `<!-- generated: NAME -->` of a page."""
+    """Replaces each line `<!-- generated: NAME -->` of a page by the result of the function NAME of `MADE`."""
     for make in MADE:
         marker = f"<!-- generated: {make.__name__} -->"
         if marker in source[0]:

@@ -1,17 +1,17 @@
-"""Formulas as MathML, which browsers draw themselves: Sphinx's own way fetches a script from elsewhere."""
+"""Renders formulas as MathML, which browsers display natively; Sphinx's default fetches an external script."""
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 
 def inline(writer, node):
-    """Within a line."""
+    """Writes an inline formula."""
     writer.body.append(convert(node.astext()))
     raise SkipNode
 
 
 def block(writer, node):
-    """A line of its own, which scrolls on a narrow screen."""
+    """Writes a display formula, which scrolls on a narrow screen."""
     writer.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
     raise SkipNode
 

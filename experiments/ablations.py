@@ -1,13 +1,13 @@
-"""The paper's ablations and robustness tables: `experiments/ablations.py:NAME`, a sweep each, see ABLATIONS.
+"""The paper's ablations and robustness tables, one sweep each: `experiments/ablations.py:NAME`, see ABLATIONS.
 
 python -m ldrld_jax.sweep experiments/ablations.py:parts --workdir runs/parts --grid seed=0,1,2
 python -m ldrld_jax.sweep experiments/ablations.py:depth --workdir runs/depth --config configs/cifar100_laptop.py
 
-All runs of a sweep share one teacher where its recipe is the same; with a biased teacher there is one per bias.
+All runs of a sweep with the same teacher recipe share one teacher; sweeps over a biased teacher have one per bias.
 """
 
 _METHODS = ["ce", "kd", "dkd", "ldrld"]
-# What biases the student's data is kept from the teacher, and the other way round.
+# A bias of the student's data does not apply to the teacher's data, and vice versa.
 _CLEAN_TEACHER = {
     "teacher.data.label_noise": "none",
     "teacher.data.label_noise_rate": 0.0,
@@ -16,7 +16,7 @@ _CLEAN_TEACHER = {
 _CLEAN_STUDENT = {"data.label_noise": "none", "data.label_noise_rate": 0.0, "data.imbalance": 1.0}
 
 ABLATIONS = {
-    # Each part taken away, and the whole.
+    # The whole loss, and the loss without each part.
     "parts": {
         "runs": [
             {},
@@ -32,7 +32,7 @@ ABLATIONS = {
     "reduction": {"grid": {"loss.ldrld.pair_reduction": ["mean", "sum"]}},
     "alpha": {"grid": {"loss.ldrld.alpha": [1.0, 3.0, 7.0, 10.5, 14.0, 21.0]}},
     "beta": {"grid": {"loss.ldrld.beta": [0.0, 1.0, 3.0, 7.0, 10.0, 14.0]}},
-    # For a pair whose weights nobody has published: the best of these by a held-out part of the training set.
+    # For pairs without published weights: choose the best by accuracy on a held-out part of the training set.
     "weights": {
         "overrides": {"data.held_out": 0.1},
         "grid": {"loss.ldrld.alpha": [1.0, 3.5, 10.5], "loss.ldrld.beta": [0.5, 2.0, 7.0]},

@@ -1,9 +1,10 @@
-"""How large a step each method asks for: the norm of its weighted loss's gradient by one example's logits.
+"""Measures each method's step size: the gradient norm of its weighted loss in one example's logits.
 
 python experiments/gradients.py runs/logits
 
-Teacher logits are the first 1,024 of a logit store's first epoch, labels the teacher's first classes. The student is
-one that has learnt nothing (noise of .3) and one half way (half the teacher's logits, noise of 1); batches of 64.
+The teacher logits are the first 1,024 of a logit store's first epoch; the labels are the teacher's top classes. Two
+students are simulated: an untrained one (noise of .3) and one half way (half the teacher's logits plus noise of 1).
+Batches of 64.
 """
 
 import json

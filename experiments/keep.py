@@ -1,8 +1,8 @@
-"""Copies what backs a table from runs into the repository: small JSON, without where things lay on that machine.
+"""Copies the small JSON files that back a table from runs into the repository, without paths of the machine.
 
 python experiments/keep.py runs/methods experiments/methods
 
-Of each run: summary.json, config.json, the evaluations of metrics.jsonl, and analysis.json where the report made one.
+For each run: summary.json, config.json, the evaluations of metrics.jsonl, and analysis.json if the report wrote one.
 """
 
 import json
@@ -14,7 +14,7 @@ PLACES = ("data.data_dir", "teacher.data.data_dir", "teacher.workdir", "logits.d
 
 
 def keep(run: pathlib.Path, to: pathlib.Path) -> None:
-    """Copies one finished run; its teacher's file keeps its name alone."""
+    """Copies one finished run; the path of its teacher's file is reduced to the file name."""
     to.mkdir(parents=True, exist_ok=True)
     config = json.loads((run / "config.json").read_text())
     for place in PLACES:

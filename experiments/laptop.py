@@ -1,4 +1,4 @@
-"""Five methods, three seeds, on a fifth of CIFAR-100: the comparison that two CPU cores can make.
+"""Five methods with three seeds on a fifth of CIFAR-100, a comparison that two CPU cores can run.
 
 python -m ldrld_jax.sweep experiments/laptop.py --jobs 2 --config.teacher.checkpoint=resnet20.pth \
     --config.logits.dir=runs/logits

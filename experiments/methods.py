@@ -1,4 +1,4 @@
-"""The paper's table for one pair: every method that it compares, three seeds each.
+"""The paper's table for one pair: every method that it compares, with three seeds each.
 
 python -m ldrld_jax.sweep experiments/methods.py --gpus 0,1,2,3
 python -m ldrld_jax.sweep experiments/methods.py --config configs/cifar100.py:resnet56-resnet20 --workdir runs/r56-r20

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/accelerator.py`."""
+"""Stages and helper modules of `benchmarks/accelerator.py`."""

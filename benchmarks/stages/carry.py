@@ -1,4 +1,4 @@
-"""Files that travel between the work folder and the machine with the device, and putting them together again."""
+"""Packs and merges the files that are transferred between work folders of different machines."""
 
 import json
 import pathlib
@@ -13,12 +13,12 @@ RESULTS, STATE, DATA = "results", "state", "data"  # the bundles
 PIECE_MIB = 15.0
 STATE_MIB = 58.0  # four pieces; a ResNet32x4 with its optimizer's state is 57 before it is compressed
 _COMPILED_MIB = 12.0
-_LOG_MIB = 3.0  # of what is only to be read, a file at most
+_LOG_MIB = 3.0  # maximum size of a file that is only to be read
 _LOGS = ("config.json", "metrics.jsonl", "summary.json")
 
 
 def pack_results(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
-    """Packs what is to be read: records, logs, the trace, and each run's log without its weights."""
+    """Packs the readable results: records, logs, the trace, and each run's log without its weights."""
     names = [name for name in ("results", "logs", "profile") if (folder / name).exists()]
     paths = [path for name in names for path in (folder / name).rglob("*")]
     paths += [path for name in _LOGS for path in folder.glob(f"runs/*/*/{name}")]
@@ -34,14 +34,14 @@ def pack_state(
     students: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
-    """Packs what training goes on from: runs with their last checkpoints, teachers' weights, compiled programs.
+    """Packs the state that training continues from: runs with last checkpoints, teachers' weights, compiled programs.
 
     Args:
-      runs: of one precision.
+      runs: the runs of one precision.
       to: the folder for the pieces.
-      wanted: whether a job's run travels.
-      students: whether the weights of students that have ended travel; nothing is trained from them.
-      say: is told what stays behind, because no more than STATE_MIB travel.
+      wanted: returns True for jobs whose run is included.
+      students: True includes the weights of finished students, from which nothing is trained.
+      say: called with a line for each part that is left out because the total would exceed STATE_MIB.
     """
     folder, names, size = runs.folder, [], 0
     records = sorted(str(path.relative_to(folder)) for path in folder.glob("results/*.json"))
@@ -51,7 +51,7 @@ def pack_state(
     for title, files in parts:
         more = sum((folder / name).stat().st_size + 1024 for name in files)
         if files and size + more > STATE_MIB * pack.MIB:
-            say(f"left behind, since no more than {STATE_MIB:g} MiB travel: {title}, {more / pack.MIB:.1f} MiB")
+            say(f"left out, because the state is limited to {STATE_MIB:g} MiB: {title}, {more / pack.MIB:.1f} MiB")
             continue
         names += files
         size += more
@@ -59,7 +59,7 @@ def pack_state(
 
 
 def _by_need(runs: Runs) -> Iterator[Job]:
-    """The jobs that have begun: first what is trained next and the teachers that have ended, then ended students."""
+    """Yields the jobs that have begun: first the next jobs with their teachers, then finished students."""
     progress = runs.progress()
     left = plan.order(progress, runs.pairs, runs.seeds)
     seen: set[str] = set()
@@ -70,7 +70,7 @@ def _by_need(runs: Runs) -> Iterator[Job]:
 
 
 def _files(runs: Runs, job: Job, students: bool) -> Iterator[str]:
-    """A run's log and a checkpoint: the last of one that goes on, of one that has ended the best, to be read alone."""
+    """Yields a run's logs and one checkpoint: the last if it continues, or the best, without training state."""
     place = runs.place(job)
     ended = (place / "summary.json").exists()
     checkpoint = place / "checkpoints" / str(best_step(place) if ended else last_step(place))
@@ -82,7 +82,7 @@ def _files(runs: Runs, job: Job, students: bool) -> Iterator[str]:
 
 
 def best_step(place: pathlib.Path) -> int:
-    """The saved step of the highest top-1, of ties the latest; 0 if there is none."""
+    """Returns the saved step with the highest top-1, the latest of ties; 0 if there is none."""
     top1s = dict[int, float]()
     for path in place.glob("checkpoints/*/_CHECKPOINT_METADATA"):
         if path.parent.name.isdigit():
@@ -91,7 +91,7 @@ def best_step(place: pathlib.Path) -> int:
 
 
 def _newest(folder: pathlib.Path, name: str) -> Iterator[str]:
-    """The newest files below a folder, up to a few MiB."""
+    """Yields the newest files below a folder, up to _COMPILED_MIB in total."""
     size = 0.0
     files = (path for path in (folder / name).rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -102,9 +102,9 @@ def _newest(folder: pathlib.Path, name: str) -> Iterator[str]:
 
 
 def bring(inbox: pathlib.Path, folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Unpacks what lies in the inbox and its folders into the work folder, where that has not come further.
+    """Unpacks the inbox and its folders into the work folder, except for runs that are further there.
 
-    What is not whole is named and left: the rest of the programme may do without it.
+    Incomplete bundles are reported and skipped, because the rest of the programme may not need them.
     """
     folders = [inbox, *(path for path in sorted(inbox.glob("*")) if path.is_dir())]
     try:
@@ -120,7 +120,7 @@ def bring(inbox: pathlib.Path, folder: pathlib.Path, say: Callable[[str], None])
 
 
 def take_state(folders: Iterable[pathlib.Path], folder: pathlib.Path) -> bool:
-    """Merges a state that lies in some folders into a work folder; whether there was one."""
+    """Merges a state packed in some folders into a work folder; returns True if there was one."""
     arrived = folder / "arrived"
     shutil.rmtree(arrived, ignore_errors=True)
     found = pack.unpack(folders, arrived, STATE)
@@ -131,7 +131,7 @@ def take_state(folders: Iterable[pathlib.Path], folder: pathlib.Path) -> bool:
 
 
 def merge(arrived: pathlib.Path, folder: pathlib.Path) -> None:
-    """Moves what has arrived into a work folder: runs that have come further, and other files that are newer."""
+    """Moves arrived files into a work folder: runs that are further than the local ones, and newer other files."""
     for place in [path for path in arrived.glob("runs/*/*") if path.is_dir()]:
         here = folder / place.relative_to(arrived)
         further = (place / "summary.json").exists(), last_step(place)
@@ -141,7 +141,7 @@ def merge(arrived: pathlib.Path, folder: pathlib.Path) -> None:
             place.rename(here)
     for path in [path for path in arrived.rglob("*") if path.is_file()]:
         here = folder / path.relative_to(arrived)
-        if here.relative_to(folder).parts[0] == "runs":  # one that has not come further
+        if here.relative_to(folder).parts[0] == "runs":  # a run that is not further
             continue
         if not here.exists() or path.stat().st_mtime > here.stat().st_mtime:
             here.parent.mkdir(parents=True, exist_ok=True)

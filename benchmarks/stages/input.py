@@ -1,4 +1,4 @@
-"""The input of `benchmarks/data.py`: images a second by threads and, PyTorch's, by processes."""
+"""Measures the input of `benchmarks/data.py`: images/s by threads, and by processes for PyTorch."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from stages.piece import Values, Work
 
 
 def photos(work: Work) -> Iterator[Values]:
-    """JPEGs of 500x375, random resized crop to 224: the stream by threads, PyTorch's loader by processes."""
+    """Measures random resized crops to 224 of 500x375 JPEGs: the stream by threads, PyTorch by processes."""
     root = work.scratch / "photos"
     if not root.exists():
         benchmark.make_folder(root, 8 if work.shrink else 256, 97)
@@ -21,7 +21,7 @@ def photos(work: Work) -> Iterator[Values]:
 
 
 def cifar(work: Work) -> Iterator[Values]:
-    """CIFAR-100, which must be there: padded, cropped and mirrored."""
+    """Measures CIFAR-100, padded, cropped and mirrored; its data must be present."""
     about = dict(name="cifar100", data_dir=str(work.folder / "data"), pad=4)
     images, _ = benchmark.make_train_batches(
         benchmark.config_data(**about), batch_size=benchmark.BATCH, seed=0
@@ -39,7 +39,7 @@ def _by_workers(
     dataset: Callable[[], Sequence],
     more: dict[str, Callable[[], Iterator]] | None = None,
 ) -> Iterator[Values]:
-    """One contestant after another, since each is to have all cores; the median of three turns."""
+    """Measures the contestants one after another, each with all cores; yields medians of three turns."""
     cores = len(os.sched_getaffinity(0))
     counts = [1, 2] if work.shrink else [n for n in (1, 2, 4, 8, 16) if n <= cores]
     makers: dict[str, Callable[[], Iterator]] = dict(more or {})

@@ -1,4 +1,4 @@
-"""The table of `benchmarks/loss.py`, size by size."""
+"""Measures the table of `benchmarks/loss.py`, size by size."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,18 +11,18 @@ SIZES = ((64, 100), (1024, 1000), (64, 21841), (256, 1000), (1024, 100), (1024, 
 
 
 def table(work: Work) -> Iterator[Values]:
-    """LDRLD beside KD by XLA, the copy, the plain LDRLD and the published formulation in PyTorch."""
+    """Measures LDRLD, KD, the copy, the unoptimised LDRLD and the published form in PyTorch."""
     sizes = ((8, 20), (8, 40)) if work.shrink else SIZES
     return _measured(work, sizes, ("copy", "kd", "ldrld", "plain", "torch"))
 
 
 def pallas(work: Work) -> Iterator[Values]:
-    """LDRLD by its Pallas kernel and by XLA, beside KD; their values are compared."""
+    """Measures LDRLD by its Pallas kernel and by XLA, and KD; compares the values of LDRLD."""
     return _measured(work, ((8, 20),) if work.shrink else SIZES, ("copy", "kd", "ldrld", "pallas"))
 
 
 def compiled(work: Work) -> Iterator[Values]:
-    """The published formulation under torch.compile, which takes half a minute a size, beside LDRLD and KD."""
+    """Measures the published form under torch.compile (half a minute per size to compile), LDRLD and KD."""
     sizes = ((8, 20),) if work.shrink else SIZES[:2]
     return _measured(work, sizes, ("copy", "kd", "ldrld", "torch", "torch compiled"))
 

@@ -1,10 +1,10 @@
-"""Folders packed into pieces that fit through a narrow door, each with checksums, and back.
+"""Packs folders into size-limited pieces with checksums, and unpacks them.
 
 python benchmarks/stages/pack.py pack FOLDER TO --name data --mib 56
 python benchmarks/stages/pack.py unpack TO FOLDER --name data
 
-A piece is a line of JSON and then bytes of a tar archive: it says of which bundle it is which part, and the checksums
-of itself and of the whole, so that pieces of several folders can be thrown together and a lost one is named.
+A piece is a line of JSON followed by bytes of a tar archive. The line names the bundle, the part, and the checksums of
+the part and of the whole, so that pieces from several folders can be mixed and a missing one is named.
 """
 
 import argparse
@@ -22,21 +22,21 @@ MIB = 2**20
 
 
 class PieceError(ValueError):
-    """A piece is damaged, missing, or of another bundle than its fellows."""
+    """Error for a piece that is damaged, missing, or from another version of the bundle."""
 
 
 def pack(root: pathlib.Path, names: Iterable[str], to: pathlib.Path, bundle: str, mib: float) -> list[pathlib.Path]:
-    """Packs files and folders below `root` into pieces; those of an earlier bundle of this name are replaced.
+    """Packs files and folders below `root` into pieces, replacing those of an earlier bundle of this name.
 
     Args:
-      root: what the names are relative to.
-      names: of files and folders.
-      to: the folder for the pieces, made if it is missing.
+      root: the folder that the names are relative to.
+      names: names of files and folders.
+      to: the folder for the pieces, created if missing.
       bundle: the bundle's name.
-      mib: the most that a piece holds, in MiB.
+      mib: maximum size of a piece in MiB.
 
     Returns:
-      The pieces, in order.
+      The paths of the pieces, in order.
     """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
@@ -57,17 +57,17 @@ def pack(root: pathlib.Path, names: Iterable[str], to: pathlib.Path, bundle: str
             file.write(json.dumps(head).encode() + b"\n")
             file.write(part)
         begun.append(path)
-    pieces = [path.rename(path.with_suffix("")) for path in begun]  # over the old one of this name, at once
+    pieces = [path.rename(path.with_suffix("")) for path in begun]  # atomically replaces an old piece
     for old in set(_of(bundle, [to])) - set(pieces):
         old.unlink()
     return pieces
 
 
 def unpack(folders: Iterable[pathlib.Path], to: pathlib.Path, bundle: str) -> bool:
-    """Unpacks a bundle whose pieces lie in some folders; nothing is written unless all of it is whole.
+    """Unpacks a bundle whose pieces are in some folders; writes nothing unless the bundle is complete.
 
     Returns:
-      Whether there was such a bundle.
+      True if the folders contain the bundle.
 
     Raises:
       PieceError: if a piece is damaged or missing.
@@ -85,10 +85,10 @@ def unpack(folders: Iterable[pathlib.Path], to: pathlib.Path, bundle: str) -> bo
     missing = sorted(set(range(first["count"])) - parts.keys())
     if missing:
         numbers = ", ".join(str(index + 1) for index in missing)
-        raise PieceError(f"{bundle} lacks the pieces {numbers} of {first['count']}. Bring them as well.")
+        raise PieceError(f"{bundle} lacks the pieces {numbers} of {first['count']}. Transfer them too.")
     content = b"".join(parts[index] for index in range(first["count"]))
     if hashlib.sha256(content).hexdigest() != first["whole"]:
-        raise PieceError(f"{bundle} is not as it was packed, though each of its pieces is.")
+        raise PieceError(f"{bundle} is damaged, although each of its pieces is intact.")
     to.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         archive.extractall(to, filter="data")
@@ -107,17 +107,17 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], bytes]:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise PieceError(f"{path} is damaged. Bring it again.")
+        raise PieceError(f"{path} is damaged. Transfer it again.")
     return head, part
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pack", "unpack"))
-    parser.add_argument("source", type=pathlib.Path, help="the folder to pack, or the one that holds the pieces")
+    parser.add_argument("source", type=pathlib.Path, help="the folder to pack, or the folder with the pieces")
     parser.add_argument("to", type=pathlib.Path)
-    parser.add_argument("--name", required=True, help="the bundle's")
-    parser.add_argument("--mib", type=float, default=15.0, help="the most that a piece holds")
+    parser.add_argument("--name", required=True, help="name of the bundle")
+    parser.add_argument("--mib", type=float, default=15.0, help="maximum size of a piece")
     flags = parser.parse_args()
     try:
         if flags.what == "pack":

@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own: `python -m stages.smoke PIECE --folder DIR ...`."""
+"""Runs one piece of work in its own process: `python -m stages.smoke PIECE --folder DIR ...`."""
 
 import argparse
 import dataclasses
@@ -25,10 +25,10 @@ class Work:
     """The input of a piece.
 
     Attributes:
-      folder: of all the work; what the piece writes beside its record goes into `scratch`.
-      shrink: whether this is a rehearsal on a CPU: tiny sizes, the same code.
-      seconds: that it may take, about.
-      before: what an earlier, incomplete attempt measured.
+      folder: the work folder; a piece writes everything except its record to `scratch`.
+      shrink: True for a rehearsal on a CPU with tiny sizes and the same code.
+      seconds: approximate time limit.
+      before: the values that an earlier, incomplete attempt measured.
     """
 
     name: str
@@ -48,7 +48,7 @@ Piece = Callable[[Work], Iterator[Values]]
 
 
 def main(stage: str, pieces: Mapping[str, Piece]) -> None:
-    """Runs the piece that the command line names, and keeps whatever it yields: all that it knows so far."""
+    """Runs the piece named on the command line and records each dict of results so far that it yields."""
     parser = argparse.ArgumentParser()
     parser.add_argument("piece", choices=pieces)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
@@ -70,7 +70,7 @@ def _keep(flags: argparse.Namespace, name: str, about: Values, begun: float, val
 
 
 def provenance() -> Values:
-    """Device, versions, commit, command: what every figure is to be read with."""
+    """Returns the device, versions, commit and command that belong to every figure."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

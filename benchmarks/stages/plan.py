@@ -1,4 +1,4 @@
-"""Which runs are trained, in which order and how, by what is done and how fast it went. No run is started here."""
+"""Plans which runs are trained, in which order and with which settings, from their progress and speed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ METHODS = ("ldrld", "kd", "dkd", "ce")
 SEEDS = (0, 1, 2)
 TEACHER = "teacher"
 
-# Layers and millions of multiply-adds an image, forwards: what a step costs until it has been measured.
+# Layers and millions of multiply-adds per image in a forward pass, to estimate a step until it is measured.
 _SIZES = {
     "resnet56": (56, 126),
     "resnet20": (20, 41),
@@ -17,7 +17,7 @@ _SIZES = {
     "wrn_40_2": (40, 328),
     "wrn_16_2": (16, 101),
 }
-_SECONDS_A_LAYER, _FLOPS = 8e-6, 1e14  # of a short kernel or two; of TF32 on a large GPU, in practice
+_SECONDS_A_LAYER, _FLOPS = 8e-6, 1e14  # one or two short kernels; TF32 in practice on a large GPU
 _BATCH = 64
 
 GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION,+CONDITIONAL,+WHILE"  # whole loops as CUDA graphs
@@ -27,7 +27,7 @@ TOGETHER = (1, 2, 4)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run: a pair's student by a method and a seed, or a teacher, which all pairs that name it share."""
+    """A run: a pair's student with a method and a seed, or a teacher, shared by all pairs that name it."""
 
     pair: str
     method: str
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         if self.method == TEACHER:
             return f"{TEACHER}={self.networks[0]}"
         return f"pair={self.pair},method={self.method},seed={self.seed}"
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """The key that its speed depends on: the methods of a pair hardly differ."""
+        """The key that the run's speed depends on; the methods of a pair hardly differ in speed."""
         teacher, student = self.networks
         return {TEACHER: teacher, "ce": student}.get(self.method, self.pair)
 
@@ -58,13 +58,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The state of the runs.
+    """Progress of the runs.
 
     Attributes:
-      steps: of a whole run.
-      done: steps that are saved, by the job's name.
-      finished: the names of those that have ended.
-      seconds: a step's, measured, by kind.
+      steps: steps of a whole run.
+      done: saved steps, by job name.
+      finished: names of the finished jobs.
+      seconds: measured seconds per step, by kind.
     """
 
     steps: int
@@ -73,14 +73,14 @@ class Progress:
     seconds: Mapping[str, float]
 
     def remaining(self, job: Job) -> float:
-        """Seconds until a job ends, of its own."""
+        """Returns the seconds that a job still has to run, without its teacher."""
         if job.name in self.finished:
             return 0.0
         return max(1, self.steps - self.done.get(job.name, 0)) * self.seconds.get(job.kind, prior(job))
 
 
 def prior(job: Job) -> float:
-    """Seconds a step by the networks' sizes; backward passes cost twice the forward ones.
+    """Estimates the seconds per step from the networks' sizes; a backward pass costs two forward passes.
 
     Example:
       >>> round(1e3 * prior(Job("resnet56-resnet20", "teacher")), 2)
@@ -94,7 +94,7 @@ def prior(job: Job) -> float:
 
 
 def order(progress: Progress, pairs: Sequence[str] = PAIRS, seeds: Sequence[int] = SEEDS) -> list[Job]:
-    """The jobs that are left: one seed of every pair before the next, the comparison first that is soonest complete."""
+    """Returns the unfinished jobs: seed by seed over all pairs, within a seed the soonest complete comparison first."""
 
     def comparison(pair: str, seed: int) -> list[Job]:
         return [Job(pair, TEACHER), *(Job(pair, method, seed) for method in METHODS)]
@@ -108,14 +108,14 @@ def order(progress: Progress, pairs: Sequence[str] = PAIRS, seeds: Sequence[int]
 
 
 def runnable(jobs: Sequence[Job], progress: Progress, count: int) -> list[Job]:
-    """The first `count` jobs whose teacher has ended, or that need none."""
+    """Returns the first `count` jobs whose teacher is finished or that need none."""
     free = (TEACHER, "ce")
     return [job for job in jobs if job.method in free or job.teacher.name in progress.finished][:count]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The way in which runs are run: XLA's flags, and how many share the device."""
+    """Way to run the jobs: XLA flags, and the number of runs that share the device."""
 
     flags: str
     together: int
@@ -125,11 +125,11 @@ PLAIN = Setting("", 1)
 
 
 def next_setting(rates: Mapping[Setting, float], together: Sequence[int] = TOGETHER) -> tuple[Setting, bool]:
-    """The setting to run by next, and whether it has yet to be measured.
+    """Returns the setting to use next, and True if it has not been measured yet.
 
     Args:
-      rates: of the settings measured: work a second, of all that shared the device; 0 for one that failed.
-      together: the numbers of runs side by side to try, 1 first.
+      rates: measured settings and the work per second of all runs sharing the device; 0 for a failed setting.
+      together: numbers of parallel runs to try, 1 first.
     """
     for flags in FLAGS:
         if Setting(flags, 1) not in rates:
@@ -139,5 +139,5 @@ def next_setting(rates: Mapping[Setting, float], together: Sequence[int] = TOGET
         if Setting(flags, count) not in rates:
             return Setting(flags, count), True
         if rates[Setting(flags, count)] < rates[Setting(flags, 1)]:
-            break  # more of them will not help where fewer did not
+            break  # more runs will not help if fewer did not
     return max(rates, key=lambda setting: rates[setting]), False

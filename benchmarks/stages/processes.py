@@ -1,4 +1,4 @@
-"""The processes of the programme: each piece of work is one, so that none takes another down or keeps the time."""
+"""Runs each piece of work in its own process, so that a failing or slow one does not affect the others."""
 
 import contextlib
 import dataclasses
@@ -9,20 +9,20 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL: a run saves its state in one or two, whatever it is doing
+GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL; a run saves its state in one or two seconds
 _POLL_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A piece of work in a process of its own.
+    """A piece of work to run in its own process.
 
     Attributes:
-      name: "stage.piece", of its record and of its log.
-      command: what is run.
-      seconds: it is stopped after so many.
-      least: it is not begun with less time than this.
-      env: added to the environment.
+      name: "stage.piece", the name of its record and log.
+      command: the command line.
+      seconds: time after which it is stopped.
+      least: it is not started with fewer seconds left than this.
+      env: additional environment variables.
     """
 
     name: str
@@ -33,29 +33,29 @@ class Task:
 
 
 class Minutes:
-    """The time of one command of the programme.
+    """Time budget of one session.
 
     Args:
-      minutes: from now on.
-      closing: seconds at the end that are kept for stopping what runs and packing the results.
-      clock: of seconds.
+      minutes: length of the session, from now.
+      closing: seconds reserved at the end for stopping processes and packing results.
+      clock: returns the time in seconds.
     """
 
     def __init__(self, minutes: float, closing: float, clock: Callable[[], float] = time.monotonic):
         self._clock, self._end, self._closing = clock, clock() + 60 * minutes, closing
 
     def left(self) -> float:
-        """Seconds for work, 0 at least."""
+        """Returns the seconds left for work, at least 0."""
         return max(0.0, self._end - self._closing - self._clock())
 
 
 class Launcher:
-    """Runs tasks side by side.
+    """Launcher of parallel tasks.
 
     Args:
-      logs: the folder for what they print.
+      logs: folder for their output.
       cwd: their working directory.
-      env: their environment, to which a task adds its own.
+      env: their environment, extended by each task's own.
     """
 
     def __init__(self, logs: pathlib.Path, cwd: pathlib.Path, env: Mapping[str, str]):
@@ -65,10 +65,10 @@ class Launcher:
     def __call__(
         self, tasks: Sequence[Task], seconds: float, enough: Callable[[], bool] = lambda: False
     ) -> dict[str, int | None]:
-        """Runs tasks until all have ended, `seconds` are over or `enough` says so.
+        """Runs tasks until all have ended, `seconds` have passed or `enough()` returns True.
 
         Returns:
-          The exit status of each; None for one that had to be stopped, whatever it made of that.
+          The exit status of each task; None for a task that had to be stopped.
         """
         end = time.monotonic() + seconds
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ class Launcher:
                     stderr=subprocess.STDOUT,
                     cwd=self._cwd,
                     env={**self._env, **task.env},
-                    start_new_session=True,  # a group of its own, which ends with it
+                    start_new_session=True,  # its own process group, which can be signalled as a whole
                 )
         try:
             while self._any_runs() and time.monotonic() < end and not enough():
@@ -96,13 +96,13 @@ class Launcher:
             self.kill()
 
     def tail(self, name: str, characters: int = 600) -> str:
-        """The end of what a task printed."""
+        """Returns the end of a task's output."""
         with contextlib.suppress(OSError):
             return (self._logs / f"{name}.txt").read_text(errors="replace")[-characters:].strip()
         return ""
 
     def kill(self) -> None:
-        """Ends whatever runs, and what it started, at once."""
+        """Kills all running tasks and their child processes."""
         self._signal(signal.SIGKILL)
         for process in self._running.values():
             process.wait()

@@ -1,4 +1,4 @@
-"""The small JSON file that each piece of work leaves: what it measured so far, and on what."""
+"""Reads and writes the record of each piece of work, a JSON file with its results so far and their provenance."""
 
 import json
 import os
@@ -9,12 +9,12 @@ Record = dict[str, Any]
 
 
 def path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns where the record of the piece "stage.piece" lies below the work folder."""
+    """Returns the path of the record of the piece "stage.piece" below the work folder."""
     return folder / "results" / f"{name}.json"
 
 
 def read(folder: pathlib.Path, name: str) -> Record:
-    """The record of a piece; {} if there is none, or a torn one, whose piece is then done again."""
+    """Returns the record of a piece; {} if it is missing or corrupt, so that the piece is repeated."""
     try:
         record = json.loads(path_of(folder, name).read_text())
     except (OSError, ValueError):
@@ -23,12 +23,12 @@ def read(folder: pathlib.Path, name: str) -> Record:
 
 
 def write(folder: pathlib.Path, name: str, record: Record) -> None:
-    """Writes a record as a whole or not at all."""
+    """Writes a record atomically."""
     replace(path_of(folder, name), json.dumps({"name": name, **record}, indent=1) + "\n")
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.write_text(text)
@@ -40,5 +40,5 @@ def is_complete(folder: pathlib.Path, name: str) -> bool:
 
 
 def fail(folder: pathlib.Path, name: str, error: str) -> None:
-    """Notes why a piece is not complete, beside what it measured before."""
+    """Adds an error to the record of an incomplete piece and keeps its earlier results."""
     write(folder, name, {**read(folder, name), "complete": False, "error": error})

@@ -1,4 +1,4 @@
-"""Checks that the package does on this device what it does on a CPU."""
+"""Checks that the package behaves on this device as on a CPU."""
 
 import concurrent.futures
 import pathlib
@@ -27,7 +27,7 @@ SIZES = ((64, 100), (64, 10), (256, 1000))
 
 
 def machine(work: Work) -> Iterator[Values]:
-    """Records what machine this is, and that everything imports."""
+    """Records the machine's properties and checks that everything imports."""
     import grain  # noqa: F401
     import tensorflow_datasets  # noqa: F401
 
@@ -48,7 +48,7 @@ def machine(work: Work) -> Iterator[Values]:
 
 
 def _copy_speed(count: int) -> float:
-    """Bytes read and written a second by a program that adds 1 to `count` float32."""
+    """Returns the GB/s read and written by a program that adds 1 to `count` float32 values."""
     copy = jax.jit(lambda x: x + 1)
     x = jax.block_until_ready(copy(jnp.zeros(count)))
     begun = time.perf_counter()
@@ -59,12 +59,12 @@ def _copy_speed(count: int) -> float:
 
 
 def losses(work: Work) -> Iterator[Values]:
-    """Value and gradient of every method against the CPU's, LDRLD's first; programs are compiled side by side."""
+    """Compares value and gradient of every method, LDRLD first, with the CPU's; compiles programs in parallel."""
     values = work.before
     sizes = ((8, 10),) if work.shrink else SIZES
     cases = [(name, size) for size in sizes for name in sorted(METHODS, key=lambda name: (name != "ldrld", name))]
     cases = [case for case in cases if _title(*case) not in values]
-    jax.config.update("jax_default_matmul_precision", "float32")  # a context would hold for this thread alone
+    jax.config.update("jax_default_matmul_precision", "float32")  # a context manager would apply to this thread only
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for case, found in zip(cases, pool.map(lambda case: _against_cpu(*case), cases), strict=True):
             values[_title(*case)] = found
@@ -78,7 +78,7 @@ def _title(name: str, size: tuple[int, int]) -> str:
 
 
 def _against_cpu(name: str, size: tuple[int, int]) -> Values:
-    """The larger of the relative errors of value and gradient; `failed` if it does not compile or run."""
+    """Returns the larger relative error of value and gradient, or `failed` if it does not compile or run."""
     method = METHODS[name]
     cfg = method.config()
     rows, classes = size
@@ -98,7 +98,7 @@ def _against_cpu(name: str, size: tuple[int, int]) -> Values:
         for device in (jax.devices("cpu")[0], jax.devices()[0]):
             arrays = jax.device_put((student, teacher, labels), device)
             found.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(*arrays)))
-    except Exception as error:  # of XLA, of many kinds: the next method may do
+    except Exception as error:  # XLA raises many types; the next method may work
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
     (expected, slope), (value, gradient) = found
     errors = [abs(value - expected) / abs(expected), np.linalg.norm(gradient - slope) / np.linalg.norm(slope)]
@@ -114,7 +114,7 @@ def _config_file(work: Work) -> str:
 
 
 def _overrides(work: Work) -> list[str]:
-    """A ResNet8 from a ResNet8 on the digits; of a rehearsal a net that compiles in a second."""
+    """Returns overrides for ResNet8 to ResNet8 on the digits, or for a tiny net that compiles in a second."""
     model = "tiny_net" if work.shrink else "resnet8"
     small = ["data.train_split=train[:128]", "data.eval_split=test[:64]"] if work.shrink else []
     return [
@@ -125,7 +125,7 @@ def _overrides(work: Work) -> list[str]:
 
 
 def resume(work: Work) -> Iterator[Values]:
-    """A run that is killed and resumed, against one that nobody killed."""
+    """Compares a run that is killed and resumed with an uninterrupted run."""
     more = [f"epochs={8 if work.shrink else 24}", f"teacher.workdir={work.scratch / 'teacher'}", "data.cache_mb=0"]
     flags = [f"--config.{override}" for override in [*_overrides(work), *more]]
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", _config_file(work), *flags, "--workdir"]
@@ -153,7 +153,7 @@ def _steps(workdir: pathlib.Path) -> list[int]:
 
 
 def _difference(one: pathlib.Path, other: pathlib.Path) -> float:
-    """The largest difference between the values that two runs logged, but for speeds."""
+    """Returns the largest difference between the logged values of two runs, except for speeds."""
     lines = [read_metrics(workdir) for workdir in (one, other)]
     differences = [
         abs(left["values"][name] - right["values"][name])
@@ -165,7 +165,7 @@ def _difference(one: pathlib.Path, other: pathlib.Path) -> float:
 
 
 def several(work: Work) -> Iterator[Values]:
-    """Several steps in one dispatch against one by one."""
+    """Compares several steps per dispatch with one step per dispatch."""
     both = [work.scratch / "one", work.scratch / "several"]
     for workdir, count in zip(both, (1, 2 if work.shrink else 11), strict=True):
         shared = (f"teacher.workdir={work.scratch / 'teacher'}", "data.loader=resident", f"steps_per_dispatch={count}")
@@ -174,7 +174,7 @@ def several(work: Work) -> Iterator[Values]:
 
 
 def bfloat16(work: Work) -> Iterator[Values]:
-    """Training in bfloat16, and its exported student on this device and on the CPU."""
+    """Trains in bfloat16 and compares the exported student on this device with the CPU."""
     config = _config(work, "precision=bfloat16")
     summary = trainer.train(config, work.scratch / "run")
     values: Values = {"last_top1": summary["last_top1"], "teacher_top1": summary["teacher_top1"]}
@@ -190,7 +190,7 @@ def bfloat16(work: Work) -> Iterator[Values]:
 
 
 def store(work: Work) -> Iterator[Values]:
-    """A run that writes the teacher's logits, and one that trains by them alone."""
+    """Trains a run that writes the teacher's logits, and one that only reads them."""
     values: Values = {}
     shared = [f"logits.dir={work.scratch / 'logits'}", "logits.views=1", f"teacher.workdir={work.scratch / 'teacher'}"]
     for name, more in (("writes", []), ("reads", ["seed=1", "data.augment_seed=0"])):

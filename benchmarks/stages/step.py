@@ -1,4 +1,4 @@
-"""The step table of `benchmarks/train.py`, and where the time of a real run's step goes."""
+"""Measures the step table of `benchmarks/train.py`, and how the time of a real run's step is spent."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from stages import piece
 from stages.piece import Values, Work
 
 NAMES = ("ours", "several", "torch plain", "torch strong")
-TOGETHER = 71  # steps in a dispatch: an epoch of CIFAR has 781 whole batches of 64, which are 11 times 71
+TOGETHER = 71  # steps per dispatch: an epoch of CIFAR has 781 = 11 x 71 full batches of 64
 
 
 def pair(
     work: Work, models: str, *, size: int, batch: int, precision: str, steps: int, names: Sequence[str] = NAMES
 ) -> Iterator[Values]:
-    """A line of the table: contestants that do not start are noted, the others take turns."""
+    """Measures a line of the table; contestants that fail to start are recorded, the others take turns."""
     if work.shrink:
         models, size, batch, steps = "resnet8,resnet8", 16, 8, 2
     recipe = benchmark.make_recipe(models, batch=batch, size=size, precision=precision)
@@ -31,7 +31,7 @@ def pair(
     for name in names:
         try:
             one, counted = benchmark.contestants(recipe, [name], batch * steps, compile=not work.shrink, steps=steps)
-        except Exception as error:  # of a compiler, of many kinds: the others may do
+        except Exception as error:  # compilers raise many types; the others may work
             values[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
             continue
         if not one:
@@ -44,7 +44,7 @@ def pair(
 
 
 def where(work: Work) -> Iterator[Values]:
-    """Measures the parts of a step on CIFAR-100, traces ten and lists their kernels; then 71 steps in a dispatch."""
+    """Measures the parts of a CIFAR-100 step, traces ten steps and lists kernels; then 71 steps per dispatch."""
     models, overrides = "resnet32x4-resnet8x4", [f"data.data_dir={work.folder / 'data'}", "data.loader=resident"]
     if work.shrink:
         models, overrides = "resnet8-resnet8", [*overrides, "batch_size=8", "data.train_split=train[:64]"]
@@ -56,7 +56,7 @@ def where(work: Work) -> Iterator[Values]:
         seconds = 0.2 if work.shrink else 4.0 / (1 + (together > 1))  # the second time the parts are known
         try:
             bench = measure(config, seconds=seconds, profile=profile)
-        except Exception as error:  # a profiler may lack its library or its rights: then without it
+        except Exception as error:  # the profiler may lack a library or permission: go on without
             if profile is None:
                 raise
             values["trace_of_ten_steps"] = {"failed": f"{type(error).__name__}: {error}"[:300]}
@@ -73,7 +73,7 @@ def where(work: Work) -> Iterator[Values]:
 
 
 def kernels(trace: pathlib.Path) -> Values:
-    """Counts what ran on the device in a trace of ten steps, and how long; empty for a CPU's trace."""
+    """Returns count and duration of the kernels in a device trace of ten steps; empty for a CPU's trace."""
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     named: dict[tuple[str, Any], str] = {
         (event["name"], (event["pid"], event.get("tid")) if event["name"] == "thread_name" else event["pid"]): (

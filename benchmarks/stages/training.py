@@ -1,4 +1,4 @@
-"""Training in slices: runs that go on from their last checkpoints, for as long as there is time, side by side."""
+"""Trains runs in parallel in time slices; each slice continues from the last checkpoints."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ from stages import plan, record
 from stages.plan import Job, Progress, Setting
 from stages.processes import Minutes, Task
 
-LEAST_SECONDS = 40.0  # imports, compilation from the cache, an epoch
+LEAST_SECONDS = 40.0  # for imports, cached compilation and an epoch
 TRIAL_SECONDS = 100.0
-_LINES = 4  # of the log, an epoch each: what a trial waits for
+_LINES = 4  # log lines (one per epoch) that a trial waits for
 _BATCH = 64
 
 Launch = Callable[..., dict[str, int | None]]
@@ -26,8 +26,8 @@ class Runs:
 
     Attributes:
       folder: the work folder.
-      precision: of the computation; runs of another one are others.
-      shrink: a rehearsal: tiny networks, data and epochs, the same code.
+      precision: the config's precision; each precision has its own runs.
+      shrink: True for a rehearsal with tiny networks, data and epochs, and the same code.
     """
 
     folder: pathlib.Path
@@ -54,11 +54,11 @@ class Runs:
         return self.folder / "runs" / self.precision / job.name
 
     def jobs(self) -> list[Job]:
-        """All of them, done or not."""
+        """Returns all jobs, finished or not."""
         return plan.order(Progress(self.steps, {}, frozenset(), {}), self.pairs, self.seeds)
 
     def progress(self) -> Progress:
-        """Reads what is done and how fast it went from the runs' folders."""
+        """Reads progress and speeds from the runs' folders."""
         done, finished, seconds = dict[str, int](), set[str](), dict[str, float]()
         for job in self.jobs():
             place = self.place(job)
@@ -70,20 +70,20 @@ class Runs:
         return Progress(self.steps, done, frozenset(finished), seconds)
 
     def speeds(self, job: Job) -> Iterator[float]:
-        """Images a second, of each line of a run's log."""
+        """Yields the images/s of each training line of a run's log."""
         for line in log_lines(self.place(job)):
             speed = line["values"].get("examples_per_second", 0.0)
             if line["split"] == "train" and speed > 0:
                 yield speed
 
     def command(self, job: Job) -> list[str]:
-        """The run as anybody would start it, by the published recipe."""
+        """Returns the command line of a run with the published recipe."""
         teacher, student = job.networks
         overrides = {
             "data.data_dir": self.folder / "data",
             "data.loader": "resident",
             "precision": self.precision,
-            "steps_per_dispatch": 71,  # 11 of them are an epoch's whole batches
+            "steps_per_dispatch": 71,  # 11 dispatches cover the full batches of an epoch
             "eval_every_epochs": 5,
             "log.every_steps": 782,
             "log.tensorboard": False,
@@ -112,17 +112,17 @@ def train(
     publish: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
-    """Trains for as long as there is time; what is done stands in the runs' folders and in this stage's record.
+    """Trains as long as time allows; progress is kept in the runs' folders and in this stage's record.
 
-    The first slices are trials: what they train counts, and by their speeds the setting of the rest is chosen.
+    The first slices are trials: their training counts, and their speeds decide the setting of the later slices.
 
     Args:
-      runs: the folder.
-      minutes: how long there is.
+      runs: the runs.
+      minutes: the time available.
       launch: `launch(tasks, seconds, enough)`, see `Launcher`.
       about: device, versions and commit, for the record.
-      publish: is called after each slice.
-      say: is told what begins.
+      publish: called after each slice.
+      say: called with a line for each slice.
     """
     name = f"training.{runs.precision}"
     kept = record.read(runs.folder, name).get("values", {})
@@ -135,7 +135,7 @@ def train(
         measured = rates(one for one in slices if one["device"] == about["device"])
         setting, is_trial = plan.next_setting(measured, runs.together)
         chosen = plan.runnable(jobs, progress, setting.together)
-        if is_trial and len(chosen) < setting.together:  # not to be measured now
+        if is_trial and len(chosen) < setting.together:  # too few jobs for a trial
             setting, is_trial = max(measured, key=lambda known: measured[known]), False
             chosen = chosen[: setting.together]
         say(f"{', '.join(job.name for job in chosen)}: {setting.together} together, flags {setting.flags or 'none'}")
@@ -150,13 +150,13 @@ def train(
         if one["error"]:
             say(one["error"])
             if setting == plan.PLAIN or not is_trial:
-                break  # the same again would fail again
+                break  # a repetition would fail again
 
 
 def _slice(
     runs: Runs, jobs: Sequence[Job], setting: Setting, is_trial: bool, minutes: Minutes, launch: Launch
 ) -> dict[str, Any]:
-    """Runs jobs side by side, and tells how fast they went together."""
+    """Runs jobs in parallel for one slice; returns its record, with their combined speed."""
     before = runs.progress()
     known = {job.name: len(list(runs.speeds(job))) for job in jobs}
 
@@ -168,7 +168,7 @@ def _slice(
             return all(len(new(job)) >= _LINES for job in jobs)
         if not any((runs.place(job) / "summary.json").exists() for job in jobs):
             return False
-        # Another takes the place of one that has ended, unless those beside it, which would start anew, end soon.
+        # Restart with a replacement for a finished run, unless the other runs, which restart too, end soon.
         now = runs.progress()
         running = [job for job in jobs if job.name not in now.finished]
         jobs_then = plan.runnable(plan.order(now, runs.pairs, runs.seeds), now, setting.together)
@@ -186,7 +186,7 @@ def _slice(
     if all(map(new, jobs)) and not failed:
         rate = sum(plan.prior(job) * new(job)[-1] / _BATCH for job in jobs)
     elif is_trial and (seconds >= TRIAL_SECONDS or (failed and setting != plan.PLAIN)):
-        rate = 0.0  # not to be tried again
+        rate = 0.0  # do not try it again
     return {
         "jobs": {job.name: after.done[job.name] - before.done[job.name] for job in jobs},
         "flags": setting.flags,
@@ -200,7 +200,7 @@ def _slice(
 
 
 def rates(slices: Iterable[Mapping[str, Any]]) -> dict[Setting, float]:
-    """Work a second by each setting, as last measured; the work of a step is its cost by `plan.prior`."""
+    """Returns the last measured work per second of each setting; a step's work is its cost by `plan.prior`."""
     return {Setting(one["flags"], one["together"]): one["rate"] for one in slices if one["rate"] is not None}
 
 
@@ -209,12 +209,12 @@ def _ended(runs: Runs, job: Job) -> dict[str, Any]:
 
 
 def last_step(place: pathlib.Path) -> int:
-    """The last step that is saved; 0 if there is none."""
+    """Returns the last saved step; 0 if there is none."""
     return max((int(path.name) for path in place.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def log_lines(place: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log; the last may be half written."""
+    """Returns the complete lines of a run's log; a half-written last line is dropped."""
     try:
         text = (place / "metrics.jsonl").read_text()
     except OSError:

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation: what a run's programs need and cost on devices that are not here."""
+"""Ahead-of-time compilation: memory, time and traffic of a run's programs on devices that are not present."""

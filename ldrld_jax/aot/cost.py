@@ -1,4 +1,4 @@
-"""The needs and costs of a program on a device that is not here, by its compiler."""
+"""Memory and run-time costs of a program on an absent device, as its compiler reports them."""
 
 import dataclasses
 import os
@@ -16,28 +16,28 @@ from ldrld_jax.aot.targets import Target
 
 # JAX reserves this share of a GPU's memory when it starts, unless the variable says otherwise.
 _GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
-# What lies on the devices from a run's start to its end; a network's variables are part of the state.
+# Arguments that stay on the devices for the whole run. The "variables" of an evaluation are part of the state.
 _KEPT = ("state", "teacher", "images", "draws", "split")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Needs and costs of a compiled program, on each device.
+    """Costs of a compiled program, per device unless noted otherwise.
 
     Attributes:
-      name: of the program.
-      compile_seconds: tracing, lowering and compilation on this machine.
-      arguments: bytes by argument, without the compiler's padding.
-      argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: as `Compiled.memory_analysis()` gives them;
-        aliased outputs take the place of donated arguments.
-      beside_bytes: of what the run keeps on the device meanwhile and is not among the arguments.
-      memory: bytes that a run may take there; None where it is not known.
-      flops: in a dispatch; None where none count.
-      bytes_moved: from and to memory in a dispatch, see `hlo.Program.bytes_moved`.
-      kernels: in a dispatch, see `hlo.Program.kernels`.
-      peak_flops, bandwidth: of the device, a second; None where they are not known.
-      collectives: transfers between devices in a dispatch.
-      examples: images in a dispatch, on all devices.
+      name: the program's name.
+      compile_seconds: time to trace, lower and compile on this machine.
+      arguments: bytes of each argument, without the compiler's padding.
+      argument_bytes, output_bytes, alias_bytes, temp_bytes, code_bytes: from `Compiled.memory_analysis()`;
+        aliased outputs reuse the memory of donated arguments.
+      beside_bytes: bytes that the run keeps on the device and that are not arguments of this program.
+      memory: bytes that a run may use; None if unknown.
+      flops: floating point operations per dispatch; None if they are not counted.
+      bytes_moved: bytes read from and written to memory per dispatch, see `hlo.Program.bytes_moved`.
+      kernels: kernels per dispatch, see `hlo.Program.kernels`.
+      peak_flops, bandwidth: peak FLOP/s and memory bytes/s of the device; None if unknown.
+      collectives: transfers between devices per dispatch.
+      examples: images per dispatch, over all devices.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Cost:
 
     @property
     def total_bytes(self) -> int:
-        """All that is on the device while the program runs."""
+        """The bytes in use on the device while the program runs."""
         own = self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes + self.code_bytes
         return own + self.beside_bytes
 
     @property
     def lasting_bytes(self) -> int:
-        """The arguments, and what the run keeps beside them."""
+        """The bytes of the arguments and of what the run keeps beside them."""
         return self.argument_bytes + self.beside_bytes
 
     @property
@@ -75,12 +75,12 @@ class Cost:
 
     @property
     def compute_seconds(self) -> float | None:
-        """The shortest time for the arithmetic of a dispatch; None where it is not known."""
+        """The time of a dispatch at peak FLOP/s; None if unknown."""
         return None if self.flops is None or self.peak_flops is None else self.flops / self.peak_flops
 
     @property
     def memory_seconds(self) -> float | None:
-        """The shortest time for the bytes of a dispatch; None where it is not known."""
+        """The time of a dispatch at full memory bandwidth; None if unknown."""
         return None if self.bandwidth is None else self.bytes_moved / self.bandwidth
 
     def to_json(self) -> dict[str, Any]:
@@ -89,12 +89,12 @@ class Cost:
 
 
 class TooLargeError(Exception):
-    """A program that the compiler itself refuses, since it needs more memory than a device has.
+    """The compiler's refusal of a program that needs more memory than a device has.
 
     Attributes:
-      name: of the program.
-      lasting_bytes: its arguments on a device and what the run keeps beside them.
-      total_bytes: all that it would need; None where the compiler does not say.
+      name: the program's name.
+      lasting_bytes: bytes per device of its arguments and of what the run keeps beside them.
+      total_bytes: all bytes that it would need; None if the compiler does not report them.
     """
 
     def __init__(self, name: str, lasting_bytes: int, total_bytes: float | None):
@@ -103,16 +103,16 @@ class TooLargeError(Exception):
 
 
 def measure(program: Program, beside: Sequence[Program], config: ConfigDict, target: Target) -> Cost:
-    """Compiles a program and reads what it costs.
+    """Compiles a program and returns its costs.
 
     Args:
-      program: to compile.
-      beside: all programs of the run, whose lasting arguments lie on the devices as well.
-      config: of the run.
-      target: what to compile for.
+      program: the program to compile.
+      beside: all programs of the run; their lasting arguments occupy the devices too.
+      config: the run's config.
+      target: the devices to compile for.
 
     Raises:
-      TooLargeError: if the compiler finds no way to keep it within the device's memory.
+      TooLargeError: if the compiler cannot fit the program into the device's memory.
     """
     begun, lasting = time.perf_counter(), _beside(program, beside)
     try:
@@ -150,7 +150,7 @@ def measure(program: Program, beside: Sequence[Program], config: ConfigDict, tar
 
 
 def usable_memory(target: Target) -> int | None:
-    """Returns the bytes of a device that a run may take: on a GPU what JAX reserves; None where it is not known."""
+    """Returns the bytes of a device that a run may use (on a GPU, the share that JAX reserves); None if unknown."""
     if target.facts is None:
         return None
     variable, default = _GPU_SHARE
@@ -159,7 +159,7 @@ def usable_memory(target: Target) -> int | None:
 
 
 def _beside(program: Program, programs: Sequence[Program]) -> int:
-    """Returns the bytes that last through the run and are not among a program's arguments."""
+    """Returns the bytes that stay on a device for the whole run and are not arguments of `program`."""
     kept: dict[str, int] = {}
     for other in programs:
         kept |= {name: size for name, size in other.argument_bytes().items() if name in _KEPT and size}

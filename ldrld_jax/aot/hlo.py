@@ -1,4 +1,4 @@
-"""Reading of XLA's text of a compiled program: what it moves through memory and between devices."""
+"""Reads XLA's text of a compiled program and counts its traffic to memory and between devices."""
 
 import collections
 import dataclasses
@@ -11,12 +11,12 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter"),
 )
-# Instructions that name or regroup arrays, or wait for them, and touch no byte of their own.
+# Instructions that only name, regroup or wait for arrays; they move no bytes themselves.
 _FREE = {
     *("after-all", "async-start", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota"),
     *("opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while"),
 }
-_SLICES = ("dynamic-slice", "gather", "slice")  # of their operand they read what they give
+_SLICES = ("dynamic-slice", "gather", "slice")  # these read only as many bytes as they return
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
@@ -28,9 +28,9 @@ class Collective:
     """One kind of transfer between devices in a program.
 
     Attributes:
-      kind: as in `COLLECTIVES`.
-      count: how often a device takes part, loops unrolled.
-      bytes: of the arrays of one device, all together.
+      kind: one of `COLLECTIVES`.
+      count: executions on one device, counting each loop iteration.
+      bytes: total size of one device's arrays over all executions.
     """
 
     kind: str
@@ -44,8 +44,8 @@ class _Instruction:
     shape: str
     kind: str
     operands: tuple[str, ...]
-    rest: str  # what follows the operands
-    root: bool  # the result of its computation
+    rest: str  # the text after the operands
+    root: bool  # True for the result of its computation
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class _Instruction:
 
 
 class Program:
-    """A compiled program, by the text that `Compiled.as_text()` gives.
+    """A compiled program, parsed from the text of `Compiled.as_text()`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,7 +77,7 @@ class Program:
 
     @property
     def collectives(self) -> list[Collective]:
-        """The transfers between devices, by kind."""
+        """The transfers between devices, one entry per kind."""
         counts, sizes = collections.Counter[str](), collections.Counter[str]()
         for computation, instruction, times in self._executed(self._entry, 1):
             kind = instruction.kind.removesuffix("-start")
@@ -92,10 +92,10 @@ class Program:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that the program reads from memory and writes to it, each fusion's inputs and outputs once.
+        """The bytes that the program reads from and writes to memory, each fusion's inputs and outputs once.
 
-        Arrays that the compiler keeps on the chip do not count; of an array of which only slices are used,
-        the slices do.
+        Arrays that the compiler keeps on the chip do not count. If only slices of an array are used, only the
+        slices count.
         """
         return sum(
             times * self._moved(computation, instruction)
@@ -104,21 +104,21 @@ class Program:
 
     @property
     def kernels(self) -> int:
-        """The number of instructions that run, loops unrolled: on a GPU about the kernels that are launched."""
+        """The number of instructions executed, counting each loop iteration: roughly the kernel launches on a GPU."""
         executed = self._executed(self._entry, 1)
         return sum(times for _, i, times in executed if i.kind not in _FREE and not i.kind.endswith("-done"))
 
     def count(self, kind: str) -> int:
-        """Returns how many instructions of a kind the text has, inside fusions too.
+        """Returns the number of instructions of a kind in the text, including those inside fusions.
 
         Args:
-          kind: an operation such as "sort", or a custom call's target.
+          kind: an operation such as "sort", or the target of a custom call.
         """
         instructions = [i for computation in self._computations.values() for i in computation.values()]
         return sum(i.kind == kind or f'custom_call_target="{kind}"' in i.rest for i in instructions)
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[str, _Instruction, int]]:
-        """Yields every instruction that runs with its computation and how often, the bodies of loops included."""
+        """Yields the computation, the instruction and its number of executions, for every instruction that runs."""
         for instruction in self._computations[name].values():
             yield name, instruction, times
             if instruction.kind == "while":
@@ -129,13 +129,13 @@ class Program:
             elif instruction.kind in ("call", "async-start"):
                 for called in instruction.called:
                     yield from self._executed(called, times)
-            elif instruction.kind == "conditional":  # the branches do much the same: the first stands for all
+            elif instruction.kind == "conditional":  # the branches cost about the same: count the first
                 yield from self._executed(instruction.called[0], times)
 
     def _moved(self, computation: str, instruction: _Instruction) -> int:
         if instruction.kind in _FREE or instruction.kind.endswith(("-done", "-update")):
             return 0
-        if instruction.kind == "copy-start":  # from one memory to the other: its shape has both ends
+        if instruction.kind == "copy-start":  # its shape holds source and destination
             return _bytes(instruction.shape)
         shapes = [self._computations[computation][name].shape for name in instruction.operands]
         written = _bytes(instruction.shape)
@@ -152,12 +152,12 @@ class Program:
 
 
 def _read(inside: dict[str, _Instruction], parameter: str, shape: str) -> int:
-    """Returns the bytes that a fusion reads of a parameter: all of it, or the slices that it takes."""
+    """Returns the bytes that a fusion reads from a parameter: the whole parameter, or only the slices it uses."""
     users = [i for i in inside.values() if parameter in i.operands and i.kind != "parameter"]
     sliced = [i for i in users if i.operands[0] == parameter and i.kind in (*_SLICES, "dynamic-update-slice")]
     if not users or len(sliced) < len(users) or not _bytes(shape):
         return _bytes(shape)
-    # What a slice is written into is not read.
+    # The target of a dynamic-update-slice is not read.
     return sum(_bytes(i.shape, any_memory=True) for i in sliced if i.kind in _SLICES)
 
 
@@ -172,7 +172,7 @@ def _bytes(shape: str, any_memory: bool = False) -> int:
     total = 0
     for found in _ARRAY.finditer(shape):
         kind, dims = found.groups()
-        if "S(" in found.group(0) and not any_memory:  # another memory space: on the chip, or the host's
+        if "S(" in found.group(0) and not any_memory:  # another memory space: on-chip or host
             continue
         digits = re.search(r"\d+", kind)
         bits = _BITS.get(kind, int(digits.group(0)) if digits else 8)
@@ -195,7 +195,7 @@ def _instruction(line: str) -> _Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Returns the position after the bracket that closes the one that `text` begins with."""
+    """Returns the position after the bracket that closes the opening bracket at the start of `text`."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -209,13 +209,13 @@ def _parameters(computation: dict[str, _Instruction]) -> dict[int, str]:
 
 
 def _roots(computation: dict[str, _Instruction]) -> list[_Instruction]:
-    """Returns the results of a fused computation: its root, or what that tuple holds."""
+    """Returns the results of a fused computation: its root, or the elements of the root tuple."""
     root = next(instruction for instruction in computation.values() if instruction.root)
     return [computation[name] for name in root.operands] if root.kind == "tuple" else [root]
 
 
 def _kept(computation: dict[str, _Instruction], root: _Instruction) -> int:
-    """Returns the bytes of a result that are not written: of an update in place all but the update."""
+    """Returns the bytes of a result that are not written: everything but the update, for an in-place update."""
     if root.kind != "dynamic-update-slice":
         return 0
     return _bytes(root.shape) - _bytes(computation[root.operands[1]].shape, any_memory=True)

@@ -1,4 +1,4 @@
-"""The programs of a run, in shapes alone: no image is read and no weight is made."""
+"""Builds the programs of a run from shapes alone, without reading an image or allocating a weight."""
 
 import copy
 import dataclasses
@@ -32,12 +32,12 @@ class Program:
     """One program that a run dispatches.
 
     Attributes:
-      name: what it does.
-      jitted: as the run has it.
-      arguments: by name, trees of `jax.ShapeDtypeStruct` with their shardings.
-      examples: images that go through it in one dispatch, on all devices.
-      times: how often its loop runs `one`.
-      one: the function without loops whose operations are counted, and its arguments; None where none count.
+      name: a short description, such as "train step".
+      jitted: the jitted function that the run uses.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings, by argument name.
+      examples: images per dispatch, over all devices.
+      times: iterations of `one` in the program's loop.
+      one: a loop-free function to count operations in, and its arguments; None if they are not counted.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Program:
     one: tuple[Any, dict[str, Tree]] | None = None
 
     def count_flops(self, platform: str) -> float | None:
-        """Returns the floating point operations of a dispatch on all devices; None where they do not matter."""
+        """Returns the floating point operations of a dispatch over all devices; None if they are not counted."""
         if self.one is None:
             return None
         function, arguments = self.one
@@ -65,7 +65,7 @@ class Program:
 def programs_of(run: Run) -> Iterator[Program]:
     """Yields the programs of a run that was planned for absent devices, the train step first.
 
-    The smaller last batch of an epoch that keeps its remainder has a program of its own, which is not among them.
+    The program for the smaller last batch of an epoch that keeps its remainder is not included.
     """
     config, mesh = run.config, run.mesh
     groups = batch_norm_groups(config)
@@ -85,7 +85,7 @@ def programs_of(run: Run) -> Iterator[Program]:
     one = _whole_step(run, network, teacher), arguments
     yield Program("train step", jit(step), arguments, config.batch_size, one=one)
     if isinstance(run.batches, ResidentBatches):
-        count, scalar = config.steps_per_dispatch, jax.ShapeDtypeStruct((), jnp.int32)  # a scalar comes from the host
+        count, scalar = config.steps_per_dispatch, jax.ShapeDtypeStruct((), jnp.int32)  # host scalars: no sharding
         images = Images(run.batches, None)
         if count > 1:
             several = jit(several_steps(step, images.whole, count))
@@ -102,7 +102,7 @@ def programs_of(run: Run) -> Iterator[Program]:
 
 
 def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
-    """Returns the evaluation as a run has it: the whole split at once where it is kept in memory, else a batch."""
+    """Returns the evaluation program: over the whole split if it is kept in memory, else over one batch."""
     evaluator = Evaluator(network, run.eval_source, run.config, run.mesh)
     devices = run.mesh.shape["data"]
     rows = -(-run.config.eval_batch_size // devices) * devices
@@ -124,7 +124,7 @@ def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
 
 
 def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
-    """Returns the train step without microbatches, whose loop would count once, and without what remat does twice."""
+    """Returns the train step without microbatches (a loop body counts once) and without recomputation by remat."""
     config = copy.deepcopy(run.config)
     config.accumulate, config.remat = 1, False
     optimizer = make_optimizer(config.optim, run.schedule)
@@ -132,7 +132,7 @@ def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a whole batch of a run, its rows split over the devices."""
+    """Returns a full batch with its rows split over the devices."""
     batches = run.batches
     rows = -(-batches.batch_size // batches.divisor) * batches.divisor
     views = (batches.views,) if batches.views > 1 else ()
@@ -152,7 +152,7 @@ def _logits(run: Run) -> jax.ShapeDtypeStruct:
 
 
 def _resident(run: Run) -> dict[str, Tree]:
-    """Returns the training set as it lies on each device, and what an epoch draws."""
+    """Returns the training set as stored on each device, and the random draws of an epoch."""
     batches = run.batches
     images = len(batches.source), math.prod(batches.source.image_shape)
     stored = _struct(images, jnp.uint8, run), _struct(images[:1], jnp.int32, run)
@@ -165,7 +165,7 @@ def _struct(shape: tuple[int, ...], dtype: Any, run: Run, *axes: str) -> jax.Sha
 
 
 def _stacked(x: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
-    """Returns `count` of an array that is split over the devices, one after the other."""
+    """Returns the struct of `count` stacked copies of `x`; the new leading axis is not sharded."""
     assert isinstance(x.sharding, NamedSharding)
     sharding = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
     return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""`--mode compile`: whether a config runs on devices that are not here, what it needs there and what bounds it."""
+"""`--mode compile`: compiles a config for absent devices and reports memory, time bounds and whether it fits."""
 
 import copy
 import dataclasses
@@ -23,22 +23,22 @@ from ldrld_jax.train.plan import Run
 
 
 class DoesNotFitError(Exception):
-    """A run that needs more memory than a device has."""
+    """Error for a run that needs more memory than a device has."""
 
     exit_code = 1
 
 
 def report(config: ConfigDict, target: str, json_file: str | None = None) -> None:
-    """Compiles what a config would run for a target, and prints what each program needs and costs.
+    """Compiles the programs of a config for a target and prints the memory and cost of each.
 
     Args:
-      config: of `ldrld_jax.config.load`.
-      target: see `Target.find`.
-      json_file: where to write the same for machines; None for nowhere.
+      config: from `ldrld_jax.config.load`.
+      target: a target's name, see `Target.find`.
+      json_file: path for the same report as JSON; None writes none.
 
     Raises:
-      UserError: if the config or the target is wrong.
-      DoesNotFitError: if a program needs more memory than a device has; its line names a change that fits.
+      UserError: if the config or the target is invalid.
+      DoesNotFitError: if a program needs more memory than a device has; the message names a change that fits.
     """
     found = Target.find(target)
     say(_title(config, found))
@@ -62,13 +62,13 @@ def costs_of(config: ConfigDict, target: Target, only: int | None = None) -> Ite
     """Yields the costs of a config's programs, in the order of `programs_of`.
 
     Args:
-      config: of `ldrld_jax.config.load`.
-      target: what to compile for.
-      only: the index of one program to compile; None for all.
+      config: from `ldrld_jax.config.load`.
+      target: the devices to compile for.
+      only: index of the single program to compile; None for all.
 
     Raises:
-      UserError: if the config is wrong.
-      TooLargeError: if the compiler itself refuses a program.
+      UserError: if the config is invalid.
+      TooLargeError: if the compiler refuses a program for its size.
     """
     with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(""), absent=target.devices)
@@ -79,7 +79,7 @@ def costs_of(config: ConfigDict, target: Target, only: int | None = None) -> Ite
 
 
 def table(cost: Cost) -> str:
-    """Returns a program's cost as lines for people."""
+    """Returns a program's cost as a readable table."""
     rows = [("", _size(size), name) for name, size in cost.arguments.items() if size]
     rows.append(("", _size(cost.output_bytes - cost.alias_bytes), "output that takes no argument's place"))
     rows.append(("", _size(cost.temp_bytes), "temporaries"))
@@ -100,7 +100,7 @@ def table(cost: Cost) -> str:
 
 
 def _bound(cost: Cost) -> list[str]:
-    """Returns the line that says how long a dispatch takes at least, and why; none where nothing is known."""
+    """Returns a line with the lower bound on a dispatch's time and its cause; no line if nothing is known."""
     bounds = {"compute": cost.compute_seconds, "traffic": cost.memory_seconds}
     known = {name: seconds for name, seconds in bounds.items() if seconds is not None}
     if not known or cost.flops is None:
@@ -111,11 +111,11 @@ def _bound(cost: Cost) -> list[str]:
 
 
 def _refusal(config: ConfigDict, target: Target, index: int, large: Cost | TooLargeError) -> str:
-    """Returns a line with what a program needs and the mildest change under which it fits, found by compiling it."""
+    """Returns the error text for a program that does not fit, with the mildest change that makes it compile to fit."""
     memory = usable_memory(target)
     assert memory is not None
     needed = "more than" if large.total_bytes is None else f"{_size(large.total_bytes)} of"
-    line = f"the {large.name} needs {needed} the {_size(memory)} that a run may take of a device's memory."
+    line = f"the {large.name} needs {needed} the {_size(memory)} that a run may use of a device's memory."
     for change in _changes(config, len(target.devices), large.name):
         if not change.might_fit(large, memory):
             continue
@@ -126,17 +126,17 @@ def _refusal(config: ConfigDict, target: Target, index: int, large: Cost | TooLa
             continue
         if cost.fits:
             return f"{line} With {change} it fits ({_size(cost.total_bytes)})."
-    return f"{line} No batch of it fits. Take a larger device, more of them, or a smaller network."
+    return f"{line} No batch size fits. Use a larger device, more devices, or a smaller network."
 
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """Overrides that save memory, and at most how much.
+    """Overrides that save memory, with the largest saving they can bring.
 
     Attributes:
-      overrides: `key=value` each.
-      lasting: the share of what lies on a device from start to end that is left at best.
-      passing: the share of everything else.
+      overrides: a tuple of `key=value`.
+      lasting: fraction of the memory held for the whole run that remains, at best.
+      passing: fraction of all other memory that remains, at best.
     """
 
     overrides: tuple[str, ...]
@@ -147,7 +147,7 @@ class _Change:
         return " ".join(f"--config.{override}" for override in self.overrides)
 
     def might_fit(self, large: Cost | TooLargeError, memory: int) -> bool:
-        """Returns False if the change cannot save enough, which spares its compilation."""
+        """Returns False if the change cannot save enough, so that it need not be compiled."""
         if large.total_bytes is None:
             return True
         passing = max(0, large.total_bytes - large.lasting_bytes)
@@ -158,7 +158,7 @@ class _Change:
 
 
 def _changes(config: ConfigDict, devices: int, program: str) -> Iterator[_Change]:
-    """Yields what saves memory in a program, from what changes no number of a run to a smaller batch."""
+    """Yields changes that save memory, from those that leave a run's results unchanged to smaller batches."""
     split_up = [_Change(("mesh.fsdp=True",), lasting=1 / devices)] if devices > 1 and not config.mesh.fsdp else []
     if config.data.loader == "resident":
         yield _Change(("data.loader=stream", "steps_per_dispatch=1"), lasting=0)
@@ -168,7 +168,7 @@ def _changes(config: ConfigDict, devices: int, program: str) -> Iterator[_Change
         while batch >= devices:
             change = _Change((f"eval_batch_size={batch}",), passing=batch / config.eval_batch_size)
             yield change
-            yield change + _Change(("data.cache_mb=0",), lasting=0)  # not the whole split on the devices
+            yield change + _Change(("data.cache_mb=0",), lasting=0)  # without the split on the devices
             batch //= 2
         return
     same = split_up + ([] if config.remat else [_Change(("remat=True",), passing=0.2)])
@@ -202,7 +202,7 @@ def _at_best(seconds: float | None) -> str:
 
 
 def _size(size: float) -> str:
-    """Returns bytes for people.
+    """Formats a number of bytes.
 
     Example:
       >>> _size(1536), _size(3 * 2**30)

@@ -1,4 +1,4 @@
-"""Devices that are not here, by name: what XLA compiles for in place of a machine."""
+"""Named compilation targets: devices that XLA compiles for without having them."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ class Target:
     """Devices to compile for.
 
     Attributes:
-      name: as it was given, "v5e:2x4".
-      devices: that programs are placed on; they run nothing.
-      facts: of one device; None for a CPU.
-      options: of XLA's compiler, to `Lowered.compile`.
+      name: the name as given, such as "v5e:2x4".
+      devices: the devices that programs are placed on; they cannot run anything.
+      facts: properties of one device; None for a CPU.
+      options: XLA compiler options for `Lowered.compile`.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Target:
 
     @classmethod
     def find(cls, name: str) -> "Target":
-        """Finds a target by its name.
+        """Returns the target of a name.
 
         Args:
-          name: a TPU slice ("v5e:2x4", "v5p:2x2x1"), a number of GPUs of one host ("h100", "a100:8"), or "cpu:8".
+          name: a TPU slice ("v5e:2x4", "v5p:2x2x1"), GPUs of one host ("h100", "a100:8"), or CPU devices ("cpu:8").
 
         Raises:
-          UserError: if there is no such target, or its compiler is not installed.
+          UserError: if the target is unknown or its compiler is not installed.
         """
         kind, _, shape = name.partition(":")
-        jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is not touched
+        jax.config.update("jax_platforms", "cpu")  # leave a local accelerator alone
         if kind == "cpu":
             return cls(name, _cpus(name, shape), None, {})
         if kind not in DEVICES:
@@ -52,7 +52,7 @@ class Target:
             return cls(name, _tpus(kind, name, shape), facts, {})
         if not re.fullmatch(r"([1-9]\d*)?", shape):
             raise UserError(f"--target {name} asks for {shape!r} GPUs. Give a number: {kind}:8.")
-        # Without a device XLA cannot time its candidates: level 0 takes the default of each.
+        # XLA cannot time candidate kernels without a device: level 0 takes each default.
         return cls(name, _gpus(facts, kind, int(shape or 1)), facts, {"xla_gpu_autotune_level": 0})
 
 
@@ -60,10 +60,10 @@ def _cpus(name: str, shape: str) -> list[jax.Device]:
     if not re.fullmatch(r"([1-9]\d*)?", shape):
         raise UserError(f"--target {name} asks for {shape!r} CPU devices. Give a number: cpu:8.")
     count = int(shape or 1)
-    with contextlib.suppress(RuntimeError):  # of a JAX that has started: what it has must do
+    with contextlib.suppress(RuntimeError):  # JAX has already started: use the devices it has
         jax.config.update("jax_num_cpu_devices", count)
     if count > (here := jax.device_count("cpu")):
-        raise UserError(f"--target {name}: this process has started with {here} CPU devices. Start another one.")
+        raise UserError(f"--target {name}: this process has started with {here} CPU devices. Start a new one.")
     return jax.devices("cpu")[:count]
 
 
@@ -71,7 +71,7 @@ def _tpus(kind: str, name: str, shape: str) -> list[jax.Device]:
     _installed("libtpu", name)
     if not shape:
         raise UserError(f"--target {name} names no slice. Give its chips: {kind}:2x4 for example.")
-    # libtpu looks for the metadata of a cloud machine and locks a file for one process, unless it is told not to.
+    # By default libtpu queries a cloud machine's metadata and locks a file for one process.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -79,11 +79,11 @@ def _tpus(kind: str, name: str, shape: str) -> list[jax.Device]:
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):
         os.environ.setdefault(variable, value)
-    # The two cores of a v4 chip are one device to JAX.
+    # JAX treats the two cores of a v4 chip as one device.
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
-    except Exception as error:  # of libtpu, at a slice that no machine has
+    except Exception as error:  # libtpu's error for a slice that does not exist
         raise UserError(
             f"--target {name}: {_reason(error)}. Give a slice that exists: {kind}:2x4 for example."
         ) from None
@@ -99,7 +99,7 @@ def _gpus(facts: Device, kind: str, count: int) -> list[jax.Device]:
 
 
 def _description(device: Device) -> str:
-    """Returns what XLA asks of a GPU, a GpuTargetConfigProto as text."""
+    """Returns the GpuTargetConfigProto of a GPU in text format."""
     gpu = device.gpu
     assert gpu is not None
     major, minor = gpu.capability
@@ -132,7 +132,7 @@ device_description_str: "{device.kind}"
 
 
 def _installed(package: str, target: str) -> None:
-    """Raises a UserError unless a compiler is there, of the version that JAX takes."""
+    """Raises a UserError unless the compiler package is installed."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""How fast a config trains on this machine, and where the time goes: `--mode bench`."""
+"""Training benchmarks of a config on this machine: `--mode bench`."""

@@ -1,4 +1,4 @@
-"""What a bench found out, and its table."""
+"""The result of a benchmark and its table."""
 
 import dataclasses
 
@@ -14,18 +14,18 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What was measured.
+    """The measurements of one benchmark.
 
     Attributes:
-      title: of what.
-      compile_seconds: of the train step, traced and compiled.
-      run_seconds: a step of the real loop, input, dispatch and metrics and all.
-      batch_size: of it.
-      part_seconds: by name, see `PARTS`; each alone, so that they need not add up to a step.
-      flops: of a step, on all devices together; None where XLA does not say.
-      peak: FLOP/s of all devices together at best; None where it is not known.
-      program_bytes: what the step holds on one device, by the compiler; None where it does not say.
-      peak_bytes: the most that was in use on one device; None where the runtime does not say.
+      title: the benchmarked config and devices.
+      compile_seconds: time to trace and compile the train step.
+      run_seconds: time of a step of the real loop, including input, dispatch and metrics.
+      batch_size: examples per step.
+      part_seconds: time of each of `PARTS`, measured alone; they need not add up to a step.
+      flops: floating point operations per step, over all devices; None if XLA does not report them.
+      peak: peak FLOP/s of all devices together; None if unknown.
+      program_bytes: bytes that the step holds on one device, by the compiler; None if it does not report them.
+      peak_bytes: the most bytes in use on one device; None if the runtime does not report them.
     """
 
     title: str
@@ -44,12 +44,12 @@ class Bench:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each part in percent of a step of the real loop, at most 100."""
+        """Each part's time in percent of a step of the real loop, at most 100."""
         return {name: min(100.0, 100 * seconds / self.run_seconds) for name, seconds in self.part_seconds.items()}
 
     @property
     def peak_share(self) -> float | None:
-        """FLOP/s in percent of the devices' peak (MFU)."""
+        """Achieved FLOP/s in percent of the devices' peak (MFU); None if unknown."""
         return None if self.flops is None or self.peak is None else 100 * self.flops / self.run_seconds / self.peak
 
     def __str__(self) -> str:

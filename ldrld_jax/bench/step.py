@@ -1,4 +1,4 @@
-"""How fast a config trains on this machine, and where the time of a step goes: nothing is trained or written."""
+"""Measures how fast a config trains on this machine and how a step's time is spent, without writing a run."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ _TURNS = 5
 
 
 def report(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> str:
-    """`measure` as a table for people."""
+    """Returns the result of `measure` as a readable table."""
     return str(measure(config, seconds=seconds, profile=profile))
 
 
@@ -40,12 +40,12 @@ def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = N
     """Measures the training that a config describes.
 
     Args:
-      config: of `ldrld_jax.config.load`. A teacher that the run would train first has random weights.
-      seconds: about how long each measurement takes.
-      profile: a directory for a trace of some steps, see `Profile`.
+      config: from `ldrld_jax.config.load`. A teacher that the run would train first has random weights.
+      seconds: approximate duration of each measurement.
+      profile: directory for a trace of some steps, see `Profile`; None records none.
 
     Raises:
-      UserError: if the config is wrong.
+      UserError: if the config is invalid.
     """
     with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config_lib.resolve(config), epath.Path(""))
@@ -53,7 +53,7 @@ def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = N
 
 
 class _Measurement:
-    """The parts of a run, and how long each takes."""
+    """Timings of the parts of a run."""
 
     def __init__(self, run: Run, seconds: float):
         self._run, self._seconds = run, seconds
@@ -68,7 +68,7 @@ class _Measurement:
         advance = Dispatcher(run, step, 0, (run.placement.of_state(state), replicated(run.mesh)), lambda what: None)
         begun = time.perf_counter()
         lowered = advance.one.lower(state, self._frozen, batch)
-        compiled = lowered.compile()  # the jitted function has it as well from now on
+        compiled = lowered.compile()  # the jitted function reuses it
         compile_seconds = time.perf_counter() - begun
         one = _Stepping(advance.one, state, self._frozen, batch)
         parts["step"] = self._time(one)
@@ -90,7 +90,7 @@ class _Measurement:
         )
 
     def _flops(self, lowered: Any, compiled: Any, batch: Any) -> float | None:
-        """Of the step without microbatches, whose loop's body counts once, and without what `remat` does twice."""
+        """Counts the FLOPs of a step without microbatches (a loop body counts once) or recomputation by `remat`."""
         run = self._run
         if run.config.accumulate == 1 and not run.config.remat:
             return count_flops(lowered, compiled, run.mesh.devices.size)
@@ -100,7 +100,7 @@ class _Measurement:
         return count_flops(jax.jit(step).lower(state, self._frozen, batch))
 
     def _time_input(self) -> tuple[dict[str, float], Any]:
-        """And an epoch's first batch, which is whole if any is."""
+        """Times the loader; also returns an epoch's first batch, which is full if any is."""
         run = self._run
         batches = to_devices(run.batches.iterate(threads=run.config.data.threads), run.mesh)
         first = next(batches)
@@ -108,13 +108,13 @@ class _Measurement:
         return {"input": self._time(lambda: next(batches))}, first
 
     def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
-        """A run's step, and a state of its own, since it is donated."""
+        """Returns a run's step and a fresh state, since the step donates its state."""
         optimizer = make_optimizer(run.config.optim, run.schedule)
         state = run.placement.put_state(run.first_state(jax.tree.map(jnp.copy, self._variables), optimizer))
         return make_step(run, self._network, teacher, optimizer), state
 
     def _time_run(self, advance: Dispatcher, state: TrainState, profile: str | None) -> float:
-        """Seconds a step of the loop as a run has it; then the trace, which would cost time."""
+        """Returns the seconds per step of the real loop; traces afterwards, because tracing costs time."""
         step = 0
         pending: list[Any] = []
 
@@ -126,7 +126,7 @@ class _Measurement:
                 by_step(pending.pop(0))
             return metrics
 
-        warm = 2 * self._run.config.steps_per_dispatch  # past the compilation of several and of a single step
+        warm = 2 * self._run.config.steps_per_dispatch  # compiles both the single and the several-step program
         while step < warm:
             dispatch()
         rates = []
@@ -142,14 +142,14 @@ class _Measurement:
         return statistics.median(rates)
 
     def _time_alone(self, batch: Any) -> dict[str, float]:
-        """The student without its teacher, the teacher without the student, the loss without either."""
+        """Times the student without a teacher, the teacher alone, and the loss alone."""
         plain = dataclasses.replace(self._run, objective=dataclasses.replace(self._run.objective, methods={}))
         step, state = self._step(plain, None)
         step = jax.jit(step, donate_argnums=0, out_shardings=(plain.placement.of_state(state), replicated(plain.mesh)))
         parts = {"student": self._time(_Stepping(step, state, None, batch))}
         if self._teacher is not None:
             network, variables = self._teacher.network, self._variables if self._frozen is None else self._frozen
-            images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # a row per view, as in the step
+            images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # one row per view, as in the step
             labels = jnp.repeat(batch["label"], len(images) // len(batch["label"]))
             forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
             loss, logits = jax.jit(_loss_and_gradient(self._run)), forward(variables, images)
@@ -158,7 +158,7 @@ class _Measurement:
         return parts
 
     def _time(self, work: Callable[[], Any]) -> float:
-        """Seconds a call: the median over turns, each of which dispatches calls and waits for the last."""
+        """Returns the seconds per call: the median over turns that dispatch several calls and wait for the last."""
         jax.block_until_ready(work())
         begun = time.perf_counter()
         jax.block_until_ready(work())
@@ -167,7 +167,7 @@ class _Measurement:
         for _ in range(_TURNS):
             begun = time.perf_counter()
             for _ in range(calls):
-                done = work()  # the one before is let go: memory holds two batches, not all
+                done = work()  # frees the previous result: memory holds two batches, not all
             jax.block_until_ready(done)
             turns.append((time.perf_counter() - begun) / calls)
         return statistics.median(turns)
@@ -184,7 +184,7 @@ class _Measurement:
 
 
 class _Stepping:
-    """A step over and over on one batch."""
+    """A train step that repeats on one batch."""
 
     def __init__(self, step: Callable[..., Any], state: TrainState, frozen: Any, batch: Any):
         self._step, self.state, self._rest = step, state, (frozen, batch)
@@ -195,7 +195,7 @@ class _Stepping:
 
 
 def _until_it_returns(work: Callable[[], Any]) -> float:
-    """Seconds of the call itself, with nothing else under way."""
+    """Returns the seconds until the call returns, with no other work in flight."""
     begun = time.perf_counter()
     done = work()
     seconds = time.perf_counter() - begun
@@ -208,7 +208,7 @@ def _loss_and_gradient(run: Run) -> Callable[..., Any]:
     learnt = objective.init()
 
     def loss(student: jax.Array, teacher: jax.Array, labels: jax.Array) -> jax.Array:
-        last_layer = jnp.eye(student.shape[-1])  # any will do: the time does not depend on it
+        last_layer = jnp.eye(student.shape[-1])  # its values do not affect the time
         return objective(teacher, student, labels, epoch=epoch, method_params=learnt, last_layer=last_layer)[0]
 
     gradient = jax.value_and_grad(loss)
@@ -216,10 +216,10 @@ def _loss_and_gradient(run: Run) -> Callable[..., Any]:
 
 
 def count_flops(lowered: Any, compiled: Any = None, devices: int = 1) -> float | None:
-    """Floating point operations of a program, over all `devices` that it is split over; None if XLA does not say.
+    """Counts the floating point operations of a program over its `devices`; None if XLA does not report them.
 
-    What XLA replaces by a library's call it may not count any more, and what it adds the program as
-    written does not have: the larger of the two counts. A loop's body counts once.
+    Takes the larger count of the lowered and the compiled program: XLA may not count operations that it replaced
+    by library calls, and the lowered program lacks operations that XLA adds. A loop body counts once.
 
     Example:
       >>> lowered = jax.jit(jnp.dot).lower(jnp.ones((8, 16)), jnp.ones((16, 4)))
@@ -235,7 +235,7 @@ def count_flops(lowered: Any, compiled: Any = None, devices: int = 1) -> float |
 
 
 def _program_bytes(compiled: Any) -> int | None:
-    """What a program holds on a device at once: its inputs, its outputs but for the donated, and its scratch."""
+    """Returns the bytes a program holds on a device: inputs, outputs that reuse no input, and temporaries."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None

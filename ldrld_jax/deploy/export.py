@@ -1,7 +1,7 @@
-"""The best student of a run as files that need nothing of this package: `--mode export`.
+"""Exports the best student of a run as files that do not need this package: `--mode export`.
 
-student.stablehlo is a program, `jax.export`'s form of StableHLO, with the weights in it; student.safetensors
-the weights alone, for keeping; README.md a model card.
+student.stablehlo is the program with its weights (StableHLO, as serialised by `jax.export`); student.safetensors
+holds only the weights, for long-term storage; README.md is a model card.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _PROGRAM, _LABELS, _PREPROCESSING = "student.stablehlo", "labels.txt", "preproce
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A student as it is deployed.
+    """A student ready for deployment.
 
     Attributes:
-      program: `program.call(images)` gives logits `[n, C]` float32 of images `[n, height, width, channels]` uint8.
-      preprocessing: what makes such an image of any other, see `preprocessing.describe`.
-      labels: the names of the C classes.
+      program: `program.call(images)` maps images `[n, height, width, channels]` uint8 to logits `[n, C]` float32.
+      preprocessing: how to turn any image into such an input, see `preprocessing.describe`.
+      labels: names of the C classes.
     """
 
     program: jax.export.Exported
@@ -48,14 +48,14 @@ class Student:
 
 
 def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
-    """Writes a run's best student into `workdir/export`; gives that folder.
+    """Writes a run's best student to `workdir/export` and returns that folder.
 
     Args:
-      config: of the run, see `ldrld_jax.config.load_run`.
-      workdir: of the run.
+      config: the run's config, see `ldrld_jax.config.load_run`.
+      workdir: the run's folder.
 
     Raises:
-      UserError: if there is no such run, it trained another model, or its data set, which has the labels, is not there.
+      UserError: if the run does not exist, it trained another model, or its data set, which has the labels, is missing.
     """
     student, variables = student_of(config, workdir)
     folder = epath.Path(workdir) / "export"
@@ -79,16 +79,16 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
 
 
 def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Variables]:
-    """The best student of a run, and its weights.
+    """Returns the best student of a run and its weights.
 
     Raises:
-      UserError: as `export`.
+      UserError: in the cases of `export`.
     """
     with precision_scope(config.precision, config.matmul_precision):
         source = make_eval_source(config.data)
         networks = Networks(len(source.class_names), source.image_shape[-1], config.precision)
         network, variables = networks.restore(str(workdir), config.student.model, config.data)
-        # On the host: an array of a device would tie the program to the number of devices.
+        # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         program = _program(network, variables, source.image_shape)
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names))
@@ -105,15 +105,15 @@ def _program(network: Network, variables: Variables, shape: tuple[int, ...]) -> 
 
 
 def is_exported(folder: epath.PathLike) -> bool:
-    """Whether `folder` is what `export` wrote, rather than a run's workdir."""
+    """Returns True if `export` wrote `folder`, and False for a run's workdir."""
     return (epath.Path(folder) / _PROGRAM).exists()
 
 
 def read_student(folder: epath.PathLike) -> Student:
-    """The student that `export` wrote into `folder`. It is a program that is then run: read only what you trust.
+    """Reads the student that `export` wrote to `folder`. It contains a program: read only files that you trust.
 
     Raises:
-      UserError: if a file is missing or torn, or this version of JAX does not read the program any more.
+      UserError: if a file is missing or corrupt, or this version of JAX cannot read the program.
     """
     folder = epath.Path(folder)
     described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
@@ -121,11 +121,11 @@ def read_student(folder: epath.PathLike) -> Student:
     try:
         program = jax.export.deserialize(bytearray((folder / _PROGRAM).read_bytes()))
         _, *shape = program.in_avals[0].shape
-        # Of a newer JAX a program deserialises, and is not understood when it is lowered.
+        # A program from a newer JAX deserialises, but fails when it is lowered.
         jax.jit(program.call).lower(jax.ShapeDtypeStruct((1, *shape), jnp.uint8))
-    except Exception as error:  # of flatbuffers and of JAX, of many kinds, at bytes that are not as they should be
+    except Exception as error:  # flatbuffers and JAX raise many types for corrupt bytes
         raise UserError(
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
-            "Export it again, by --mode export."
+            "Export it again with --mode export."
         ) from error
     return Student(program, described, labels)

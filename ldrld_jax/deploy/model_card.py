@@ -1,4 +1,4 @@
-"""The README.md beside an exported student: what it was trained on, by what, and how good it is."""
+"""Writes the model card of an exported student: its data, training and accuracy."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import jax
 import ldrld_jax
 from ldrld_jax.config import teaches_itself
 
-# Of what the data are under, as their publishers say; nothing here is legal advice.
+# Licences as the publishers of the data state them; not legal advice.
 _LICENCES = {
     "digits": "UCI's page of the data set names CC BY 4.0",
     "cifar10": "its authors name none; they ask to cite Krizhevsky, 2009",
@@ -24,14 +24,14 @@ _UNKNOWN = "not known to this software"
 def model_card(
     config: dict[str, Any], summary: dict[str, Any] | None, *, shape: Sequence[int], classes: int, parameters: int
 ) -> str:
-    """Markdown with the YAML header that model hubs read.
+    """Returns the model card in Markdown, with the YAML header that model hubs read.
 
     Args:
-      config: of the run, resolved, as in its config.json.
-      summary: as in its summary.json; None for a run that has not ended.
-      shape: of an image, height, width, channels.
-      classes: C.
-      parameters: of the student, numbers that were trained.
+      config: the run's resolved config, as in its config.json.
+      summary: the content of its summary.json; None for a run that has not ended.
+      shape: height, width and channels of an image.
+      classes: number of classes.
+      parameters: number of trained parameters of the student.
     """
     title = f"{config['student']['model']} on {config['data']['name']}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
@@ -59,8 +59,9 @@ def model_card(
 | --- | --- |
 {table}
 
-The files hold the best epoch by top-1 of all that were evaluated. It was chosen on the very images it is measured on:
-the last epoch's figure is the one without that choice. Whatever an image shows, one of the {classes} classes is named.
+The files hold the epoch with the best top-1 of all evaluated epochs. That epoch was selected on the same images that
+its accuracy is measured on; the last epoch's accuracy has no such selection. The student names one of the {classes}
+classes for every image, whatever it shows.
 
 ## Use
 
@@ -75,17 +76,17 @@ images = np.zeros((1, {height}, {width}, {channels}), np.uint8)  # yours, made a
 print([labels[i] for i in np.asarray(student.call(images)).argmax(axis=-1)])
 ```
 
-It takes jax, numpy and flatbuffers, and any number of images, on a CPU, a CUDA GPU or a TPU. The pixels are
-normalised inside. `python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does it all.
+The program needs jax, numpy and flatbuffers. It takes any number of images, normalises the pixels itself, and runs on
+a CPU, a CUDA GPU or a TPU. `python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps.
 
-`student.stablehlo` is a program: run one only if you trust where it came from. JAX promises to run it by versions up to
-six months newer and three weeks older than the one above. `student.safetensors` has the same weights for good, as a
+`student.stablehlo` is a program: run it only if you trust its source. JAX promises to run it with versions up to six
+months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently, as a
 PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too.
 """
 
 
 def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str) -> str:
-    """YAML; the values are JSON, which is YAML too."""
+    """Returns the YAML header; its values are written as JSON, which is valid YAML."""
     header: dict[str, Any] = {
         "library_name": "jax",
         "pipeline_tag": "image-classification",

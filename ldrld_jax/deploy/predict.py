@@ -1,4 +1,4 @@
-"""The top classes of image files: `--mode predict`."""
+"""Predicts the top classes of image files: `--mode predict`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,10 +18,10 @@ Classes = list[tuple[str, float]]
 
 
 def find(patterns: Iterable[str]) -> list[epath.Path]:
-    """The files that are named, or that match where the name of a file is a pattern such as `*.jpg`.
+    """Returns the named files, and the matches of names that are patterns such as `*.jpg`.
 
     Raises:
-      UserError: if there is no such file, or it is a folder.
+      UserError: if a name matches no file or is a folder.
     """
     paths = []
     for pattern in patterns:
@@ -36,15 +36,15 @@ def find(patterns: Iterable[str]) -> list[epath.Path]:
 
 
 def predict(student: Student, paths: Sequence[epath.Path], top: int = 5) -> Iterator[tuple[epath.Path, Classes]]:
-    """The `top` classes of each image with their probabilities in 0..1, the likeliest first.
+    """Yields each path with its `top` classes and their probabilities in 0..1, the most likely first.
 
     Args:
-      student: of `export.student_of` or `export.read_student`.
+      student: from `export.student_of` or `export.read_student`.
       paths: image files in any format of `decode.FORMATS`, grey or colour.
-      top: so many, or all if there are fewer.
+      top: number of classes, or all if there are fewer.
 
     Raises:
-      UserError: at a file that is no image, or a broken one.
+      UserError: if a file is broken or not an image.
     """
     view = view_of(student.preprocessing)
     probabilities_of = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
@@ -64,7 +64,7 @@ def _read(path: epath.Path, view: View) -> np.ndarray:
 
 
 def line(path: epath.Path, classes: Classes) -> str:
-    """What is printed for an image.
+    """Formats an image's classes as one line.
 
     Example:
       >>> line(epath.Path("scan.png"), [("seven", 0.91), ("one", 0.0512)])

@@ -1,4 +1,4 @@
-"""What an image goes through before a deployed student sees it, as JSON from which any program can do the same."""
+"""Describes the preprocessing of a deployed student as JSON that any program can reproduce."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from ldrld_jax.train.step import Network
 
 
 def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> dict[str, Any]:
-    """The content of preprocessing.json.
+    """Returns the content of preprocessing.json.
 
     Args:
-      network: says what happens inside of the exported function.
-      data: the block of the run's config, which says how evaluation looks at an image.
-      shape: of an image as the function takes it.
-      classes: C.
+      network: the student, whose normalisation and resize are part of the exported function.
+      data: the `data` block of the run's config, which defines the evaluation view of an image.
+      shape: height, width and channels of the function's input images.
+      classes: number of classes.
 
     Returns:
-      `input` and `output` are the function's signature, `before` is done to an image to make its input,
-      in this order, and `inside` is what the function itself does first.
+      A dict. `input` and `output` are the function's signature, `before` lists in order the operations that turn
+      an image into an input, and `inside` lists the operations that the function itself applies first.
     """
     height, width, channels = shape
     return {
@@ -28,7 +28,7 @@ def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> 
         "before": {
             "turn_as_exif_says": data.exif,
             "transparent_on": "white",
-            # null: so far that the crop just fits, which leaves an image of the crop's size as it is
+            # null: resize until the crop just fits, which leaves an image of the crop's size unchanged
             "resize_shorter_side": None if data.crop_size is None else data.resize_size or data.crop_size,
             "resize_filter": "bilinear, antialiased, as Pillow's",
             "crop_centre": [height, width],
@@ -43,7 +43,7 @@ def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> 
 
 
 def view_of(preprocessing: dict[str, Any]) -> View:
-    """The view that does what `before` says.
+    """Returns the view that applies the operations of `before`.
 
     Example:
       >>> before = {"turn_as_exif_says": True, "resize_shorter_side": 256}

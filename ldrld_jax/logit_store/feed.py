@@ -1,4 +1,4 @@
-"""A teacher's logits beside the batches of a run: from a store where they are there, else made and stored."""
+"""Supplies teacher logits for a run's batches: read from a store, or computed and then stored."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ldrld_jax.runtime.mesh import batch_sharding, to_devices
 
 DeviceBatch = dict[str, jax.Array]
 Tell = Callable[[str], None]
-Batches = Any  # of `data.stream.TrainBatches`, which is not imported: the store knows of no data set
+Batches = Any  # a `data.stream.TrainBatches`, not imported: the store does not depend on data
 
 
 def _unheard(doing: str) -> None:
@@ -25,15 +25,15 @@ def _unheard(doing: str) -> None:
 
 
 def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int]:
-    """Lists the epochs, as images are augmented, that a run needs and its store lacks; says what will be moved.
+    """Returns the augmentation epochs that a run needs and its store lacks; prints the size of the store.
 
     Args:
-      store: which may not be there yet.
-      batches: of the run.
-      epochs: of the run.
+      store: the store, which need not exist yet.
+      batches: the run's training batches.
+      epochs: number of epochs of the run.
 
     Raises:
-      UserError: if they do not fit on the disk, or several hosts would write them.
+      UserError: if the missing epochs do not fit on the disk, or several hosts would write them.
     """
     needed = sorted({batches.shown(epoch) for epoch in range(epochs)})
     missing = [epoch for epoch in needed if epoch not in store]
@@ -52,18 +52,18 @@ def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int
 
 
 class LogitFeed:
-    """The `teacher_logits` `[n, C]`, in the store's dtype, that go with the batches of a run.
+    """Source of the `teacher_logits` `[n, C]`, in the store's dtype, for the batches of a run.
 
-    The teacher runs in a program of its own, so that a run that writes and one that reads train by
-    the very same step: their losses are equal bit for bit.
+    The teacher runs in its own program, so that runs that write a store and runs that read it train with the same
+    step: their losses are bitwise equal.
 
     Args:
-      store: what is there is read, the next epoch in the background; what is not is made and written.
-      batches: of the run.
-      mesh: of its devices.
-      epochs: of the run.
-      teach: gives the logits `[n, C]` of images `[n, ...]`; None if the store has every epoch that the run needs.
-      threads: that prepare the batches which no step of this process saw.
+      store: epochs that it has are read, the next one in the background; the others are computed and written.
+      batches: the run's training batches.
+      mesh: the run's devices.
+      epochs: number of epochs of the run.
+      teach: maps images `[n, ...]` to logits `[n, C]`; None if the store has every epoch that the run needs.
+      threads: number of threads that prepare the batches that no step of this process trained on.
     """
 
     def __init__(
@@ -80,18 +80,18 @@ class LogitFeed:
         self._epochs, self._threads, self._teach = epochs, threads, teach
         self._ahead = _ReadAhead(store)
         self._epoch = -1
-        self._stored: np.ndarray | None = None  # of the epoch
-        self._sheet: _Sheet | None = None  # of the epoch, if it is not stored
+        self._stored: np.ndarray | None = None  # the current epoch's logits
+        self._sheet: _Sheet | None = None  # collects the current epoch's logits if they are not stored
 
     def __call__(self, step: int, batch: DeviceBatch, tell: Tell = _unheard) -> DeviceBatch:
-        """What goes with the batch after `step` steps; to be asked for one step after the other.
+        """Returns `teacher_logits` `[n, C]` for the batch after `step` steps. Steps must be requested in order.
 
-        An epoch is in the store before the logits of its last batch are given.
+        An epoch is written to the store before the logits of its last batch are returned.
 
         Args:
-          step: steps done.
-          batch: for a teacher that must be run.
-          tell: is called with what takes longer than a step.
+          step: number of steps done.
+          batch: the batch, used if the teacher must be run.
+          tell: called with a description of any work that takes longer than a step.
 
         Raises:
           UserError: if a logit does not fit the dtype, or an epoch of the store is damaged.
@@ -104,9 +104,9 @@ class LogitFeed:
         return {"teacher_logits": jax.make_array_from_process_local_data(batch_sharding(self._mesh), rows)}
 
     def several(self, step: int, count: int, batch: Callable[[int], DeviceBatch], tell: Tell = _unheard) -> DeviceBatch:
-        """What goes with the `count` batches of one epoch after `step` steps, `[count, n, C]`: see `__call__`.
+        """Returns `teacher_logits` `[count, n, C]` for the `count` batches after `step` steps, all of one epoch.
 
-        `batch` gives the batch after so many steps.
+        `batch(s)` returns the batch after `s` steps. See `__call__` for the rest.
         """
         position = self._enter(step)
         sharding = NamedSharding(self._mesh, PartitionSpec(None, *batch_sharding(self._mesh).spec))
@@ -117,7 +117,7 @@ class LogitFeed:
         return {"teacher_logits": jax.make_array_from_process_local_data(sharding, rows)}
 
     def _enter(self, step: int) -> int:
-        """The position of a step in its epoch, whose logits are at hand afterwards, or a sheet for them."""
+        """Returns a step's position in its epoch, after loading the epoch's logits or preparing a sheet for them."""
         epoch, position = divmod(step, self._batches.steps_per_epoch)
         if epoch == self._epoch:
             return position
@@ -130,7 +130,7 @@ class LogitFeed:
         return position
 
     def _rows(self, stored: np.ndarray, position: int) -> np.ndarray:
-        """This host's rows of a batch, zeros for its padding."""
+        """Returns this host's rows of a batch, with zeros for padding."""
         share = self._batches.share(self._epoch, position)
         rows = np.zeros((share.rows, stored.shape[1]), stored.dtype)
         rows[: len(share.indices)] = stored[share.indices]
@@ -147,7 +147,7 @@ class LogitFeed:
         return logits
 
     def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[jax.Array], jax.Array], tell: Tell) -> None:
-        """The batches that no step of this process saw: those before a resume, and the dropped remainder."""
+        """Computes the batches that no step of this process saw: those before a resume, and the dropped remainder."""
         places = -(-len(self._batches.source) // self._batches.batch_size)
         missing = [position for position in range(places) if position not in sheet.positions]
         images = ({"image": part["image"]} for part in self._batches.parts(epoch, missing, threads=self._threads))
@@ -157,7 +157,7 @@ class LogitFeed:
 
 
 def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh) -> Any:
-    """Returns a network as a program of its own: `program(variables, images [n, ...])` gives logits `[n, C]`."""
+    """Returns a network as a jitted program `program(variables, images [n, ...])` with logits `[n, C]`."""
 
     def logits(variables: Any, images: jax.Array) -> jax.Array:
         return network(variables, images, train=False)[0].astype(jnp.dtype(dtype))
@@ -166,21 +166,21 @@ def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh) -> Any:
 
 
 class _ReadAhead:
-    """Reads the epochs of a store, the next one in the background while this one is in use."""
+    """Reader of a store's epochs that prefetches the next epoch in the background."""
 
     def __init__(self, store: LogitStore):
         self._store, self._background = store, ThreadPoolExecutor(max_workers=1)
         self._read: dict[int, Future[np.ndarray]] = {}
 
     def __call__(self, epoch: int, following: int) -> np.ndarray:
-        """The logits of `epoch`; starts to read `following`, if it is there, and forgets all others."""
+        """Returns the logits of `epoch`, starts reading `following` if it is stored, and drops all others."""
         wanted = [epoch, following] if following in self._store else [epoch]
         self._read = {e: self._read.get(e) or self._background.submit(self._store.read, e) for e in wanted}
         return self._read[epoch].result()
 
 
 class _Sheet:
-    """The logits of one epoch as they come in, batch by batch, the newest still on the devices."""
+    """Logits of one epoch, collected batch by batch; the newest batch stays on the devices."""
 
     def __init__(self, store: LogitStore, share: Callable[[int], Any]):
         self.positions: set[int] = set()
@@ -198,7 +198,7 @@ class _Sheet:
         return self._logits
 
     def _settle(self) -> None:
-        """Takes the batch before from the devices: they are a step further, nobody waits."""
+        """Fetches the previous batch from the devices, which have moved on a step, so that nothing waits."""
         if self._newest is None:
             return
         (position, logits), self._newest = self._newest, None
@@ -206,7 +206,7 @@ class _Sheet:
         rows = np.asarray(logits)[: len(indices)]
         if not np.isfinite(rows).all():
             raise UserError(
-                f"a logit of the teacher is not finite as {self._dtype}. Set logits.dtype=bfloat16, or look at its "
+                f"a logit of the teacher is not finite as {self._dtype}. Set logits.dtype=bfloat16, or check its "
                 "checkpoint and its data."
             )
         self._logits[indices] = rows

@@ -1,7 +1,7 @@
-"""A teacher's logits on disk: of every image as each epoch shows it, with a key that says whose they are.
+"""Stores a teacher's logits on disk for every image and augmentation epoch, with a key that identifies them.
 
-`DIR/key.json` is the key; `DIR/00007` is a zarr array `[examples, classes]` for the images as epoch 7
-is augmented; `DIR/00007/whole` appears once all of it is there. Any zarr reader opens the arrays.
+`DIR/key.json` is the key. `DIR/00007` is a zarr array `[examples, classes]` for the images as augmented in epoch 7,
+and `DIR/00007/whole` appears once the array is complete. Any zarr reader opens the arrays.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from ldrld_jax.identity import flat
 Key = dict[str, Any]
 
 _FULL = "no space left for the logit store; its whole epochs are intact"
-_CHUNK_BYTES = 2**24  # of a file: large enough for any disk, small enough to be read by several threads
+_CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for several threads to share the reading
 
-# Of the data block: what changes neither which image has which index, nor what the teacher sees of it. The
-# seed of the augmentation stands in the key by itself, and the teacher's own normalisation with the teacher.
+# Keys of the data block that change neither the index of an image nor what the teacher sees of it. The key holds
+# the augmentation seed separately, and the teacher's normalisation with the teacher.
 _NOT_KEY = (
     *("data_dir", "loader", "threads", "cache_mb", "eval_split", "remainder", "label_noise", "label_noise_rate"),
     *("mixup", "augment_seed", "mean", "std", "image_size"),
@@ -35,13 +35,13 @@ _NOT_KEY = (
 
 
 def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: bool) -> None:
-    """Raises a UserError if a run of this resolved config can have no store.
+    """Raises a UserError if a run of this config cannot use a logit store.
 
     Args:
-      config: resolved.
-      views: how many augmentations of an image the methods compare.
-      last_layer: whether a method takes the weights of the teacher's last layer.
-      teacher_changes: whether the teacher's weights change as the student trains.
+      config: the run's resolved config.
+      views: number of augmentations of an image that the methods compare.
+      last_layer: True if a method uses the weights of the teacher's last layer.
+      teacher_changes: True if the teacher's weights change as the student trains.
     """
     logits = config.logits
     if not logits:
@@ -53,7 +53,7 @@ def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: 
         (last_layer, f"method={config.method} takes the teacher's last layer, which is not stored"),
     ):
         if wrong:
-            raise UserError(f"logits.dir keeps a teacher's logits for later runs, and {why}. Unset logits.dir.")
+            raise UserError(f"logits.dir keeps a teacher's logits for later runs, but {why}. Unset logits.dir.")
 
 
 def make_key(
@@ -65,15 +65,15 @@ def make_key(
     networks: Sequence[Any],
     weights: Sequence[Any],
 ) -> Key:
-    """Everything that the logits of an image, an epoch and a seed depend on.
+    """Returns the key of a store: everything that determines the logits of an image in an epoch.
 
     Args:
-      config: of the run, resolved.
-      classes: C.
-      records: of the training set, see `data.sources.Records`.
-      augment_seed: by which crops, mirrors and random views are drawn.
-      networks: the teacher's, several for an ensemble.
-      weights: of each.
+      config: the run's resolved config.
+      classes: number of classes.
+      records: the training set, see `data.sources.Records`.
+      augment_seed: seed of the crops, mirrors and random views.
+      networks: the teacher's networks, several for an ensemble.
+      weights: the weights of each network.
     """
     teacher = {
         "model": config.teacher.model,
@@ -86,11 +86,11 @@ def make_key(
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
     data |= {"records": len(records), "images": checksum_of_images(records)}
     key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
-    return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as they are read
+    return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
 def checksum(tree: Any) -> str:
-    """Of the arrays of a tree: their paths, dtypes, shapes and bits.
+    """Returns a checksum over the paths, dtypes, shapes and bits of a tree's arrays.
 
     Example:
       >>> checksum({"w": np.zeros(3)}) == checksum({"w": np.zeros(4)})
@@ -105,7 +105,7 @@ def checksum(tree: Any) -> str:
 
 
 def checksum_of_images(records: Any, *, samples: int = 64) -> str:
-    """Of some encoded images, evenly spread: another folder, order or selection shows in them."""
+    """Returns a checksum over evenly spaced encoded images; it differs for another folder, order or selection."""
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist():
         digest.update(records.__getitems__([index])[0]["image"])
@@ -114,14 +114,14 @@ def checksum_of_images(records: Any, *, samples: int = 64) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LogitStore:
-    """The logits of one teacher on one training set, by the epoch as which the images are augmented.
+    """Logits of one teacher on one training set, indexed by augmentation epoch.
 
-    Writers do not get in each other's way: an epoch is the same whoever writes it, it counts once it
-    is whole, and the first key that is there stays.
+    Concurrent writers are safe: they all write the same content for an epoch, an epoch counts only once it is
+    complete, and the first key written stays.
 
     Attributes:
-      directory: local, or `gs://` and the like.
-      key: of `make_key`.
+      directory: a local path, or a remote one such as `gs://...`.
+      key: from `make_key`.
 
     Example:
       >>> import tempfile
@@ -138,7 +138,7 @@ class LogitStore:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Examples and classes."""
+        """The numbers of examples and classes."""
         return self.key["data"]["records"], self.key["classes"]
 
     @property
@@ -150,7 +150,7 @@ class LogitStore:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def describe(self, epochs: int) -> str:
-        """The size of so many epochs, for people."""
+        """Returns the size of `epochs` epochs as readable text."""
         size, (examples, classes) = self.bytes_per_epoch * epochs, self.shape
         return (
             f"{human_bytes(size)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {classes:,} classes x "
@@ -158,16 +158,16 @@ class LogitStore:
         )
 
     def teacher_top1(self, eval_split: str) -> float | None:
-        """In percent, as the run that began the store measured it on this split; None if none has.
+        """Returns the teacher's top-1 in percent if the store was created with this split, else None.
 
         Raises:
-          UserError: if the store is of another key, by each part that differs.
+          UserError: if the store has another key; the message names each part that differs.
         """
         note = self._note()
         return note["teacher_top1"] if note is not None and note["eval_split"] == eval_split else None
 
     def _note(self) -> dict[str, Any] | None:
-        """What lies in `key.json`, its key checked; None if there is no store yet."""
+        """Returns the content of `key.json` after checking its key; None if there is no store yet."""
         content = self._files.read("key.json").result()
         if content.state == "missing":
             return None
@@ -183,7 +183,7 @@ class LogitStore:
         return note
 
     def create(self, *, teacher_top1: float, eval_split: str) -> None:
-        """Writes the key, unless somebody has; raises a UserError if it is another."""
+        """Writes the key unless one exists; raises a UserError if the existing key differs."""
         note = {"teacher_top1": teacher_top1, "eval_split": eval_split, "key": self.key}
         with full_disk_named(self.directory, _FULL):
             missing = self._files.read("key.json").result()
@@ -193,7 +193,7 @@ class LogitStore:
         self._note()
 
     def check_space(self, epochs: int) -> None:
-        """Raises a UserError if so many more epochs do not fit on the disk; a remote one is not asked."""
+        """Raises a UserError if `epochs` more epochs do not fit on the disk; remote stores are not checked."""
         needed = self.bytes_per_epoch * epochs
         if "://" in self.directory:
             return
@@ -208,10 +208,10 @@ class LogitStore:
         return self._files.read(f"{epoch:05}/whole").result().state == "value"
 
     def read(self, epoch: int) -> np.ndarray:
-        """The logits `[examples, classes]` of an epoch that is there.
+        """Returns the logits `[examples, classes]` of a stored epoch.
 
         Raises:
-          UserError: if what lies there is not as it was written.
+          UserError: if the stored data is damaged.
         """
         try:
             logits = ts.open(self._array(epoch), open=True).result().read().result()
@@ -222,10 +222,10 @@ class LogitStore:
         return logits
 
     def write(self, epoch: int, logits: np.ndarray) -> None:
-        """Writes the logits `[examples, classes]` of an epoch, which from then on is there.
+        """Writes the logits `[examples, classes]` of an epoch and then marks it as stored.
 
         Raises:
-          OSError: if the disk is full; the epochs before it are whole.
+          OSError: if the disk is full; the epochs before it stay intact.
         """
         with full_disk_named(self.directory, _FULL):
             ts.open(self._array(epoch), open=True, create=True).result().write(logits).result()
@@ -252,7 +252,7 @@ class LogitStore:
             "data_type": self.key["dtype"],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, classes]}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "fill_value": "NaN",  # a chunk that is missing shows
+            "fill_value": "NaN",  # makes a missing chunk visible
         }
         return {"driver": "zarr3", "kvstore": self._place(f"{epoch:05}/"), "metadata": metadata}
 
@@ -262,7 +262,7 @@ class LogitStore:
 
 
 def human_bytes(size: float) -> str:
-    """A size as people write it.
+    """Formats a number of bytes.
 
     Example:
       >>> human_bytes(2.4e9), human_bytes(1000)

@@ -1,1 +1,1 @@
-"""What surrounds a run's process: its fellows on other hosts, signals, hangs, compiled programs, a profile."""
+"""Process-level services: devices, multi-host setup, precision, signals, hangs, the compile cache, profiling."""

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk: the second start of a run does not compile them again."""
+"""Keeps compiled programs on disk, so that the second start of a run need not compile them again."""
 
 import logging
 import tempfile
@@ -12,21 +12,21 @@ logger = logging.getLogger("ldrld_jax")
 
 
 def keep_compiled(folder: str) -> None:
-    """Keeps what this process compiles for more than a second in `folder`, and takes from there what is known.
+    """Caches programs that take more than a second to compile in `folder`, and reuses those already there.
 
-    JAX finds a program again by its code, its options, the device and the version of jaxlib. What the
-    user has chosen for JAX itself, JAX_COMPILATION_CACHE_DIR for example, stays.
+    JAX identifies a program by its code, its options, the device and the version of jaxlib. A cache that the user
+    has configured for JAX itself, for example with JAX_COMPILATION_CACHE_DIR, takes precedence.
 
     Args:
-      folder: created if it is missing; "" keeps nothing. One that cannot be written is a warning.
+      folder: created if missing; "" caches nothing. If it cannot be written, a warning is logged.
     """
     if not folder or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     path = epath.Path(expand_home(folder))
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run: ours alone
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: cached programs are executed
         if "://" not in folder:
-            tempfile.TemporaryFile(dir=path).close()  # a folder may exist and be closed to us
+            tempfile.TemporaryFile(dir=path).close()  # an existing folder may not be writable
     except OSError as error:
         logger.warning("compiled programs are not kept, %s: %s. Set compile_cache.", error.strerror or error, path)
         return

@@ -1,7 +1,7 @@
-"""Facts about accelerators: what they compute and move at most, and what a compiler must know of a GPU.
+"""Properties of accelerators: memory, peak rates, and the GPU properties that a compiler needs.
 
-Dense rates without sparsity. GPUs: NVIDIA's data sheets and the table of compute capabilities in the CUDA programming
-guide. TPUs: cloud.google.com/tpu/docs.
+Rates are dense, without sparsity. Sources: for GPUs, NVIDIA's data sheets and the table of compute capabilities in the
+CUDA programming guide; for TPUs, cloud.google.com/tpu/docs.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ class Gpu:
 
     Attributes:
       capability: compute capability, `(major, minor)`.
-      cores: streaming multiprocessors.
-      fpus: float32 units of a core.
-      clock_ghz: the highest.
-      l2_bytes: the cache that all cores share.
-      shared_bytes: shared memory of a core.
-      threads: that a core holds at once.
+      cores: number of streaming multiprocessors.
+      fpus: float32 units per core.
+      clock_ghz: maximum clock rate.
+      l2_bytes: size of the L2 cache, which all cores share.
+      shared_bytes: shared memory per core.
+      threads: maximum resident threads per core.
     """
 
     capability: tuple[int, int]
@@ -32,14 +32,14 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What one device holds, moves and computes at most.
+    """Memory and peak rates of one device.
 
     Attributes:
-      kind: `jax.Device.device_kind`, as the runtime names it.
-      memory: bytes.
-      bandwidth: of that memory, bytes/s.
-      bfloat16, tensorfloat32, float32: FLOP/s of matrix products in that precision.
-      gpu: what a compiler must know of it; None for a TPU.
+      kind: `jax.Device.device_kind`, as the runtime reports it.
+      memory: size of the main memory in bytes.
+      bandwidth: memory bandwidth in bytes/s.
+      bfloat16, tensorfloat32, float32: peak FLOP/s of matrix products in that precision.
+      gpu: properties that a compiler needs; None for a TPU.
     """
 
     kind: str
@@ -54,8 +54,8 @@ class Device:
         """Returns the peak in FLOP/s; None for float64.
 
         Args:
-          precision: a config's.
-          products: its `matmul_precision`, of float32; "default" is TF32 on a GPU and one bfloat16 pass on a TPU.
+          precision: the config's `precision`.
+          products: its `matmul_precision` for float32; "default" is TF32 on a GPU and one bfloat16 pass on a TPU.
         """
         if precision not in ("bfloat16", "float32"):
             return None
@@ -65,7 +65,7 @@ class Device:
 
 
 def _tpu(kind: str, gib: int, bandwidth: float, bfloat16: float) -> Device:
-    """Returns a TPU, which multiplies float32 in three (19 bits) or six (exact) passes of bfloat16."""
+    """Returns a TPU, which multiplies float32 in three (19 bits) or six (exact) bfloat16 passes."""
     return Device(kind, gib * 2**30, bandwidth, bfloat16, bfloat16 / 3, bfloat16 / 6)
 
 
@@ -87,15 +87,15 @@ DEVICES = {
     "v5p": _tpu("TPU v5", 95, 2.765e12, 459e12),
     "v6e": _tpu("TPU v6 lite", 32, 1.64e12, 918e12),
 }
-_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # also in use
+_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}  # alternative names
 
 
 def peak_flops(kind: str, precision: str, products: str = "default") -> float | None:
-    """Returns the most floating point operations a second of one device; None where it is not known.
+    """Returns the peak FLOP/s of one device; None if unknown.
 
     Args:
       kind: `jax.devices()[0].device_kind`.
-      precision: a config's.
+      precision: the config's `precision`.
       products: its `matmul_precision`, see `Device.flops`.
 
     Example:
@@ -103,5 +103,5 @@ def peak_flops(kind: str, precision: str, products: str = "default") -> float | 
       (312000000000000.0, None)
     """
     by_kind = {device.kind: device for device in DEVICES.values()}
-    kind = DEVICES["a100"].kind if kind.startswith("NVIDIA A100") else _NAMES.get(kind, kind)  # all are equally fast
+    kind = DEVICES["a100"].kind if kind.startswith("NVIDIA A100") else _NAMES.get(kind, kind)  # all equally fast
     return by_kind[kind].flops(precision, products) if kind in by_kind else None

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and that none waits for one that has died."""
+"""Runs several processes as one: connects them, and ends all of them when one dies."""
 
 import contextlib
 import os
@@ -19,13 +19,12 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.record.console import mute
 from ldrld_jax.runtime.signals import Signals
 
-# JAX's own heartbeat, 100 s by default, for a machine that vanishes; a process that dies is noticed at once.
+# JAX's heartbeat (100 s by default) detects a vanished machine; the lifeline detects a dead process at once.
 HEARTBEAT_SECONDS = 40
 _TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
 _APART = "the processes of the run did not come together"
 _TOGETHER = (
-    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster says who "
-    "they are."
+    "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets them."
 )
 _GRACE_SECONDS = 2.0
 _GOODBYE = -1
@@ -34,18 +33,18 @@ _MESSAGE = struct.Struct("!i")
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
-    """Inside, this process is one of a run's; only the first of them speaks.
+    """Joins this process to a multi-process run for the duration of the block; only process 0 prints.
 
-    A process that leaves by an error takes the others with it: they end with one line and status 1.
+    If a process leaves with an error, the others end too, with one line and status 1.
 
     Args:
-      coordinator: `host:port` at process 0, the same for all; None as the cluster's environment says
-        (Slurm, Open MPI, GKE, a TPU pod), then the others are None as well.
-      processes: how many there are.
-      process: which this one is, from 0.
+      coordinator: `host:port` of process 0, the same for all. None, together with None for the other arguments,
+        reads them from the cluster's environment (Slurm, Open MPI, GKE, a TPU pod).
+      processes: number of processes.
+      process: index of this process, from 0.
 
     Raises:
-      UserError: if the arguments are wrong, or the others do not come.
+      UserError: if the arguments are invalid or the other processes do not connect.
     """
     if processes is not None and not 0 <= (process or 0) < processes:
         raise UserError(f"--process must be at least 0 and below --processes ({processes}), got {process}.")
@@ -57,7 +56,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
             processes,
             process,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            initialization_timeout=2 * _TOGETHER_SECONDS,  # never reached: it would end in a dump of the stack
+            initialization_timeout=2 * _TOGETHER_SECONDS,  # never reached: it would dump the stack
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{_APART} ({str(error).splitlines()[0]}). {_TOGETHER}") from error
@@ -69,30 +68,30 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     try:
         yield
     except BaseException as error:
-        if getattr(error, "exit_code", 0) >= 128:  # a signal, which all of them obey
+        if getattr(error, "exit_code", 0) >= 128:  # a signal, which every process obeys
             _leave(lifeline)
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):  # a collective fails when a peer dies: better said by
-            time.sleep(2 * _GRACE_SECONDS)  # the lifeline, which then does not return
+        if isinstance(error, jax.errors.JaxRuntimeError):  # probably a dead peer:
+            time.sleep(2 * _GRACE_SECONDS)  # the lifeline reports it better, and ends this process
         lifeline.cut()
         raise
     _leave(lifeline)
 
 
 def first() -> bool:
-    """Whether this process writes what only one may write: logs, configs, summaries."""
+    """Returns True in process 0, which alone writes logs, configs and summaries."""
     return jax.process_index() == 0
 
 
 def together(where: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
 def in_turn(what: str) -> Iterator[None]:
-    """Process 0 before the others: it may prepare what they find prepared."""
+    """Runs the block in process 0 first and then in the others, so that process 0 can prepare data for them."""
     if not first():
         together(what)
     yield
@@ -101,7 +100,7 @@ def in_turn(what: str) -> Iterator[None]:
 
 
 def exit_with(code: int) -> None:
-    """Ends the process; one of several that has failed does not wait for the others to agree."""
+    """Ends the process. In a multi-process run, a failed process does not wait for the others."""
     if code and code < 128 and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,8 +110,8 @@ def exit_with(code: int) -> None:
 
 @contextlib.contextmanager
 def catch_signals_of_all() -> Iterator[Signals]:
-    """SIGTERM or SIGINT to any process, or a notice of preemption, ends all of them after the same step."""
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # SIGTERM is JAX's
+    """Ends all processes after the same step if any receives SIGTERM, SIGINT or a notice of preemption."""
+    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # JAX handles SIGTERM
     try:
         yield _SignalsOfAll()
     finally:
@@ -131,7 +130,7 @@ def _give_up() -> None:
 
 
 def _end(why: str) -> None:
-    """Ends the process from any thread, whatever the others wait for."""
+    """Ends the process from any thread, whatever its other threads wait for."""
     os.write(2, f"\nldrld_jax: {why}\n".encode())
     os._exit(1)
 
@@ -142,10 +141,10 @@ def _leave(lifeline: "_Lifeline") -> None:
 
 
 class _Lifeline:
-    """A connection between process 0 and each other one, which breaks when one of them dies.
+    """Connection between process 0 and each other process that breaks when one of them dies.
 
-    A collective whose peer is dead may wait for ever, and JAX's heartbeat ends it late and with a dump of its
-    stack. Where the connection cannot be made, the heartbeat is what is left.
+    A collective with a dead peer may wait for ever, and JAX's heartbeat ends it late and with a stack dump. If the
+    connection cannot be made, only the heartbeat remains.
     """
 
     def __init__(self, host: str):
@@ -159,7 +158,7 @@ class _Lifeline:
         token = secrets.token_bytes(16)
         with socket.create_server((host, 0)) if first() else contextlib.nullcontext() as server:
             port = server.getsockname()[1] if server else 0
-            # Also where the name of the host resolves differently: every process takes process 0's.
+            # Every process uses the host name of process 0, even if the name resolves differently there.
             where = np.frombuffer(_MESSAGE.pack(port) + token + host.encode().ljust(255)[:255], np.uint8)
             said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(where), np.uint8))
             (port,), token, host = _MESSAGE.unpack(said[:4]), said[4:20], said[20:].decode().strip()
@@ -186,11 +185,11 @@ class _Lifeline:
             (dead,) = _MESSAGE.unpack(said)
             if dead == _GOODBYE:
                 return
-            time.sleep(_GRACE_SECONDS)  # what fails on all processes is reported by each of them
+            time.sleep(_GRACE_SECONDS)  # lets each process report an error common to all
         self._send(dead)
         _end(
-            f"process {dead} of {jax.process_count()} has died or failed, see what it says; process "
-            f"{jax.process_index()} stops. The last checkpoint is whole: the same commands resume."
+            f"process {dead} of {jax.process_count()} has died or failed, see its output; process "
+            f"{jax.process_index()} stops. The last checkpoint is intact: the same commands resume."
         )
 
     def _send(self, message: int) -> None:
@@ -199,9 +198,9 @@ class _Lifeline:
                 end.sendall(_MESSAGE.pack(message))
 
     def leave(self) -> None:
-        """Tells the others that this process has ended as it should."""
+        """Tells the other processes that this one has ended normally."""
         self._send(_GOODBYE)
 
     def cut(self) -> None:
-        """Tells the others that this process has failed."""
+        """Tells the other processes that this one has failed."""
         self._send(jax.process_index())

@@ -1,4 +1,4 @@
-"""The device mesh, and the two ways in which arrays lie on it."""
+"""The device mesh, and the shardings of batches and model states on it."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,15 +11,15 @@ from ldrld_jax.errors import UserError
 
 
 def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh `("data", "model")` over all devices, or over the first `data * model` of them.
+    """Makes a mesh `("data", "model")` over the first `data * model` devices.
 
     Args:
-      data: devices over which the batch is split; -1 for all that `model` leaves.
-      model: devices over which a model is split.
-      devices: of a topology that is only compiled for; None for those that are here.
+      data: number of devices that the batch is split over; -1 for all that `model` leaves.
+      model: number of devices that a model is split over.
+      devices: devices of a topology that is only compiled for; None for the devices of this machine.
 
     Raises:
-      UserError: if there are not as many devices, or several processes would not share the batch alike.
+      UserError: if there are too few devices, or several processes would get unequal shares of the batch.
 
     Example:
       >>> dict(make_mesh(data=1).shape)
@@ -45,7 +45,7 @@ def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] |
 def _device_count() -> int:
     try:
         return jax.device_count()
-    except (RuntimeError, AssertionError) as error:  # the latter of a platform whose plugin is not installed
+    except (RuntimeError, AssertionError) as error:  # the latter if the platform's plugin is not installed
         chosen, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "its plugin is not installed"
         raise UserError(
             f"JAX finds no device for JAX_PLATFORMS={chosen!r} ({why}). Unset it, or install the extra cuda or tpu."
@@ -53,25 +53,25 @@ def _device_count() -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the data axis."""
+    """Returns the sharding that splits the first axis over the mesh's data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def model_shardings(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
-    """How parameters, an optimizer's state or averages lie on the mesh: a sharding per leaf, by its shape alone.
+    """Returns a sharding for each leaf of parameters, optimizer states or averages, chosen from the leaf's shape.
 
-    The last axis, a layer's outputs, is split over "model"; with `fsdp` the largest axis that is left
-    over "data" as well. An axis that its devices do not divide stays whole. Axes of size 1 change nothing.
+    The last axis, a layer's outputs, is split over "model". With `fsdp` the largest remaining axis is also split
+    over "data". An axis whose size the number of devices does not divide stays whole.
 
     Args:
-      tree: arrays, or their shapes.
-      mesh: of `make_mesh`.
-      fsdp: split over "data", so that each device holds a part (ZeRO); False keeps a copy on each.
+      tree: arrays or shape structs.
+      mesh: from `make_mesh`.
+      fsdp: True splits over "data" so that each device holds a part (ZeRO); False keeps a copy on each.
 
     Example:
       >>> mesh = make_mesh(data=1)
@@ -95,7 +95,7 @@ def model_shardings(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
 
 
 def to_devices(batches: Iterable[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Batches as arrays split over the data axis, one transfer ahead of their use."""
+    """Yields batches as arrays split over the data axis, transferring one batch ahead of its use."""
     sharding = batch_sharding(mesh)
     ahead = None
     for batch in batches:
@@ -108,5 +108,5 @@ def to_devices(batches: Iterable[dict[str, Any]], mesh: Mesh) -> Iterator[dict[s
 
 
 def shares(mesh: Mesh) -> dict[str, int]:
-    """What a loader must know of the mesh: `divisor` of its batches, and which of the `hosts` this `host` is."""
+    """Returns a loader's view of the mesh: the `divisor` of its batches, this `host`'s index, and `hosts`."""
     return dict(divisor=mesh.shape["data"], host=jax.process_index(), hosts=jax.process_count())

@@ -1,4 +1,4 @@
-"""What `precision` and `matmul_precision` mean: the dtypes of a run, and how its products are computed."""
+"""Implements `precision` and `matmul_precision`: the dtypes of a run and the precision of its products."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ def dtypes(precision: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator[None]:
-    """Double precision where a config asks for it, and the products it asks for: all that a run computes is inside.
+    """Applies a config's precisions to everything computed inside the block; enables x64 for float64.
 
     Args:
       precision: float32, bfloat16 or float64.
       products: of float32 matrix products and convolutions on a GPU or TPU; the losses' own are always exact.
     """
     before = jax.config.read("jax_enable_x64")
-    # Not the context manager, which holds for one thread: orbax would restore float32 in its own.
+    # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads.
     jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
     try:
         with jax.default_matmul_precision(products):

@@ -1,4 +1,4 @@
-"""A trace of some steps: what the device and the host do when."""
+"""Records a profiler trace of some steps."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ _STEPS = 10
 
 
 class Profile:
-    """Traces ten steps of a run with `jax.profiler`; with `directory` None nothing.
+    """Trace of ten steps of a run by `jax.profiler`.
 
-    The first ten steps are left out, or half of those of a shorter run: in them programs are compiled.
+    The first ten steps, in which programs are compiled, are skipped (half of the steps of a shorter run).
 
     Args:
-      directory: created if it is missing.
-      start: steps done.
-      steps: the run's last.
+      directory: created if missing; None records nothing.
+      start: number of steps already done.
+      steps: the run's last step.
 
     Raises:
       OSError: if the directory cannot be written.
@@ -33,11 +33,11 @@ class Profile:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is a trace to be made or ended."""
+        """True until the trace is complete; False if none is recorded."""
         return self._directory is not None
 
     def at(self, step: int, dispatched: Any) -> None:
-        """After each dispatch, with something of its output: begins and ends the trace where that is due."""
+        """Begins or ends the trace if that is due; called after each dispatch with a part of its output."""
         self._step = step
         if self._directory is None:
             return
@@ -50,7 +50,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that has begun, and says where it lies."""
+        """Ends a trace that has begun and prints its location."""
         if self._directory is not None and self._since is not None:
             jax.profiler.stop_trace()
             say(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the step in flight, with its state saved; a second one ends it at once."""
+"""Handles SIGINT and SIGTERM: the first ends a run after the step in flight and a save, the second at once."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal ended the run after its state was saved; `exit_code` is 128 + its number.
+    """Error for a run that a signal ended after saving its state; `exit_code` is 128 + the signal's number.
 
     Args:
       signum: the signal's number.
-      step: the last that is saved, 0 if there is none.
+      step: the last saved step, 0 if there is none.
     """
 
     def __init__(self, signum: int, step: int):
@@ -26,43 +26,42 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """What has been received.
+    """The signals received so far.
 
     Attributes:
-      received: the first signal's number, or None.
-      in_time: set once the step in flight has ended; saving may then take as long as it takes.
+      received: the number of the first signal, or None.
+      in_time: True once the step in flight has ended; saving then has no time limit.
     """
 
     received: int | None = None
     in_time: bool = False
 
     def stop_at(self, step: int) -> bool:
-        """Whether the run should end after `step`."""
+        """Returns True if the run should end after `step`."""
         del step
         return self.received is not None
 
     def check(self) -> None:
-        """Raises Interrupted where there is nothing to save."""
+        """Raises Interrupted if a signal was received; for points where there is nothing to save."""
         if self.received is not None:
             raise Interrupted(self.received, 0)
 
     def _handle(self, signum: int, frame: object) -> None:
         del frame
-        if self.received is not None:  # asked twice: do not wait for the step
+        if self.received is not None:  # the second signal: do not wait for the step
             raise KeyboardInterrupt
         self.received = signum
 
 
 @contextlib.contextmanager
 def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
-    """Catches both signals inside the block; elsewhere than in the main thread it cannot, and does nothing.
+    """Catches both signals inside the block. Outside the main thread this is impossible, and it does nothing.
 
-    Python runs a handler between two of its own instructions, which a compilation or a device that
-    hangs keeps from coming.
+    Python runs signal handlers between two of its instructions, so a compilation or a hanging device delays them.
 
     Args:
-      leave_within: seconds after which, or at a second signal at once, the process ends whatever it is
-        doing; the checkpoints on disk are whole at any moment. None leaves that to the caller.
+      leave_within: seconds after the first signal when the process ends, whatever it is doing; a second signal ends
+        it at once. Checkpoints on disk are always intact. None sets no limit.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -81,7 +80,7 @@ def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
 def _deadline(signals: Signals, seconds: float) -> Iterator[None]:
     reading, writing = socket.socketpair()
     writing.setblocking(False)
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)  # written to whatever Python is doing
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)  # written even if Python is blocked
     threading.Thread(target=_watch, args=(reading, signals, seconds), name="signals", daemon=True).start()
     try:
         yield

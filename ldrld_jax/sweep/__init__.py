@@ -1,6 +1,6 @@
-"""Many runs of one config: `python -m ldrld_jax.sweep experiments/methods.py --workdir runs/methods`.
+"""Sweeps, many runs of one config: `python -m ldrld_jax.sweep experiments/methods.py --workdir runs/methods`.
 
-A sweep file is Python that is executed, as a config is, and says which runs there are:
+A sweep file is executed as Python, like a config, and defines the runs:
 
     def get_sweep():
         return {
@@ -10,8 +10,8 @@ A sweep file is Python that is executed, as a config is, and says which runs the
             "grid": {"seed": [0, 1, 2]},
         }
 
-Every entry of `runs` is combined with every combination of `grid`, and `overrides` are all runs';
-each may be left out. Each run is a process of its own with the workdir `WORKDIR/key=value,...`; runs that train the
-same teacher share it in `WORKDIR/teachers`, and runs that one logit store fits share that. The same command again
-runs what is missing, in as many processes, shards or hosts that see the folder as are started.
+Every entry of `runs` is combined with every point of `grid`, and `overrides` apply to all runs; all three are
+optional. Each run is a separate process with the workdir `WORKDIR/key=value,...`. Runs that train the same teacher
+share it in `WORKDIR/teachers`, and runs whose stored logits agree share a logit store. Repeating the command runs
+what is missing; several processes, shards or hosts that see the folder may do so at the same time.
 """

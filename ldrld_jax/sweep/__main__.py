@@ -19,7 +19,7 @@ _FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--d
 
 
 class _Screen:
-    """The jobs, redrawn in place on a terminal; elsewhere a line whenever one changes its state."""
+    """Display of the jobs: redrawn in place on a terminal, elsewhere one line per change of state."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
@@ -38,7 +38,7 @@ class _Screen:
 
 
 def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
-    """A line per job; where they are too many for the terminal, of those under way, below how many are done."""
+    """Returns a line per job; if they do not fit the terminal, a count of done jobs and the active ones."""
     lines = [job.line() for job in jobs]
     if len(lines) >= rows:
         done = sum(job.state == "done" for job in jobs)
@@ -48,7 +48,7 @@ def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the overrides of every run.
+    """Parses the command line into flags and the overrides of every run.
 
     Raises:
       UserError: if a flag is unknown or lacks its value.
@@ -56,16 +56,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m ldrld_jax.sweep", allow_abbrev=False, exit_on_error=False, description="Many runs of a config."
     )
-    parser.add_argument("sweep", metavar="FILE[:ARG]", nargs="?", help="with a get_sweep(): experiments/methods.py")
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="in place of the sweep's own")
-    parser.add_argument("--grid", metavar="KEY=V,V", action="append", default=[], help="every combination of these too")
-    parser.add_argument("--workdir", metavar="DIR", help="where the runs' workdirs lie (runs/<name>-sweep)")
+    parser.add_argument("sweep", metavar="FILE[:ARG]", nargs="?", help="defines get_sweep(): experiments/methods.py")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="used instead of the sweep's own config")
+    parser.add_argument("--grid", metavar="KEY=V,V", action="append", default=[], help="run every combination of these")
+    parser.add_argument("--workdir", metavar="DIR", help="parent of the runs' workdirs (default: runs/<name>-sweep)")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="so many at a time, each on its share of the cores"
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time, each on its share of the cores"
     )
-    parser.add_argument("--gpus", metavar="I,J", help="one at a time on each of these (CUDA_VISIBLE_DEVICES)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th: for a Slurm array")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of what is missing; run nothing")
+    parser.add_argument("--gpus", metavar="I,J", help="one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th, for a Slurm array")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs; run nothing")
     try:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     name = pathlib.Path((args.sweep or args.config).partition(":")[0]).stem
     args.workdir = args.workdir or str(pathlib.Path("runs") / f"{name}-sweep")
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
-        raise UserError("--jobs must be at least 1, and --gpus says by itself how many run at a time.")
+        raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
     try:
         args.shard = tuple(map(int, args.shard.split("/")))
         index, count = args.shard
@@ -87,22 +87,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 if every run is complete, 1 if one failed, 2 for wrong input."""
+    """Runs the command line; returns 0 if every run is complete, 1 if one failed, 2 for invalid input."""
     try:
         return run(*parse(sys.argv[1:] if argv is None else argv))
     except (UserError, OSError) as error:
         print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ldrld_jax.sweep: interrupted, the runs have saved and left; the same command goes on", file=sys.stderr)
+        print("ldrld_jax.sweep: interrupted, the runs have saved; the same command resumes", file=sys.stderr)
         return 130
 
 
 def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
-    """The jobs that the flags name: this shard's.
+    """Returns the jobs of this shard.
 
     Raises:
-      UserError: if the sweep or one of its configs is wrong.
+      UserError: if the sweep or one of its configs is invalid.
     """
     sweep = load(args.sweep) if args.sweep else {}
     if args.config:
@@ -113,7 +113,7 @@ def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Does what the flags say."""
+    """Runs the missing jobs, or prints their commands for a dry run; returns the exit status."""
     workdir = epath.Path(args.workdir)
     jobs = jobs_of(args, overrides)
     for job in jobs:

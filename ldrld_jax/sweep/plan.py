@@ -1,4 +1,4 @@
-"""Which runs a sweep has: each with its config, its command, and how far it is."""
+"""Plans the runs of a sweep: the config, command and progress of each."""
 
 import dataclasses
 import hashlib
@@ -22,15 +22,15 @@ _KEYS = {"config", "overrides", "runs", "grid"}
 
 
 def load(path: str) -> dict[str, Any]:
-    """What the `get_sweep()` of a sweep file `FILE[:ARG]` gives.
+    """Returns the result of `get_sweep()` of a sweep file `FILE[:ARG]`.
 
     Raises:
-      UserError: if the file is not there or fails.
+      UserError: if the file is missing or fails.
     """
     file, _, arg = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(
-            f"there is no sweep file {file!r}. The paper's lie in experiments/; or give --config and --grid."
+            f"there is no sweep file {file!r}. The paper's are in experiments/; or give --config and --grid."
         )
     try:
         get_sweep = runpy.run_path(file)["get_sweep"]
@@ -40,10 +40,10 @@ def load(path: str) -> dict[str, Any]:
 
 
 def parse_grid(text: str) -> tuple[str, list[str]]:
-    """`key=v1,v2` as the key and its values; commas in brackets do not part.
+    """Splits `key=v1,v2` into the key and its values; commas within brackets do not separate values.
 
     Raises:
-      UserError: if it is something else.
+      UserError: if the text has another form.
 
     Example:
       >>> parse_grid("optim.decay_epochs=(2,3),(4,)")
@@ -61,13 +61,13 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-      name: what it overrides; its workdir's name.
-      workdir: of the run.
-      command: that trains it.
-      identity: of its config, as the run will save it.
-      teachers: the workdirs of the teachers that it trains or finds trained.
+      name: the run's overrides, which also name its workdir.
+      workdir: the run's folder.
+      command: the command that trains it.
+      identity: the identity of its config, as the run will save it.
+      teachers: workdirs of the teachers that it trains or reuses.
       state: waiting | running | elsewhere (another process has its workdir) | done | failed.
-      reached: its last evaluation, once `line` has read it.
+      reached: its last evaluation, as read by `line`; "" before that.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Job:
     reached: str = ""
 
     def look(self) -> None:
-        """Sets the state of a job that nobody here runs from what lies on disk."""
+        """Sets the state from the files on disk, for a job that this process is not running."""
         self.reached = ""
         self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
 
@@ -91,8 +91,8 @@ class Job:
         return summary.get("epochs") == self.identity["epochs"]
 
     def line(self) -> str:
-        """How far it is."""
-        if self.state in ("running", "elsewhere") or not self.reached:  # what has ended is read once
+        """Returns a line with the state, the name and the last evaluation."""
+        if self.state in ("running", "elsewhere") or not self.reached:  # finished jobs are read once
             found = last_evaluation(self.workdir)
             if found:
                 self.reached = f"epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}"
@@ -100,12 +100,12 @@ class Job:
 
 
 def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = ()) -> list[Job]:
-    """The jobs of a sweep, each config loaded and resolved: what is wrong with one is said before any starts.
+    """Returns the jobs of a sweep. All configs are loaded and resolved first, so errors appear before any run starts.
 
     Args:
-      sweep: what `get_sweep()` gives.
-      workdir: of the sweep.
-      overrides: `key=value`, of every run.
+      sweep: the result of `get_sweep()`.
+      workdir: the sweep's folder.
+      overrides: `key=value` overrides for every run.
 
     Raises:
       UserError: if a key or a value is not allowed, or two runs are the same.
@@ -128,7 +128,7 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
     ]
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Leave one of them out.")
+        raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Remove one of them.")
     return jobs
 
 
@@ -151,13 +151,13 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
 
 
 def _recipes(config: Any) -> list[dict[str, Any]]:
-    """What decides whether two runs' teachers are the same."""
+    """Returns the identities of a run's teacher recipes; runs with equal ones share their teachers."""
     models = config_lib.teacher_models(config)
     return [config_lib.identity(config_lib.resolve(config_lib.teacher_recipe(config, model))) for model in models]
 
 
 def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
-    """What decides whether two runs can share a logit store; more than needed only costs another store."""
+    """Returns the keys that runs sharing a logit store must agree on; a superfluous key only costs another store."""
     keys = config_lib.identity(config)
     seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
     seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}

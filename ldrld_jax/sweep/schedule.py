@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep in processes, so many at a time."""
+"""Runs the jobs of a sweep in a limited number of parallel processes."""
 
 import os
 import signal
@@ -17,14 +17,13 @@ _POLL_SECONDS = 1.0
 
 
 class Sweep:
-    """Runs jobs in processes, so many at a time, until none is left that can run.
+    """Scheduler that runs jobs in processes, one per slot, until no job is left to run.
 
     Args:
-      jobs: of `plan`.
-      slots: an environment to add for each process that may run at the same time; on a machine with
-        several cores each slot gets its share of them.
-      logs: the folder for what the processes print.
-      show: is given the jobs whenever something changed.
+      jobs: from `plan`.
+      slots: extra environment variables for each parallel process; several slots share the machine's cores equally.
+      logs: folder for the output of the processes.
+      show: called with the jobs on every poll.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Sweep:
         self.running: dict[int, tuple[Job, subprocess.Popen]] = {}
 
     def run(self) -> None:
-        """Returns when every job is done or failed; SIGTERM and Ctrl-C are passed on, once each, and waited for."""
+        """Runs until every job is done or failed. SIGTERM and Ctrl-C are passed on to the processes and waited for."""
         handler = signal.signal(signal.SIGTERM, _raise_exit)
         try:
             while self._turn():
@@ -48,7 +47,7 @@ class Sweep:
             signal.signal(signal.SIGTERM, handler)
 
     def _turn(self) -> bool:
-        """Collects what ended and starts what can; whether there is anything to wait for."""
+        """Collects ended processes and starts waiting jobs; returns False once nothing is left to wait for."""
         for slot, (job, process) in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[slot]
@@ -65,7 +64,7 @@ class Sweep:
         return any(job.state in ("waiting", "running", "elsewhere") for job in self.jobs)
 
     def _teachers_free(self, job: Job) -> bool:
-        """Whether nobody trains one of a job's teachers at the moment."""
+        """Returns True if no process is currently training one of the job's teachers."""
         missing = {str(place) for place in job.teachers if not (place / "summary.json").exists()}
         in_hand = {str(place) for other, _ in self.running.values() for place in other.teachers}
         return not missing & in_hand and not any(is_locked(epath.Path(place)) for place in missing)
@@ -77,7 +76,7 @@ class Sweep:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | self.slots[slot],
-                start_new_session=True,  # Ctrl-C reaches it once, through _stop
+                start_new_session=True,  # Ctrl-C then reaches it only through _stop
             )
         if len(self.slots) > 1 and hasattr(os, "sched_setaffinity"):
             cores = sorted(os.sched_getaffinity(0))
