@@ -94,16 +94,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum in PyTorch's form, or AdamW
     learning_rate: NotNegative = 0.05  # the highest of the schedule
     momentum: Share = 0.9  # sgd; adamw takes it as b1
     nesterov: bool = False  # look ahead along the momentum
     weight_decay: NotNegative = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
     clip_norm: Positive | None = None  # gradients with a larger norm are scaled down to this one
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate, by step
     decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # step: after these epochs
     decay_rate: NotNegative = 0.1  # step: times this each time
-    warmup: Literal["official", "linear", "none"] = "none"
+    warmup: Literal["official", "linear", "none"] = "none"  # official: as the published LDRLD code does it
     warmup_epochs: Count = 20  # of either form
 
 

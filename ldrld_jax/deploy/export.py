@@ -69,7 +69,7 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     replace_text(folder / _PREPROCESSING, json.dumps(student.preprocessing, indent=2) + "\n")
     card = model_card(
         config_lib.resolve(config).to_dict(),
-        read_summary(workdir),
+        read_summary(workdir, numbers=("best_top1",)),
         shape=student.preprocessing["input"]["shape"][1:],
         classes=len(student.labels),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),

@@ -5,6 +5,7 @@ Resuming, sweeps, the export and the report all read runs through it.
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -14,7 +15,6 @@ from ldrld_jax.files import read_json
 from ldrld_jax.identity import flat
 
 _TEXTS = ("method", "student.model", "data.name")
-_NUMBERS = ("best_top1", "last_top1", "examples_per_second")
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -36,17 +36,21 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     return config
 
 
-def read_summary(workdir: epath.PathLike) -> dict[str, Any] | None:
+def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> dict[str, Any] | None:
     """Reads the summary of the run in a workdir; None for a run that has not ended.
 
+    Args:
+      workdir: of the run.
+      numbers: the keys whose values must be finite numbers.
+
     Raises:
-      UserError: if the file is torn, or lacks a number.
+      UserError: if the file is torn, or lacks one of `numbers`.
     """
     path = epath.Path(workdir) / "summary.json"
     if not path.exists():
         return None
     summary = read_json(path, "A run's summary, written again once it is removed")
-    for name in _NUMBERS:
+    for name in numbers:
         if not is_number(summary.get(name)):
             raise UserError(f"{path} has no number {name}. Remove it: the run writes it again.")
     teacher = summary.get("teacher_top1")

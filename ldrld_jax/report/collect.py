@@ -15,6 +15,9 @@ _DEPTH = 3  # how far below a folder runs are looked for
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints")  # one of them says that this is a run's folder
 
 
+_NUMBERS = ("best_top1", "last_top1", "examples_per_second")
+
+
 @dataclasses.dataclass(frozen=True)
 class FoundRun:
     """A run, as its files tell it.
@@ -116,7 +119,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
     if torn := len(lines.torn):
         report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
-    run = FoundRun(str(workdir), flat(config), read_summary(workdir), tuple(curve))
+    run = FoundRun(str(workdir), flat(config), read_summary(workdir, numbers=_NUMBERS), tuple(curve))
     if run.summary is not None:
         report.summaries.append(run)
     else:

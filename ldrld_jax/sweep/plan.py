@@ -84,11 +84,11 @@ class Job:
         self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
 
     def _complete(self) -> bool:
-        summary = read_summary(self.workdir)
+        summary = read_summary(self.workdir, numbers=("epochs",))
         saved = read_config(self.workdir) if summary else None
         if summary is None or saved is None or config_lib.identity(saved) != self.identity:
             return False
-        return summary.get("epochs") == self.identity["epochs"]
+        return summary["epochs"] == self.identity["epochs"]
 
     def line(self) -> str:
         """Returns a line with the state, the name and the last evaluation."""

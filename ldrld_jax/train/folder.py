@@ -61,5 +61,5 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the summary of a run that has ended, else None."""
-        summary = read_summary(self.run.workdir)
-        return summary if summary is not None and summary.get("steps") == self.run.steps else None
+        summary = read_summary(self.run.workdir, numbers=("steps",))
+        return summary if summary is not None and summary["steps"] == self.run.steps else None

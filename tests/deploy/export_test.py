@@ -165,7 +165,7 @@ def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(t
     assert "| teacher | resnet20, from r20.pth |" in card
     assert "| student | tiny_net, 1,234 parameters, 10 classes, float32 |" in card
     assert "ldrld (alpha 10.5, beta 7.0, depth 7," in card
-    assert "; kd (" in card and "temperature 4.0" in card and ") times 1; ce_weight 1" in card
+    assert "; kd (" in card and "temperature 4.0" in card and ") times 0.9; ce_weight 1, kd_weight 1" in card
     assert "| seeds | 3 |" in card
     assert "| licence of the data | not known to this software |" in card
     assert "| accuracy, best epoch | the run had not ended |" in card
