@@ -8,6 +8,12 @@ class UserError(ValueError):
     """Invalid input; the message says what was given, what is allowed and what to do."""
 
 
+class NonFiniteError(RuntimeError):
+    """A number that must be finite is not; the message names it and the step, or the file."""
+
+    exit_code = 1
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Returns the error for a name that is not in a table, with the nearest known name.
 
@@ -16,6 +22,28 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
       "there is no model 'resnet8x5'. Did you mean 'resnet8x4'? Known: resnet8x4, resnet20."
     """
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    nearest = _nearest(name, known)
+    hint = f" Did you mean {nearest!r}?" if nearest is not None else ""
     return UserError(f"there is no {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """Returns the known name that is nearest to another one.
+
+    Example:
+      >>> _nearest("KD", ["kd", "dkd"]), _nearest("optim.lr", ["optim.learning_rate", "optim.clip_norm"])
+      ('kd', 'optim.learning_rate')
+      >>> _nearest("resnet18", ["resnet8", "imagenet_resnet18"])
+      'imagenet_resnet18'
+    """
+    lower = name.lower()
+    same = [other for other in known if other.lower() == lower or _initials(other.lower()) == lower]
+    whole_words = [other for other in known if lower in other.lower().split("_")]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return next(iter([*same, *whole_words, *close]), None)
+
+
+def _initials(name: str) -> str:
+    """Returns a dotted name with the initials of its last part: "optim.lr" for "optim.learning_rate"."""
+    block, dot, last = name.rpartition(".")
+    return block + dot + "".join(word[0] for word in last.split("_") if word)

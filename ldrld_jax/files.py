@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
@@ -19,19 +20,40 @@ _LOOK_SECONDS = 0.2  # longer than the duration of an `is_locked` check
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: after a crash it holds either the old or the new text."""
-    temporary = path.parent / f"{path.name}.tmp"
-    with named(path), temporary.open("w") as file:
-        file.write(text)
-        if is_local(path):
-            file.flush()
-            os.fsync(file.fileno())
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file as `replace_text` does.
+
+    What lay under its name is replaced, a link as well: nothing is ever written through one.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    with named(path):
+        if not is_local(path):
+            temporary.write_bytes(content)
+        else:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def append_text(path: epath.Path, text: str) -> None:
-    """Appends to a file; a crash may leave part of the text."""
-    with named(path), path.open("a") as file:
+    """Writes to the end of a local file, never through a link; a crash may leave half of it there."""
+    with named(path), _appending(path) as file:
         file.write(text)
+
+
+def flush_to_disk(path: epath.Path) -> None:
+    """Waits until what was written to a local file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _appending(path: epath.Path) -> IO[str]:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
 
 
 @contextlib.contextmanager
@@ -81,6 +103,24 @@ def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dic
     return content
 
 
+def split_argument(path: str) -> tuple[str, str]:
+    """Splits `FILE[:ARG]`; a file whose name holds a colon is a file.
+
+    Example:
+      >>> split_argument("configs/cifar100.py:vgg13-vgg8"), split_argument("configs/digits.py")
+      (('configs/cifar100.py', 'vgg13-vgg8'), ('configs/digits.py', ''))
+    """
+    if pathlib.Path(path).is_file():
+        return path, ""
+    end = path.find(".py:")
+    file, argument = (path[: end + 3], path[end + 4 :]) if end >= 0 else path.partition(":")[::2]
+    return file, argument
+
+
+def is_link(path: epath.Path) -> bool:
+    return is_local(path) and os.path.islink(path)  # noqa: PTH114  # epath has no such method
+
+
 def expand_home(path: str) -> str:
     """Returns a path with a leading ~ or ~user replaced by that home directory.
 
@@ -99,6 +139,10 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
 
 
+class LockedError(UserError):
+    """Another process holds the lock on a folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
     """Locks other processes out of a folder with `<folder>/.lock`; the lock ends with the process in any case.
@@ -106,16 +150,16 @@ def locked(folder: epath.Path) -> Iterator[None]:
     It has no effect on remote paths such as `gs://` and on file systems without locks.
 
     Raises:
-      UserError: if another process holds the lock.
+      LockedError: if another process holds the lock.
     """
     if not is_local(folder):
         yield
         return
-    with (folder / ".lock").open("a") as file:
+    with _appending(folder / ".lock") as file:
         if not _lock(file):
             time.sleep(_LOOK_SECONDS)  # another process may only be checking the lock
             if not _lock(file):
-                raise UserError(
+                raise LockedError(
                     f"another process is running in {folder}. Wait for it to end, or choose another workdir."
                 )
         yield
@@ -125,7 +169,7 @@ def is_locked(folder: epath.Path) -> bool:
     """Returns whether any process, including this one, holds the lock on a folder; False if there is no folder."""
     if not folder.is_dir() or not is_local(folder):
         return False
-    with (folder / ".lock").open("a") as file:
+    with _appending(folder / ".lock") as file:
         return not _lock(file)
 
 

@@ -8,6 +8,7 @@ NOT_IDENTITY = (
     "data.loader",
     "data.threads",
     "data.cache_mb",
+    "data.max_skipped",
     "logits.dir",
     "remat",
     "teacher.workdir",
@@ -15,6 +16,7 @@ NOT_IDENTITY = (
     "teacher.data.loader",
     "teacher.data.threads",
     "teacher.data.cache_mb",
+    "teacher.data.max_skipped",
     "steps_per_dispatch",
     "compile",  # the cache folder, and the assumptions of --mode compile
     "mesh.",

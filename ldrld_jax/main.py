@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import expand_home, split_argument
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -51,7 +51,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     ahead.add_argument("--json", metavar="FILE", help="where to write the table for machines")
     parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
     try:
-        args, rest = parser.parse_known_args(list(argv))
+        flags, key_flags = split_overrides(argv)
+        args, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if args.profile is not None and args.mode not in ("train", "bench"):
@@ -67,13 +68,35 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
     if args.mode == "predict" and (args.distributed or any(given)):
         raise UserError("--mode predict is one process. Leave --distributed, --coordinator and the like out.")
-    file = (args.config or DEFAULT_CONFIG).partition(":")[0]
+    for flag, value in (("--config", args.config), ("--workdir", args.workdir)):
+        if value == "":
+            raise UserError(f"{flag} is empty, as by a variable of the shell that is not set. Name one, or remove it.")
+    file, _ = split_argument(args.config or DEFAULT_CONFIG)
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem))
     args.images = []
-    overrides = overrides_in(rest, _FLAGS, args.images if args.mode == "predict" else None)
+    overrides = overrides_in([*rest, *key_flags], _FLAGS, args.images if args.mode == "predict" else None)
     if args.mode == "predict" and not args.images:
         raise UserError("--mode predict needs images: --mode predict --workdir DIR IMAGE...")
     return args, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line into what argparse may see, and the flags of config keys, whose values may hold spaces.
+
+    Example:
+      >>> split_overrides(["--workdir", "w", "--config.seed", "1", "--config.data.data_dir=/my data"])
+      (['--workdir', 'w'], ['--config.seed', '1', '--config.data.data_dir=/my data'])
+    """
+    flags, overrides, left = list[str](), list[str](), list(argv)
+    while left:
+        flag = left.pop(0)
+        if not flag.startswith("--config."):
+            flags.append(flag)
+            continue
+        overrides.append(flag)
+        if "=" not in flag and left:
+            overrides.append(left.pop(0))
+    return flags, overrides
 
 
 def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | None = None) -> list[str]:
@@ -165,8 +188,14 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"{args.workdir} holds an exported student, which no config changes. Leave --config out.")
     else:
         student = export.read_student(args.workdir)
-    for path, classes in predict.predict(student, paths):
-        say(predict.line(path, classes))
+    broken = []
+    for path, found in predict.predict(student, paths):
+        if isinstance(found, Exception):
+            broken.append(f"{path} is broken or no image that is known: {found}")
+        else:
+            say(predict.line(path, found))
+    if broken:
+        raise (UserError if len(broken) == len(paths) else predict.BrokenImagesError)("; ".join(broken))
 
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
@@ -207,7 +236,11 @@ def _leave(code: int) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"ldrld_jax: {' '.join(message.split())}", file=sys.stderr)
+    from ldrld_jax.record.console import printable
+
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"ldrld_jax: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

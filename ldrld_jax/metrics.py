@@ -97,7 +97,8 @@ def by_step(metrics: Packed) -> list[Means]:
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Returns whether each label is among the k largest logits, `[n]` bool; ties go to the lower class.
 
-    It counts the logits above the label's, which needs no sort.
+    A row with a NaN, or with a logit of the label that is not finite, is never right. The function counts
+    the logits above the label's, which needs no sort.
 
     Example:
       >>> in_top(jnp.array([[0.1, 0.7, 0.2]]), jnp.array([2]), 2).tolist()
@@ -105,7 +106,8 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     before = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[-1])[None, :] < labels[:, None]))
-    return jnp.sum(before, axis=-1) < k
+    comparable = jnp.isfinite(own[:, 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return (jnp.sum(before, axis=-1) < k) & comparable
 
 
 def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None = None) -> Means:

@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"errors"},
     "data": {"errors"},
     "checkpoint": {"errors", "files"},
-    "interop": {"errors", "models"},
+    "interop": {"errors", "files", "models"},
     "record": {"errors", "files", "identity", "metrics"},
     "runtime": {"errors", "files", "record"},
     "config": {"errors", "files", "identity", "losses", "record"},

@@ -52,7 +52,7 @@ class Checkpoints:
         self._run = run or {}
         self._directory = epath.Path(directory).resolve()  # tensorstore accepts absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._notes = {step: read_note(self._path(step)) for step in self._steps_on_disk()}
+        self._notes = {step: _of_step(step, read_note(self._path(step))) for step in self._steps_on_disk()}
         self._writing: tuple[int, Note, orbax_io.Writing] | None = None
 
     def _path(self, step: int, suffix: str = "") -> epath.Path:
@@ -127,6 +127,7 @@ class Checkpoints:
                 self._rate(step, host, top1)
             return
         note = {
+            "step": step,
             "run": self._run,
             "host": host,
             "top1": top1,
@@ -247,6 +248,13 @@ class Checkpoints:
             "checkpoint %s is damaged (%s): set aside as %s, going on from step %d.",
             self._path(step), error, name, instead,
         )  # fmt: skip
+
+
+def _of_step(step: int, note: Note | DamagedError) -> Note | DamagedError:
+    """Returns a note; for one that was saved at another step, as its folder's name says, an error."""
+    if isinstance(note, DamagedError) or note.get("step", step) == step:
+        return note
+    return DamagedError(f"it was saved at step {note['step']}: its folder has another name")
 
 
 def load_model(

@@ -68,6 +68,7 @@ class Data:
     cache_mb: Whole = 1024  # host memory for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # the last partial batch of an epoch
     on_error: Literal["raise", "skip"] = "raise"  # at an image that does not decode or a label out of range
+    max_skipped: Annotated[float, Range(0, 1)] = 0.05  # skip: a larger share of a split's images is an error
     exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
     augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"  # random_resized_crop: to crop_size
     pad: Whole = 0  # pad_crop: of the image padded with this many zeros on each side

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
 from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.files import split_argument
 from ldrld_jax.record.reader import read_config
 
 
@@ -24,7 +25,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: if the file is not found or fails, or a key or value is not allowed.
     """
-    file, _, arg = path.partition(":")
+    file, arg = split_argument(path)
     found = _find(file)
     spec = importlib.util.spec_from_file_location("ldrld_jax_config_file", found)
     assert spec is not None and spec.loader is not None
@@ -74,11 +75,14 @@ def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
 def _find(file: str) -> pathlib.Path:
     package = pathlib.Path(__file__).parents[1]
+    if not file:
+        raise UserError("the name of the config file is empty.")
     places = [pathlib.Path(file), package / file, package.parent / file]
-    for place in places:
+    named = [folder / "configs" / pathlib.Path(file).name for folder in (pathlib.Path(), package, package.parent)]
+    for place in [*places, *named, *(place.with_name(f"{place.name}.py") for place in [*places, *named])]:
         if place.is_file():
             return place
-    known = sorted(p.name for place in {p.parent for p in places} if place.is_dir() for p in place.glob("*.py"))
+    known = sorted({p.name for place in {p.parent for p in named} if place.is_dir() for p in place.glob("*.py")})
     raise UserError(f"there is no config file {file!r}, here or in the package. Known: {', '.join(known) or 'none'}.")
 
 

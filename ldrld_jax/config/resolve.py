@@ -24,6 +24,9 @@ def method_names(config: ConfigDict) -> list[str]:
     names = [] if config.method == "ce" else config.method.split("+")
     for name in names:
         if name not in METHODS:
+            parts = [part.strip() for part in name.replace(",", "+").split("+")]
+            if len(parts) > 1 and all(part in METHODS for part in parts):
+                raise UserError(f"there is no method {name!r}. Several are written as a sum: method={'+'.join(parts)}.")
             raise unknown("method", name, ["ce", *METHODS])
     if len(set(names)) < len(names):
         raise UserError(f"method {config.method!r} names a method twice. Weight it with loss_weight instead.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,12 +29,8 @@ def open_image(data: bytes) -> Image.Image:
         ...
       ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
     """
-    try:
+    with _as_broken(f"not an image ({len(data)} bytes)"):
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # For an unknown format, Pillow's message is the address of the buffer.
-        why = str(error) if "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
-        raise BrokenImageError(why) from error
 
 
 def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
@@ -44,7 +39,8 @@ def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:
     Raises:
       BrokenImageError: if the image ends before its orientation.
     """
-    width, height = image.size
+    with _as_broken():
+        width, height = image.size
     return (height, width) if exif and _orientation(image) >= 5 else (width, height)
 
 
@@ -54,12 +50,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextlib.contextmanager
-def _as_broken() -> Iterator[None]:
-    """Converts the errors of Pillow's decoders for malformed bytes to one kind of error."""
+def _as_broken(unknown: str = "not an image") -> Iterator[None]:
+    """Converts whatever Pillow raises for malformed bytes, of a dozen types, to one kind of error."""
     try:
         yield
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error) as error:
-        raise BrokenImageError(str(error)) from error
+    except (BrokenImageError, MemoryError):
+        raise
+    except Exception as error:
+        # For an unknown format, Pillow's message is the address of the buffer.
+        why = unknown if "BytesIO" in str(error) else str(error) or type(error).__name__
+        raise BrokenImageError(why) from error
 
 
 def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
@@ -78,15 +78,15 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
     """
     with _as_broken():
         image.load()
-    if exif and _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
-    mode = {1: "L", 3: "RGB"}[channels]
-    return image if image.mode == mode else image.convert(mode)
+        if exif and _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            layers = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+        mode = {1: "L", 3: "RGB"}[channels]
+        return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

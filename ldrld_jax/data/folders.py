@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -11,7 +13,10 @@ from ldrld_jax.errors import UserError, unknown
 
 logger = logging.getLogger("ldrld_jax")
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,13 @@ class FolderRecords:
 
     def labels(self) -> np.ndarray:
         return self.targets
+
+    def listing(self) -> Iterator[str]:
+        """Yields each file's path below their common folder with its label and, if it is local, its size in bytes."""
+        root = os.path.commonprefix([min(self.paths), max(self.paths)])  # noqa: RUF071  # any prefix will do
+        for path, label in zip(self.paths, self.targets.tolist(), strict=True):
+            size = os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
+            yield f"{path.removeprefix(root)} {label} {size}"
 
 
 def open_folder(
@@ -94,15 +106,16 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
         )
     # Sorted, as generic folder readers number classes, and so as existing checkpoints do.
     wnids = sorted(_name(line, root / "wnids.txt") for line in (root / "wnids.txt").read_text().split())
-    words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines())
+    words = dict(line.split(None, 1) for line in _lines(root / "words.txt"))
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
     annotations = root / "val" / "val_annotations.txt"
-    if split == "train" or not annotations.exists():  # some tools sort val into folders by class
+    sorted_by_class = not annotations.exists() or any((root / split / wnid).is_dir() for wnid in wnids)
+    if split == "train" or sorted_by_class:  # which some tools do with val
         return list(_by_class(root / split, wnids)), class_names
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     files = []
-    for line in annotations.read_text().splitlines():
-        file, wnid = line.split("\t")[:2]
+    for line in _lines(annotations):
+        file, wnid = line.split()[:2]
         _name(file, annotations)
         if wnid not in label_of:
             raise UserError(f"{annotations} gives {file} the class {wnid}, which is not in wnids.txt.")
@@ -114,6 +127,16 @@ FOLDERS: dict[str, Callable[[epath.Path, str], tuple[list[tuple[str, int]], tupl
     "image_folder": _image_folder,
     "tiny_imagenet": _tiny_imagenet,
 }
+
+
+def _lines(path: epath.Path) -> list[str]:
+    """Returns the lines of a text file that are not blank; what is no UTF-8 is Latin-1."""
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return [line for line in map(str.strip, text.split("\n")) if line]
 
 
 def _name(text: str, place: epath.Path) -> str:
@@ -132,11 +155,18 @@ def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[
             yield from ((path, label) for path in _images(folder / name))
 
 
-def _images(folder: epath.Path) -> Iterator[str]:
+def _images(folder: epath.Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yields the images below a folder, each once: a link to a folder above it is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    above |= {real, *map(str, pathlib.PurePath(real).parents)}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in SUFFIXES:
             yield str(path)
         elif path.is_dir():
-            yield from _images(path)
+            yield from _images(path, above)
+        else:
+            logger.warning("%s is left out: images end in %s", path, ", ".join(SUFFIXES))

@@ -1,9 +1,10 @@
 """Sources of records: random access to encoded images and labels."""
 
 import dataclasses
+import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -37,6 +38,10 @@ class Records(Protocol):
         """Returns the labels `[n]` int32, without decoding any image."""
         ...
 
+    def listing(self) -> Iterator[str]:
+        """Yields what tells this list of records from another, without reading any: names and sizes of files."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -49,6 +54,8 @@ class Source:
       view: the transform of each image; by default none, and all images must have `image_shape`.
       on_error: a broken image or a label out of range stops the run ("raise"), or gets the label -1 and
         is logged once ("skip").
+      max_skipped: with "skip", the share of the records beyond which broken ones stop the run too; ten may
+        always be skipped, unless there is nothing else.
     """
 
     records: Any
@@ -56,6 +63,7 @@ class Source:
     image_shape: tuple[Any, Any, int]
     view: View = None  # type: ignore[assignment]  # set below
     on_error: str = "raise"
+    max_skipped: float = 0.05
     broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
 
     def __post_init__(self) -> None:
@@ -104,6 +112,12 @@ class Source:
         if index not in self.broken:
             self.broken.add(index)
             logger.warning("skipped %s: %s (%d skipped so far)", name, error, len(self.broken))
+            count = len(self.broken)
+            if count == len(self) or count > max(10, self.max_skipped * len(self)):
+                raise UserError(
+                    f"{count} of {len(self)} images are broken, the last of them {name} ({error}), and a share of "
+                    f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
+                ) from error
 
 
 class InMemory:
@@ -154,8 +168,22 @@ class Selected:
     def labels(self) -> np.ndarray:
         return self.records.labels()[self.indices] if self.relabelled is None else self.relabelled
 
+    def listing(self) -> Iterator[str]:
+        """Yields the listing of all records: a run's config says which of them are selected."""
+        return self.records.listing()
 
-def open_source(name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise") -> Source:
+
+def fingerprint(source: Any) -> dict[str, Any]:
+    """Returns the number of images of a source and a digest of the list of its records, as JSON."""
+    digest = hashlib.sha256()
+    for line in getattr(source, "uncached", source).records.listing():
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
+    return {"images": len(source), "digest": digest.hexdigest()[:32]}
+
+
+def open_source(
+    name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise", max_skipped: float = 0.05
+) -> Source:
     """Opens a split of an image classification dataset, without TensorFlow.
 
     Args:
@@ -163,12 +191,15 @@ def open_source(name: str, split: str, data_dir: str | None = None, *, on_error:
         dataset name that TFDS knows.
       split: a split of the dataset; for TFDS also a slice such as `train[:90%]`.
       data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
-      on_error: see `Source`.
+      on_error, max_skipped: see `Source`.
 
     Raises:
       UserError: if the name or the split is unknown, or the dataset is missing; the message contains the
         command that prepares it.
     """
     if name in folders.FOLDERS:
-        return Source(*folders.open_folder(name, split, data_dir, on_error=on_error), on_error=on_error)
-    return Source(*tfds_records.open_tfds(name, split, data_dir), on_error=on_error)
+        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, on_error=on_error)
+    else:
+        opened = tfds_records.open_tfds(name, split, data_dir)
+    records, class_names, shape = opened
+    return Source(records, class_names, shape, on_error=on_error, max_skipped=max_skipped)

@@ -20,10 +20,17 @@ from ldrld_jax.errors import UserError, unknown
 
 @dataclasses.dataclass(frozen=True)
 class TfdsRecords:
-    """A split of a TFDS dataset; `title` is its name in error messages."""
+    """A split of a TFDS dataset.
+
+    Attributes:
+      records: of TFDS, by index.
+      title: the name in error messages.
+      version: of the dataset, and the lengths of its shards.
+    """
 
     records: Any
     title: str
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -39,6 +46,10 @@ class TfdsRecords:
         record = self.records.__getitems__([index])[0]
         file = record.get("file_name", b"")
         return f"record {index} of {self.title}" + (f" ({file.decode()})" if isinstance(file, bytes) and file else "")
+
+    def listing(self) -> Iterator[str]:
+        """Yields the dataset's version with the lengths of its shards, and the split."""
+        yield from (self.version, self.title)
 
     def labels(self) -> np.ndarray:
         """Reads the labels from all records, in blocks, because TFDS stores them with the images."""
@@ -56,7 +67,12 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     if name == "digits" and not builder.is_prepared():
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download, and there is none
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except Exception:  # another process may have been faster; TFDS has no error of its own for that
+                builder = make_builder(name, data_dir)
+                if not builder.is_prepared():
+                    raise
     if not any(builder.data_path.glob("*.array_record*")):
         raise _not_prepared(name, data_dir, builder)
     features = builder.info.features
@@ -64,7 +80,8 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
-    opened = TfdsRecords(records, f"{name}, {split}")
+    shards = {name: info.shard_lengths for name, info in builder.info.splits.items()}
+    opened = TfdsRecords(records, f"{name}, {split}", f"{builder.info.version} {json.dumps(shards, sort_keys=True)}")
     opened.__getitems__(sorted({0, len(opened) - 1}))  # to report missing or damaged files before the run begins
     return opened, tuple(features["label"].names), features["image"].shape
 

@@ -16,6 +16,7 @@ from ldrld_jax.data.decode import BrokenImageError, open_image, pixels, upright_
 
 Shape = tuple[int, int, int]
 BILINEAR = Image.Resampling.BILINEAR
+_LONGEST = 32  # crops: the longer side of an image that is resized before it is cropped
 
 
 class View(Protocol):
@@ -75,6 +76,11 @@ class CentreCrop:
         # The longer side is rounded down and the crop's corner to the nearest even number, as in torchvision.
         scaled = (self.resize * width // short, self.resize * height // short)
         left, top = (round((side - self.size) / 2) for side in scaled)
+        if max(scaled) > _LONGEST * self.size:  # a thin image, whose resized form would take gigabytes
+            side = self.size * short / self.resize
+            x, y = max(left * short / self.resize, 0), max(top * short / self.resize, 0)
+            box = (x, y, min(x + side, width), min(y + side, height))
+            return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
         return _as_array(image, self.shape)
 

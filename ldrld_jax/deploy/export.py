@@ -5,6 +5,7 @@ holds only the weights, for long-term storage; README.md is a model card.
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -19,9 +20,10 @@ from ldrld_jax.data.pipeline import make_eval_source
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import named, read_json, replace_text
+from ldrld_jax.files import is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
-from ldrld_jax.record.reader import read_summary
+from ldrld_jax.record.console import printable
+from ldrld_jax.record.reader import check_classes, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.train.networks import Networks
@@ -29,7 +31,8 @@ from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_PROGRAM, _LABELS, _PREPROCESSING = "student.stablehlo", "labels.txt", "preprocessing.json"
+_PROGRAM, _WEIGHTS = "student.stablehlo", "student.safetensors"
+_LABELS, _PREPROCESSING = "labels.txt", "preprocessing.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +64,17 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     folder = epath.Path(workdir) / "export"
     if not first():
         return folder
+    if is_link(folder):
+        raise UserError(f"{folder} is a link, and nothing is written through one. Remove it.")
     folder.mkdir(exist_ok=True)
     with named(folder):
-        (folder / _PROGRAM).write_bytes(bytes(student.program.serialize()))
-        save_torch_checkpoint(folder / "student.safetensors", *variables)
-    replace_text(folder / _LABELS, "".join(f"{label}\n" for label in student.labels))
-    replace_text(folder / _PREPROCESSING, json.dumps(student.preprocessing, indent=2) + "\n")
+        replace_bytes(folder / _PROGRAM, bytes(student.program.serialize()))
+        save_torch_checkpoint(folder / _WEIGHTS, *variables)
+    # For people and other programs; a name may hold a line's end, so that the names are in the JSON as well.
+    replace_text(folder / _LABELS, "".join(f"{printable(label).replace(chr(10), ' ')}\n" for label in student.labels))
+    digests = {name: _digest(folder / name) for name in (_PROGRAM, _WEIGHTS)}
+    described = {**student.preprocessing, "labels": list(student.labels), "sha256": digests}
+    replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
     card = model_card(
         config_lib.resolve(config).to_dict(),
         read_summary(workdir, numbers=("best_top1",)),
@@ -86,6 +94,7 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
     """
     with precision_scope(config.precision, config.matmul_precision):
         source = make_eval_source(config.data)
+        check_classes(workdir, source.class_names, whose="the run")
         networks = Networks(len(source.class_names), source.image_shape[-1], config.precision)
         network, variables = networks.restore(str(workdir), config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
@@ -117,7 +126,13 @@ def read_student(folder: epath.PathLike) -> Student:
     """
     folder = epath.Path(folder)
     described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
-    labels = tuple((folder / _LABELS).read_text().splitlines())
+    if "labels" not in described:  # an export of before the names were in the JSON
+        described["labels"] = (folder / _LABELS).read_text(errors="replace").splitlines()
+    if (expected := described.get("sha256", {}).get(_PROGRAM)) not in (None, _digest(folder / _PROGRAM)):
+        raise UserError(
+            f"{folder / _PROGRAM} has changed since it was exported: its SHA-256 is not {expected}. Export it again, "
+            "by --mode export."
+        )
     try:
         program = jax.export.deserialize(bytearray((folder / _PROGRAM).read_bytes()))
         _, *shape = program.in_avals[0].shape
@@ -128,4 +143,11 @@ def read_student(folder: epath.PathLike) -> Student:
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
             "Export it again with --mode export."
         ) from error
-    return Student(program, described, labels)
+    labels, classes = described["labels"], program.out_avals[0].shape[-1]
+    if not isinstance(labels, list) or len(labels) != classes:
+        raise UserError(f"{folder} has no name for each of its {classes} classes. Export it again, by --mode export.")
+    return Student(program, described, tuple(map(str, labels)))
+
+
+def _digest(path: epath.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -35,32 +35,45 @@ def find(patterns: Iterable[str]) -> list[epath.Path]:
     return paths
 
 
-def predict(student: Student, paths: Sequence[epath.Path], top: int = 5) -> Iterator[tuple[epath.Path, Classes]]:
+class BrokenImagesError(Exception):
+    """Error that names the images of a prediction which cannot be read."""
+
+    exit_code = 1
+
+
+def predict(
+    student: Student, paths: Sequence[epath.Path], top: int = 5
+) -> Iterator[tuple[epath.Path, Classes | BrokenImageError]]:
     """Yields each path with its `top` classes and their probabilities in 0..1, the most likely first.
+
+    A path whose file is broken, or no image, comes with the error instead.
 
     Args:
       student: from `export.student_of` or `export.read_student`.
       paths: image files in any format of `decode.FORMATS`, grey or colour.
       top: number of classes, or all if there are fewer.
-
-    Raises:
-      UserError: if a file is broken or not an image.
     """
     view = view_of(student.preprocessing)
     probabilities_of = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        images = np.stack([_read(path, view) for path in batch])
-        for path, probabilities in zip(batch, np.asarray(probabilities_of(images)), strict=True):
+        images = [_read(path, view) for path in batch]
+        whole = [image for image in images if not isinstance(image, BrokenImageError)]
+        found = iter(np.asarray(probabilities_of(np.stack(whole))) if whole else ())
+        for path, image in zip(batch, images, strict=True):
+            if isinstance(image, BrokenImageError):
+                yield path, image
+                continue
+            probabilities = next(found)
             best = np.argsort(-probabilities, kind="stable")[:top]
             yield path, [(student.labels[i], float(probabilities[i])) for i in best]
 
 
-def _read(path: epath.Path, view: View) -> np.ndarray:
+def _read(path: epath.Path, view: View) -> np.ndarray | BrokenImageError:
     try:
         return view(path.read_bytes())
     except BrokenImageError as error:
-        raise UserError(f"{path} is broken or no image that is known: {error}.") from error
+        return error
 
 
 def line(path: epath.Path, classes: Classes) -> str:

@@ -13,6 +13,7 @@ import safetensors.numpy
 from etils import epath
 
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import replace_bytes
 
 # Keys under which training scripts save the state_dict.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
@@ -59,7 +60,7 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one file with PyTorch's format marker, which readers of that library expect."""
-    epath.Path(path).write_bytes(safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
+    replace_bytes(epath.Path(path), safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
 
 
 def _is_tar(stream: IO[bytes]) -> bool:

@@ -18,7 +18,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
 from ldrld_jax.models import create_model
 from ldrld_jax.models.layers import Dtype
-from ldrld_jax.models.purify import Tree, purify, with_variables
+from ldrld_jax.models.purify import Tree, check_finite, purify, with_variables
 
 __all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", "to_state_dict"]
 
@@ -55,8 +55,8 @@ def load_torch_checkpoint(
       param_dtype: dtype to which the weights are converted.
 
     Raises:
-      UserError: if the file cannot be read safely or does not fit the model; the message counts all missing,
-        unexpected and misshapen keys and names the first ones.
+      UserError: if the file cannot be read safely, does not fit the model or holds numbers that are not finite;
+        the message counts all missing, unexpected and misshapen keys and names the first ones.
 
     Example:
       >>> model = load_torch_checkpoint("ckpt_epoch_240.pth", "resnet32x4", num_classes=100)  # doctest: +SKIP
@@ -77,7 +77,9 @@ def load_torch_checkpoint(
             f"{path} does not fit {model_name} with {num_classes} classes and {in_channels} channels: "
             f"{_report(misfits[role])}. Give the model and the number of classes that it was trained with."
         )
-    return with_variables(model, *from_state_dict(networks[role], params, batch_stats))
+    variables = from_state_dict(networks[role], params, batch_stats)
+    check_finite(*variables, str(path))
+    return with_variables(model, *variables)
 
 
 def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:

@@ -30,7 +30,7 @@ _CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for se
 # the augmentation seed separately, and the teacher's normalisation with the teacher.
 _NOT_KEY = (
     *("data_dir", "loader", "threads", "cache_mb", "eval_split", "remainder", "label_noise", "label_noise_rate"),
-    *("mixup", "augment_seed", "mean", "std", "image_size"),
+    *("mixup", "augment_seed", "mean", "std", "image_size", "max_skipped"),
 )
 
 

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+
+from ldrld_jax.errors import UserError
 
 Tree = dict[str, Any]
 # apply(params, batch_stats, images, *, train, where=None) -> (logits, batch_stats)
@@ -51,6 +54,18 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
     """
     graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
     return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))
+
+
+def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
+    """Raises a UserError that names the first array of some weights with a number that is not finite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "batch_stats": batch_stats}):
+        bad = int(np.sum(~np.isfinite(np.asarray(leaf).astype(np.float64))))
+        if bad:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use another "
+                "checkpoint."
+            )
 
 
 def _str_keys(tree: Any) -> Any:

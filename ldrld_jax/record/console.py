@@ -1,7 +1,9 @@
 """Console output: the progress bar, a line per evaluation, the table at the end."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -16,24 +18,52 @@ def mute() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard output, above the progress bar if there is one."""
-    if not _muted:
-        tqdm.write(text, file=sys.stdout)
+    """Prints a line on standard output, above the progress bar if there is one.
+
+    It never raises: a run goes on when nobody reads its output any more.
+    """
+    if _muted or sys.stdout is None:
+        return
+    try:
+        tqdm.write(printable(text, sys.stdout.encoding or "utf-8"), file=sys.stdout)
         sys.stdout.flush()
+    except OSError:  # the reader of a pipe has gone, or the terminal
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nor does Python complain at its end
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    r"""Escapes what a terminal would obey, such as control sequences in names, and what `encoding` cannot show.
+
+    Example:
+      >>> print(printable("cat\x1b[2J, caf\u00e9", "ascii"))
+      cat\x1b[2J, caf\xe9
+    """
+    escaped = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class ProgressBar:
     """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal."""
 
     def __init__(self, start: int, total: int, name: str):
-        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=_muted or None, dynamic_ncols=True)
+        hidden = True if _muted or sys.stderr is None else None  # None: unless it is a terminal
+        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        self._bar.update(step - self._bar.n)
+        with self._hidden_once_it_fails():
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        self._bar.close()
+        with self._hidden_once_it_fails():
+            self._bar.close()
+
+    @contextlib.contextmanager
+    def _hidden_once_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # the terminal has gone
+            self._bar.disable = True
 
 
 def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, float], best: float) -> str:

@@ -5,7 +5,7 @@ Resuming, sweeps, the export and the report all read runs through it.
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -34,6 +34,47 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     if not all(isinstance(text, str) for text in texts) or not is_number(keys["seed"]):
         raise UserError(f"{path} is not of ldrld_jax: a name that is no text, or a seed that is no number.")
     return config
+
+
+def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Reads what the run in a workdir notes of its data; None for a run of before that was noted.
+
+    Returns:
+      `{"classes": names, "train": {"images": n, "digest": text}, "eval": the same}`.
+
+    Raises:
+      UserError: if the file is torn, or no such note.
+    """
+    path = epath.Path(workdir) / "data.json"
+    if not path.exists():
+        return None
+    data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
+    splits = [data[split] for split in ("train", "eval")]
+    if not isinstance(data["classes"], list) or not all(
+        isinstance(s, dict) and is_number(s.get("images")) for s in splits
+    ):
+        raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
+    return data
+
+
+def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose: str) -> None:
+    """Raises a UserError unless the run in a workdir told the same classes apart, in the same order.
+
+    Args:
+      workdir: of the run; one of before the classes were noted passes.
+      class_names: here.
+      whose: the run's place in this one, for the error: "the run" or "the teacher".
+    """
+    noted = read_data(workdir)
+    if noted is None or noted["classes"] == list(class_names):
+        return
+    there, here = noted["classes"], list(class_names)
+    if len(there) != len(here):
+        what = f"{len(there)} classes there, {len(here)} here"
+    else:
+        label = next(i for i, names in enumerate(zip(there, here, strict=True)) if len(set(names)) == 2)
+        what = f"class {label} is {there[label]!r} there and {here[label]!r} here"
+    raise UserError(f"{whose} in {workdir} told other classes apart: {what}. Restore the data's class names.")
 
 
 def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> dict[str, Any] | None:

@@ -10,17 +10,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from ldrld_jax.errors import NonFiniteError
 from ldrld_jax.metrics import Mean, Means, Packed, add, by_step
 from ldrld_jax.record.console import ProgressBar, evaluation_line, say
 from ldrld_jax.record.writer import Writer
 
 _MOST_SKIPPED = 100  # steps in a row
-
-
-class NonFiniteError(RuntimeError):
-    """A term of the loss is not finite; the message names the term and the step."""
-
-    exit_code = 1
 
 
 class Recorder:
@@ -88,10 +83,11 @@ class Recorder:
     def _add(self, step: int, means: Means) -> None:
         self._count_skipped(step, means)
         bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
-        if bad:
+        weights = means.pop("non_finite", Mean(0.0, 1.0)).total
+        if bad or weights:
             raise NonFiniteError(
-                f"{', '.join(bad)} not finite at step {step} (loss {means['loss'].value}). The last checkpoint is "
-                "untouched. Lower optim.learning_rate, or look at the data of that step."
+                f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
+                "checkpoint is untouched. Lower optim.learning_rate, or look at the data of that step."
             )
         self._window = add(self._window, means)
         if step % self._config.log.every_steps == 0 or step == self._steps:
@@ -109,11 +105,11 @@ class Recorder:
             self._skipped_in_a_row = 0
             return
         if not self.skipped:
-            say(f"step {step} is skipped: its loss or gradient is not finite. Further ones are counted, not shown.")
+            say(f"step {step} is skipped: its loss or its weights are not finite. Further ones are counted, not shown.")
         self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
         if self._skipped_in_a_row == _MOST_SKIPPED:
             raise NonFiniteError(
-                f"the loss or its gradient was not finite for {_MOST_SKIPPED} steps in a row, the last of them {step}. "
+                f"the loss or the weights were not finite for {_MOST_SKIPPED} steps in a row, the last of them {step}. "
                 "The last checkpoint is untouched. Lower optim.learning_rate, or set non_finite=stop to see the term."
             )
 
@@ -141,6 +137,11 @@ class Recorder:
         if self._clock is not None:
             self._step_seconds.extend([(now - self._clock) / steps] * steps)
         self._clock = now
+
+    def flush(self) -> None:
+        """Brings the lines to the disk: the checkpoint that follows counts on them."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         self._bar.close()

@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from ldrld_jax.files import append_text, is_local, replace_text
+from ldrld_jax.files import append_text, flush_to_disk, is_local, replace_text
+from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.record.tensorboard import Events
 
@@ -26,6 +27,9 @@ class Writer:
     def __init__(self, workdir: epath.Path, *, lines: int = 0, step: int = 0, tensorboard: bool = True):
         self._path = workdir / "metrics.jsonl"
         self._lines = read_metrics(workdir)[:lines]
+        if missing := lines - len(self._lines):
+            after = f"after step {self._lines[-1]['step']}" if self._lines else "from the start on"
+            say(f"{self._path} lacks {missing} of the {lines} lines that had been written, {after}.")
         text = "".join(_dump(line) for line in self._lines)
         if not self._path.exists() or self._path.read_bytes() != text.encode():
             replace_text(self._path, text)
@@ -45,6 +49,11 @@ class Writer:
             append_text(self._path, _dump(line))
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Brings what was written to the disk, so that a machine that goes down does not lose it."""
+        if is_local(self._path):
+            flush_to_disk(self._path)
 
     def close(self) -> None:
         if self._events is not None:

@@ -1,4 +1,4 @@
-"""Handles SIGINT and SIGTERM: the first ends a run after the step in flight and a save, the second at once."""
+"""Handles SIGINT, SIGTERM and SIGHUP: the first ends a run after the step in flight and a save, the second at once."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -55,7 +55,9 @@ class Signals:
 
 @contextlib.contextmanager
 def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
-    """Catches both signals inside the block. Outside the main thread this is impossible, and it does nothing.
+    """Catches the signals inside the block, except a SIGHUP that is ignored already, as under `nohup`.
+
+    Outside the main thread this is impossible, and it does nothing.
 
     Python runs signal handlers between two of its instructions, so a compilation or a hanging device delays them.
 
@@ -67,7 +69,8 @@ def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, signals._handle) for number in _NUMBERS}
+    caught = [n for n in _NUMBERS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signals._handle) for number in caught}
     try:
         with contextlib.nullcontext() if leave_within is None else _deadline(signals, leave_within):
             yield signals

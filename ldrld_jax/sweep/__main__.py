@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import is_local
-from ldrld_jax.main import overrides_in
+from ldrld_jax.files import is_local, split_argument
+from ldrld_jax.main import overrides_in, split_overrides
 from ldrld_jax.report import collect, table
 from ldrld_jax.sweep.plan import Job, load, parse_grid, plan
 from ldrld_jax.sweep.schedule import Sweep
@@ -67,12 +68,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th, for a Slurm array")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs; run nothing")
     try:
-        args, rest = parser.parse_known_args(list(argv))
+        flags, given = split_overrides(argv)
+        args, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if not args.sweep and not args.config:
         raise UserError("a sweep needs a FILE with a get_sweep(), or --config and --grid.")
-    name = pathlib.Path((args.sweep or args.config).partition(":")[0]).stem
+    name = pathlib.Path(split_argument(args.sweep or args.config)[0]).stem
     args.workdir = args.workdir or str(pathlib.Path("runs") / f"{name}-sweep")
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
@@ -83,7 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ValueError
     except ValueError:
         raise UserError(f"--shard is I/N with 0 <= I < N, got {args.shard!r}.") from None
-    return args, overrides_in(rest, _FLAGS)
+    return args, overrides_in([*rest, *given], _FLAGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         job.look()
     if args.dry_run:
         for job in jobs:
-            print(f"{job.state:9}  {' '.join(job.command)}")
+            print(f"{job.state:9}  {shlex.join(job.command)}")
         return 0
     logs = (workdir if is_local(workdir) else epath.Path("runs") / workdir.name) / "logs"
     logs.mkdir(parents=True, exist_ok=True)

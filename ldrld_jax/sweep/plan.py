@@ -15,7 +15,7 @@ from etils import epath
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import is_locked
+from ldrld_jax.files import is_locked, split_argument
 from ldrld_jax.record.reader import last_evaluation, read_config, read_summary
 
 _KEYS = {"config", "overrides", "runs", "grid"}
@@ -27,7 +27,7 @@ def load(path: str) -> dict[str, Any]:
     Raises:
       UserError: if the file is missing or fails.
     """
-    file, _, arg = path.partition(":")
+    file, arg = split_argument(path)
     if not pathlib.Path(file).is_file():
         raise UserError(
             f"there is no sweep file {file!r}. The paper's are in experiments/; or give --config and --grid."
@@ -81,7 +81,10 @@ class Job:
     def look(self) -> None:
         """Sets the state from the files on disk, for a job that this process is not running."""
         self.reached = ""
-        self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
+        try:
+            self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
+        except UserError as error:  # the other runs go on
+            self.state, self.reached = "failed", str(error)
 
     def _complete(self) -> bool:
         summary = read_summary(self.workdir, numbers=("epochs",))

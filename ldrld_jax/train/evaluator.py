@@ -1,5 +1,6 @@
 """Evaluation of a network on a whole split."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.sources import InMemory
 from ldrld_jax.data.stream import Batch, Readable, eval_batches
+from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
 from ldrld_jax.train.step import Ensemble, Network, make_eval_step
@@ -38,14 +40,31 @@ class Evaluator:
         self._stored: dict[str, jax.Array] | None = None
 
     def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Returns cross-entropy (nats), top-1 and top-5 (percent); `each` is called before each dispatch, may raise."""
+        """Returns the cross-entropy in nats, and top-1 and top-5 in percent.
+
+        Args:
+          variables: of the network.
+          each: called before each dispatch; it may raise.
+
+        Raises:
+          UserError: if no image is left to evaluate.
+          NonFiniteError: if the cross-entropy is not finite.
+        """
         total: Means = {}
         each()
         for dispatched in self._dispatches(variables):
             each()
             for means in by_step(dispatched):
                 total = add(total, means)
-        return {name: mean.value for name, mean in total.items()}
+        values = {name: mean.value for name, mean in total.items()}
+        if not total["ce"].count:
+            raise UserError("no image of the evaluation split is left: all were skipped. Look at data.eval_split.")
+        if not math.isfinite(values["ce"]):
+            raise NonFiniteError(
+                f"the cross-entropy of the evaluation is {values['ce']}: the network's logits are not finite. Look at "
+                "its weights, and at data.mean and data.std."
+            )
+        return values
 
     def _dispatches(self, variables: Any) -> Iterator[Packed]:
         """Yields the means of the whole split at once, `[batches]` each, or batch by batch, one dispatch ahead."""

@@ -1,12 +1,15 @@
 """The workdir of a run: whether it belongs to this run, its checkpoints, and whether the run has ended."""
 
 import dataclasses
+import json
 from typing import Any
 
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import replace_text
 from ldrld_jax.identity import identity
-from ldrld_jax.record.reader import read_config, read_metrics, read_summary
+from ldrld_jax.record.console import say
+from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
 
@@ -33,6 +36,33 @@ class RunFolder:
         for step in checkpoints.readable_steps[-1:]:
             self._check_identity(str(workdir / "checkpoints" / str(step)), checkpoints.run(step))
         read_metrics(workdir)
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises a UserError unless the data are those that the run began with."""
+        workdir, here = self.run.workdir, self.run.data_note
+        there = read_data(workdir)
+        if there is None:
+            if self.checkpoints().latest_step is not None:
+                say(f"{workdir} has no data.json: whether its data are those of the start cannot be told.")
+            return
+        check_classes(workdir, here["classes"], whose="the run")
+        for split in ("train", "eval"):
+            counts = there[split]["images"], here[split]["images"]
+            if there[split] != here[split]:
+                what = (
+                    "{} images there, {} here".format(*counts) if counts[0] != counts[1] else "another list of images"
+                )
+                raise UserError(
+                    f"the {split} data of the run in {workdir} have changed: {what}. Restore them, or choose another "
+                    "workdir."
+                )
+
+    def write(self) -> None:
+        """Writes the run's config.json and data.json."""
+        workdir = self.run.workdir
+        replace_text(workdir / "config.json", self.run.config.to_json(indent=2) + "\n")
+        replace_text(workdir / "data.json", json.dumps(self.run.data_note, indent=2) + "\n")
 
     def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
         config, ours = self.run.config, identity(self.run.config)

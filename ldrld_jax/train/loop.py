@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
@@ -83,7 +84,7 @@ def _train(
         checkpoints = stack.enter_context(contextlib.closing(folder.checkpoints()))
         restored = checkpoints.resume(state.to_trees())
         if first():
-            replace_text(run.workdir / "config.json", config.to_json(indent=2) + "\n")
+            folder.write()
         start, host = (restored.step, restored.host) if restored else (0, None)
         span = dict(start=start, steps=run.steps, steps_per_epoch=run.batches.steps_per_epoch)
         recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, **span)))
@@ -129,14 +130,23 @@ class _Pause:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Evaluates if that is due, saves, and raises Interrupted if a signal came before the last step."""
-        top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
-        self.signals.in_time = True
-        self.watchdog.at(f"saving after step {step}")
-        self.checkpoints.save(step, state.to_trees(), self.recorder.to_json(), top1)
+        try:
+            top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
+        except (UserError, OSError):  # of the images, not of the weights
+            self._save(step, state, None)
+            self.checkpoints.wait()
+            raise
+        self._save(step, state, top1)
         ended = step == self.run.steps and top1 is not None
         if self.signals.received is not None and not ended:
             raise Interrupted(self.signals.received, step)
         self.signals.in_time = False
+
+    def _save(self, step: int, state: TrainState, top1: float | None) -> None:
+        self.signals.in_time = True
+        self.watchdog.at(f"saving after step {step}")
+        self.recorder.flush()
+        self.checkpoints.save(step, state.to_trees(), self.recorder.to_json(), top1)
 
     def _rate(self, step: int, state: TrainState) -> float | None:
         """Returns the top-1; None if a signal came, which leaves the evaluation to the run that resumes."""

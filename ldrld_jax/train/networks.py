@@ -13,7 +13,7 @@ from ldrld_jax.identity import identity
 from ldrld_jax.interop.torch_import import load_torch_checkpoint
 from ldrld_jax.models import create_model
 from ldrld_jax.models.layers import group_batch_norms
-from ldrld_jax.models.purify import purify
+from ldrld_jax.models.purify import check_finite, purify
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
@@ -86,7 +86,9 @@ class Networks:
                 f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run."
             )
         network, like = self.outline(model, run.data)
-        return network, Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
+        variables = Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
+        check_finite(*variables, path)
+        return network, variables
 
     def _network(self, module: nnx.Module, data: ConfigDict) -> tuple[Network, Variables]:
         apply, params, batch_stats = purify(module)

@@ -1,15 +1,19 @@
 """A planned run: the parts of a checked config, with nothing written or computed yet."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.sources import fingerprint
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store as logit_store
@@ -20,6 +24,8 @@ from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
 from ldrld_jax.train.state import Placement, TrainState, Variables
 from ldrld_jax.train.step import Network
+
+_LOOKED_AT = 64  # images of each split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,13 @@ class Run:
         source = self.batches.source
         return Networks(len(source.class_names), source.image_shape[-1], self.config.precision)
 
+    @functools.cached_property
+    def data_note(self) -> dict[str, Any]:
+        """The data in brief, as the run's data.json has it: class names, and of each split its size and digest."""
+        source = self.batches.source
+        splits = {"train": fingerprint(source), "eval": fingerprint(self.eval_source)}
+        return {"classes": list(source.class_names), **splits}
+
     @property
     def placement(self) -> Placement:
         """The placement of weights on the mesh."""
@@ -94,6 +107,16 @@ class Run:
         if config.student.checkpoint is not None:
             _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
         return network, variables
+
+    def look(self) -> None:
+        """Reads some images of both splits, so that what is broken shows before anything is trained.
+
+        Raises:
+          UserError: if one is broken, and `data.on_error` is "raise".
+        """
+        if self.config.data.on_error == "raise":
+            for source in (self.batches.source, self.eval_source):
+                source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
 
     def first_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state before the first step; its arrays are not placed yet."""

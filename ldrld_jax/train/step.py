@@ -139,8 +139,9 @@ def make_train_step(
         normalisations and activations from them.
       accumulate: the number of microbatches whose gradients make one step. Example i is in microbatch
         i % accumulate, so that each device keeps its own examples.
-      skip_non_finite: leave everything but the step number unchanged by a step whose loss or gradient is
-        not finite, and count it as `skipped` in the metrics.
+      skip_non_finite: leave everything but the step number unchanged by a step whose loss or weights are
+        not finite, and count it as `skipped` in the metrics. Otherwise such a step is counted as
+        `non_finite`.
       unroll: unroll the loop over microbatches, which is slow on a CPU.
       compared_depth: the number of largest classes that the metrics compare, see `agreement`.
     """
@@ -201,7 +202,10 @@ def make_train_step(
         count = metrics["loss"].count
         metrics["learning_rate"] = Mean(schedule(state.step).astype(count.dtype) * count, count)
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
-        return _unless_non_finite(state, new, gradients, metrics) if skip_non_finite else (new, metrics)
+        finite = jnp.isfinite(metrics["loss"].total) & _all_finite((after, method_params))
+        if skip_non_finite:
+            return _unless_non_finite(state, new, finite, metrics)
+        return new, metrics | {"non_finite": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
 
     return step
 
@@ -254,9 +258,16 @@ def _metrics(
     return metrics | {name: Mean(value * count.astype(value.dtype), count) for name, value in terms.items()}
 
 
-def _unless_non_finite(old: TrainState, new: TrainState, gradients: Tree, metrics: Means) -> tuple[TrainState, Means]:
+def _all_finite(tree: Tree) -> jax.Array:
+    """Returns whether all numbers of a tree are finite.
+
+    Of weights after an update that includes the gradients: no update of a weight is finite whose gradient is not.
+    """
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _unless_non_finite(old: TrainState, new: TrainState, finite: jax.Array, metrics: Means) -> tuple[TrainState, Means]:
     """Returns the new state and its metrics, or the old state and metrics that count in no mean."""
-    finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(optax.tree.norm(gradients))
     kept = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)._replace(step=new.step)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
     return kept, metrics | {"skipped": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}

@@ -9,10 +9,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, make_key
 from ldrld_jax.record.console import say
+from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.signals import Signals
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.plan import Run
@@ -110,7 +111,10 @@ def obtain_teacher(
         teacher = placed(run, teacher)
     if top1 is None:
         evaluate = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)
-        top1 = evaluate(teacher.variables, signals.check)["top1"]
+        try:
+            top1 = evaluate(teacher.variables, signals.check)["top1"]
+        except NonFiniteError as error:
+            raise UserError(f"the teacher in {', '.join(paths)} is refused: {error}") from error
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
@@ -158,6 +162,8 @@ def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
 def checkpoints_of(run: Run) -> list[str]:
     """Returns the paths of a run's teachers: the checkpoints of its config, or the workdirs they train in."""
     given = run.config.teacher.checkpoint
+    if given and len(config_lib.teacher_models(run.config)) == 1:
+        return [given]  # a comma is part of its name
     return given.split(",") if given else [str(place) for _, place in config_lib.teacher_runs(run.config, run.workdir)]
 
 
@@ -173,6 +179,9 @@ def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:
             f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
             f"{config.model}), got {len(paths)}. Separate them by commas."
         )
+    for path in paths:
+        if "::" not in path and epath.Path(path).is_dir():
+            check_classes(path, run.batches.source.class_names, whose="the teacher")
     return _together(run, [run.networks.restore(path, m, config.data) for path, m in zip(paths, models, strict=True)])
 
 

@@ -1,5 +1,6 @@
 """Runs of a config: training, with the teacher first, and evaluation."""
 
+import time
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.files import LockedError, is_locked
 from ldrld_jax.record.console import say, summary_table
+from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.hosts import catch_signals_of_all
 from ldrld_jax.runtime.precision import precision_scope
@@ -17,6 +20,8 @@ from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.loop import fit
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import obtain_teacher
+
+_POLL_SECONDS = 1.0
 
 
 def train(
@@ -55,6 +60,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config, epath.Path(workdir))
+        check_classes(workdir, run.batches.source.class_names, whose="the run")
         network, variables = run.networks.restore(str(workdir), config.student.model, config.data)
         return Evaluator(network, run.eval_source, run.config, run.mesh)(run.placement.put_variables(variables))
 
@@ -69,9 +75,27 @@ def _train(
         say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
     else:
         student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
-        train_teacher = lambda recipe, place: _train(config_lib.resolve(recipe), place, signals, "teacher")  # noqa: E731
-        teacher = obtain_teacher(run, student[0], signals, train_teacher)
+        run.look()
+        teacher = obtain_teacher(run, student[0], signals, lambda recipe, place: _train_teacher(recipe, place, signals))
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
+
+
+def _train_teacher(recipe: ConfigDict, workdir: epath.Path, signals: Signals) -> None:
+    """Trains a teacher, or finds it trained; of several runs that share it one trains, and the others wait."""
+    waiting = False
+    while True:
+        try:
+            _train(config_lib.resolve(recipe), workdir, signals, "teacher")
+            return
+        except LockedError:
+            if jax.process_count() > 1:
+                raise
+        if not waiting:
+            say(f"another run trains the teacher in {workdir}: waiting for it")
+        waiting = True
+        while is_locked(workdir):
+            signals.check()
+            time.sleep(_POLL_SECONDS)

@@ -226,7 +226,7 @@ WRONG = {
     "processes": (["--distributed", "{place}/a.txt"], "--mode predict is one process"),
     "a torn program": (
         ["--workdir={place}/torn", "{place}/a.txt"],
-        "student.stablehlo is torn, or of a version of JAX",
+        "student.stablehlo has changed since it was exported: its SHA-256 is not",
     ),
 }
 

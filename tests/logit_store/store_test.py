@@ -172,7 +172,7 @@ def test_one_bit_of_a_weight_changes_the_checksum():
         (["method=wkd"], "method=wkd takes the teacher's last layer, which is not stored"),
         (["logits.dtype=float8"], "there is no logits.dtype 'float8'"),
         (["logits.views=0"], r"logits\.views must be at least 1, got 0"),
-        (["data.augment_seed=-1"], r"data\.augment_seed must not be negative"),
+        (["data.augment_seed=-1"], r"data\.augment_seed must be at least 0"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(tiny, tmp_path, overrides, message):

@@ -1,0 +1,61 @@
+"""Output that nobody reads ends no run, and names do not command a terminal."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+
+import pytest
+
+from ldrld_jax.record import console
+from ldrld_jax.runtime.signals import Interrupted
+
+
+def test_what_came_from_outside_is_escaped_and_what_the_encoding_lacks_is_shown():
+    assert console.printable("cat\x1b[2J\r\x07\nü") == "cat\\x1b[2J\\r\\x07\nü"
+    assert console.printable("naïve \u2028 \udce9", "ascii") == "na\\xefve \\u2028 \\udce9"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")], ids=str)
+def test_a_reader_that_has_gone_ends_no_run(monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    console.say("nobody hears this")
+    console.say("nor this")
+    with contextlib.suppress(OSError):
+        sys.stdout.close()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    console.say("nor this")
+    bar = console.ProgressBar(0, 3, "student")
+    bar.update(1, {"loss": 0.5})
+    bar.close()
+
+
+def test_a_terminal_that_closes_hides_the_bar(monkeypatch):
+    bar = console.ProgressBar(0, 3, "student")
+    bar._bar.disable = False
+    monkeypatch.setattr(bar._bar, "set_postfix", lambda *a, **k: (_ for _ in ()).throw(OSError(5, "gone")))
+    bar.update(1, {"loss": 0.5})
+    assert bar._bar.disable
+
+
+def test_sighup_saves_as_sigterm_does_unless_it_is_ignored(tiny, tmp_path, monkeypatch):
+    from ldrld_jax.runtime.signals import catch_signals
+
+    with catch_signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+        with pytest.raises(Interrupted, match="SIGHUP"):
+            signals.check()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
