@@ -57,7 +57,7 @@ def strict_dtypes():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
-    """Where the digits are prepared, once a worker."""
+    """The folder in which the digits are prepared, once a worker."""
     from ldrld_jax.data.sources import open_source
 
     path = str(tmp_path_factory.mktemp("datasets"))

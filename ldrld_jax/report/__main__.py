@@ -13,7 +13,7 @@ from ldrld_jax.report.table import markdown, results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and writes both files; 2 if there is no run, or nowhere to write."""
+    """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
     parser = argparse.ArgumentParser(
         prog="python -m ldrld_jax.report",
         description="Compares runs, finished or not: a Markdown table, and one HTML page with the pictures.",

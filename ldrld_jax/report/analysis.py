@@ -1,4 +1,4 @@
-"""What logits say beyond accuracy: calibration, and where student and teacher differ. Plain numpy."""
+"""Analysis of logits beyond accuracy: calibration, and the differences of student and teacher. Plain NumPy."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ _LARGEST = 100  # classes a side of a matrix that is drawn: of more, blocks are 
 
 
 class Calibration(NamedTuple):
-    """How sure a classifier is, and how often right, by bins of equal width of its largest probability.
+    """Confidence and accuracy of a classifier, in bins of equal width of its largest probability.
 
     Attributes:
       ece: the expected calibration error: the mean distance of the two over all examples, in percent.
@@ -24,7 +24,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """Calibration of logits `[n, C]` against labels `[n]`.
+    """Computes the calibration of logits `[n, C]` against labels `[n]`.
 
     Example:
       >>> logits = np.log(np.array([[0.9, 0.1], [0.7, 0.3]]))
@@ -45,12 +45,12 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Cal
 
 
 def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
-    """In how many percent of the rows of `[n, C]` both have the same first class."""
+    """Returns the percentage of the rows of `[n, C]` in which both have the same first class."""
     return round(float(np.mean(teacher.argmax(axis=1) == student.argmax(axis=1))) * 100, 4)
 
 
 def correlation_difference(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """`[C, C]`, 0 to 2: |corr(teacher) - corr(student)| of the classes' logits `[n, C]` over the examples.
+    """Returns |corr(teacher) - corr(student)| of the classes' logits `[n, C]` over the examples: `[C, C]`, 0 to 2.
 
     A class whose logits are all the same correlates with nothing.
     """
@@ -65,7 +65,7 @@ def _correlation(logits: np.ndarray) -> np.ndarray:
 
 
 def shrunk(matrix: np.ndarray, largest: int = _LARGEST) -> np.ndarray:
-    """A square matrix with at most so many rows, means over blocks of neighbours.
+    """Shrinks a square matrix to a number of rows, by means over blocks of neighbours.
 
     Example:
       >>> shrunk(np.arange(16.0).reshape(4, 4), largest=2).tolist()
@@ -80,7 +80,7 @@ def shrunk(matrix: np.ndarray, largest: int = _LARGEST) -> np.ndarray:
 def disagreeing_pairs(
     teacher: np.ndarray, student: np.ndarray, labels: np.ndarray, names: Sequence[str], most: int = 10
 ) -> list[dict[str, Any]]:
-    r"""The pairs of classes that teacher and student tell apart most differently, the worst first.
+    r"""Returns the pairs of classes that teacher and student tell apart most differently, the worst first.
 
     Over the images of the two classes i and j alone, the mean of
 
@@ -118,7 +118,7 @@ def disagreeing_pairs(
 
 
 def chosen(labels: np.ndarray, *, classes: int = 20, each: int = 25) -> np.ndarray:
-    """The first examples of so many classes, spread over all that occur; labels below 0 are left out.
+    """Chooses the first examples of some classes, spread over all that occur; labels below 0 are left out.
 
     Example:
       >>> chosen(np.array([0, 1, 2, 0, -1, 2]), classes=2, each=1).tolist()
@@ -130,7 +130,7 @@ def chosen(labels: np.ndarray, *, classes: int = 20, each: int = 25) -> np.ndarr
 
 
 def embedding(features: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """t-SNE of features `[n, F]`, seeded: `xy` from 0 to 1, and the `silhouette` of the features, -1 to 1.
+    """Computes a t-SNE of features `[n, F]`, seeded: `xy` from 0 to 1, and the `silhouette` of the features, -1 to 1.
 
     The silhouette is of the features themselves: 1 for classes that lie apart, 0 for overlapping ones.
     """

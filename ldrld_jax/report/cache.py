@@ -1,4 +1,4 @@
-"""What was found by running a network is kept beside its run, so that the next report is instant."""
+"""Analyses kept beside their runs, so that the next report need not run the networks again."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _KEYS = {"step", "features", "calibration", "embedding", "embedded", "teacher"}
 
 
 def read(folder: str, out: epath.Path) -> dict[str, Any] | None:
-    """The analysis of the run in a folder; None if there is none, or it is torn or of another version."""
+    """Reads the analysis of the run in a folder; None if there is none, or it is torn or of another version."""
     for path in _places(folder, out):
         try:
             found = json.loads(path.read_text())
@@ -25,7 +25,7 @@ def read(folder: str, out: epath.Path) -> dict[str, Any] | None:
 
 
 def write(folder: str, out: epath.Path, analysis: dict[str, Any]) -> None:
-    """Keeps an analysis as `analysis.json` in the run's folder, or under `out` where that cannot be written to."""
+    """Writes an analysis as `analysis.json` in the run's folder, or under `out` where that cannot be written to."""
     text = json.dumps({"version": _VERSION, **analysis})
     first, second = _places(folder, out)
     try:

@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A line: `style` is its number in the legend."""
+    """A line of a chart; `style` is its number in the legend."""
 
     label: str
     points: Sequence[Point]
@@ -33,7 +33,7 @@ class Series(NamedTuple):
 
 
 class Scale:
-    """Numbers from `low` to `high`, rounded outwards to ticks, onto pixels from `start` to `end`."""
+    """Map of numbers from `low` to `high`, rounded outwards to ticks, onto pixels from `start` to `end`."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, count: int = 5):
         low, high = min(values), max(values)
@@ -51,7 +51,7 @@ class Scale:
 
 
 def line_chart(series: Sequence[Series], title: str, x_label: str, y_label: str) -> Markup:
-    """Lines with markers, in a band as wide as the deviations."""
+    """Draws lines with markers, each in a band as wide as the deviations."""
     points = [point for line in series for point in line.points]
     x = Scale([point.x for point in points], _LEFT, _WIDTH - _RIGHT)
     spans = [point.y + sign * point.deviation for point in points for sign in (-1, 1)]
@@ -94,7 +94,7 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
 
 
 class Row(NamedTuple):
-    """A line of a dot chart: a value a seed, and the published figure if it is one number."""
+    """A row of a dot chart: a value a seed, and the published figure if it is one number."""
 
     label: str
     values: Sequence[float]
@@ -104,7 +104,7 @@ class Row(NamedTuple):
 
 
 def dot_chart(rows: Sequence[Row], title: str, x_label: str) -> Markup:
-    """A row an experiment: its mean with the deviation, each seed, and what was published."""
+    """Draws a row for each experiment: its mean with the deviation, each seed, and what was published."""
     marks = [row.published for row in rows if row.published is not None]
     spans = [row.mean + sign * row.deviation for row in rows for sign in (-1, 1)]
     x = Scale([*marks, *spans, *(value for row in rows for value in row.values)], 16, _WIDTH - 28)
@@ -135,7 +135,7 @@ def _dots(row: Row, x: Scale, top: float) -> Markup:
 
 
 def legend(labels: Sequence[tuple[str, int]], *, lines: bool = True) -> Markup:
-    """What the styles of a chart mean; without `lines` of markers alone."""
+    """Returns the legend of a chart's styles; without `lines` it shows markers alone."""
     return tag("ul", *(tag("li", _swatch(style, lines), label) for label, style in labels), class_="legend")
 
 
@@ -146,7 +146,7 @@ def _swatch(style: int, lines: bool) -> Markup:
 
 
 def marker(style: int, x: float, y: float, r: float) -> str:
-    """The outline of a circle, square, triangle or diamond, for the `d` of a path."""
+    """Returns the outline of a circle, square, triangle or diamond, for the `d` of a path."""
     return (
         f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
         f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
@@ -156,6 +156,6 @@ def marker(style: int, x: float, y: float, r: float) -> str:
 
 
 def svg(width: float, height: float, title: str, description: str, *parts: Markup | None) -> Markup:
-    """A picture with its text for those who do not see it."""
+    """Draws a picture with a text for those who do not see it."""
     return tag("svg", tag("title", title), tag("desc", description), *parts, viewBox=f"0 0 {width:g} {height:g}",
                role="img", aria_label=f"{title}. {description}")  # fmt: skip

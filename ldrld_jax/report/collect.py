@@ -1,4 +1,4 @@
-"""Finds runs in folders and reads the files they left, whatever else lies there."""
+"""Finds runs in folders, whatever else is there."""
 
 import dataclasses
 import time
@@ -20,7 +20,7 @@ _NUMBERS = ("best_top1", "last_top1", "examples_per_second")
 
 @dataclasses.dataclass(frozen=True)
 class FoundRun:
-    """A run, as its files tell it.
+    """A run as read from its files.
 
     Attributes:
       folder: its workdir.
@@ -36,7 +36,7 @@ class FoundRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the run shares with those of other seeds, under dotted keys."""
+        """The keys that the run shares with those of other seeds, under dotted keys."""
         return {key: value for key, value in identity(self.config).items() if key != "seed"}
 
     @property
@@ -58,7 +58,7 @@ class FoundRun:
 
 @dataclasses.dataclass
 class Report:
-    """What was found.
+    """The runs found in some folders.
 
     Attributes:
       summaries: the finished runs.
@@ -72,9 +72,9 @@ class Report:
 
 
 def collect(folders: Iterable[epath.PathLike]) -> Report:
-    """The runs in and below some folders; a teacher that was trained for others is no run of the table.
+    """Finds the runs in and below some folders; a teacher that was trained for others is no run of the table.
 
-    Never raises for what lies there: what cannot be read is named in the notes.
+    It never raises for the content of a folder: the notes name what cannot be read.
     """
     report = Report()
     workdirs: dict[str, epath.Path] = {}
@@ -92,7 +92,7 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
 
 
 def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epath.Path]:
-    """The folders of runs, of which none lies in another: what is below a run is its own."""
+    """Yields the folders of runs; a run below a run belongs to it and is left out."""
     if any((folder / mark).exists() for mark in _MARKS):
         yield folder
     elif depth and folder.is_dir():

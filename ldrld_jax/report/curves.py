@@ -13,12 +13,12 @@ from ldrld_jax.report.published import published
 
 
 def styles(groups: Sequence[Group]) -> dict[str, int]:
-    """The number of each label's style: of the name alone, so that a group keeps its colour as it climbs."""
+    """Returns the number of each label's style: a function of the name alone, so that a group keeps its colour as it climbs."""
     return {label: i for i, label in enumerate(sorted({group.label for group in groups}))}
 
 
 def learning(comparison: Comparison) -> list[Series]:
-    """Top-1 on the evaluation split by epoch: a line a group, mean over its seeds, and one a run that has not ended."""
+    """Draws top-1 on the evaluation split by epoch: a line for each group, mean over its seeds, and one a run that has not ended."""
     style = styles(comparison.groups)
     lines = [(group.label, style[group.label], [run.curve for run in group.runs]) for group in comparison.groups]
     for i, run in enumerate(comparison.running, start=len(style)):
@@ -40,7 +40,7 @@ def _point(x: float, values: Sequence[float]) -> Point:
 
 
 def overview(comparison: Comparison) -> list[Row]:
-    """Last-epoch top-1 of every group beside the published figure."""
+    """Draws the last-epoch top-1 of every group beside the published figure."""
     rows = []
     for group in comparison.groups:
         values = group.values("last_top1")
@@ -51,7 +51,7 @@ def overview(comparison: Comparison) -> list[Row]:
 
 
 def sweeps(groups: Sequence[Group]) -> Iterator[tuple[str, list[Series]]]:
-    """Last-epoch top-1 over each number that varies while all else is the same: a key, and a line a method and rest.
+    """Draws last-epoch top-1 over each number that varies while all else is the same: a key, and a line a method and rest.
 
     Label noise of rate 0 is of every kind.
     """
@@ -82,7 +82,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
-    """The three matrices of each LDRLD config among the groups, with the labels of those that use it."""
+    """Draws the three matrices of each LDRLD config among the groups, with the labels of those that use it."""
     from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
     found: dict[str, tuple[list[str], list[Any]]] = {}

@@ -1,4 +1,4 @@
-"""Runs that are one experiment, the same but for the seed: how they are called, and what they are compared with."""
+"""Groups of runs that differ in the seed alone: their names, and the groups that they are compared with."""
 
 import dataclasses
 import json
@@ -37,16 +37,16 @@ class Group:
 
     @property
     def setting(self) -> str:
-        """What sets this group apart from most, in short."""
+        """Describes in short how this group differs from most."""
         return " ".join(f"{_short(key)}={value}" for key, value in self.shown.items())
 
     @property
     def label(self) -> str:
-        """The method, and what sets this group apart from others of that method."""
+        """Returns the method, and how this group differs from others of that method."""
         return f"{self.method} {self.setting}".strip()
 
     def values(self, field: str) -> list[float]:
-        """A number of the summaries, of the runs that have it."""
+        """Returns a number of the summaries, from the runs that have it."""
         return [run.summary[field] for run in self.runs if run.summary and run.summary[field] is not None]
 
     def mean(self, field: str) -> float:
@@ -76,7 +76,7 @@ class Comparison:
         return f"{self.data}: {' → '.join([', '.join(teachers), self.student] if teachers else [self.student])}"
 
     def own_kd(self, group: Group) -> Group | None:
-        """Our plain KD under the same conditions; of several the best; None if there is none, or it is the group."""
+        """Returns the best group of plain KD under the same conditions; None if there is none, or it is the group."""
         if group.method == "kd":
             return None
         found = [other for other in self.groups if other.method == "kd" and _comparable(group, other)]
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def compare(runs: Iterable[FoundRun], running: Iterable[FoundRun] = ()) -> list[Comparison]:
-    """Finished runs by data set and student, and within that by all of their identity but the seed."""
+    """Groups finished runs by data set and student, and within that by all of their identity but the seed."""
     groups: dict[str, Group] = {}
     for run in sorted(runs, key=lambda run: (run.seed, run.folder)):
         groups.setdefault(json.dumps(run.identity, sort_keys=True), Group([])).runs.append(run)
@@ -120,7 +120,7 @@ def _name_settings(comparison: Comparison) -> None:
 
 
 def _usual(groups: Sequence[Group]) -> dict[str, Any]:
-    """The values that more than half of the runs have, by key."""
+    """Returns the values that more than half of the runs have, by key."""
     runs = [settings for group in groups for settings in [group.settings] * len(group.runs)]
     counts = Counter((key, json.dumps(value)) for settings in runs for key, value in settings.items())
     having = Counter(key for settings in runs for key in settings)
@@ -128,7 +128,7 @@ def _usual(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _differing(identities: Sequence[dict[str, Any]], *, of_method: bool) -> set[str]:
-    """The keys that have several values, a key that some lack aside; and not what the teacher only inherits."""
+    """Returns the keys that have several values, a key that some lack aside; and not what the teacher only inherits."""
     values, own = defaultdict(set), defaultdict(set)
     for keys in identities:
         for key, value in keys.items():

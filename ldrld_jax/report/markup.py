@@ -1,4 +1,4 @@
-"""HTML and SVG as strings that are safe by construction: what is not markup is escaped."""
+"""HTML and SVG as strings that are safe by construction: all text is escaped."""
 
 import html
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ class Markup(str):
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element; children that are not Markup are escaped, those and attributes that are None left out.
+    """Formats an element; children that are not Markup are escaped, those and attributes that are None left out.
 
     Attributes are named as in Python: `class_` is class, `text_anchor` text-anchor; numbers lose their last digits.
 
@@ -24,7 +24,7 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(children: Any) -> Markup:
-    """Several pieces one after another."""
+    """Joins several pieces."""
     return Markup("".join(c if isinstance(c, Markup) else html.escape(_text(c)) for c in children if c is not None))
 
 
@@ -33,19 +33,19 @@ def _text(value: Any) -> str:
 
 
 def figure(picture: Markup, caption: str, *beside: Markup) -> Markup:
-    """A picture with its caption."""
+    """Formats a picture with its caption."""
     return tag("figure", picture, *beside, tag("figcaption", caption))
 
 
 def grid(items: Sequence[Markup], *, wide: bool = False) -> Markup | None:
-    """Figures beside one another, as many as there is room for; None of none."""
+    """Places figures side by side, as many as there is room for; None without figures."""
     return tag("div", *items, class_="grid wide" if wide else "grid") if items else None
 
 
 def html_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, shares: Sequence[float] = ()
 ) -> Markup:
-    """A table of text and numbers in a box that scrolls sideways, by the keyboard too; the first cell names its row.
+    """Formats a table of text and numbers in a box that scrolls sideways, by the keyboard too; the first cell names its row.
 
     Args:
       header: a name for each column.

@@ -1,4 +1,4 @@
-"""Runs the students and teachers of runs over their evaluation split, and keeps what the pictures need of it."""
+"""Runs students and teachers over their evaluation split, and keeps the data of the report's pictures."""
 
 import sys
 from typing import Any, NamedTuple
@@ -28,12 +28,12 @@ _HEADS = ("fc", "linear", "classifier", "head")  # what the models call their la
 
 
 class Outputs(NamedTuple):
-    """Of a network over the evaluation split, in its order.
+    """The outputs of a network over the evaluation split, in its order.
 
     Attributes:
       logits: `[n, C]`.
       labels: `[n]`, -1 for an image that was skipped.
-      embedding: of what the last layer reads, for the images that `analysis.chosen` takes; None if it is not known.
+      embedding: of the last layer's input, for the images that `analysis.chosen` takes; None if it is not known.
     """
 
     logits: np.ndarray
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 
 def analyse(comparisons: list[Comparison], out: epath.Path, data_dir: str | None = None) -> list[str]:
-    """Analyses every run that has not been: the pictures of features for the first seed of each experiment.
+    """Analyses every run without an analysis: the pictures of features for the first seed of each experiment.
 
     Args:
       comparisons: of `groups.compare`.
@@ -94,7 +94,7 @@ def _analyse(
 
 
 def _config(folder: str, data_dir: str | None) -> ConfigDict:
-    """The run's own, resolved; on one device, whatever it was trained on, and without its store of logits."""
+    """Returns the run's config, resolved, for one device and without its store of logits."""
     config = config_lib.load_run(folder)
     config.data.data_dir = data_dir or config.data.data_dir
     config.data.loader, config.steps_per_dispatch = "stream", 1
@@ -136,7 +136,7 @@ def outputs(run: Run, network: Any, variables: Any, *, features: bool) -> Output
 
 
 def headless(variables: Variables) -> Variables | None:
-    """Weights with which a model gives what its last layer reads, `[n, F]`; None if that layer has an unknown name.
+    """Returns weights with which a model outputs the input of its last layer, `[n, F]`; None for an unknown name.
 
     The logits are affine in it: an identity takes the place of the kernel, zeros that of the bias.
     """
@@ -150,7 +150,7 @@ def headless(variables: Variables) -> Variables | None:
 
 
 def described(student: Outputs, teacher: Outputs | None, names: tuple[str, ...]) -> dict[str, Any]:
-    """What an analysis keeps, of the images that were not skipped."""
+    """Returns the content of an analysis, over the images that were not skipped."""
     kept = student.labels >= 0
     logits, labels = student.logits[kept], student.labels[kept]
     chosen = analysis.chosen(student.labels)

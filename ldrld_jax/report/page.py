@@ -1,4 +1,4 @@
-"""The page: one HTML file that loads nothing, for a phone as for a desk, by day and by night."""
+"""The page: one HTML file that loads nothing, for phones and desktops, in light and dark."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _STYLE = pathlib.Path(__file__).parent / "style.css"
 
 
 def page(report: Report, comparisons: Sequence[Comparison], analyses: Analyses) -> str:
-    """The whole document.
+    """Returns the whole document.
 
     Args:
       report: what was found.
@@ -64,7 +64,7 @@ def _results(comparisons: Sequence[Comparison]) -> Markup | None:
 
 
 def _cards(comparison: Comparison) -> list[Markup]:
-    """The first things one wants to know: who is best, by how much, and how far from the teacher."""
+    """Returns the cards at the top: the best method, its lead, and the distance to the teacher."""
     if not comparison.groups:
         return []
     best = comparison.groups[0]

@@ -13,7 +13,7 @@ _COLOURS = ((13, 8, 35), (87, 16, 110), (187, 55, 84), (249, 142, 9), (252, 255,
 
 
 def matrix(values: Sequence[Sequence[float]], title: str) -> Markup:
-    """A small matrix of weights by rank, its numbers written in; only what lies above the diagonal."""
+    """Draws a small matrix of weights by rank with its numbers, above the diagonal only."""
     size, cell, most = len(values), 44, max(map(max, values))
     pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
     cells = [_cell(values[i][j], i, j - 1, cell, most, written=size <= 10) for i, j in pairs]
@@ -34,13 +34,13 @@ def _cell(value: float, row: int, column: int, cell: int, most: float, *, writte
 
 
 def heat_map(values: Sequence[Sequence[float]], title: str, description: str, *, most: float) -> Markup:
-    """A large matrix as pixels, from 0 to `most`."""
+    """Draws a large matrix as pixels, from 0 to `most`."""
     size = len(values)
     return svg(size, size, title, description, _pixels([value / (most or 1) for row in values for value in row], size))
 
 
 def colour_bar(most: float, label: str) -> Markup:
-    """The colours of `heat_map` with their numbers."""
+    """Draws the colours of `heat_map` with their numbers."""
     bar = _pixels([i / 59 for i in range(60)], 60, transform="translate(20 4) scale(4 14)")
     texts = [
         tag("text", f"{share * most:.2f}", x=20 + 240 * share, y=34, text_anchor="middle") for share in (0, 0.5, 1)
@@ -49,7 +49,7 @@ def colour_bar(most: float, label: str) -> Markup:
 
 
 def _pixels(shares: Sequence[float], width: int, **attributes: Any) -> Markup:
-    """An image of numbers from 0 to 1, row by row, a pixel each, in 256 colours."""
+    """Encodes an image of numbers from 0 to 1, row by row, a pixel each, in 256 colours."""
     from PIL import Image
 
     numbers = bytes(round(255 * min(max(share, 0.0), 1.0)) for share in shares)
@@ -62,7 +62,7 @@ def _pixels(shares: Sequence[float], width: int, **attributes: Any) -> Markup:
 
 
 def colour(share: float) -> tuple[int, int, int]:
-    """Of a number from 0 to 1.
+    """Returns the colour of a number from 0 to 1.
 
     Example:
       >>> colour(0.0), colour(0.125), colour(1.0)
@@ -75,12 +75,12 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def hex_colour(share: float) -> str:
-    """As CSS has it."""
+    """Formats a colour for CSS."""
     return "#" + bytes(colour(share)).hex()
 
 
 def scatter(embedding: dict[str, Any], names: Sequence[str], title: str) -> Markup:
-    """t-SNE: a colour and a marker for each class, in the order of `styles`."""
+    """Draws a t-SNE with a colour and a marker for each class, in the order of `styles`."""
     places = dict.fromkeys(names, "")
     style = {name: i for i, name in enumerate(places)}
     for name, (x, y) in zip(names, embedding["xy"], strict=True):
@@ -91,7 +91,7 @@ def scatter(embedding: dict[str, Any], names: Sequence[str], title: str) -> Mark
 
 
 def reliability(found: dict[str, Any], title: str) -> Markup:
-    """Accuracy by confidence: bars that end on the diagonal belong to a calibrated classifier."""
+    """Draws accuracy by confidence: bars that end on the diagonal belong to a calibrated classifier."""
     bins, size, left, bottom = len(found["examples"]), 200, 46, 210
     width, parts = size / len(found["examples"]), [tag("path", d=f"M{left} 10V{bottom}H{left + size}", class_="rule")]
     for i in (i for i in range(bins) if found["examples"][i]):

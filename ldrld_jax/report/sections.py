@@ -13,7 +13,7 @@ Known = list[tuple[str, list[dict[str, Any]]]]  # the label of each group that h
 
 
 class Section(NamedTuple):
-    """A part of the page: its anchor, its heading, how to read it, and its figures."""
+    """A part of the page: anchor, heading, a line on how to read it, and figures."""
 
     anchor: str
     heading: str

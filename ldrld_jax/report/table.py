@@ -10,14 +10,14 @@ from ldrld_jax.report.published import published
 
 
 class Table(NamedTuple):
-    """Cells as text; a column that would be empty is not there."""
+    """A table of text without empty columns."""
 
     header: list[str]
     rows: list[list[str]]
 
 
 def table(runs: Iterable[FoundRun]) -> str:
-    """A Markdown table of finished runs, the best mean of last-epoch accuracy first; deviations are of the sample.
+    """Formats a Markdown table of finished runs, the best mean of last-epoch accuracy first; deviations are of the sample.
 
     Args:
       runs: `collect(folders).summaries`.
@@ -36,7 +36,7 @@ def table(runs: Iterable[FoundRun]) -> str:
 
 
 def results(comparisons: Sequence[Comparison]) -> Table:
-    """The table as cells."""
+    """Returns the cells of the table."""
     rows = [_row(comparison, group) for comparison in comparisons for group in comparison.groups]
     header = list(rows[0]) if rows else []
     if len(comparisons) == 1 or len({comparison.data for comparison in comparisons}) == 1:
@@ -70,7 +70,7 @@ _FIRST = ("method", "last top-1 %", "best top-1 %", "against our kd", "published
 
 
 def for_phones(cells: Table) -> Table:
-    """The same for a narrow screen: method and setting in one cell, then what matters most."""
+    """Returns the table for a narrow screen: method and setting in one cell, then the main columns."""
     rows = [dict(zip(cells.header, row, strict=True)) for row in cells.rows]
     for row in rows:
         row["method"] = f"{row['method']} {row.pop('setting', '')}".strip()
@@ -79,7 +79,7 @@ def for_phones(cells: Table) -> Table:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and sample deviation; the mean alone of values that do not differ; "" of none.
+    """Formats mean and sample deviation; the mean alone if the values are equal; "" without values.
 
     Example:
       >>> spread([1.0, 2.0, 3.0]), spread([2.0]), spread([])
@@ -92,7 +92,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def markdown(cells: Table) -> str:
-    """A table as Markdown; "" for one without rows."""
+    """Formats a table as Markdown; "" for one without rows."""
     if not cells.rows:
         return ""
     lines = [cells.header, ["---"] * len(cells.header), *cells.rows]

@@ -80,7 +80,7 @@ def record_calls(monkeypatch, cls, attribute, calls):
 
 
 def specs(tree):
-    """What a program is compiled for: shapes, dtypes and shardings, in order, and the structure."""
+    """Returns the arguments of a program: shapes, dtypes and shardings, in order, and the structure."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in leaves]
 

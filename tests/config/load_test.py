@@ -35,7 +35,7 @@ IMAGES = {"digits": (8, 8, 1), "cifar100": (32, 32, 3), "tiny_imagenet": (64, 64
 
 @functools.cache
 def parameters(model: str, shape: tuple[int, int, int], classes: int) -> int:
-    """How many a model has that takes images of a shape, without computing anything."""
+    """Counts the parameters of a model that takes images of a shape, without computing anything."""
     common = dict(dtype=jnp.float32, param_dtype=jnp.float32)
 
     def built():

@@ -1,4 +1,4 @@
-"""Where images come from: TFDS, Tiny-ImageNet and plain folders, and what is said when they are not there."""
+"""Sources of images: TFDS, Tiny-ImageNet and plain folders, and the errors for missing ones."""
 
 import numpy as np
 import pytest

@@ -21,7 +21,7 @@ def decoded(data: bytes) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (500, 333), (231, 300), (257, 256), (100, 97), (640, 480)])
 def test_evaluation_is_pillows_resize_and_centre_crop(size, rng):
-    """As torchvision's Resize(256) and CenterCrop(224) call Pillow, to the last bit."""
+    """Equal to the last bit: torchvision's Resize(256) and CenterCrop(224) call Pillow in the same way."""
     data = jpeg(rng, *size)
     image = decoded(data)
     width, height = size

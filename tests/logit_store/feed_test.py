@@ -35,7 +35,7 @@ def stored(tiny, tmp_path):
 
 @pytest.fixture
 def taught(monkeypatch):
-    """How often a batch went to the teacher, evaluations of it as many hundreds."""
+    """A counter of the batches that went to the teacher; an evaluation of it counts as a hundred."""
     counts, make, evaluator = [0], teachers.teacher_program, teachers.Evaluator
 
     def counted(*args):

@@ -42,7 +42,7 @@ def test_the_corners_are_the_divergences_that_they_are_named_for(logits):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.3), (0.6, 0.0), (0.0, 0.0), (0.0, 1.0)])
 def test_every_limit_is_approached_at_a_constant_rate(logits, alpha, beta):
-    """What the divergence differs by from its limit is proportional to the step, to first order, at any step."""
+    """The difference of the divergence from its limit is proportional to the step, to first order, at any step."""
     at = terms_and_slopes(*logits, alpha, beta)
     rates = []
     for step in (1e-4, 1e-6, 1e-8):

@@ -30,7 +30,7 @@ def loss_and_gradient(method, cfg, teacher, student, labels, **rows):
 
 @functools.cache
 def compiled_rows(method, cfg):
-    """As `compiled`, of rows of logits: see `tests.losses.rows`."""
+    """Compiles a function of rows of logits: see `tests.losses.rows`."""
     of_rows = loss_of_rows(method)
     loss = lambda student, teacher, labels, rows: of_rows(teacher, student, labels, cfg, **rows)  # noqa: E731
     return jax.jit(jax.value_and_grad(loss))

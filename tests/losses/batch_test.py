@@ -104,7 +104,7 @@ def test_the_factors_of_skds_masks_are_shares_up_to_the_median(rng, x64, rows):
 
 
 def test_skds_directions_do_not_depend_on_a_rows_scale(rng, x64):
-    """Where the published code takes the root of 0: a student that is the teacher times a number per row."""
+    """The published code takes the root of 0 here: a student that is the teacher times a number per row."""
     teacher = rng.normal(size=(5, 6))
     method, cfg = METHODS["skd"], SKDConfig(kl_weight=0)
     for student in (teacher, teacher * np.array([[0.5], [1.0], [2.0], [4.0], [8.0]])):

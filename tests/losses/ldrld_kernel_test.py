@@ -124,7 +124,7 @@ def test_each_term_and_its_gradient_are_the_plain_versions(kernel, shape, scale,
 
 @KERNEL
 def test_every_field_of_the_config_counts(kernel, rng):
-    """Of 9 ranks, more than a register of a TPU has rows."""
+    """At a depth of 9, more than a register of a TPU has rows."""
     cfg = LDRLDConfig(depth=9, rank_by="teacher", temperature=1.5, use_erd=False, irw_epsilon=0.5)
     assert_close_to_plain(*logits(rng, 4, 20), cfg, kernel)
 

@@ -16,13 +16,13 @@ from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
 
 
 def ldrld_loss(teacher_logits: jax.Array, student_logits: jax.Array, cfg: LDRLDConfig) -> jax.Array:
-    """As `ldrld_jax.ldrld_loss`, for finite logits `[..., C]`."""
+    """Computes `ldrld_jax.ldrld_loss` for finite logits `[..., C]`."""
     terms = ldrld_terms(teacher_logits, student_logits, cfg)
     return functools.reduce(operator.add, parts_of_terms(terms, cfg).values())
 
 
 def ldrld_terms(teacher_logits: jax.Array, student_logits: jax.Array, cfg: LDRLDConfig) -> LDRLDTerms:
-    """As `ldrld_jax.ldrld_terms`, for finite logits `[..., C]`."""
+    """Computes `ldrld_jax.ldrld_terms` for finite logits `[..., C]`."""
     teacher, student = prepare_logits(teacher_logits, student_logits)
     rows = [z.reshape(-1, z.shape[-1]) for z in (teacher, student)]
     terms = jax.vmap(lambda t, s: _example_terms(t, s, cfg))(*rows)

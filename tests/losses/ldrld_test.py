@@ -343,7 +343,7 @@ def test_weights_weigh_the_mean(rng, x64):
 
 
 def test_a_traced_weight_multiplies_the_terms_outside(rng, x64):
-    """How a schedule of alpha is written: config fields cannot be traced."""
+    """A schedule of alpha is written so, because config fields cannot be traced."""
     teacher, student = logits(rng, *SMALL)
     cfg = LDRLDConfig(depth=4, alpha=3, beta=2, pair_reduction="sum")
 

@@ -1,4 +1,4 @@
-"""What every method of the table keeps: shapes, masks, weights, dtypes, errors; and what composes with each."""
+"""Properties of every method of the table: shapes, masks, weights, dtypes, errors; and what composes with each."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def evaluate(name, teacher, student, labels, transform=lambda method: method, **
 
 
 def shapes(name, teacher, student, labels, **rows):
-    """What value and gradient would be, from tracing alone; enough for dtypes and errors."""
+    """Traces value and gradient without computing them; enough for dtypes and errors."""
     of_rows = loss_of_rows(METHODS[name])
     loss = lambda s, t, y, rows: of_rows(t, s, y, default(name), **rows)  # noqa: E731
     # Not through grad for what is no float: the loss itself has to complain.

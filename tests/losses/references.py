@@ -20,7 +20,7 @@ def softmax(z):
 
 
 def kl_of_one(t, s):
-    """Of two rows of logits."""
+    """Returns the KL divergence of two rows of logits."""
     p, log_p, log_q = softmax(t), log_softmax(t), log_softmax(s)
     return sum(p[c] * (log_p[c] - log_q[c]) for c in range(len(t)))
 
@@ -55,7 +55,7 @@ def standardize(z):
 
 
 def entropy_weight(t, s, cfg, log):
-    """Of two rows; the student's real part alone, for no gradient flows into it."""
+    """Returns the weight of two rows; the student's real part alone, for no gradient flows into it."""
     t, s = softmax(t / cfg.entropy_temperature), softmax(s.real / cfg.entropy_temperature)
     of_teacher, of_student = -np.sum(t * log(t)), -np.sum(s * log(s))
     return of_teacher * (1 + of_student / (cfg.entropy_bound or np.log(len(t)))) / 2

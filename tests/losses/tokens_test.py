@@ -22,7 +22,7 @@ def test_bild_ignores_what_neither_side_ranks_high(rng, x64):
 
 
 def test_bild_orders_equal_logits_by_class(x64):
-    """Of two equal leaders the lower class comes first: the difference is taken the same way on both sides."""
+    """The lower of two equal leaders comes first: the difference is taken the same way on both sides."""
     teacher, student = jnp.array([[2.0, 2.0, 0.0, -1.0]]), jnp.array([[0.0, 1.0, 0.5, -1.0]])
     found = bild_terms(teacher, student, BiLDConfig(top_k=3, temperature=1.0))["teacher_led"][0]
     softmax = lambda z: np.exp(z) / np.sum(np.exp(z))  # noqa: E731

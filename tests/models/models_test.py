@@ -1,4 +1,4 @@
-"""What holds for every model of the table."""
+"""Properties of every model of the table."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""What logits say beyond accuracy, against values worked out by hand or by numpy."""
+"""Analysis of logits beyond accuracy, against values worked out by hand or by numpy."""
 
 import numpy as np
 import pytest

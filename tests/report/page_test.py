@@ -47,7 +47,7 @@ def document() -> str:
 
 
 class Reader(html.parser.HTMLParser):
-    """What a screen reader goes by; and whether tags are closed as they were opened."""
+    """Parser of what a screen reader goes by, which also checks that tags are closed as they were opened."""
 
     def __init__(self, text):
         super().__init__()
