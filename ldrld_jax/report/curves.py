@@ -13,12 +13,12 @@ from ldrld_jax.report.published import published
 
 
 def styles(groups: Sequence[Group]) -> dict[str, int]:
-    """Returns the number of each label's style: a function of the name alone, so that a group keeps its colour as it climbs."""
+    """Returns the number of each label's style, which depends on the name alone: a group keeps its colour."""
     return {label: i for i, label in enumerate(sorted({group.label for group in groups}))}
 
 
 def learning(comparison: Comparison) -> list[Series]:
-    """Draws top-1 on the evaluation split by epoch: a line for each group, mean over its seeds, and one a run that has not ended."""
+    """Returns top-1 by epoch: a line for each group, the mean over its seeds, and one for each unfinished run."""
     style = styles(comparison.groups)
     lines = [(group.label, style[group.label], [run.curve for run in group.runs]) for group in comparison.groups]
     for i, run in enumerate(comparison.running, start=len(style)):
@@ -40,7 +40,7 @@ def _point(x: float, values: Sequence[float]) -> Point:
 
 
 def overview(comparison: Comparison) -> list[Row]:
-    """Draws the last-epoch top-1 of every group beside the published figure."""
+    """Returns the last-epoch top-1 of every group beside the published figure."""
     rows = []
     for group in comparison.groups:
         values = group.values("last_top1")
@@ -51,7 +51,7 @@ def overview(comparison: Comparison) -> list[Row]:
 
 
 def sweeps(groups: Sequence[Group]) -> Iterator[tuple[str, list[Series]]]:
-    """Draws last-epoch top-1 over each number that varies while all else is the same: a key, and a line a method and rest.
+    """Yields each key whose number varies alone, with the lines of last-epoch top-1 over it.
 
     Label noise of rate 0 is of every kind.
     """
@@ -82,7 +82,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
-    """Draws the three matrices of each LDRLD config among the groups, with the labels of those that use it."""
+    """Returns the three matrices of each LDRLD config among the groups, with the labels of those that use it."""
     from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
     found: dict[str, tuple[list[str], list[Any]]] = {}

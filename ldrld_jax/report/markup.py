@@ -45,7 +45,7 @@ def grid(items: Sequence[Markup], *, wide: bool = False) -> Markup | None:
 def html_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, shares: Sequence[float] = ()
 ) -> Markup:
-    """Formats a table of text and numbers in a box that scrolls sideways, by the keyboard too; the first cell names its row.
+    """Formats a table in a box that scrolls sideways, by the keyboard too; the first cell of a row names it.
 
     Args:
       header: a name for each column.

@@ -45,7 +45,7 @@ PUBLISHED: dict[tuple[str, str, str], dict[str, str]] = {
 
 
 def published(config: Mapping[str, Any]) -> str:
-    """Returns the published top-1 of the run that a config (dotted keys) describes; "" if it is another than the papers'.
+    """Returns the published top-1 of the run that a config (dotted keys) describes; "" if there is none.
 
     Example:
       >>> published({"data.name": "cifar100", "epochs": 240, "method": "ldrld", "student.model": "resnet8x4",

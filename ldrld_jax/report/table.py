@@ -17,7 +17,7 @@ class Table(NamedTuple):
 
 
 def table(runs: Iterable[FoundRun]) -> str:
-    """Formats a Markdown table of finished runs, the best mean of last-epoch accuracy first; deviations are of the sample.
+    """Formats a Markdown table of finished runs, the best mean of last-epoch top-1 first, with sample deviations.
 
     Args:
       runs: `collect(folders).summaries`.
