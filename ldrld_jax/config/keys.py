@@ -186,7 +186,7 @@ class Config:
     accumulate: Count = 1  # microbatches whose gradients make one step: less memory, the same batch_size
     batch_norm_group: Count | None = None  # statistics of so many examples; unset: of the (micro)batch
     remat: bool = False  # keep only what convolutions and products gave, and compute the rest again: less memory
-    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; skip: skips, and counts
+    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or weights that are not finite; skip: skips, and counts
     data: Data = Data()
     student: Student = Student()
     optim: Optim = Optim()

@@ -20,9 +20,10 @@ from tests.train.trainer_test import saved, values
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, teacher_dir, tmp_path, method):
+def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, tiny_teacher_dir, tmp_path, method):
     """A step of learning lowers what it minimises, on the same batch without augmentation; twice in two parts."""
-    overrides = [f"method={method}", f"teacher.checkpoint={teacher_dir}", "data.pad=0", "kd_warmup_epochs=0"]
+    overrides = [f"method={method}", "teacher.model=tiny_net", f"teacher.checkpoint={tiny_teacher_dir}"]
+    overrides += ["data.pad=0", "kd_warmup_epochs=0", "mesh.data=1"]
     overrides += ["data.train_split=train[:40]", "optim.warmup=none", "optim.schedule=constant"]
     overrides += ["optim.learning_rate=.01"]
     summary = trainer.train(tiny(*overrides, "epochs=6"), tmp_path / "straight")

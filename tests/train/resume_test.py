@@ -8,8 +8,9 @@ import signal
 import chex
 import pytest
 
-from ldrld_jax import config, files, main, metrics
+from ldrld_jax import config, files, main
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.record import writer
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from ldrld_jax.train import loop, trainer
 from tests.checkpoint.saved import contents, flip, largest
@@ -117,7 +118,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
 
 
 def test_a_disk_that_is_full_of_metrics_ends_the_run_in_one_line(tiny, tmp_path, straight, monkeypatch, capsys):
-    write = metrics.append_text
+    write = writer.append_text
 
     def full_at_four(path, text):
         if '"step": 4' in text:
@@ -128,7 +129,7 @@ def test_a_disk_that_is_full_of_metrics_ends_the_run_in_one_line(tiny, tmp_path,
     made = tiny(*FLAGS)
     with monkeypatch.context() as patch:
         patch.setattr(config, "load", lambda *args: made)
-        patch.setattr(metrics, "append_text", full_at_four)
+        patch.setattr(writer, "append_text", full_at_four)
         assert main.main(["--workdir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == f"ldrld_jax: No space left on device: {tmp_path / 'run' / 'metrics.jsonl'}"
