@@ -117,22 +117,6 @@ def teacher_dir(data_dir, tmp_path_factory) -> str:
     return str(workdir)
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher_dir(data_dir, tmp_path_factory) -> str:
-    """The workdir of a plain run of the net of `tiny`, once a worker: a teacher that compiles in a second as well."""
-    from ldrld_jax import config as config_lib
-    from ldrld_jax.models import MODELS
-    from ldrld_jax.train import trainer
-    from tests.tiny_net import TinyNet
-
-    workdir = tmp_path_factory.mktemp("tiny_teacher")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny_net", TinyNet)
-        overrides = [*tiny_overrides(data_dir), "student.model=tiny_net", "epochs=4"]
-        trainer.train(config_lib.load("configs/digits.py", overrides), workdir)
-    return str(workdir)
-
-
 def run_main(
     *args: str, timeout: float = 300, cwd: pathlib.Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:

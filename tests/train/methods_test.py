@@ -20,10 +20,10 @@ from tests.train.trainer_test import saved, values
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, tiny_teacher_dir, tmp_path, method):
+def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, teacher_dir, tmp_path, method):
     """A step of learning lowers what it minimises, on the same batch without augmentation; twice in two parts."""
-    overrides = [f"method={method}", "teacher.model=tiny_net", f"teacher.checkpoint={tiny_teacher_dir}"]
-    overrides += ["data.pad=0", "kd_warmup_epochs=0", "mesh.data=1"]
+    overrides = [f"method={method}", f"teacher.checkpoint={teacher_dir}", "data.pad=0", "kd_warmup_epochs=0"]
+    overrides += ["mesh.data=1"]
     overrides += ["data.train_split=train[:40]", "optim.warmup=none", "optim.schedule=constant"]
     overrides += ["optim.learning_rate=.01"]
     summary = trainer.train(tiny(*overrides, "epochs=6"), tmp_path / "straight")
@@ -134,7 +134,7 @@ def test_self_distillation_is_from_the_moving_average(tiny, tmp_path):
     assert summary["teacher_top1"] is None
     arrays = saved(tmp_path, 1)
     config = config_lib.resolve(tiny(*flags))
-    _, start = trainer.Run.plan(config, tmp_path).create()
+    _, start = trainer.Run.plan(config, tmp_path).make_student()
     after = arrays["training"]["student"]["params"]
     expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, after)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), arrays["model"]["params"], expected)
