@@ -39,7 +39,7 @@ def programs(name, *overrides):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_runs_programs_compile_and_talk_no_more_than_they_must(recipe, name):
     made, run = programs(name, *RECIPES[recipe])
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.outline("resnet8", run.config.data)[1].params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.networks.outline("resnet8", run.config.data)[1].params))
     for label, executable in made.items():
         text = executable.as_text()
         program = hlo.Program(text)
