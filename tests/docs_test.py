@@ -30,7 +30,7 @@ PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/deploy/ex
 COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
 # Programs of others: they are named right, and no more can be known without running them.
 OTHERS = {".", ".ci/run", "cd", "curl", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}
-FILES = (".py", ".npz", ".safetensors", ".stablehlo")
+FILES = (".json", ".py", ".npz", ".safetensors", ".stablehlo")
 KEYS = set(config_lib.flat(config_lib.default().to_dict()))
 
 
