@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import sys
+import time
 import types
 
 import pytest
@@ -108,6 +109,14 @@ def test_a_piece_that_fails_leaves_its_error_beside_what_it_measured_and_the_oth
     assert launch.begun == [("a",)]
 
 
+def ended(process: str) -> bool:
+    """Returns whether a process is gone, or waits only to be collected."""
+    try:
+        return pathlib.Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_a_task_that_ignores_the_signal_is_killed_with_what_it_started(programme, tmp_path, monkeypatch):
     monkeypatch.setattr(programme.processes, "GRACE_SECONDS", 0.5)
     launcher = programme.processes.Launcher(tmp_path, tmp_path, {"PATH": "/bin:/usr/bin"})
@@ -119,8 +128,10 @@ def test_a_task_that_ignores_the_signal_is_killed_with_what_it_started(programme
     there = tmp_path / "child"
     codes = launcher(tasks, 60, enough=lambda: there.exists() and bool(there.read_text()))
     assert codes == {"stubborn": None, "quick": 3} or codes == {"stubborn": None, "quick": None}
-    child = pathlib.Path(f"/proc/{there.read_text().strip()}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    until = time.monotonic() + 10
+    while not ended(there.read_text().strip()):  # the kernel may take a moment
+        assert time.monotonic() < until
+        time.sleep(0.01)
     codes = launcher([tasks[1]], 60)
     assert codes == {"quick": 3}
     assert launcher.tail("quick").endswith("hello there")

@@ -14,7 +14,7 @@ PIECE_MIB = 15.0
 STATE_MIB = 58.0  # four pieces; a ResNet32x4 with its optimizer's state is 57 before it is compressed
 _COMPILED_MIB = 12.0
 _LOG_MIB = 3.0  # maximum size of a file that is only to be read
-_LOGS = ("config.json", "metrics.jsonl", "summary.json")
+_LOGS = ("config.json", "data.json", "metrics.jsonl", "summary.json")
 
 
 def pack_results(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:

@@ -40,13 +40,28 @@ class Range:
         return " and ".join(ends) or "finite"
 
 
-class _Text(str):
-    """The name of a kind of text, for errors."""
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A kind of text.
+
+    Attributes:
+      name: for errors and documentation.
+      empty: whether it may be empty.
+    """
+
+    name: str
+    empty: bool = False
+
+    def __contains__(self, value: str) -> bool:
+        return self.empty or bool(value)
+
+    def __str__(self) -> str:
+        return self.name
 
 
-Text = Annotated[str, _Text("text that is not empty")]
-Path = Annotated[str, _Text("a path")]  # ~ is expanded
-Paths = Annotated[str, _Text("paths separated by commas")]  # ~ is expanded in each
+Text = Annotated[str, Words("text that is not empty")]
+Path = Annotated[str, Words("a path")]  # ~ is expanded
+Paths = Annotated[str, Words("paths separated by commas")]  # ~ is expanded in each
 Finite = Annotated[float, Range()]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above_low=True)]
@@ -193,7 +208,7 @@ class Config:
     teacher: Teacher = Teacher()
     steps_per_dispatch: Count = 1  # so many in one program, with data.loader=resident; not on a CPU: docs/bench.md
     # Compiled programs are kept here for the next start; "": not.
-    compile_cache: Annotated[str, _Text("a path, or empty")] = "~/.cache/ldrld_jax/compiled"
+    compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
     compile: Compile = Compile()  # of --mode compile: what it takes of data that are not here and not described
     mesh: Mesh = Mesh()
@@ -309,11 +324,8 @@ def check_value(key: str, value: Any, kind: Any) -> None:
             check_value(key, item, get_args(kind)[0])
     elif get_origin(kind) is Annotated:
         (allowed,) = kind.__metadata__
-        if isinstance(allowed, Range):
-            if value not in allowed:
-                raise UserError(f"{key} must be {allowed}, got {value}.")
-        elif not value and "empty" not in allowed.partition(", or ")[2]:
-            raise UserError(f"{key} must be {allowed}, got {value!r}. Unset it, or name one.")
+        if value not in allowed:
+            raise UserError(f"{key} must be {allowed}, got {value!r}.")
 
 
 def check(config: ConfigDict) -> None:

@@ -150,13 +150,22 @@ def _folders(folder: epath.Path) -> tuple[str, ...]:
 
 
 def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    others: list[epath.Path] = []
     for label, name in enumerate(class_names):
         if (folder / name).is_dir():
-            yield from ((path, label) for path in _images(folder / name))
+            yield from ((path, label) for path in _images(folder / name, others))
+    if others:
+        logger.warning(
+            "%d files in %s are left out, %s for example: images end in %s",
+            len(others), folder, others[0], ", ".join(SUFFIXES),
+        )  # fmt: skip
 
 
-def _images(folder: epath.Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yields the images below a folder, each once: a link to a folder above it is not followed."""
+def _images(folder: epath.Path, others: list[epath.Path], above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yields the images below a folder, each once, and adds other files to `others`.
+
+    A link to a folder above it is not followed.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -167,6 +176,6 @@ def _images(folder: epath.Path, above: frozenset[str] = frozenset()) -> Iterator
         if path.suffix.lower() in SUFFIXES:
             yield str(path)
         elif path.is_dir():
-            yield from _images(path, above)
+            yield from _images(path, others, above)
         else:
-            logger.warning("%s is left out: images end in %s", path, ", ".join(SUFFIXES))
+            others.append(path)

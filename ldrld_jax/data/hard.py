@@ -23,7 +23,7 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
       held_out: return the records put aside instead.
 
     Raises:
-      UserError: if a value is out of its range, or no record is left.
+      UserError: if no record is left.
     """
     noisy = data.label_noise != "none"
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:

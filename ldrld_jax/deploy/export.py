@@ -128,7 +128,9 @@ def read_student(folder: epath.PathLike) -> Student:
     described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
     if "labels" not in described:  # an export of before the names were in the JSON
         described["labels"] = (folder / _LABELS).read_text(errors="replace").splitlines()
-    if (expected := described.get("sha256", {}).get(_PROGRAM)) not in (None, _digest(folder / _PROGRAM)):
+    digests = described.get("sha256")  # absent from older exports
+    expected = digests.get(_PROGRAM) if isinstance(digests, dict) else None
+    if expected not in (None, _digest(folder / _PROGRAM)):
         raise UserError(
             f"{folder / _PROGRAM} has changed since it was exported: its SHA-256 is not {expected}. Export it again, "
             "by --mode export."

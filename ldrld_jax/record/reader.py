@@ -1,4 +1,4 @@
-"""The reader of a run's files: config.json, metrics.jsonl and summary.json, each checked as it is read.
+"""The reader of a run's files: config.json, data.json, metrics.jsonl and summary.json, each checked as it is read.
 
 Resuming, sweeps, the export and the report all read runs through it.
 """
@@ -13,6 +13,7 @@ from etils import epath
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import read_json
 from ldrld_jax.identity import flat
+from ldrld_jax.record.console import say
 
 _TEXTS = ("method", "student.model", "data.name")
 
@@ -37,7 +38,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """Reads what the run in a workdir notes of its data; None for a run of before that was noted.
+    """Reads the note that the run in a workdir has of its data; None for a run without one.
 
     Returns:
       `{"classes": names, "train": {"images": n, "digest": text}, "eval": the same}`.
@@ -49,10 +50,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
-    splits = [data[split] for split in ("train", "eval")]
-    if not isinstance(data["classes"], list) or not all(
-        isinstance(s, dict) and is_number(s.get("images")) for s in splits
-    ):
+    counted = [isinstance(data[s], dict) and is_number(data[s].get("images")) for s in ("train", "eval")]
+    if not isinstance(data["classes"], list) or not all(counted):
         raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
     return data
 
@@ -61,12 +60,15 @@ def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose:
     """Raises a UserError unless the run in a workdir told the same classes apart, in the same order.
 
     Args:
-      workdir: of the run; one of before the classes were noted passes.
-      class_names: here.
-      whose: the run's place in this one, for the error: "the run" or "the teacher".
+      workdir: of the run; one without a note of its data passes, and a line says so.
+      class_names: of the data here.
+      whose: the run's role, for messages: "the run" or "the teacher".
     """
     noted = read_data(workdir)
-    if noted is None or noted["classes"] == list(class_names):
+    if noted is None:
+        say(f"{whose} in {workdir} has no data.json: its classes cannot be compared with those of the data here.")
+        return
+    if noted["classes"] == list(class_names):
         return
     there, here = noted["classes"], list(class_names)
     if len(there) != len(here):

@@ -8,7 +8,6 @@ from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
 from ldrld_jax.identity import identity
-from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
@@ -43,20 +42,22 @@ class RunFolder:
         workdir, here = self.run.workdir, self.run.data_note
         there = read_data(workdir)
         if there is None:
-            if self.checkpoints().latest_step is not None:
-                say(f"{workdir} has no data.json: whether its data are those of the start cannot be told.")
             return
         check_classes(workdir, here["classes"], whose="the run")
         for split in ("train", "eval"):
-            counts = there[split]["images"], here[split]["images"]
             if there[split] != here[split]:
-                what = (
-                    "{} images there, {} here".format(*counts) if counts[0] != counts[1] else "another list of images"
-                )
+                before, now = there[split]["images"], here[split]["images"]
+                what = f"{before} images there, {now} here" if before != now else "another list of images"
                 raise UserError(
                     f"the {split} data of the run in {workdir} have changed: {what}. Restore them, or choose another "
                     "workdir."
                 )
+
+    def remark(self) -> str | None:
+        """Returns a line for a run that began before its data were noted; None for any other."""
+        if self.checkpoints().latest_step is None or read_data(self.run.workdir) is not None:
+            return None
+        return f"{self.run.workdir} has no data.json: whether its data are those of the start cannot be told."
 
     def write(self) -> None:
         """Writes the run's config.json and data.json."""

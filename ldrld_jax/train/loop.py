@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from ldrld_jax.checkpoint.folder import Checkpoints
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
@@ -154,6 +154,8 @@ class _Pause:
             values = self.evaluate(state.evaluated, lambda: self._each_batch(step))
         except Interrupted:
             return None
+        except NonFiniteError as error:
+            raise NonFiniteError(f"after step {step}: {error} The last checkpoint is untouched.") from error
         self.recorder.evaluated(step, values)
         return values["top1"]
 

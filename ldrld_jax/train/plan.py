@@ -112,11 +112,10 @@ class Run:
         """Reads some images of both splits, so that what is broken shows before anything is trained.
 
         Raises:
-          UserError: if one is broken, and `data.on_error` is "raise".
+          UserError: if one is broken, or with `data.on_error=skip` more than may be skipped.
         """
-        if self.config.data.on_error == "raise":
-            for source in (self.batches.source, self.eval_source):
-                source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
+        for source in (self.batches.source, self.eval_source):
+            source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
 
     def first_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state before the first step; its arrays are not placed yet."""

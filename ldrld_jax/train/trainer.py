@@ -71,6 +71,8 @@ def _train(
     run = Run.plan(config, workdir)
     folder = RunFolder(run)
     folder.check()
+    if remark := folder.remark():
+        say(remark)
     if (summary := folder.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
     else:

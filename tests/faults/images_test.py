@@ -58,10 +58,12 @@ def test_a_link_to_a_folder_above_is_not_followed_and_another_file_is_named(fold
     (folder / "train/cat/again").symlink_to(folder / "train/cat")
     (folder / "train/cat/up").symlink_to(folder / "train")
     (folder / "train/dog/notes.txt").write_text("x")
+    (folder / "train/dog/Thumbs.db").write_text("x")
     (folder / "train/bird/elsewhere").symlink_to(folder / "val/bird")
     records, _, _ = open_folder("image_folder", "train", str(folder))
     assert len(records) == 24 + 3
-    assert "train/dog/notes.txt is left out" in caplog.text
+    (warning,) = caplog.messages
+    assert "2 files in" in warning and "train/dog/Thumbs.db for example" in warning
 
 
 @pytest.mark.parametrize("size", [(10_000, 2), (2, 10_000), (65_000, 3), (400, 2)])
