@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any
 from ldrld_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from ldrld_jax.interop.host_teacher import HostTeacher
     from ldrld_jax.interop.torch_import import load_torch_checkpoint
     from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
     from ldrld_jax.models import MODELS, create_model
+    from ldrld_jax.train.given import Callback
+    from ldrld_jax.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "MODELS",
+    "Callback",
+    "HostTeacher",
     "LDRLDConfig",
     "LDRLDTerms",
+    "Trainer",
     "UserError",
     "create_model",
     "ldrld_loss",
@@ -32,7 +38,10 @@ _LAZY = {
     **dict.fromkeys(
         ("METHODS", "LDRLDConfig", "LDRLDTerms", "ldrld_loss", "ldrld_terms", "rank_weights"), "ldrld_jax.losses"
     ),
+    "Callback": "ldrld_jax.train.given",
+    "HostTeacher": "ldrld_jax.interop.host_teacher",
     "MODELS": "ldrld_jax.models",
+    "Trainer": "ldrld_jax.train.trainer",
     "create_model": "ldrld_jax.models",
     "load_torch_checkpoint": "ldrld_jax.interop.torch_import",
 }

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.data.resident import Images, ResidentBatches
-from ldrld_jax.data.sources import InMemory
+from ldrld_jax.data.source import InMemory
 from ldrld_jax.logit_store.feed import teacher_program
 from ldrld_jax.metrics import packed
 from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.train.dispatch import Step, several_steps
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.loop import make_step
-from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run, batch_norm_groups
 from ldrld_jax.train.step import Network, make_eval_step
-from ldrld_jax.train.teacher import NetworkTeacher, Teacher, outlined, weights_of
+from ldrld_jax.train.teacher import NetworkTeacher, Teacher, is_outside, outlined, weights_of
 
 Tree = Any
 
@@ -63,22 +62,20 @@ class Program:
 
 
 def programs_of(run: Run) -> Iterator[Program]:
-    """Yields the programs of a run that was planned for absent devices, the train step first.
-
-    The program for the smaller last batch of an epoch that keeps its remainder is not included.
-    """
+    """Yields the programs of a run that was planned for absent devices, the train step first."""
     config, mesh = run.config, run.mesh
     groups = batch_norm_groups(config)
     network, variables = run.networks.outline(config.student.model, config.data, batch_norm_groups=groups)
-    teacher = outlined(run, network) if run.objective.methods else None
-    optimizer = make_optimizer(config.optim, run.schedule)
+    outside = is_outside(run)
+    teacher = outlined(run, network) if run.objective.methods and not outside else None
+    optimizer = run.make_optimizer()
     state = jax.eval_shape(lambda variables: run.first_state(variables, optimizer), variables)
     shardings = run.placement.of_state(state)
     state, out = _placed(state, shardings), (shardings, replicated(mesh))
     step = packed(make_step(run, network, teacher, optimizer))
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     batch = _batch(run)
-    stored = bool(config.logits)
+    stored = bool(config.logits) or outside
     weights = {"state": state, "teacher": None if stored else weights_of(teacher)}
     beside = {"teacher_logits": _logits(run)} if stored else {}
     arguments = {**weights, "batch": batch | beside}
@@ -108,7 +105,7 @@ def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
     rows = -(-run.config.eval_batch_size // devices) * devices
     shape = (rows, *run.eval_source.image_shape)
     batch = {
-        "image": _struct(shape, jnp.uint8, run, "data"),
+        "image": _struct(shape, run.eval_source.dtype, run, "data"),
         "label": _struct(shape[:1], jnp.int32, run, "data"),
         "mask": _struct(shape[:1], jnp.bool_, run, "data"),
     }
@@ -127,7 +124,7 @@ def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
     """Returns the train step without microbatches (a loop body counts once) and without recomputation by remat."""
     config = copy.deepcopy(run.config)
     config.accumulate, config.remat = 1, False
-    optimizer = make_optimizer(config.optim, run.schedule)
+    optimizer = run.make_optimizer()
     return make_step(dataclasses.replace(run, config=config), student, teacher, optimizer)
 
 
@@ -137,7 +134,7 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     rows = -(-batches.batch_size // batches.divisor) * batches.divisor
     views = (batches.views,) if batches.views > 1 else ()
     batch = {
-        "image": _struct((rows, *views, *batches.source.image_shape), jnp.uint8, run, "data"),
+        "image": _struct((rows, *views, *batches.source.image_shape), batches.source.dtype, run, "data"),
         "label": _struct((rows,), jnp.int32, run, "data"),
     }
     if batches.masked or rows != batches.batch_size:
@@ -148,7 +145,7 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 def _logits(run: Run) -> jax.ShapeDtypeStruct:
     rows = _batch(run)["label"].shape[0]
     shape = rows, len(run.batches.source.class_names)
-    return _struct(shape, jnp.dtype(run.config.logits.dtype), run, "data")
+    return _struct(shape, jnp.dtype(run.config.logits.get("dtype", "float32")), run, "data")
 
 
 def _resident(run: Run) -> dict[str, Tree]:

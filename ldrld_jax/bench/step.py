@@ -23,7 +23,6 @@ from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train.dispatch import Dispatcher, Step
 from ldrld_jax.train.loop import make_step
-from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import TrainState
 from ldrld_jax.train.teacher import NetworkTeacher, Teacher, teacher_at_hand, weights_of
@@ -109,7 +108,7 @@ class _Measurement:
 
     def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
         """Returns a run's step and a fresh state, since the step donates its state."""
-        optimizer = make_optimizer(run.config.optim, run.schedule)
+        optimizer = run.make_optimizer()
         state = run.placement.put_state(run.first_state(jax.tree.map(jnp.copy, self._variables), optimizer))
         return make_step(run, self._network, teacher, optimizer), state
 

@@ -9,10 +9,12 @@ from ldrld_jax.config.load import load, load_run, overridden
 from ldrld_jax.config.resolve import (
     method_config,
     method_names,
+    method_of,
     resolve,
     teacher_models,
     teacher_recipe,
     teacher_runs,
+    teaches_from_file,
     teaches_itself,
 )
 from ldrld_jax.identity import flat, identity
@@ -26,10 +28,12 @@ __all__ = [
     "load_run",
     "method_config",
     "method_names",
+    "method_of",
     "overridden",
     "resolve",
     "teacher_models",
     "teacher_recipe",
     "teacher_runs",
+    "teaches_from_file",
     "teaches_itself",
 ]

@@ -74,7 +74,7 @@ Ensembling = Literal["logits", "probabilities"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    name: Text = "digits"  # any TFDS image classification dataset, or the digits that ship with scikit-learn
+    name: Text = "digits"  # any of TFDS, a folder's layout, "arrays:FILE.npz" or "my_module:source": docs/library.md
     data_dir: Path | None = None  # unset: TFDS's own default, ~/tensorflow_datasets
     train_split: Text = "train"  # "train[:90%]" takes a part
     eval_split: Text = "test"  # "test[:90%]" takes a part; other datasets call it "validation" or "val"
@@ -110,7 +110,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    name: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum in PyTorch's form, or AdamW
+    name: Text = "sgd"  # SGD with momentum in PyTorch's form, adamw, another of optax's, or "my_module:make_optimizer"
     learning_rate: NotNegative = 0.05  # the highest of the schedule
     momentum: Share = 0.9  # sgd; adamw takes it as b1
     nesterov: bool = False  # look ahead along the momentum
@@ -125,14 +125,14 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    model: Text = "resnet8"  # a key of MODELS: python -m ldrld_jax.models.table
+    model: Text = "resnet8"  # a key of MODELS (python -m ldrld_jax.models.table), or "my_module:make_net"
     checkpoint: Path | None = None  # weights to start from
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    model: Text | None = None  # "a,b" for an ensemble, "ema" for the student's own average
-    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"
+    model: Text | None = None  # "a,b": an ensemble; "ema": the student's own average; "logits": of a file
+    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"; "logits": an .npy file
     epochs: Count | None = None  # if there is no checkpoint: train it first, into
     workdir: Path | None = None  # unset: WORKDIR/teacher; set it to share one teacher
     ensemble: Ensembling = "logits"  # what an ensemble averages
@@ -170,6 +170,7 @@ class Mesh:
 class Log:
     every_steps: Count = 50  # a line of metrics.jsonl each, the mean since the one before
     tensorboard: bool = True  # write event files too
+    writers: Text | None = None  # further ones, "my_module:make_writer" each, separated by commas
     watchdog_seconds: NotNegative = 300.0  # without progress, until the stacks of all threads are printed; 0: never
 
 
@@ -190,7 +191,7 @@ class Config:
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
     matmul_precision: Literal["default", "tensorfloat32", "float32"] = "tensorfloat32"
-    method: Text = "ldrld"  # a key of METHODS, several as "ldrld+kd", or "ce" for plain training
+    method: Text = "ldrld"  # a key of METHODS, "my_module:loss", several as "ldrld+kd", or "ce" for plain training
     ce_weight: NotNegative | None = None  # unset: the method's published one; 1 for several that differ
     kd_weight: NotNegative | None = None  # of all distillation terms; unset: the method's; 1 for several
     # The distillation terms are multiplied by min(epoch / this, 1); unset: the method's, for several the longest.

@@ -3,27 +3,42 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from ldrld_jax.code import is_code, load_object
 from ldrld_jax.config.keys import check, default
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.losses import METHODS
+from ldrld_jax.losses import METHODS, Method, as_method
+
+Methods = Mapping[str, Method]
+NONE: Methods = MappingProxyType({})
 
 _SELF = "ema"  # as teacher.model: the student's own moving average teaches it
+_FILE = "logits"  # as teacher.model: teacher.checkpoint is a file of logits
 
 
-def method_names(config: ConfigDict) -> list[str]:
+def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
     """Returns the methods of `config.method` ("ldrld+kd"); none for "ce".
 
+    Args:
+      config: any.
+      given: methods that are objects, by the name that the config has for them.
+
     Raises:
-      UserError: if a name is not in METHODS, or given twice.
+      UserError: if a name is unknown, or given twice.
     """
     names = [] if config.method == "ce" else config.method.split("+")
     for name in names:
-        if name not in METHODS:
+        if name.startswith("<") and name not in given:
+            raise UserError(
+                f"method {name} was given in Python, and its name alone does not make it. Give it again to "
+                "ldrld_jax.Trainer."
+            )
+        if name not in METHODS and name not in given and not is_code(name):
             parts = [part.strip() for part in name.replace(",", "+").split("+")]
             if len(parts) > 1 and all(part in METHODS for part in parts):
                 raise UserError(f"there is no method {name!r}. Several are written as a sum: method={'+'.join(parts)}.")
@@ -33,21 +48,32 @@ def method_names(config: ConfigDict) -> list[str]:
     return names
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def method_of(name: str, given: Methods = NONE) -> Method:
+    """Returns a method by its name: of METHODS, one that is given, or a user's own code."""
+    if name in given:
+        return given[name]
+    return METHODS[name] if name in METHODS else as_method(load_object(name))
+
+
+def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
     """Returns a copy with a value for everything that the run uses, and nothing else.
 
     Unset fields of the selected methods get their defaults, blocks of other methods are removed, unset
     weights become the methods', and the teacher's unset data and recipe become the student's. A run
     writes the result to `config.json` and takes its identity from it.
 
+    Args:
+      config: any.
+      given: see `method_names`.
+
     Raises:
       UserError: if a method's field is out of range, or a teacher is needed and not given.
     """
     check(config)  # again: it may have been changed since it was loaded
     config = copy.deepcopy(config)
-    names = method_names(config)
-    _resolve_weights(config, names)
-    losses = {name: dataclasses.asdict(method_config(config, name)) for name in names}
+    names = method_names(config, given)
+    _resolve_weights(config, names, given)
+    losses = {name: dataclasses.asdict(method_config(config, name)) for name in names if name in METHODS}
     config.loss = ConfigDict(losses)
     for key in ("data", "optim"):
         for name in config[key]:
@@ -57,7 +83,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
     if not names or config.logits.dir is None:
-        config.logits = ConfigDict()
+        # The file of a teacher's logits may have several views as well.
+        views = config.logits.views if names and teaches_from_file(config) else None
+        config.logits = ConfigDict() if views is None else ConfigDict({"views": views})
     if not names:
         config.teacher = ConfigDict()
         return config
@@ -66,7 +94,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if config.ema_decay is None:
             raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
         return config
-    if config.teacher.model is None or (config.teacher.checkpoint is None and config.teacher.epochs is None):
+    if config.teacher.model is None or not (
+        config.teacher.checkpoint is not None or config.teacher.epochs is not None or _has_weights(config)
+    ):
         raise UserError(
             f"method {config.method!r} needs a teacher: teacher.model with teacher.checkpoint, or with teacher.epochs "
             "to train it first. Set them, or method=ce."
@@ -76,13 +106,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
+def _resolve_weights(config: ConfigDict, names: Sequence[str], given: Methods) -> None:
     """Fills in unset weights: for one method, those that its authors published.
 
     In a sum each term keeps its authors' weight and the longest warm-up applies to all terms. The weight
     of the cross-entropy is the one that all methods share, else 1.
     """
-    methods, alone = [METHODS[name] for name in names], len(names) == 1
+    methods, alone = [method_of(name, given) for name in names], len(names) == 1
     agreed = {method.ce_weight for method in methods}
     published = dict(
         ce_weight=agreed.pop() if len(agreed) == 1 else 1.0,
@@ -92,9 +122,10 @@ def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
     for key, value in published.items():
         if config[key] is None:
             config[key] = value
-    own = {name: 1.0 if alone else METHODS[name].kd_weight for name in names}
-    given = {name: config.loss_weight[name] for name in names}
-    config.loss_weight = ConfigDict({name: own[name] if given[name] is None else given[name] for name in names})
+    ours = [name for name in names if name in METHODS]  # others have no block in a config
+    own = {name: 1.0 if alone else METHODS[name].kd_weight for name in ours}
+    chosen = {name: config.loss_weight[name] for name in ours}
+    config.loss_weight = ConfigDict({name: own[name] if chosen[name] is None else chosen[name] for name in ours})
 
 
 def method_config(config: ConfigDict, name: str) -> Any:
@@ -108,6 +139,16 @@ def method_config(config: ConfigDict, name: str) -> Any:
         return METHODS[name].config(**given)
     except ValueError as error:
         raise UserError(f"loss.{name}: {error}") from error
+
+
+def teaches_from_file(config: Mapping[str, Any]) -> bool:
+    """Returns whether the teacher of a resolved config is a file of logits."""
+    return config["teacher"].get("model") == _FILE
+
+
+def _has_weights(config: ConfigDict) -> bool:
+    """Returns whether the teachers are objects or a user's code, which may come with their weights."""
+    return all(name.startswith("<") or is_code(name) for name in teacher_models(config))
 
 
 def teaches_itself(config: Mapping[str, Any]) -> bool:

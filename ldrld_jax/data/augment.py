@@ -47,7 +47,7 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
     """Crops and flips the zero-padded images as given by `draws`.
 
     Args:
-      images: `[n, height, width, channels]`.
+      images: `[n, height, width, channels]`, or of any shape if nothing is to be done.
       draws: `Draws` with `[n]` entries.
       pad: number of zeros on each side.
 
@@ -60,6 +60,8 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
       >>> pad_crop_flip(image, moved, pad=1)[0, ..., 0].tolist()
       [[0, 2], [0, 4]]
     """
+    if not pad and not draws.flip.any():
+        return images
     _, height, width, channels = images.shape
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else np.ascontiguousarray(images)
     out = np.empty_like(padded, shape=images.shape)

@@ -17,8 +17,11 @@ class BrokenImageError(ValueError):
     """An image whose bytes are broken; the message says why, and the caller adds which image it is."""
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Reads the header of an encoded image without decoding its pixels.
+Encoded = bytes | np.ndarray  # an encoded image, or its pixels [height, width, 1 or 3] uint8
+
+
+def open_image(data: Encoded) -> Image.Image:
+    """Reads the header of an encoded image without decoding its pixels; pixels become an image of Pillow's.
 
     Raises:
       BrokenImageError: if the bytes have none of the `FORMATS`, or the header claims an implausibly large image.
@@ -29,6 +32,10 @@ def open_image(data: bytes) -> Image.Image:
         ...
       ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
     """
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] not in (1, 3):
+            raise BrokenImageError(f"not an image ({data.dtype} {data.shape})")
+        return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
     with _as_broken(f"not an image ({len(data)} bytes)"):
         return Image.open(io.BytesIO(data), formats=FORMATS)
 

@@ -10,7 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import folders, tfds_records
-from ldrld_jax.data.sources import Source, open_source
+from ldrld_jax.data.source import Source
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
 
 # Images per split if no description is on disk: TFDS's code holds a data set's classes and shape, but not its size.

@@ -1,6 +1,8 @@
-"""Folders of images, with one folder per class or in the layout of the Tiny-ImageNet-200 zip."""
+"""Files of images: a folder per class, the layout of the Tiny-ImageNet-200 zip, or a list of files with labels."""
 
+import csv
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -123,7 +125,39 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
     return sorted(files), class_names
 
 
+def _file_list(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Reads `root/SPLIT.csv` or `root/SPLIT.jsonl`; the classes are those of the training list, sorted."""
+    listed = {name: _listed(root, name) for name in ("train", split)}
+    labels = {label for _, label in listed["train"]}
+    numbers = all(label.isdecimal() for label in labels)
+    class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    for path, label in listed[split]:
+        if label not in label_of:
+            raise UserError(f"{split} gives {path} the class {label!r}, which no training image has.")
+    return [(path, label_of[label]) for path, label in listed[split]], class_names
+
+
+def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
+    """Reads the paths and the classes of a list; paths are relative to its folder."""
+    found = [root / f"{split}{suffix}" for suffix in (".csv", ".jsonl") if (root / f"{split}{suffix}").exists()]
+    if not found:
+        raise UserError(
+            f"there is no {root / split}.csv or .jsonl. Write a line an image: `path,label` below a header with these "
+            'names, or {"path": ..., "label": ...}.'
+        )
+    lines = _lines(found[0])
+    try:
+        rows = list(csv.DictReader(lines)) if found[0].suffix == ".csv" else [json.loads(line) for line in lines]
+        return [(str(root / row["path"]), str(row["label"])) for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{found[0]} is no list of images: {type(error).__name__} {error}. Each line needs `path` and `label`."
+        ) from error
+
+
 FOLDERS: dict[str, Callable[[epath.Path, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
+    "file_list": _file_list,
     "image_folder": _image_folder,
     "tiny_imagenet": _tiny_imagenet,
 }

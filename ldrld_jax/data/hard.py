@@ -6,7 +6,7 @@ All are functions of the labels and a seed, so they are the same on every machin
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldrld_jax.data.sources import Records, Selected
+from ldrld_jax.data.source import Records, Selected
 from ldrld_jax.errors import UserError
 
 

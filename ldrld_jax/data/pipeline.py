@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import hard
 from ldrld_jax.data.rand_augment import RandAugment
 from ldrld_jax.data.resident import ResidentBatches
-from ldrld_jax.data.sources import InMemory, Source, open_source
+from ldrld_jax.data.source import InMemory, Source
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.data.views import AsStored, CentreCrop, RandomResizedCrop, RandomRotation, View
 from ldrld_jax.errors import UserError
@@ -45,6 +47,8 @@ def make_train_batches(
       UserError: if the block or the data are invalid; names the first problem.
     """
     source = open_source(data.name, data.train_split, data.data_dir, **_on_error(data))
+    if source.raw:
+        _check_raw(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
     if data.rand_augment:
@@ -59,7 +63,8 @@ def make_train_batches(
         divisor=divisor,
         host=host,
         hosts=hosts,
-        masked=data.on_error == "skip",
+        # One program for all batches of a run: the last one of an epoch may have padding.
+        masked=data.on_error == "skip" or (data.remainder == "keep" and len(source) % batch_size != 0),
         views=views,
         augment_seed=data.augment_seed,
         cycle=cycle,
@@ -95,6 +100,26 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
         if not len(records):
             raise UserError(f"data.held_out={data.held_out} holds out less than half an image per class. Raise it.")
     return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
+
+
+def _check_raw(source: Source, data: ConfigDict) -> None:
+    """Raises a UserError if the config asks for what is done to pixels alone."""
+    unset = {
+        "loader": "stream",
+        "augment": "pad_crop",
+        "rand_augment": 0,
+        "crop_size": None,
+        "image_size": None,
+        "mixup": 0.0,
+    }
+    if len(source.image_shape) != 3:
+        unset |= {"pad": 0, "flip": False}
+    for key, value in unset.items():
+        if data[key] != value:
+            raise UserError(
+                f"data.{key}={data[key]} is for pixels, and the data are raw: {np.dtype(source.dtype)} of shape "
+                f"{source.image_shape}. Unset it, or give images [n, height, width, channels] uint8."
+            )
 
 
 def _on_error(data: ConfigDict) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from ldrld_jax.data.decode import Encoded
 from ldrld_jax.data.views import Shape, View
 
 GREY = (128, 128, 128)
@@ -62,7 +63,7 @@ class RandAugment:
     def shape(self) -> Shape:
         return self.base.shape
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         assert rng is not None
         pixels = self.base(data, rng)
         image = Image.fromarray(pixels[..., 0] if self.shape[-1] == 1 else pixels)

@@ -18,13 +18,19 @@ _AHEAD_BYTES = 256 * 2**20
 
 
 class Readable(Protocol):
-    """The part of a source that the loader uses, see `sources.Source`."""
+    """The part of a source that the loader uses, see `source.Source`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
     @property
-    def image_shape(self) -> tuple[Any, Any, int]: ...
+    def image_shape(self) -> tuple[Any, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def raw(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -46,7 +52,7 @@ class TrainBatches:
       drop_remainder: drop an epoch's last partial batch.
       divisor: batches are padded to a multiple of this, the number of devices that share them.
       host, hosts: this host's number and the number of hosts, which select the share of each batch.
-      masked: give every batch a mask, because examples may be skipped.
+      masked: give every batch a mask, because some have padding or examples may be skipped.
       views: number of augmentations of each image; if above 1, `image` is `[rows, views, ...]`.
       augment_seed: seed of crops, flips and random views, so that runs with different orders see the same images.
       cycle: number of epochs after which the augmentations repeat; None for new ones in each epoch.

@@ -75,6 +75,17 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
                     raise
     if not any(builder.data_path.glob("*.array_record*")):
         raise _not_prepared(name, data_dir, builder)
+    return open_builder(name, split, builder)
+
+
+def open_builder(
+    name: str, split: str, builder: tfds.core.DatasetBuilder
+) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
+    """Returns what `open_tfds` does of a prepared builder of images with labels; `name` is for messages.
+
+    Raises:
+      UserError: if there is no such split, or its files are damaged.
+    """
     features = builder.info.features
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

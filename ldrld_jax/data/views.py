@@ -1,7 +1,7 @@
 """Views: the transforms of one encoded image for training and evaluation.
 
-A view is called with the bytes of an image and, if it is random, with that image's generator
-(`augment.generator`). It returns uint8 pixels of its fixed shape. Resizing is Pillow's antialiased
+A view is called with the bytes of an image, or its pixels as an array, and, if it is random, with that image's
+generator (`augment.generator`). It returns uint8 pixels of its fixed shape. Resizing is Pillow's antialiased
 bilinear, as in the training of torchvision's teachers.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldrld_jax.data.decode import BrokenImageError, open_image, pixels, upright_size
+from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels, upright_size
 
 Shape = tuple[int, int, int]
 BILINEAR = Image.Resampling.BILINEAR
@@ -27,7 +27,7 @@ class View(Protocol):
     @property
     def shape(self) -> Shape: ...
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray: ...
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray: ...
 
 
 def _as_array(image: Image.Image, shape: Shape) -> np.ndarray:
@@ -36,13 +36,17 @@ def _as_array(image: Image.Image, shape: Shape) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class AsStored:
-    """Images of one size, unchanged."""
+    """Images of one size, unchanged, or raw inputs of one shape."""
 
     shape: Shape
     exif: bool = True
     random: ClassVar[bool] = False
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
+        if isinstance(data, np.ndarray):
+            if data.shape != self.shape:
+                raise BrokenImageError(f"its shape is {data.shape}, and the others have {self.shape}")
+            return data
         height, width, channels = self.shape
         image = pixels(open_image(data), channels=channels, exif=self.exif)
         if image.size != (width, height):
@@ -69,7 +73,7 @@ class CentreCrop:
     def shape(self) -> Shape:
         return (self.size, self.size, self.channels)
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         image = pixels(open_image(data), channels=self.channels, exif=self.exif)
         width, height = image.size
         short = min(width, height)
@@ -98,7 +102,7 @@ class Fitted:
     exif: bool = True
     random: ClassVar[bool] = False
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         height, width, channels = self.shape
         image = pixels(open_image(data), channels=channels, exif=self.exif)
         return _as_array(ImageOps.fit(image, (width, height), BILINEAR), self.shape)
@@ -122,7 +126,7 @@ class RandomResizedCrop:
     def shape(self) -> Shape:
         return (self.size, self.size, self.channels)
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         assert rng is not None
         image = open_image(data)
         width, height = upright_size(image, exif=self.exif)
@@ -180,7 +184,7 @@ class RandomRotation:
     def shape(self) -> Shape:
         return self.base.shape
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         assert rng is not None
         image = self.base(data)
         image = image[..., 0] if self.shape[-1] == 1 else image

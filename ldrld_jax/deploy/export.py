@@ -95,21 +95,21 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
     with precision_scope(config.precision, config.matmul_precision):
         source = make_eval_source(config.data)
         check_classes(workdir, source.class_names, whose="the run")
-        networks = Networks(len(source.class_names), source.image_shape[-1], config.precision)
+        networks = Networks.of(source, config.precision)
         network, variables = networks.restore(str(workdir), config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
-        program = _program(network, variables, source.image_shape)
+        program = _program(network, variables, source.image_shape, source.dtype)
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names))
     return Student(program, described, tuple(source.class_names)), variables
 
 
-def _program(network: Network, variables: Variables, shape: tuple[int, ...]) -> jax.export.Exported:
+def _program(network: Network, variables: Variables, shape: tuple[int, ...], dtype: Any) -> jax.export.Exported:
     def student(images: jax.Array) -> jax.Array:
         return network(variables, images, train=False)[0].astype(jnp.float32)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *shape), dtype)
     return jax.export.export(jax.jit(student), platforms=PLATFORMS)(images)
 
 
@@ -139,7 +139,7 @@ def read_student(folder: epath.PathLike) -> Student:
         program = jax.export.deserialize(bytearray((folder / _PROGRAM).read_bytes()))
         _, *shape = program.in_avals[0].shape
         # A program from a newer JAX deserialises, but fails when it is lowered.
-        jax.jit(program.call).lower(jax.ShapeDtypeStruct((1, *shape), jnp.uint8))
+        jax.jit(program.call).lower(jax.ShapeDtypeStruct((1, *shape), program.in_avals[0].dtype))
     except Exception as error:  # flatbuffers and JAX raise many types for corrupt bytes
         raise UserError(
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "

@@ -58,7 +58,8 @@ class LogitFeed:
     step: their losses are bitwise equal.
 
     Args:
-      store: epochs that it has are read, the next one in the background; the others are computed and written.
+      store: a `LogitStore`; epochs that it has are read, the next one in the background; the others are computed and
+        written. Anything that has all epochs and reads like one will do.
       batches: the run's training batches.
       mesh: the run's devices.
       epochs: number of epochs of the run.
@@ -68,7 +69,7 @@ class LogitFeed:
 
     def __init__(
         self,
-        store: LogitStore,
+        store: Any,
         batches: Batches,
         mesh: Mesh,
         epochs: int,

@@ -53,7 +53,8 @@ def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: 
         (last_layer, f"method={config.method} takes the teacher's last layer, which is not stored"),
     ):
         if wrong:
-            raise UserError(f"logits.dir keeps a teacher's logits for later runs, but {why}. Unset logits.dir.")
+            what = "logits.dir keeps a teacher's logits for later runs" if "dir" in logits else "a file has logits"
+            raise UserError(f"{what}, but {why}. Unset one of them.")
 
 
 def make_key(
@@ -62,18 +63,20 @@ def make_key(
     classes: int,
     records: Any,
     augment_seed: int,
-    networks: Sequence[Any],
-    weights: Sequence[Any],
+    networks: Sequence[Any] = (),
+    weights: Sequence[Any] = (),
+    name: str | None = None,
 ) -> Key:
     """Returns the key of a store: everything that determines the logits of an image in an epoch.
 
     Args:
       config: the run's resolved config.
       classes: number of classes.
-      records: the training set, see `data.sources.Records`.
+      records: the training set, see `data.source.Records`.
       augment_seed: seed of the crops, mirrors and random views.
       networks: the teacher's networks, several for an ensemble.
       weights: the weights of each network.
+      name: of a teacher that is no network of ours.
     """
     teacher = {
         "model": config.teacher.model,
@@ -82,6 +85,7 @@ def make_key(
         "matmul_precision": config.matmul_precision,
         **{name: [getattr(network, name) for network in networks] for name in ("mean", "std", "image_size")},
         "weights": [checksum(variables) for variables in weights],
+        **({} if name is None else {"name": name}),
     }
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
     data |= {"records": len(records), "images": checksum_of_images(records)}
@@ -105,10 +109,11 @@ def checksum(tree: Any) -> str:
 
 
 def checksum_of_images(records: Any, *, samples: int = 64) -> str:
-    """Returns a checksum over evenly spaced encoded images; it differs for another folder, order or selection."""
+    """Returns a checksum over evenly spaced images, as stored; it differs for another folder, order or selection."""
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist():
-        digest.update(records.__getitems__([index])[0]["image"])
+        image = records.__getitems__([index])[0]["image"]
+        digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
     return digest.hexdigest()[:32]
 
 

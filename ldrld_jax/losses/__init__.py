@@ -38,6 +38,7 @@ from ldrld_jax.losses.decoupled import (
 )
 from ldrld_jax.losses.ldrld import ldrld_loss, ldrld_parts, ldrld_terms
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
+from ldrld_jax.losses.own import NoConfig, own_parts
 from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms
 from ldrld_jax.losses.top import AxisName
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
@@ -68,6 +69,7 @@ __all__ = [
     "WSLDConfig",
     "WTTMConfig",
     "abkd_terms",
+    "as_method",
     "bild_terms",
     "crld_parts",
     "ctkd_gradient_scale",
@@ -207,6 +209,19 @@ def without_labels(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(teacher_logits, student_logits, cfg, **rows, **learnt)
 
     return labelled
+
+
+def as_method(loss: Any) -> Method:
+    """Returns a user's loss as a method: a `Method` as it is, or a function as `own.own_parts` describes it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> method = as_method(lambda teacher_logits, student_logits, labels: jnp.mean(teacher_logits - student_logits))
+      >>> float(method.loss(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, int), method.config()))
+      1.0
+    """
+    # A scalar of a batch may compare its examples.
+    return loss if isinstance(loss, Method) else Method(NoConfig, own_parts(loss), decomposes=False)
 
 
 def standardized(method: Method) -> Method:

@@ -1,11 +1,14 @@
 """Flax NNX models under the names of the published model zoo."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.errors import unknown
+from ldrld_jax.code import is_code, load_object
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
 from ldrld_jax.models.cifar_resnet50 import CIFAR_RESNET50
 from ldrld_jax.models.imagenet_resnet import IMAGENET_RESNETS
@@ -49,7 +52,7 @@ def create_model(
     because a forgotten mode is the most common silent error with BatchNorm.
 
     Args:
-      name: a key of `MODELS`.
+      name: a key of `MODELS`, or `module:function` of a user's own code.
       num_classes: C >= 1.
       in_channels: number of channels of the images.
       rngs: its "params" stream initialises the parameters.
@@ -57,13 +60,36 @@ def create_model(
       param_dtype: dtype of the parameters; BatchNorm's statistics are float32 at least.
 
     Raises:
-      UserError: if no model has this name.
+      UserError: if no model has this name, or a user's function cannot be imported or returns no module.
 
     Example:
       >>> model = create_model("resnet8", 10, in_channels=1, rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((2, 8, 8, 1)), train=False).shape
       (2, 10)
     """
+    options = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    if is_code(name):
+        model = own_model(name, num_classes, in_channels, **options)
+        if not isinstance(model, nnx.Module):
+            raise UserError(f"{name} returns {type(model).__name__}, and an nnx.Module is needed here. Wrap it in one.")
+        return model
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    return MODELS[name](num_classes, in_channels, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    return MODELS[name](num_classes, in_channels, **options)
+
+
+def own_model(name: str, num_classes: int, in_channels: int, **options: Any) -> Any:
+    """Returns the model that a user's function `module:function` makes, of any kind that `pure.pure` takes.
+
+    Args:
+      name: of the function; it is called with those of the following arguments that it takes.
+      num_classes, in_channels, options: see `create_model`.
+
+    Raises:
+      UserError: if the function cannot be imported.
+    """
+    make = load_object(name)
+    takes = inspect.signature(make).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    known = {"num_classes": num_classes, "in_channels": in_channels, **options}
+    return make(**{key: value for key, value in known.items() if every or key in takes})

@@ -1,28 +1,36 @@
-"""Converts NNX modules to pure functions over plain dicts; the only file that splits and merges modules.
+"""Converts models to pure functions over plain dicts; the only file that splits and merges NNX modules.
 
 For deep thin nets, tracing plain dicts costs a fraction of the host time of `nnx.jit` or `nnx.State`,
 and everything outside (optimizer, checkpoints, shardings) stays plain JAX.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ldrld_jax.errors import UserError
 
 Tree = dict[str, Any]
-# apply(params, batch_stats, images, *, train, where=None) -> (logits, batch_stats)
+# apply(params, batch_stats, images, *, train, where=None, key=None) -> (logits, batch_stats)
 Apply = Callable[..., tuple[jax.Array, Tree]]
 
 
 def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     """Returns `(apply, params, batch_stats)` of a model: a pure function and nested dicts with string keys.
 
-    `apply(params, batch_stats, images, train=..., where=...)` returns the logits and the batch statistics
-    after the pass, which are unchanged unless `train` is True.
+    `apply(params, batch_stats, images, train=..., where=..., key=...)` returns the logits and the batch
+    statistics after the pass, which are unchanged unless `train` is True. `batch_stats` holds every
+    variable that is no `nnx.Param`, except for random streams: those are derived from `key` in each call.
+
+    The model is switched by `train()` and `eval()`. It is called with `train` and `where` if it takes them. Each
+    `nnx.BatchNorm` inside it leaves out the examples that `where` `[N]` masks.
 
     Example:
       >>> from ldrld_jax.models import create_model
@@ -31,15 +39,31 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
       >>> logits.shape, params["layer1"]["0"]["conv1"]["kernel"].shape
       ((2, 10), (3, 3, 16, 16))
     """
-    graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    modules = [module for _, module in nnx.iter_modules(model)]
+    if any(type(module) is nnx.BatchNorm for module in modules):
+        model = nnx.clone(model)
+        for _, module in nnx.iter_modules(model):
+            if type(module) is nnx.BatchNorm:
+                module.__class__ = _MaskedBatchNorm
+    switched = any(hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
+    takes = call_options(type(model).__call__)
+    graph, params_state, other_state, streams = _split(model)
 
-    def apply(params, batch_stats, images, *, train, where=None):
-        live = nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))
-        logits = live(images, train=train, where=where)
-        return logits, _str_keys(nnx.to_pure_dict(nnx.state(live, nnx.BatchStat)))
+    def apply(params, batch_stats, images, *, train, where=None, key=None):
+        live = nnx.merge(graph, _int_keys(params), _int_keys(batch_stats), _streams(streams, key))
+        if switched:
+            live.train() if train else live.eval()
+        with _masked(where if train else None):
+            logits = live(images, **takes(train=train, where=where))
+        return logits, _str_keys(nnx.to_pure_dict(nnx.state(live, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))))
 
-    params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in states)
+    params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in (params_state, other_state))
     return apply, params, batch_stats
+
+
+def is_random(model: nnx.Module) -> bool:
+    """Returns whether a model draws random numbers in training, as one with `nnx.Dropout` does."""
+    return bool(jax.tree.leaves(nnx.state(model, nnx.RngState)))
 
 
 def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Module:
@@ -52,8 +76,13 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
       >>> with_variables(model, params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
       (2, 10)
     """
-    graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats))
+    graph, _, _, streams = _split(model)
+    return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats), streams)
+
+
+def _split(model: nnx.Module) -> Any:
+    """Splits a model into its graph, its parameters, its random streams (last) and all other variables."""
+    return nnx.split(model, nnx.Param, nnx.Not(nnx.RngState), nnx.RngState)
 
 
 def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
@@ -66,6 +95,80 @@ def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
                 f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use another "
                 "checkpoint."
             )
+
+
+def call_options(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Returns `options(train=, where=, key=)`: the keyword arguments among them that a model's function takes.
+
+    A model that takes `training` or `is_training` gets `train`, and one that takes `deterministic` its opposite.
+
+    Example:
+      >>> call_options(lambda x, *, deterministic: x)(train=True, where=None)
+      {'deterministic': False}
+    """
+    takes = inspect.signature(function).parameters
+
+    def options(*, train: bool, where: jax.Array | None = None, key: jax.Array | None = None) -> dict[str, Any]:
+        known = {"train": train, "training": train, "is_training": train, "deterministic": not train}
+        return {name: value for name, value in (known | {"where": where, "key": key}).items() if name in takes}
+
+    return options
+
+
+_where: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("where", default=None)
+
+
+@contextlib.contextmanager
+def _masked(where: jax.Array | None) -> Iterator[None]:
+    """Makes batch normalisations of Flax's own leave out the examples that `where` masks."""
+    token = _where.set(where)
+    try:
+        yield
+    finally:
+        _where.reset(token)
+
+
+def example_mask(x: jax.Array, where: jax.Array) -> jax.Array:
+    """Returns the mask `[N]` of the examples in the shape of `x` `[N, ...]`.
+
+    If no example is left, none is masked: the moments of nothing are not finite, and nothing depends on them.
+
+    Raises:
+      UserError: if `x` has another number of rows, and which are padding cannot be told.
+    """
+    if x.shape[0] != where.shape[0]:
+        raise UserError(
+            f"a batch normalisation sees {x.shape[0]} rows of a batch of {where.shape[0]} examples, so that padding "
+            "cannot be left out. Set data.remainder=drop with a batch_size that the devices divide."
+        )
+    return (where | ~jnp.any(where)).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class _MaskedBatchNorm(nnx.BatchNorm):
+    """`nnx.BatchNorm` that leaves out the examples that the surrounding call masks."""
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+    ) -> jax.Array:
+        where = _where.get()
+        if mask is None and where is not None:
+            mask = example_mask(x, where)
+        return super().__call__(x, use_running_average, mask=mask)
+
+
+def _streams(streams: Any, key: jax.Array | None) -> Any:
+    """Returns a model's random streams, each at its start from a key of its own."""
+    key = jax.random.key(0) if key is None else key
+    number = 0
+
+    def renewed(path: Any, leaf: Any) -> Any:
+        nonlocal number
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        number += 1
+        return jax.random.fold_in(key, number)
+
+    return jax.tree_util.tree_map_with_path(renewed, streams)
 
 
 def _str_keys(tree: Any) -> Any:

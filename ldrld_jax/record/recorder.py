@@ -4,6 +4,7 @@ import collections
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.errors import NonFiniteError
 from ldrld_jax.metrics import Mean, Means, Packed, add, by_step
 from ldrld_jax.record.console import ProgressBar, evaluation_line, say
-from ldrld_jax.record.writer import Writer
+from ldrld_jax.record.writer import LineWriter, Writer
 
 _MOST_SKIPPED = 100  # steps in a row
 
@@ -29,6 +30,7 @@ class Recorder:
       config: of the run, resolved.
       role: "student" or "teacher"; a teacher's lines have splits of their own.
       host: the result of `to_json` at the step that the run resumes from; None for a new run.
+      writers: further ones, which get every line.
       start: the step that the run resumes from.
       steps: the step that it ends at.
       steps_per_epoch: of its data.
@@ -40,6 +42,7 @@ class Recorder:
         config: ConfigDict,
         role: str,
         host: dict[str, Any] | None = None,
+        writers: Sequence[LineWriter] = (),
         *,
         start: int,
         steps: int,
@@ -56,7 +59,8 @@ class Recorder:
         self._clock: float | None = None
         self._writer = None
         if jax.process_index() == 0:
-            self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=config.log.tensorboard)
+            tensorboard = config.log.tensorboard
+            self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=tensorboard, others=writers)
         self._bar = ProgressBar(start, steps, f"{role} {config.student.model}")
 
     def to_json(self) -> dict[str, Any]:

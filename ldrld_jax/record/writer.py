@@ -1,8 +1,8 @@
-"""The writer of a run's metrics: lines of JSON, with TensorBoard's events beside them."""
+"""The writer of a run's metrics: lines of JSON, with TensorBoard's events and a user's writers beside them."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -10,6 +10,12 @@ from ldrld_jax.files import append_text, flush_to_disk, is_local, replace_text
 from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.record.tensorboard import Events
+
+
+class LineWriter(Protocol):
+    """A user's writer of metrics; `close()`, if it has one, is called at the end."""
+
+    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None: ...
 
 
 class Writer:
@@ -22,9 +28,19 @@ class Writer:
       lines: the number of lines at the checkpoint that the run resumes from; later lines are cut off.
       step: of that checkpoint.
       tensorboard: False leaves out the events.
+      others: they get each new line as well.
     """
 
-    def __init__(self, workdir: epath.Path, *, lines: int = 0, step: int = 0, tensorboard: bool = True):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        lines: int = 0,
+        step: int = 0,
+        tensorboard: bool = True,
+        others: Sequence[LineWriter] = (),
+    ):
+        self._others = others
         self._path = workdir / "metrics.jsonl"
         self._lines = read_metrics(workdir)[:lines]
         if missing := lines - len(self._lines):
@@ -49,6 +65,8 @@ class Writer:
             append_text(self._path, _dump(line))
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+        for other in self._others:
+            other.write(step, epoch, split, dict(values))
 
     def flush(self) -> None:
         """Brings what was written to the disk, so that a machine that goes down does not lose it."""
@@ -58,6 +76,9 @@ class Writer:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+        for other in self._others:
+            if hasattr(other, "close"):
+                other.close()
 
 
 def _dump(line: dict[str, Any]) -> str:

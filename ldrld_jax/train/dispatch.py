@@ -1,7 +1,8 @@
 """Dispatch of train steps to the devices: one at a time, or several in one program over resident images."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
+from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store.feed import LogitFeed
 from ldrld_jax.metrics import Means, Packed, packed
 from ldrld_jax.runtime.mesh import to_devices
@@ -33,6 +35,7 @@ class Dispatcher:
       out_shardings: of the state and of the metrics.
       tell: called with a description of what comes next, for the watchdog.
       logits: the stored teacher logits that accompany the batches; None if the step runs the teacher, or has none.
+      host_teacher: the teacher that runs on the host beside the steps; None without one.
 
     Attributes:
       one: the program of a single step, `one(state, teacher, batch)`; the state is donated.
@@ -46,6 +49,7 @@ class Dispatcher:
         out_shardings: Any,
         tell: Callable[[str], None],
         logits: LogitFeed | None = None,
+        host_teacher: HostTeacher | None = None,
     ):
         self._run, self._tell, self._logits, self._compiled = run, tell, logits, set[int]()
         jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
@@ -56,7 +60,12 @@ class Dispatcher:
             self._batch, self._at = images.batch, images.at
             self._several = jit(several_steps(one, images.whole, run.config.steps_per_dispatch))
         else:
-            batches = to_devices(watched(run.batches.iterate(start, threads=run.config.data.threads)), run.mesh)
+            endless = run.batches.iterate(start, threads=run.config.data.threads)
+            made: Iterator[Any] = itertools.islice(endless, run.steps - start)
+            if host_teacher is not None:
+                classes = len(run.batches.source.class_names)
+                made = host_teacher.beside(made, classes=classes, views=run.batches.views)
+            batches = to_devices(watched(made), run.mesh)
             self._batch = lambda step: next(batches)
 
     def __call__(self, step: int, state: TrainState, teacher: Any) -> tuple[int, TrainState, Packed]:

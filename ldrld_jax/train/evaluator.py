@@ -1,7 +1,8 @@
 """Evaluation of a network on a whole split."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ldrld_jax.data.sources import InMemory
+from ldrld_jax.data.source import InMemory
 from ldrld_jax.data.stream import Batch, Readable, eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
-from ldrld_jax.train.step import Ensemble, Network, make_eval_step
+from ldrld_jax.train.step import Ensemble, Metric, Network, make_eval_step
 
 
 class Evaluator:
@@ -28,9 +29,16 @@ class Evaluator:
       split: the program of a whole split, `split(variables, batches)`, `[batches, rows, ...]` each.
     """
 
-    def __init__(self, network: Network | Ensemble, source: Readable, config: ConfigDict, mesh: Mesh):
+    def __init__(
+        self,
+        network: Network | Ensemble,
+        source: Readable,
+        config: ConfigDict,
+        mesh: Mesh,
+        extra_metrics: Mapping[str, Metric] = MappingProxyType({}),
+    ):
         self._source, self._config, self._mesh = source, config, mesh
-        means = make_eval_step(network)
+        means = make_eval_step(network, extra_metrics)
         step = lambda variables, batch: pack(means(variables, batch))  # noqa: E731
         self.step = jax.jit(step, out_shardings=replicated(mesh))
         self.split = jax.jit(

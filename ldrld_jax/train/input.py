@@ -1,20 +1,25 @@
 """The data of a run: its training batches, padded to suit its mesh and microbatches, and its evaluation split."""
 
+import dataclasses
 import math
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.described import Describer
-from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.pipeline import Open, make_eval_source, make_train_batches
+from ldrld_jax.data.source import Source
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.runtime.hosts import in_turn
 from ldrld_jax.runtime.mesh import batch_sharding, shares
+from ldrld_jax.train.given import NOTHING, Given
 
 
-def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> tuple[TrainBatches, Readable]:
+def open_input(
+    config: ConfigDict, mesh: Mesh, *, views: int, absent: bool, given: Given = NOTHING
+) -> tuple[TrainBatches, Readable]:
     """Opens both splits of a resolved config.
 
     Args:
@@ -22,6 +27,7 @@ def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> t
       mesh: of the run.
       views: the number of augmentations of an image that the methods compare.
       absent: True for devices that are not here; the data are then only described, and no image is read.
+      given: the splits, if they are objects.
 
     Raises:
       UserError: if the data are not as the config says.
@@ -34,12 +40,11 @@ def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> t
             views=views,
             cycle=config.logits.get("views"),
             sharding=batch_sharding(mesh),
-            open_source=Describer(config.compile, "train_images") if absent else open_source,
+            open_source=Describer(config.compile, "train_images") if absent else opener(given.train),
             **(shares(mesh) | {"divisor": _divisor(config, mesh)}),
         )
-        eval_source = make_eval_source(
-            config.data, open_source=Describer(config.compile, "eval_images") if absent else open_source
-        )
+        described = Describer(config.compile, "eval_images") if absent else None
+        eval_source = open_evaluation(config, given, described)
     padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
     if config.data.mixup and padded:
         raise UserError(
@@ -47,6 +52,17 @@ def open_input(config: ConfigDict, mesh: Mesh, *, views: int, absent: bool) -> t
             "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
         )
     return batches, eval_source
+
+
+def open_evaluation(config: ConfigDict, given: Given = NOTHING, open_split: Open | None = None) -> Readable:
+    """Opens the evaluation split of a resolved config; see `open_input`."""
+    split = given.train if config.data.held_out else given.evaluation
+    return make_eval_source(config.data, open_source=open_split or opener(split))
+
+
+def opener(split: Source | None) -> Open:
+    """Returns a function like `open_source` that returns a split that is given as an object; itself without one."""
+    return open_source if split is None else lambda *name, **on_error: dataclasses.replace(split, **on_error)
 
 
 def _divisor(config: ConfigDict, mesh: Mesh) -> int:

@@ -21,11 +21,10 @@ from ldrld_jax.runtime.watchdog import Watchdog
 from ldrld_jax.train.dispatch import Dispatcher, Step
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder
-from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import TrainState, Variables
 from ldrld_jax.train.step import Mixup, Network, make_train_step
-from ldrld_jax.train.teacher import StoredTeacher, Teacher, network_of, top1_of, weights_of
+from ldrld_jax.train.teacher import OnHost, StoredTeacher, Teacher, network_of, top1_of, weights_of
 
 
 def fit(
@@ -50,8 +49,8 @@ def fit(
       NonFiniteError: if the loss is not finite.
       Interrupted: if a signal came; the state is saved.
     """
-    config, (network, variables) = run.config, student
-    optimizer = make_optimizer(config.optim, run.schedule)
+    network, variables = student
+    optimizer = run.make_optimizer()
     state = run.placement.put_state(run.first_state(variables, optimizer))
     step_fn = make_step(run, network, teacher, optimizer)
     if remark := run.of_microbatches(variables):
@@ -87,8 +86,9 @@ def _train(
             folder.write()
         start, host = (restored.step, restored.host) if restored else (0, None)
         span = dict(start=start, steps=run.steps, steps_per_epoch=run.batches.steps_per_epoch)
-        recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, **span)))
-        evaluate = Evaluator(network, run.eval_source, config, run.mesh)
+        writers = run.given.all_writers(config, run.workdir) if first() else []
+        recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, writers, **span)))
+        evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
         pause = _Pause(run, evaluate, recorder, checkpoints, signals, watchdog)
         if restored:
             state = TrainState.from_trees(restored.trees)
@@ -99,7 +99,8 @@ def _train(
             recorder.write(0, "teacher_eval", {"top1": top1})
         frozen, logits = weights_of(teacher), teacher.logits if isinstance(teacher, StoredTeacher) else None
         shardings = run.placement.of_state(state), replicated(run.mesh)
-        advance = Dispatcher(run, step_fn, start, shardings, watchdog.at, logits)
+        host_teacher = teacher.teacher if isinstance(teacher, OnHost) else None
+        advance = Dispatcher(run, step_fn, start, shardings, watchdog.at, logits, host_teacher)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
         while step < run.steps:
@@ -137,10 +138,19 @@ class _Pause:
             self.checkpoints.wait()
             raise
         self._save(step, state, top1)
+        self._call_back(step, state, rated=top1 is not None)
         ended = step == self.run.steps and top1 is not None
         if self.signals.received is not None and not ended:
             raise Interrupted(self.signals.received, step)
         self.signals.in_time = False
+
+    def _call_back(self, step: int, state: TrainState, *, rated: bool) -> None:
+        for callback in self.run.given.callbacks:
+            self.watchdog.at(f"a callback after step {step}")
+            if rated and callback.after_evaluation is not None:
+                callback.after_evaluation(step, dict(self.recorder.last), state.evaluated)
+            if callback.after_save is not None:
+                callback.after_save(step, state.evaluated)
 
     def _save(self, step: int, state: TrainState, top1: float | None) -> None:
         self.signals.in_time = True
@@ -172,7 +182,9 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         network_of(teacher),
         run.objective,
         optimizer,
-        schedule=run.schedule,
+        schedule=None if run.given.optimizer is not None else run.schedule,
+        seed=config.seed,
+        extra_metrics=run.given.metrics,
         steps_per_epoch=run.batches.steps_per_epoch,
         ema_decay=config.ema_decay,
         mixup=Mixup(config.data.mixup, config.seed) if config.data.mixup else None,

@@ -1,19 +1,23 @@
-"""Networks with their weights: random, as shapes only, from a run, or from a PyTorch checkpoint."""
+"""Networks with their weights: random, given, as shapes only, from a run, or from a PyTorch checkpoint."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
+import jax
 from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import load_model
+from ldrld_jax.code import is_code
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
 from ldrld_jax.interop.torch_import import load_torch_checkpoint
-from ldrld_jax.models import create_model
-from ldrld_jax.models.layers import group_batch_norms
-from ldrld_jax.models.purify import check_finite, purify
+from ldrld_jax.models import create_model, own_model
+from ldrld_jax.models.pure import Pure, pure
+from ldrld_jax.models.purify import check_finite
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
@@ -28,19 +32,28 @@ class Networks:
       num_classes: C.
       channels: of an image.
       precision: see `ldrld_jax.runtime.precision`.
+      raw: whether inputs go to the models as the source has them.
+      given: models that are objects, of any kind that `pure` takes, by the name that the config has for them.
     """
 
     num_classes: int
     channels: int
     precision: str
+    raw: bool = False
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Any, precision: str, given: Mapping[str, Any] = MappingProxyType({})) -> "Networks":
+        """Returns the factory for the images and classes of a source."""
+        return cls(len(source.class_names), source.image_shape[-1], precision, source.raw, given)
 
     def random(
         self, model: str, data: ConfigDict, *, seed: int, batch_norm_groups: int = 1
     ) -> tuple[Network, Variables]:
-        """Makes a model with random weights.
+        """Makes a model with random weights, or takes one that is given with its own.
 
         Args:
-          model: a key of MODELS.
+          model: a key of MODELS, `module:function` of a user's own code, or a name in `given`.
           data: the config block that says how images are fed (mean, std, image_size).
           seed: determines the weights.
           batch_norm_groups: see `BatchNorm.groups`.
@@ -48,18 +61,29 @@ class Networks:
         Raises:
           UserError: if there is no such model.
         """
-        module = create_model(model, self.num_classes, self.channels, rngs=nnx.Rngs(seed), **dtypes(self.precision))
-        group_batch_norms(module, batch_norm_groups)
-        return self._network(module, data)
+        return self._network(self.pure(model, seed=seed, batch_norm_groups=batch_norm_groups), data)
+
+    def pure(self, model: str, *, seed: int = 0, batch_norm_groups: int = 1) -> Pure:
+        """Makes a model, without the preprocessing of its images; see `random`."""
+        module = self.given[model] if model in self.given else self._made(model, seed)
+        return pure(module, batch_norm_groups=batch_norm_groups)
+
+    def _made(self, model: str, seed: int) -> Any:
+        if model.startswith("<"):
+            raise UserError(
+                f"{model} is a model that was given in Python, and its name alone does not make it. Give it again to "
+                "ldrld_jax.Trainer."
+            )
+        create = own_model if is_code(model) else create_model
+        return create(model, self.num_classes, self.channels, rngs=nnx.Rngs(seed), **dtypes(self.precision))
 
     def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
         """Makes a model with shapes in place of its weights; see `random`."""
-        make = lambda: create_model(  # noqa: E731
-            model, self.num_classes, self.channels, rngs=nnx.Rngs(0), **dtypes(self.precision)
-        )
-        module = nnx.eval_shape(make)
-        group_batch_norms(module, batch_norm_groups)
-        return self._network(module, data)
+        if model in self.given or is_code(model):
+            network, variables = self.random(model, data, seed=0, batch_norm_groups=batch_norm_groups)
+            return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+        module = nnx.eval_shape(lambda: self._made(model, 0))
+        return self._network(pure(module, batch_norm_groups=batch_norm_groups), data)
 
     def restore(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
         """Loads a model from a run's best checkpoint, fed as that run was, or from a PyTorch file, fed as `data` says.
@@ -77,7 +101,7 @@ class Networks:
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)
             )
-            return self._network(module, data)
+            return self._network(pure(module), data)
         if (saved := read_config(place)) is None:
             raise UserError(f"{path} holds no run (no config.json). Give a run's workdir, or a PyTorch checkpoint.")
         run = ConfigDict(saved)
@@ -90,19 +114,20 @@ class Networks:
         check_finite(*variables, path)
         return network, variables
 
-    def _network(self, module: nnx.Module, data: ConfigDict) -> tuple[Network, Variables]:
-        apply, params, batch_stats = purify(module)
+    def _network(self, model: Pure, data: ConfigDict) -> tuple[Network, Variables]:
         network = Network(
-            apply,
+            model.apply,
             mean=self._per_channel("mean", data.mean),
             std=self._per_channel("std", data.std),
             image_size=data.image_size,
             dtype=dtypes(self.precision)["dtype"],
+            raw=self.raw,
+            random=model.random,
         )
-        return network, Variables(params, batch_stats)
+        return network, Variables(model.params, model.batch_stats)
 
     def _per_channel(self, name: str, values: Sequence[float]) -> tuple[float, ...]:
-        if len(values) not in (1, self.channels):
+        if not self.raw and len(values) not in (1, self.channels):
             raise UserError(
                 f"data.{name} must have 1 or {self.channels} numbers (the image's channels), got {len(values)}."
             )

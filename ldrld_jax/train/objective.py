@@ -18,6 +18,9 @@ from ldrld_jax.losses.common import mean_over_rows
 Tree = Any
 
 
+_METRICS = ("loss", "ce", "ce_term")  # a user's function may have one of these names
+
+
 class Term(NamedTuple):
     """A distillation term: a method, its config, and the term's weight."""
 
@@ -150,27 +153,49 @@ def cross_entropy(
     return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
 
 
-def make_objective(config: ConfigDict) -> Objective:
-    """Makes the objective of a resolved config."""
+def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProxyType({})) -> Objective:
+    """Makes the objective of a resolved config.
+
+    Args:
+      config: resolved.
+      given: methods that are objects, by the name that the config has for them.
+    """
     weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
-    methods = {
-        name: Term(_method(config, name), config_lib.method_config(config, name), config.loss_weight[name])
-        for name in config_lib.method_names(config)
-    }
+    methods = {}
+    for name in config_lib.method_names(config, given):
+        method = config_lib.method_of(name, given)
+        if name in METHODS:
+            cfg, weight = config_lib.method_config(config, name), config.loss_weight[name]
+        else:
+            cfg, weight = method.config(), method.kd_weight if "+" in config.method else 1.0
+        shown = name.strip("<>").rpartition(":")[2]
+        shown = f"own_{shown}" if shown in _METRICS else shown
+        methods[shown] = Term(standardized(method) if config.standardize else method, cfg, weight)
     return Objective(methods, **weights)
 
 
-def check_classes(objective: Objective, classes: int) -> None:
-    """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth."""
+def check_classes(objective: Objective, classes: int, *, padded: bool = False) -> None:
+    """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth.
+
+    Args:
+      objective: of the run.
+      classes: C.
+      padded: whether batches have padding, which a user's own loss may not know to leave out.
+    """
     rows = 2 * objective.views
     logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     try:
         jax.eval_shape(
-            lambda z, y: objective(z, z, y, epoch=jnp.ones((), jnp.int32), last_layer=jnp.eye(classes)), logits, labels
+            lambda z, y: objective(
+                z,
+                z,
+                y,
+                epoch=jnp.ones((), jnp.int32),
+                where=jnp.ones(y.shape, bool) if padded else None,
+                last_layer=jnp.eye(classes),
+            ),
+            logits,
+            labels,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _method(config: ConfigDict, name: str) -> Method:
-    return standardized(METHODS[name]) if config.standardize else METHODS[name]

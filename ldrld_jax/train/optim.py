@@ -1,12 +1,16 @@
 """The learning rate schedule and the optimizer of a config's `optim` block."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from ldrld_jax.code import is_code, load_object
+from ldrld_jax.errors import UserError, unknown
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -58,10 +62,16 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
 
 
 def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
-    """Returns SGD with momentum in PyTorch's form, or AdamW.
+    """Returns the optimizer of a config: SGD with momentum in PyTorch's form, AdamW, another of optax's, or a user's.
 
     SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
-    the parameters themselves. `clip_norm` bounds the norm of all gradients together, before either.
+    the parameters themselves. `clip_norm` bounds the norm of all gradients together, before any of them.
+
+    Another function of optax, or a user's `module:function`, is called with the schedule as its learning rate, and
+    with those of `momentum`, `nesterov` and `weight_decay` that it takes.
+
+    Raises:
+      UserError: if there is no such function, or it returns no optimizer.
     """
     clip = [] if optim.clip_norm is None else [optax.clip_by_global_norm(optim.clip_norm)]
     if optim.name == "sgd":
@@ -71,11 +81,43 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
             optax.trace(decay=optim.momentum, nesterov=optim.nesterov),
             optax.scale_by_learning_rate(schedule),
         )
-    adamw = optax.adamw(schedule, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
-    return optax.chain(*clip, adamw)
+    if optim.name == "adamw":
+        adamw = optax.adamw(schedule, b1=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.nesterov)
+        return optax.chain(*clip, adamw)
+    return optax.chain(*clip, _other(optim, schedule))
+
+
+def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+    if optim.name.startswith("<"):
+        raise UserError(
+            f"the optimizer {optim.name} was given in Python, and its name alone does not make it. Give it again to "
+            "ldrld_jax.Trainer."
+        )
+    if is_code(optim.name):
+        make = load_object(optim.name)
+    elif "learning_rate" in _parameters(getattr(optax, optim.name, None)):
+        make = getattr(optax, optim.name)
+    else:
+        known = [name for name in dir(optax) if name[0] != "_" and "learning_rate" in _parameters(getattr(optax, name))]
+        raise unknown("optim.name", optim.name, known)
+    takes = _parameters(make)
+    options = {key: optim[key] for key in ("momentum", "nesterov", "weight_decay") if key in takes}
+    try:
+        made = make(learning_rate=schedule, **options)
+    except TypeError as error:
+        raise UserError(f"optim.name={optim.name} cannot be called with a learning rate alone: {error}.") from error
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, no optax.GradientTransformation.")
+    return made
+
+
+def _parameters(function: object) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters if inspect.isfunction(function) else {}
 
 
 def first_decay_epoch(optim: ConfigDict) -> float:
     """Returns the epoch up to which the learning rate is independent of the number of epochs; may be inf."""
+    if optim.name.startswith("<"):  # given as an object, with a schedule of its own
+        return 0
     decays = {"cosine": [0], "step": optim.decay_epochs, "constant": []}[optim.schedule]
     return min(decays, default=math.inf)

@@ -13,11 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.data.sources import fingerprint
+from ldrld_jax.code import is_code
+from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
+from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.runtime.mesh import make_mesh
+from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import batch_norm_groups, open_input
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
@@ -38,21 +41,30 @@ class Run:
     eval_source: Readable
     batches: TrainBatches
     objective: Objective
+    given: Given = NOTHING
 
     @classmethod
-    def plan(cls, config: ConfigDict, workdir: epath.Path, *, absent: Sequence[jax.Device] | None = None) -> "Run":
+    def plan(
+        cls,
+        config: ConfigDict,
+        workdir: epath.Path,
+        *,
+        absent: Sequence[jax.Device] | None = None,
+        given: Given = NOTHING,
+    ) -> "Run":
         """Builds the parts of a resolved config and reports what is wrong with it before anything is written.
 
         Args:
           config: the resolved config.
           workdir: where the run's files lie.
           absent: devices to plan for that are not here; the data are then only described, and no image is read.
+          given: parts that are objects.
 
         Raises:
           UserError: for the first thing that is wrong.
         """
         mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
-        objective = make_objective(config)
+        objective = make_objective(config, given.methods)
         logit_store.check(
             config,
             views=objective.views,
@@ -64,11 +76,15 @@ class Run:
                 f"method={config.method} takes the last layer of one teacher, and teacher.model names {len(models)}: "
                 f"{config.teacher.model}. Set one."
             )
-        batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None)
-        check_classes(objective, len(batches.source.class_names))
-        run = cls(config, workdir, mesh, eval_source, batches, objective)
-        make_optimizer(config.optim, run.schedule)
-        run.networks.outline(config.student.model, config.data)  # a wrong name shows here
+        _check_host_teacher(config, objective, given.host_teacher(config))
+        batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
+        padded = batches.masked or config.batch_size % batches.divisor != 0
+        check_classes(objective, len(batches.source.class_names), padded=padded)
+        run = cls(config, workdir, mesh, eval_source, batches, objective, given)
+        run.make_optimizer()
+        network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
+        if config.student.model in given.models or is_code(config.student.model):
+            run.check_model(config.student.model, network, variables)
         return run
 
     @property
@@ -79,11 +95,34 @@ class Run:
     def schedule(self) -> Schedule:
         return make_schedule(self.config.optim, steps_per_epoch=self.batches.steps_per_epoch, epochs=self.config.epochs)
 
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """Makes the optimizer of the config, or returns the one that is given."""
+        return self.given.optimizer or make_optimizer(self.config.optim, self.schedule)
+
     @property
     def networks(self) -> Networks:
         """The factory of networks for the run's data."""
+        return Networks.of(self.batches.source, self.config.precision, self.given.models)
+
+    def check_model(self, name: str, network: Network, variables: Variables) -> None:
+        """Traces a model of a user on the shape of the data.
+
+        Raises:
+          UserError: if it fails there, or returns anything but logits `[n, C]`.
+        """
         source = self.batches.source
-        return Networks(len(source.class_names), source.image_shape[-1], self.config.precision)
+        images = jax.ShapeDtypeStruct((2, *source.image_shape), source.dtype)
+        try:
+            logits, _ = jax.eval_shape(lambda v, x: network(v, x, train=False), variables, images)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the model {name} fails on images {images.shape} {images.dtype}: {' '.join(str(error).split())}"
+            ) from error
+        if getattr(logits, "shape", None) != (2, len(source.class_names)):
+            raise UserError(
+                f"the model {name} returns {getattr(logits, 'shape', type(logits).__name__)} for 2 images, and must "
+                f"return logits {(2, len(source.class_names))}: the data have {len(source.class_names)} classes."
+            )
 
     @functools.cached_property
     def data_note(self) -> dict[str, Any]:
@@ -149,3 +188,17 @@ class Run:
     def saves_at(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this step, apart from those of evaluations."""
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))
+
+
+def _check_host_teacher(config: ConfigDict, objective: Objective, teacher: HostTeacher | None) -> None:
+    """Raises a UserError if a run of this config cannot have a teacher on the host."""
+    if teacher is None:
+        return
+    for wrong, why in (
+        (config.data.mixup, "data.mixup blends images on the devices, where it does not see them"),
+        (config.data.loader == "resident", "data.loader=resident makes the batches on the devices"),
+        (objective.needs_last_layer, f"method={config.method} takes the teacher's last layer"),
+        (config.logits and not teacher.name, "logits.dir needs a name for it: HostTeacher(function, name=...)"),
+    ):
+        if wrong:
+            raise UserError(f"the teacher {teacher.shown} runs on the host, and {why}. Change one of them.")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ import optax
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses.top import top_mask
-from ldrld_jax.metrics import Mean, Means, agreement, classification
+from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
 from ldrld_jax.train.objective import Objective, at_least_float32
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
 Batch = Mapping[str, jax.Array]
+Metric = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""`metric(logits, labels, where)` returns a number for each row, `[n]`; the mean is taken over the rows kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Network:
     """A pure model together with the preprocessing of its images.
 
     Attributes:
-      apply: `apply(params, batch_stats, images, train=, where=) -> (logits, batch_stats)`.
+      apply: `apply(params, batch_stats, images, train=, where=, key=) -> (logits, batch_stats)`.
       mean, std: per channel, of pixels scaled to 0..1.
       image_size: images are resized to this square; None leaves them as they are.
       dtype: of the computation.
+      raw: whether inputs go to `apply` as the source has them: no scaling, no resize, no normalisation.
+      random: whether training draws random numbers, for which `apply` takes a key.
     """
 
     apply: Callable[..., tuple[jax.Array, Tree]]
@@ -34,17 +39,28 @@ class Network:
     std: tuple[float, ...]
     image_size: int | None = None
     dtype: Any = jnp.float32
+    raw: bool = False
+    random: bool = False
 
     def __call__(
-        self, variables: Any, images: jax.Array, *, train: bool, where: jax.Array | None = None
+        self,
+        variables: Any,
+        images: jax.Array,
+        *,
+        train: bool,
+        where: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, Tree]:
         """Returns logits `[n, C]` of images `[n, height, width, channels]` in 0..255, and the new batch statistics."""
+        x = images if self.raw else self._normalised(images)
+        return self.apply(variables.params, variables.batch_stats, x, train=train, where=where, key=key)
+
+    def _normalised(self, images: jax.Array) -> jax.Array:
         x = images.astype(jnp.float64 if self.dtype == jnp.float64 else jnp.float32) / 255
         if self.image_size is not None and x.shape[1:3] != (self.image_size, self.image_size):
             x = jax.image.resize(x, (x.shape[0], self.image_size, self.image_size, x.shape[3]), "bilinear")
         mean, std = (jnp.asarray(values, x.dtype).reshape(1, 1, 1, -1) for values in (self.mean, self.std))
-        x = ((x - mean) / std).astype(self.dtype)
-        return self.apply(variables.params, variables.batch_stats, x, train=train, where=where)
+        return ((x - mean) / std).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +125,9 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Callable[[jax.Array], jax.Array] | None,
     steps_per_epoch: int,
+    seed: int = 0,
     ema_decay: float | None = None,
     mixup: Mixup | None = None,
     remat: bool = False,
@@ -118,6 +135,7 @@ def make_train_step(
     skip_non_finite: bool = False,
     unroll: bool = False,
     compared_depth: int = 7,
+    extra_metrics: Mapping[str, Metric] = MappingProxyType({}),
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]:
     """Returns `step(state, teacher_variables, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -131,8 +149,9 @@ def make_train_step(
       teacher: evaluated only; None for plain training.
       objective: the loss.
       optimizer: over `(student parameters, method parameters)`, see `trainable`.
-      schedule: the learning rate by step, to be logged.
+      schedule: the learning rate by step, to be logged; None if only the optimizer knows it.
       steps_per_epoch: of the run.
+      seed: the student's random numbers, if it draws any, are a function of it and the step.
       ema_decay: of the moving average in the state; None without one.
       mixup: blends the images of a batch; it must have no padding then. None does not.
       remat: keep only the outputs of convolutions and matrix products for the backward pass, and recompute
@@ -144,10 +163,11 @@ def make_train_step(
         `non_finite`.
       unroll: unroll the loop over microbatches, which is slow on a CPU.
       compared_depth: the number of largest classes that the metrics compare, see `agreement`.
+      extra_metrics: further metrics by name, see `Metric`.
     """
 
-    def forward(params, batch_stats, images, where):
-        return student(Variables(params, batch_stats), images, train=True, where=where)
+    def forward(params, batch_stats, images, where, key):
+        return student(Variables(params, batch_stats), images, train=True, where=where, key=key)
 
     if remat:
         forward = rematerialised(forward)
@@ -157,8 +177,8 @@ def make_train_step(
         epoch = state.step // steps_per_epoch + 1
         trained = trainable(state.student, state.method_params)
 
-        def gradients_of(batch: Batch) -> tuple[Tree, Tree, Means]:
-            rows = _rows(batch)
+        def gradients_of(batch: Batch, key: jax.Array | None) -> tuple[Tree, Tree, Means]:
+            rows = _rows(batch, objective.views)
             images, labels, where = rows["image"], rows["label"], rows.get("mask")
             teacher_logits = rows.get("teacher_logits")
             if teacher_logits is not None:
@@ -168,7 +188,7 @@ def make_train_step(
 
             def loss_of(params):
                 params, method_params = params
-                logits, batch_stats = forward(params, state.student.batch_stats, images, where)
+                logits, batch_stats = forward(params, state.student.batch_stats, images, where, key)
                 loss, terms = objective(
                     teacher_logits,
                     logits,
@@ -182,16 +202,18 @@ def make_train_step(
                 return loss, ({"loss": loss, **terms}, logits, batch_stats)
 
             gradients, (terms, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
-            return gradients, batch_stats, _metrics(terms, teacher_logits, logits, labels, where, compared_depth)
+            metrics = _metrics(terms, teacher_logits, logits, labels, where, compared_depth)
+            return gradients, batch_stats, metrics | _extra(extra_metrics, logits, labels, where)
 
         share = None
         if mixup is not None:
             images, (other, share) = mixup(batch["image"], batch["label"], state.step)
             batch = {**batch, "image": images, "other_label": other}
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if student.random else None
         if accumulate == 1:
-            gradients, batch_stats, metrics = gradients_of(batch)
+            gradients, batch_stats, metrics = gradients_of(batch, key)
         else:
-            gradients, batch_stats, metrics = _accumulated(gradients_of, batch, accumulate, unroll)
+            gradients, batch_stats, metrics = _accumulated(gradients_of, batch, key, accumulate, unroll)
         gradients = gradients[0], _scaled(objective, gradients[1], epoch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params, method_params = optax.apply_updates(trained, updates)
@@ -199,8 +221,10 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
-        count = metrics["loss"].count
-        metrics["learning_rate"] = Mean(schedule(state.step).astype(count.dtype) * count, count)
+        rate = _hyperparameter(state.opt_state) if schedule is None else schedule(state.step)
+        if rate is not None:
+            count = metrics["loss"].count
+            metrics["learning_rate"] = Mean(rate.astype(count.dtype) * count, count)
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
         finite = jnp.isfinite(metrics["loss"].total) & _all_finite((after, method_params))
         if skip_non_finite:
@@ -218,23 +242,29 @@ def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _accumulated(
-    gradients_of: Callable[[Batch], tuple[Tree, Tree, Means]], batch: Batch, accumulate: int, unroll: bool
+    gradients_of: Callable[[Batch, jax.Array | None], tuple[Tree, Tree, Means]],
+    batch: Batch,
+    key: jax.Array | None,
+    accumulate: int,
+    unroll: bool,
 ) -> tuple[Tree, Tree, Means]:
     """Runs `gradients_of` on each microbatch; returns means over all examples, and the sums of the metrics."""
     # Strided, not in blocks: a batch that is split over devices is then split alike in each microbatch.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
+    keys = None if key is None else jax.random.split(key, accumulate)
     rows = batch["label"].shape[0]
     examples = rows if "mask" not in batch else jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.int32), 1)
 
-    def body(total: Tree, batch: Batch) -> tuple[Tree, Means]:
-        gradients, batch_stats, metrics = gradients_of(batch)
+    def body(total: Tree, microbatch: tuple[Batch, jax.Array | None]) -> tuple[Tree, Means]:
+        batch, key = microbatch
+        gradients, batch_stats, metrics = gradients_of(batch, key)
         own = rows // accumulate if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
         add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / examples)  # noqa: E731
         return jax.tree.map(add, total, (gradients, batch_stats)), metrics
 
-    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], micro))[:2]
+    shapes = jax.eval_shape(gradients_of, *jax.tree.map(lambda x: x[0], (micro, keys)))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (gradients, batch_stats), metrics = jax.lax.scan(body, zeros, micro, unroll=accumulate if unroll else 1)
+    (gradients, batch_stats), metrics = jax.lax.scan(body, zeros, (micro, keys), unroll=accumulate if unroll else 1)
     return gradients, batch_stats, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
 
@@ -256,6 +286,18 @@ def _metrics(
     count = metrics["top1"].count
     # In float64 runs the losses are compared to 1e-9: they keep their dtype.
     return metrics | {name: Mean(value * count.astype(value.dtype), count) for name, value in terms.items()}
+
+
+def _extra(metrics: Mapping[str, Metric], logits: jax.Array, labels: jax.Array, where: jax.Array | None) -> Means:
+    """Returns a user's metrics as means over the unmasked rows."""
+    return {name: mean_of(metric(at_least_float32(logits), labels, where), where) for name, metric in metrics.items()}
+
+
+def _hyperparameter(opt_state: Tree) -> jax.Array | None:
+    """Returns the learning rate in the state of an `optax.inject_hyperparams` optimizer; None for any other."""
+    is_injected = lambda x: isinstance(getattr(x, "hyperparams", None), dict)  # noqa: E731
+    found = [x.hyperparams for x in jax.tree.leaves(opt_state, is_leaf=is_injected) if is_injected(x)]
+    return found[0].get("learning_rate") if found else None
 
 
 def _all_finite(tree: Tree) -> jax.Array:
@@ -293,13 +335,13 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
     return found[0].T
 
 
-def _rows(batch: Batch) -> Batch:
+def _rows(batch: Batch, views: int) -> Batch:
     """Returns the batch with a row per view of an image."""
-    images = batch["image"]
-    if images.ndim == 4:
+    if views == 1:
         return batch
-    each = lambda x: jnp.repeat(x, images.shape[1], axis=0, total_repeat_length=images.shape[1] * len(x))  # noqa: E731
-    return {key: images.reshape(-1, *images.shape[2:]) if key == "image" else each(x) for key, x in batch.items()}
+    each = lambda x: jnp.repeat(x, views, axis=0, total_repeat_length=views * len(x))  # noqa: E731
+    by_view = ("image", "teacher_logits")
+    return {key: x.reshape(-1, *x.shape[2:]) if key in by_view else each(x) for key, x in batch.items()}
 
 
 def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) -> dict[str, Tree]:
@@ -312,11 +354,14 @@ def _scaled(objective: Objective, gradients: dict[str, Tree], epoch: jax.Array) 
     return scaled
 
 
-def make_eval_step(network: Network | Ensemble) -> Callable[[Any, Batch], Means]:
+def make_eval_step(
+    network: Network | Ensemble, extra_metrics: Mapping[str, Metric] = MappingProxyType({})
+) -> Callable[[Any, Batch], Means]:
     """Returns `step(variables, batch) -> metrics` over the real examples of a padded batch."""
 
     def step(variables: Any, batch: Batch) -> Means:
         logits, _ = network(variables, batch["image"], train=False)
-        return classification(logits, batch["label"], batch["mask"])
+        found = logits, batch["label"], batch["mask"]
+        return classification(*found) | _extra(extra_metrics, *found)
 
     return step

@@ -5,15 +5,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
+from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, make_key
 from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import check_classes
+from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.plan import Run
@@ -43,11 +47,24 @@ class StoredTeacher:
     """A teacher whose stored logits accompany each batch; the step runs no teacher.
 
     Attributes:
-      logits: gives them, from a store.
-      top1: in percent on the evaluation split.
+      logits: gives them, from a store or a file.
+      top1: in percent on the evaluation split; None for a file, which has no logits of it.
     """
 
     logits: LogitFeed
+    top1: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+    """A teacher that runs on the host beside the steps, and whose logits accompany each batch.
+
+    Attributes:
+      teacher: a user's function.
+      top1: in percent on the evaluation split.
+    """
+
+    teacher: HostTeacher
     top1: float
 
 
@@ -62,12 +79,12 @@ class SelfTeacher:
     network: Network
 
 
-Teacher = NetworkTeacher | StoredTeacher | SelfTeacher
+Teacher = NetworkTeacher | StoredTeacher | OnHost | SelfTeacher
 
 
 def network_of(teacher: Teacher | None) -> Network | Ensemble | None:
     """Returns the network that the step runs as the teacher."""
-    return None if teacher is None or isinstance(teacher, StoredTeacher) else teacher.network
+    return teacher.network if isinstance(teacher, NetworkTeacher | SelfTeacher) else None
 
 
 def weights_of(teacher: Teacher | None) -> Weights | None:
@@ -99,11 +116,14 @@ def obtain_teacher(
         return None
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
-    if config.checkpoint is None:
+    if config_lib.teaches_from_file(run.config):
+        return _from_file(run)
+    if (function := run.given.host_teacher(run.config)) is not None:
+        return _on_host(run, function, signals)
+    if config.checkpoint is None and config.epochs is not None:
         for recipe, place in config_lib.teacher_runs(run.config, run.workdir):
             train(recipe, place)
-    paths = checkpoints_of(run)
-    teacher = restored(run, paths)
+    teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
     store = open_store(run, teacher) if run.config.logits else None
     top1 = store.teacher_top1(run.config.data.eval_split) if store else None
     missing = missing_epochs(store, run.batches, run.config.epochs) if store else None
@@ -114,21 +134,98 @@ def obtain_teacher(
         try:
             top1 = evaluate(teacher.variables, signals.check)["top1"]
         except NonFiniteError as error:
-            raise UserError(f"the teacher in {', '.join(paths)} is refused: {error}") from error
+            raise UserError(f"the teacher {origin} is refused: {error}") from error
+    _introduce(run, origin, top1)
+    if store is None:
+        return dataclasses.replace(teacher, top1=top1)
+    program = teacher_program(teacher.network, store.dtype, run.mesh)
+    return _stored(run, store, top1, (lambda images: program(teacher.variables, images)) if missing else None)
+
+
+def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
+    """Returns a teacher that runs on the host, or the store of its logits, after measuring it."""
+    config, classes = run.config, len(run.batches.source.class_names)
+    store = open_store(run, function) if config.logits else None
+    top1 = store.teacher_top1(config.data.eval_split) if store else None
+    missing = missing_epochs(store, run.batches, config.epochs) if store else None
+    if top1 is None:
+        right = count = 0
+        for batch in eval_batches(run.eval_source, config.eval_batch_size, threads=config.data.threads):
+            signals.check()
+            best = np.argmax(function.of_batch(batch, classes=classes), axis=-1)
+            right += int(np.sum((best == batch["label"]) & batch["mask"]))
+            count += int(np.sum(batch["mask"]))
+        top1 = 100 * right / max(count, 1)
+    _introduce(run, "on the host", top1)
+    if store is None:
+        return OnHost(function, top1)
+
+    def teach(images: jax.Array) -> jax.Array:
+        logits = function.of_batch({"image": np.asarray(images)}, classes=classes).astype(store.dtype)
+        return jax.device_put(logits, batch_sharding(run.mesh))
+
+    return _stored(run, store, top1, teach if missing else None)
+
+
+def _from_file(run: Run) -> StoredTeacher:
+    """Returns the teacher whose logits of the training images are in a file.
+
+    Raises:
+      UserError: if the file does not fit the images, or they are augmented in ways that it cannot know.
+    """
+    config, batches = run.config, run.batches
+    path, source = config.teacher.checkpoint, batches.source
+    file = LogitsFile.open(path, images=len(source), classes=len(source.class_names))
+    views, view = config.logits.get("views"), getattr(source, "view", None)
+    if views is None and (batches.pad or batches.flip or (view is not None and view.random)):
+        raise UserError(
+            f"{path} holds logits of images as they are stored, and the run augments them. Set data.pad=0, "
+            "data.flip=False and no random view, or compute a view for each of logits.views epochs."
+        )
+    if file.views != (views or 1):
+        raise UserError(
+            f"{path} holds {file.views} views of each image, and logits.views is {views}. Set it to {file.views}."
+        )
+    if config.teacher.min_top1:
+        raise UserError(
+            f"teacher.min_top1 is of the evaluation split, and {path} has logits of the training images alone. Unset "
+            "it."
+        )
+    stored: Any = getattr(source, "uncached", source)
+    labels = stored.records.labels()
+    right = 100 * float(np.mean(np.argmax(file.read(0), axis=-1) == labels))
+    say(f"teacher logits from {path}  top-1 {right:.2f} on the training images")
+    return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, threads=config.data.threads), None)
+
+
+def _origin(run: Run) -> str:
+    """Describes where the weights of a run's teacher come from."""
+    paths = checkpoints_of(run)
+    return f"from {', '.join(paths)}" if paths else "with its own weights"
+
+
+def _introduce(run: Run, origin: str, top1: float) -> None:
+    """Prints a teacher's top-1, or raises a UserError if `teacher.min_top1` demands a better one."""
+    config = run.config.teacher
     if top1 < config.min_top1:
         raise UserError(
-            f"the teacher in {', '.join(paths)} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
+            f"the teacher {config.model} {origin} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
             f"{config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
             "teacher.min_top1."
         )
-    say(f"teacher {config.model} from {', '.join(paths)}  top-1 {top1:.2f}")
-    if store is None:
-        return dataclasses.replace(teacher, top1=top1)
+    say(f"teacher {config.model} {origin}  top-1 {top1:.2f}")
+
+
+def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], jax.Array] | None) -> StoredTeacher:
+    """Returns the teacher in a store; `teach` computes the logits that it lacks."""
     store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
-    program = teacher_program(teacher.network, store.dtype, run.mesh)
-    teach = (lambda images: program(teacher.variables, images)) if missing else None
     feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, threads=run.config.data.threads)
     return StoredTeacher(feed, top1)
+
+
+def is_outside(run: Run) -> bool:
+    """Returns whether a run's teacher is a function on the host or a file of logits, which no program runs."""
+    return config_lib.teaches_from_file(run.config) or run.given.host_teacher(run.config) is not None
 
 
 def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = None) -> NetworkTeacher | SelfTeacher:
@@ -138,7 +235,12 @@ def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = No
       run: the plan, of a run with a teacher.
       student: its network.
       paths: of the teacher's checkpoints; None for those of the config, or random weights if it names none.
+
+    Raises:
+      UserError: if the teacher is no network of ours.
     """
+    if is_outside(run):
+        raise UserError(f"the teacher {run.config.teacher.model} runs outside of JAX. Choose a run with another one.")
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
     if paths is not None or run.config.teacher.checkpoint is not None:
@@ -160,20 +262,29 @@ def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
 
 
 def checkpoints_of(run: Run) -> list[str]:
-    """Returns the paths of a run's teachers: the checkpoints of its config, or the workdirs they train in."""
+    """Returns the paths of a run's teachers: the checkpoints of its config, or the workdirs they train in.
+
+    Teachers that are objects or a user's code may have none, and come with their weights.
+    """
     given = run.config.teacher.checkpoint
     if given and len(config_lib.teacher_models(run.config)) == 1:
         return [given]  # a comma is part of its name
-    return given.split(",") if given else [str(place) for _, place in config_lib.teacher_runs(run.config, run.workdir)]
+    if given:
+        return given.split(",")
+    trained = config_lib.teacher_runs(run.config, run.workdir) if run.config.teacher.epochs else []
+    return [str(place) for _, place in trained]
 
 
 def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:
     """Loads the networks of `teacher.model`, several as one; their weights stay on the host.
 
     Raises:
-      UserError: if one does not load, or there are not as many paths as models.
+      UserError: if one does not load, or there are not as many paths as models, or none for models with weights of
+        their own.
     """
     config, models = run.config.teacher, config_lib.teacher_models(run.config)
+    if not paths:
+        return _together(run, [run.networks.random(m, config.data, seed=config.seed) for m in models])
     if len(paths) != len(models):
         raise UserError(
             f"teacher.checkpoint must name a checkpoint for each of teacher.model ({len(models)}: "
@@ -204,16 +315,20 @@ def _each(teacher: NetworkTeacher, change: Callable[[Variables], Variables]) -> 
     return dataclasses.replace(teacher, variables=changed)
 
 
-def open_store(run: Run, teacher: NetworkTeacher) -> LogitStore:
+def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
     """Returns the store of a run's teacher in `logits.dir`, which may not exist yet."""
-    several = isinstance(teacher.network, Ensemble)
     source: Any = getattr(run.batches.source, "uncached", run.batches.source)
+    if isinstance(teacher, HostTeacher):
+        parts: dict[str, Any] = {"name": teacher.name}
+    elif isinstance(teacher.network, Ensemble):
+        parts = {"networks": teacher.network.networks, "weights": teacher.variables}
+    else:
+        parts = {"networks": [teacher.network], "weights": [teacher.variables]}
     key = make_key(
         run.config,
         classes=len(source.class_names),
         records=source.records,
         augment_seed=run.batches.augmented_by,
-        networks=teacher.network.networks if several else [teacher.network],  # type: ignore[union-attr]
-        weights=teacher.variables if several else [teacher.variables],
+        **parts,
     )
     return LogitStore(run.config.logits.dir, key)

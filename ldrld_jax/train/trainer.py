@@ -1,31 +1,230 @@
-"""Runs of a config: training, with the teacher first, and evaluation."""
+"""Runs: training, with the teacher first, and evaluation; from a config, or as a `Trainer` from Python objects."""
 
+import contextlib
+import dataclasses
+import functools
+import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.stream import Readable
+from ldrld_jax.data.views import View
 from ldrld_jax.files import LockedError, is_locked
 from ldrld_jax.record.console import say, summary_table
-from ldrld_jax.record.reader import check_classes
+from ldrld_jax.record.reader import check_classes, read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
-from ldrld_jax.runtime.hosts import catch_signals_of_all
+from ldrld_jax.runtime.hosts import catch_signals_of_all, in_turn
+from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
+from ldrld_jax.train.assemble import assemble
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder
+from ldrld_jax.train.given import NOTHING, Callback, Given, LineWriter
+from ldrld_jax.train.input import open_evaluation
 from ldrld_jax.train.loop import fit
+from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.plan import Run
+from ldrld_jax.train.state import Placement, Variables
+from ldrld_jax.train.step import Metric, Network
 from ldrld_jax.train.teacher import obtain_teacher
 
 _POLL_SECONDS = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    Attributes:
+      student: the student with its best weights, called as its own library calls it: an `nnx.Module` in evaluation
+        mode, a bound Linen module, or the function with its variables, `student(images)`.
+      summary: the content of summary.json.
+      metrics: the lines of metrics.jsonl, `{"step": ..., "epoch": ..., "split": ..., "values": {...}}` each.
+    """
+
+    student: Any
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+class Trainer:
+    """Distillation of a student from a teacher: what `python -m ldrld_jax.main` runs, with objects in place of names.
+
+    Args:
+      student: an `nnx.Module`; `(module, variables)` of Flax Linen; `(apply, variables)` with
+        `apply(variables, images, train=...)` returning logits; or a name of `MODELS` or `module:function`. It is not
+        changed: the result has the trained one.
+      teacher: the same; a run's workdir; a PyTorch file, with `config={"teacher.model": ...}`; a file of logits, .npy
+        or .zarr; a list of models or paths for an ensemble; "ema" for the student's own moving average; a
+        `HostTeacher`; None with method "ce".
+      method: a name of `METHODS`, several as "ldrld+kd"; a method's config such as `LDRLDConfig(depth=5)`; a function
+        `(teacher_logits, student_logits, labels)` that returns a loss an example; or a list of these, which are added.
+      train: `(images, labels)`, a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
+        TFDS, a folder of class folders, or a name of TFDS.
+      evaluation: the same; for a builder, a folder or a name, that of a split, and None for the usual one.
+      num_classes: C; known to all but arrays.
+      optimizer: of optax, over the student's parameters and those that a method learns, as a pair; or a name, whose
+        learning rate is then `config={"optim.learning_rate": ...}`. None is the `optim` block of `config`.
+      epochs, batch_size, seed: as in a config; the batch is global.
+      workdir: the run's folder, from which the same call resumes; None makes a temporary one.
+      config: any other key of a config (docs/configs.md), `{"data.mean": (0.5,), "data.flip": True}`.
+      writers: objects with `write(step, epoch, split, values)`, which get each line of metrics.jsonl.
+      callbacks: called after evaluations and saves.
+      metrics: `{name: function}` of `(logits, labels, where)`, which returns a number for each row.
+
+    Raises:
+      UserError: if an argument is nothing that a run can use.
+
+    Example:
+      >>> from flax import nnx
+      >>> images, labels = np.zeros((8, 4, 4, 1), np.uint8), np.arange(8) % 2
+      >>> apply = lambda w, x, train: x.reshape(len(x), -1) @ w
+      >>> trainer = Trainer(
+      ...     student=(apply, np.zeros((16, 2), np.float32)),
+      ...     teacher=(apply, np.ones((16, 2), np.float32)),
+      ...     method="kd",
+      ...     train=(images, labels),
+      ...     evaluation=(images, labels),
+      ... )
+      >>> trainer.predict(images).shape  # doctest: +SKIP
+      (8, 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        student: Any,
+        teacher: Any = None,
+        method: Any = "ldrld",
+        train: Any,
+        evaluation: Any = None,
+        num_classes: int | None = None,
+        optimizer: Any = None,
+        epochs: int = 1,
+        batch_size: int = 64,
+        seed: int = 0,
+        workdir: epath.PathLike | None = None,
+        config: Mapping[str, Any] | None = None,
+        writers: Sequence[LineWriter] = (),
+        callbacks: Sequence[Callback] = (),
+        metrics: Mapping[str, Metric] | None = None,
+    ):
+        self.config, self.given = assemble(
+            student=student,
+            teacher=teacher,
+            method=method,
+            train=train,
+            evaluation=evaluation,
+            num_classes=num_classes,
+            optimizer=optimizer,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            config=config or {},
+            writers=writers,
+            callbacks=callbacks,
+            metrics=metrics or {},
+        )
+        self.workdir = epath.Path(tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else workdir)
+
+    @classmethod
+    def of_config(cls, config: ConfigDict, workdir: epath.PathLike) -> "Trainer":
+        """Returns the trainer of a config that describes the run in full, as `ldrld_jax.config.load` returns it."""
+        trainer = cls.__new__(cls)
+        trainer.config, trainer.given, trainer.workdir = config, NOTHING, epath.Path(workdir)
+        return trainer
+
+    def fit(self, *, leave_within: float | None = None, profile: str | None = None) -> Result:
+        """Trains to the last epoch, or resumes there; see `train` for the arguments and the errors."""
+        summary = train(self.config, self.workdir, leave_within=leave_within, profile=profile, given=self.given)
+        return Result(self.student(), summary, read_metrics(self.workdir))
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns the metrics of the best checkpoint on the evaluation split, see `evaluate`."""
+        return evaluate(self.config, self.workdir, given=self.given)
+
+    def student(self) -> Any:
+        """Returns the student with the weights of the best checkpoint, see `Result.student`.
+
+        Raises:
+          UserError: if there is no checkpoint yet.
+        """
+        with self._best() as best:
+            return best.networks.pure(best.config.student.model).own(*best.variables)
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Returns the logits `[n, C]` float32 of images by the best checkpoint.
+
+        Args:
+          images: `[n, ...]` as in the training data, before normalisation; or a list of images or of encoded files'
+            bytes, which are resized and cropped as those of the evaluation split are.
+
+        Raises:
+          UserError: if there is no checkpoint yet, or an image has another shape.
+        """
+        with self._best() as best:
+            program = jax.jit(lambda images: best.network(best.variables, images, train=False)[0])
+            size, logits = best.config.eval_batch_size, []
+            for start in range(0, len(images), size):
+                rows = np.stack([best.view(image) for image in images[start : start + size]]).astype(best.source.dtype)
+                padded = np.pad(rows, ((0, min(size, len(images)) - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+                logits.append(np.asarray(program(padded), np.float32)[: len(rows)])
+            return np.concatenate(logits) if logits else np.zeros((0, len(best.source.class_names)), np.float32)
+
+    @contextlib.contextmanager
+    def _best(self) -> Iterator["_Best"]:
+        config = config_lib.resolve(self.config, self.given.methods)
+        with precision_scope(config.precision, config.matmul_precision):
+            yield _best(config, self.workdir, self.given)
+
+
+class _Best(NamedTuple):
+    """The best checkpoint of a run, with what its evaluation needs.
+
+    Attributes:
+      config: resolved.
+      networks: the factory of networks for the data.
+      network, variables: the student; the weights lie on the host.
+      source: the evaluation split.
+    """
+
+    config: ConfigDict
+    networks: Networks
+    network: Network
+    variables: Variables
+    source: Readable
+
+    @property
+    def view(self) -> View:
+        """The transform of an image for the evaluation."""
+        source: Any = getattr(self.source, "uncached", self.source)
+        return source.view
+
+
+def _best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:
+    with in_turn("data"):
+        source = open_evaluation(config, given)
+    check_classes(workdir, source.class_names, whose="the run")
+    networks = Networks.of(source, config.precision, given.models)
+    network, variables = networks.restore(str(workdir), config.student.model, config.data)
+    return _Best(config, networks, network, variables, source)
+
+
 def train(
-    config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None, profile: str | None = None
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    leave_within: float | None = None,
+    profile: str | None = None,
+    given: Given = NOTHING,
 ) -> dict[str, Any]:
     """Trains the student of a config, after its teacher if that has a recipe; resumes an interrupted run.
 
@@ -34,6 +233,7 @@ def train(
       workdir: the folder of the run's files: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
       profile: a directory for a trace of some of the student's steps.
+      given: parts that are objects.
 
     Returns:
       The content of summary.json.
@@ -43,32 +243,37 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
-    config = config_lib.resolve(config)
+    config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), catching as signals:
-        return _train(config, epath.Path(workdir), signals, "student", profile)
+        return _train(config, epath.Path(workdir), signals, "student", given, profile)
 
 
-def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
+def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> dict[str, float]:
     """Returns cross-entropy, top-1 and top-5 of a run's best checkpoint on the evaluation split of `config`.
+
+    Args:
+      config: of the run, see `ldrld_jax.config.load_run`.
+      workdir: the run's folder.
+      given: parts that are objects; their metrics are measured as well.
 
     Raises:
       UserError: if there is no such run, or it trained another model.
     """
-    config = config_lib.resolve(config)
+    config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision):
-        run = Run.plan(config, epath.Path(workdir))
-        check_classes(workdir, run.batches.source.class_names, whose="the run")
-        network, variables = run.networks.restore(str(workdir), config.student.model, config.data)
-        return Evaluator(network, run.eval_source, run.config, run.mesh)(run.placement.put_variables(variables))
+        mesh = make_mesh(config.mesh.data, config.mesh.model)
+        best = _best(config, workdir, given)
+        evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
+        return evaluator(Placement(mesh, config.mesh.fsdp).put_variables(best.variables))
 
 
 def _train(
-    config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, profile: str | None = None
+    config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, given: Given, profile: str | None = None
 ) -> dict[str, Any]:
-    run = Run.plan(config, workdir)
+    run = Run.plan(config, workdir, given=given)
     folder = RunFolder(run)
     folder.check()
     if remark := folder.remark():
@@ -78,19 +283,20 @@ def _train(
     else:
         student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
         run.look()
-        teacher = obtain_teacher(run, student[0], signals, lambda recipe, place: _train_teacher(recipe, place, signals))
+        train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
+        teacher = obtain_teacher(run, student[0], signals, train_teacher)
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
 
 
-def _train_teacher(recipe: ConfigDict, workdir: epath.Path, signals: Signals) -> None:
+def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals, given: Given) -> None:
     """Trains a teacher, or finds it trained; of several runs that share it one trains, and the others wait."""
     waiting = False
     while True:
         try:
-            _train(config_lib.resolve(recipe), workdir, signals, "teacher")
+            _train(config_lib.resolve(recipe), workdir, signals, "teacher", given)
             return
         except LockedError:
             if jax.process_count() > 1:

@@ -8,7 +8,7 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
-from ldrld_jax.data.sources import InMemory
+from ldrld_jax.data.source import InMemory
 from tests.data.images import make_image_folder
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ldrld_jax.data.sources import InMemory, Source, open_source
+from ldrld_jax.data.source import InMemory, Source
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.views import CentreCrop
 from ldrld_jax.errors import UserError
 from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ldrld_jax import main as main_lib
-from ldrld_jax.data.sources import fingerprint, open_source
+from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import trainer
 from tests.conftest import comparable_lines

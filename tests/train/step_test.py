@@ -160,7 +160,7 @@ def test_an_ensemble_averages_logits_or_probabilities(rng):
 
 def test_images_are_normalised_and_resized_before_the_model():
     seen = []
-    network = Network(lambda p, s, x, train, where: (seen.append(x), s), mean=(0.5,), std=(0.25,), image_size=4)
+    network = Network(lambda p, s, x, train, where, key: (seen.append(x), s), mean=(0.5,), std=(0.25,), image_size=4)
     network(Variables({}, {}), jnp.full((1, 2, 2, 1), 255, jnp.uint8), train=False)
     np.testing.assert_allclose(seen[0], np.full((1, 4, 4, 1), 2.0))
 

@@ -1,0 +1,51 @@
+"""Objects of a user's own modules, by name: "my_module:make_net"."""
+
+import importlib
+import re
+import sys
+from typing import Any
+
+from ldrld_jax.errors import UserError, unknown
+
+
+def is_code(name: str) -> bool:
+    """Returns whether a config's value names an object of a module.
+
+    Example:
+      >>> is_code("my_package.nets:make_net"), is_code("resnet8"), is_code("mnist:3.0.1")
+      (True, False, False)
+    """
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def load_object(name: str) -> Any:
+    """Imports `module:attribute` and returns the attribute; the working directory's modules are found first.
+
+    Raises:
+      UserError: if there is no such module or attribute, or the module fails when it is imported.
+
+    Example:
+      >>> load_object("math:sqrt")(4.0)
+      2.0
+    """
+    module_name, _, attribute = name.partition(":")
+    path = list(sys.path)
+    if "" not in path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{name} cannot be imported: {error}. Install what it imports.") from error
+        raise UserError(
+            f"there is no module {error.name!r} for {name}, here or among the installed packages. Run in the folder "
+            f"that holds it, or set PYTHONPATH."
+        ) from None
+    except Exception as error:
+        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path[:] = path
+    if not hasattr(module, attribute):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(f"object in module {module_name}", attribute, known)
+    return getattr(module, attribute)

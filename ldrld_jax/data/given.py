@@ -1,0 +1,275 @@
+"""Data that are given as objects: arrays, and data sets with one example an index, of any library.
+
+An object is a data set here if it has `len(it)` and `it[i]`, which is a pair `(image, label)` or a dict with
+`image` and `label`. An image is an array, a Pillow image or an encoded file's bytes. Further attributes, all
+optional:
+
+- `class_names` (or `classes`), the name of each label, or `num_classes`, their number;
+- `raw`: True if inputs go to the model as they are: token ids, spectrograms, images that are normalised already.
+
+Arrays and images of 8 bits are pixels; others are raw.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.source import Source
+from ldrld_jax.errors import UserError
+
+_HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
+_LOOKED_AT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords:
+    """Examples in two arrays, which may be memory maps.
+
+    Attributes:
+      images: `[n, ...]`.
+      targets: `[n]` int32.
+      title: the name in error messages.
+    """
+
+    images: Any
+    targets: np.ndarray
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"image": np.asarray(self.images[i]), "label": int(self.targets[i])} for i in indices]
+
+    def name(self, index: int) -> str:
+        return f"example {index} of the {self.title}"
+
+    def labels(self) -> np.ndarray:
+        return self.targets
+
+    def listing(self) -> Iterator[str]:
+        """Yields shape and dtype, and digests of the labels and of the images: of all, or of some if they are many."""
+        yield f"{self.images.shape} {self.images.dtype}"
+        yield hashlib.sha256(self.targets.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        few = self.images.nbytes <= _HASHED_BYTES
+        for i in range(len(self)) if few else _spaced(len(self)):
+            digest.update(np.ascontiguousarray(self.images[i]).tobytes())
+        yield digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemRecords:
+    """Examples of a data set object, one an index.
+
+    Attributes:
+      items: the object, see the module.
+      title: the name in error messages.
+    """
+
+    items: Any
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [_record(self.items[i], f"{self.title}[{i}]") for i in indices]
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def labels(self) -> np.ndarray:
+        return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])], np.int32)
+
+    def listing(self) -> Iterator[str]:
+        """Yields the type and the number of examples, with the object's own fingerprint if it has one."""
+        yield f"{type(self.items).__name__} {len(self)} {getattr(self.items, '_fingerprint', '')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceRecords(ItemRecords):
+    """Examples of a `datasets.Dataset` whose images are not decoded.
+
+    Attributes:
+      image, label: the names of the columns.
+    """
+
+    image: str = "image"
+    label: str = "label"
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self.items[list(indices)]
+        return [
+            {"image": _bytes(image), "label": int(label)}
+            for image, label in zip(rows[self.image], rows[self.label], strict=True)
+        ]
+
+    def labels(self) -> np.ndarray:
+        return np.array(self.items.select_columns([self.label])[:][self.label], np.int32)
+
+
+def as_source(data: Any, *, num_classes: int | None = None, title: str = "data") -> Source:
+    """Returns a source of what a user gives as one split.
+
+    Args:
+      data: a pair of arrays `(images, labels)`, a `datasets.Dataset`, another data set object (see the module), or a
+        `Source`.
+      num_classes: for data that do not know it; unset, arrays have as many classes as their largest label asks for.
+      title: the name in error messages.
+
+    Raises:
+      UserError: if it is none of these, or a label is out of range.
+
+    Example:
+      >>> source = as_source((np.zeros((5, 8, 8, 1), np.uint8), np.arange(5)), num_classes=10)
+      >>> len(source), source.image_shape, len(source.class_names)
+      (5, (8, 8, 1), 10)
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "__getitem__") for part in data):
+        return _of_arrays(*data, num_classes=num_classes, title=title)
+    if hasattr(data, "features") and hasattr(data, "cast_column"):
+        return _of_hugging_face(data, title)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | dict):
+        return _of_items(data, num_classes=num_classes, title=title)
+    raise UserError(
+        f"the {title} must be (images, labels), a data set with a length and an example an index, or a source, got "
+        f"{type(data).__name__}. Give one of these."
+    )
+
+
+def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str) -> Source:
+    images = np.asanyarray(images)  # a memory map stays one
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"the labels of the {title} must be whole numbers [n], got {labels.dtype} {labels.shape}. One-hot labels "
+            "become such by argmax(-1)."
+        )
+    if len(images) != len(labels) or not len(labels):
+        raise UserError(f"the {title} must have a label an image, got {len(images)} images and {len(labels)} labels.")
+    if images.dtype == np.uint8 and images.ndim != 4:
+        raise UserError(
+            f"the images of the {title} must be [n, height, width, channels], got {images.shape}. Add the axis that is "
+            "missing: images[..., None]."
+        )
+    if images.dtype.kind not in "fiu" or images.ndim < 2:
+        raise UserError(f"the images of the {title} must be numbers [n, ...], got {images.dtype} {images.shape}.")
+    if images.dtype.kind == "f" and not all(np.isfinite(images[i]).all() for i in _spaced(len(images))):
+        raise UserError(f"the images of the {title} hold numbers that are not finite. Remove those images.")
+    labels = labels.astype(np.int64)
+    names = _class_names(None, int(labels.max()) + 1 if num_classes is None else num_classes)
+    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(bad):
+        raise UserError(
+            f"label {labels[bad[0]]} of example {bad[0]} of the {title} is out of range: there are {len(names)} "
+            f"classes, from 0. Correct it and {len(bad) - 1} others, or num_classes."
+        )
+    records = ArrayRecords(images, labels.astype(np.int32), title)
+    return Source(records, names, images.shape[1:], dtype=_stored_as(images.dtype))
+
+
+def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
+    if not len(data):
+        raise UserError(f"the {title} have no examples.")
+    first = _record(data[0], f"{title}[0]")["image"]
+    names = getattr(data, "class_names", None) or getattr(data, "classes", None)
+    count = getattr(data, "num_classes", num_classes)
+    if names is None and count is None:
+        raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
+    records = ItemRecords(data, title)
+    if isinstance(first, bytes):
+        return Source(records, _class_names(names, count), (None, None, 3))
+    raw = bool(getattr(data, "raw", False))
+    return Source(records, _class_names(names, count), first.shape, dtype=_stored_as(first.dtype), raw=raw)
+
+
+def _of_hugging_face(data: Any, title: str) -> Source:
+    columns = {type(feature).__name__: name for name, feature in reversed(data.features.items())}
+    if not {"Image", "ClassLabel"} <= set(columns):
+        raise UserError(
+            f"the {title} have the columns {', '.join(data.features)}, and an Image and a ClassLabel are needed. Cast "
+            "them: dataset.cast_column(name, datasets.ClassLabel(names=...))."
+        )
+    image, label = columns["Image"], columns["ClassLabel"]
+    encoded = data.cast_column(image, type(data.features[image])(decode=False))
+    records = HuggingFaceRecords(encoded, title, image, label)
+    return Source(records, tuple(data.features[label].names), (None, None, 3))
+
+
+def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
+    return tuple(map(str, names if names is not None else range(count or 0)))
+
+
+def _record(item: Any, name: str) -> dict[str, Any]:
+    try:
+        image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
+        return {"image": image if isinstance(image, bytes) else _array(image), "label": int(label)}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{name} must be (image, label) or a dict with both, got {type(item).__name__}.") from error
+
+
+def _array(image: Any) -> np.ndarray:
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture of Pillow's
+
+
+def _bytes(image: dict[str, Any]) -> bytes:
+    """Returns the file of an image that a data set holds as its bytes, or as the path of a local file."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        with open(image["path"], "rb") as file:  # noqa: PTH123  # a path, or an address that datasets has opened
+            return file.read()
+    except OSError as error:
+        raise BrokenImageError(str(error)) from error
+
+
+def _stored_as(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype of a batch: 64-bit numbers become 32-bit ones."""
+    return {8: np.dtype(f"{dtype.kind}4")}.get(dtype.itemsize, dtype)
+
+
+def _spaced(count: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, _LOOKED_AT).astype(int)).tolist()
+
+
+def load_arrays(file: str, split: str) -> Source:
+    """Opens a split of a NumPy archive: `x_train` and `y_train`, or `train_images` and `train_labels`.
+
+    An array `class_names` names the classes; without it there are as many as the largest label of all splits asks for.
+
+    Args:
+      file: an .npz file.
+      split: "train", "test" or another.
+
+    Raises:
+      UserError: if the file cannot be read, or lacks the arrays.
+    """
+    try:
+        archive = np.load(file, allow_pickle=False)
+        images_of = (f"x_{split}", f"{split}_images")
+        arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
+        names = archive["class_names"].tolist() if "class_names" in archive.files else None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is no NumPy archive that can be read: {error}. Write it by numpy.savez.") from error
+    for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
+        if images in arrays and labels in arrays:
+            every = [array for name, array in arrays.items() if _is_labels(name)]
+            count = len(names) if names else 1 + max(int(array.max()) for array in every if array.size)
+            source = as_source((arrays[images], arrays[labels]), num_classes=count, title=f"{split} split of {file}")
+            return dataclasses.replace(source, class_names=_class_names(names, count))
+    raise UserError(
+        f"{file} has no x_{split} with y_{split}, and no {split}_images with {split}_labels; it has "
+        f"{', '.join(archive.files)}. Rename them, or set data.train_split and data.eval_split."
+    )
+
+
+def _is_labels(name: str) -> bool:
+    return name.startswith("y_") or name.endswith("_labels")

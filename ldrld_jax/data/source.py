@@ -1,0 +1,188 @@
+"""Sources of records: random access to images, encoded or as arrays, and their labels."""
+
+import dataclasses
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+
+from ldrld_jax.data.augment import generator
+from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.views import AsStored, View
+from ldrld_jax.errors import UserError
+
+logger = logging.getLogger("ldrld_jax")
+
+
+class Record(TypedDict):
+    image: bytes | np.ndarray  # encoded, or pixels
+    label: int
+
+
+class Records(Protocol):
+    """Random access to images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]: ...
+
+    def name(self, index: int) -> str:
+        """Returns a readable name of the record: its file or its number."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """Returns the labels `[n]` int32, without decoding any image."""
+        ...
+
+    def listing(self) -> Iterator[str]:
+        """Yields what tells this list of records from another, without reading any: names and sizes of files."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A split of a dataset.
+
+    Attributes:
+      records: the images, encoded or as arrays, and their labels.
+      class_names: the name of each label.
+      image_shape: `(height, width, channels)`; the first two are None if the images may differ in size. Raw inputs
+        have any shape.
+      view: the transform of each image; by default none, and all images must have `image_shape`.
+      on_error: a broken image or a label out of range stops the run ("raise"), or gets the label -1 and
+        is logged once ("skip").
+      max_skipped: with "skip", the share of the records beyond which broken ones stop the run too; ten may
+        always be skipped, unless there is nothing else.
+      dtype: of an image; what is not uint8 is raw.
+      raw: whether inputs go to the model as they are, and no view but the default can be taken of them.
+    """
+
+    records: Any
+    class_names: tuple[str, ...]
+    image_shape: tuple[Any, ...]
+    view: View = None  # type: ignore[assignment]  # set below
+    on_error: str = "raise"
+    max_skipped: float = 0.05
+    dtype: Any = np.uint8
+    raw: bool = False
+    broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
+
+    def __post_init__(self) -> None:
+        if self.dtype != np.uint8:
+            object.__setattr__(self, "raw", True)
+        if self.view is None:
+            object.__setattr__(self, "view", AsStored(self.image_shape))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def of(self, records: Records, view: View) -> "Source":
+        """Returns a source of other records of the dataset with another view."""
+        return dataclasses.replace(self, records=records, view=view, image_shape=view.shape, broken=set())
+
+    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+        """Reads the images `[n, *image_shape]` of the source's dtype and labels `[n]` int32 at `indices`.
+
+        Args:
+          indices: `[n]`.
+          key: seed and epoch; together with an image's index they determine the draws of a random view.
+
+        Raises:
+          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0 and its label -1.
+        """
+        view = self.view
+        records = self.records.__getitems__(indices.tolist())
+        images = np.zeros((len(records), *view.shape), self.dtype)
+        labels = np.full(len(records), -1, np.int32)
+        for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
+            try:
+                label = self._checked(record["label"])
+                images[row] = view(record["image"], generator(*key, index) if view.random else None)
+                labels[row] = label
+            except BrokenImageError as error:
+                self._report(index, error)
+        return images, labels
+
+    def _checked(self, label: int) -> int:
+        if not 0 <= label < len(self.class_names):
+            raise BrokenImageError(f"its label is {label}, and there are {len(self.class_names)} classes")
+        return label
+
+    def _report(self, index: int, error: BrokenImageError) -> None:
+        name = self.records.name(index)
+        if self.on_error == "raise":
+            raise UserError(f"{name} is broken: {error}. Repair or remove it, or set data.on_error=skip.") from error
+        if index not in self.broken:
+            self.broken.add(index)
+            logger.warning("skipped %s: %s (%d skipped so far)", name, error, len(self.broken))
+            count = len(self.broken)
+            if count == len(self) or count > max(10, self.max_skipped * len(self)):
+                raise UserError(
+                    f"{count} of {len(self)} images are broken, the last of them {name} ({error}), and a share of "
+                    f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
+                ) from error
+
+
+class InMemory:
+    """A source that caches its decoded images; for views that are not random."""
+
+    def __init__(self, source: Source):
+        self.uncached = source
+        self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
+        self.dtype, self.raw = source.dtype, source.raw
+        self._images = np.zeros((len(source), *source.image_shape), source.dtype)  # pages are allocated as they fill
+        self._labels = np.zeros(len(source), np.int32)
+        self._known = np.zeros(len(source), bool)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.uncached)
+
+    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+        """Reads images and labels as `Source.read` does."""
+        missing = indices[~self._known[indices]]
+        if len(missing):
+            images, labels = self.uncached.read(missing, key)
+            with self._lock:  # an example is marked as known only once it is stored
+                self._images[missing], self._labels[missing] = images, labels
+                self._known[missing] = True
+        return self._images[indices], self._labels[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """A subset of records by index, optionally with other labels."""
+
+    records: Records
+    indices: np.ndarray
+    relabelled: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
+        records = self.records.__getitems__(self.indices[indices].tolist())
+        if self.relabelled is None:
+            return records
+        return [{**record, "label": int(self.relabelled[i])} for i, record in zip(indices, records, strict=True)]
+
+    def name(self, index: int) -> str:
+        return self.records.name(int(self.indices[index]))
+
+    def labels(self) -> np.ndarray:
+        return self.records.labels()[self.indices] if self.relabelled is None else self.relabelled
+
+    def listing(self) -> Iterator[str]:
+        """Yields the listing of all records: a run's config says which of them are selected."""
+        return self.records.listing()
+
+
+def fingerprint(source: Any) -> dict[str, Any]:
+    """Returns the number of images of a source and a digest of the list of its records, as JSON."""
+    digest = hashlib.sha256()
+    for line in getattr(source, "uncached", source).records.listing():
+        digest.update(line.encode(errors="surrogateescape") + b"\n")
+    return {"images": len(source), "digest": digest.hexdigest()[:32]}

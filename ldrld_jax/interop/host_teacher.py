@@ -1,0 +1,151 @@
+"""Teachers outside of JAX: a function of NumPy images, and a file of logits that somebody computed."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ldrld_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostTeacher:
+    """A teacher in any framework: a function that runs on the host, a batch ahead of the train step.
+
+    Attributes:
+      function: `function(images)` returns logits `[n, C]`, an array or whatever NumPy converts (a CPU tensor of
+        PyTorch). Images are the augmented batch as the student sees it before normalisation: the source's dtype, uint8
+        for pixels, `[n, height, width, channels]`; padding is left out. It is called in one thread at a time.
+      name: for a logit store, in which other logits must have another name; also shown in a run's record.
+      mean, std: if given, images are float32 and normalised with them: pixels scaled to 0..1, minus `mean`, divided by
+        `std`, per channel.
+
+    Example:
+      >>> teacher = HostTeacher(lambda images: images.reshape(len(images), -1)[:, :10] / 255)
+      >>> teacher(np.full((2, 8, 8, 1), 255, np.uint8), classes=10).shape
+      (2, 10)
+    """
+
+    function: Callable[[np.ndarray], Any]
+    name: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __call__(self, images: np.ndarray, *, classes: int) -> np.ndarray:
+        """Returns logits `[n, classes]` float32.
+
+        Raises:
+          UserError: if the function returns another shape, or a number that is not finite.
+        """
+        if self.mean is not None or self.std is not None:
+            mean, std = (np.asarray(values, np.float32) for values in (self.mean or (0.0,), self.std or (1.0,)))
+            images = (images.astype(np.float32) / 255 - mean) / std
+        logits = np.asarray(self.function(images), np.float32)
+        if logits.shape != (len(images), classes):
+            raise UserError(
+                f"the teacher {self.shown} returns {logits.shape} for {len(images)} images of {classes} classes, and "
+                f"must return logits {(len(images), classes)}."
+            )
+        if not np.isfinite(logits).all():
+            raise UserError(f"a logit of the teacher {self.shown} is not finite. Look at its weights and its images.")
+        return logits
+
+    @property
+    def shown(self) -> str:
+        """The name in messages."""
+        name = str(self.name or getattr(self.function, "__name__", type(self.function).__name__))
+        return "function" if name == "<lambda>" else name
+
+    def of_batch(self, batch: Batch, *, classes: int, views: int = 1) -> np.ndarray:
+        """Returns the logits of a batch, `[rows, C]` or `[rows, views, C]` if there are several, 0 for padding."""
+        images = batch["image"]
+        lead = images.shape[: 2 if views > 1 else 1]
+        logits = np.zeros((*lead, classes), np.float32)
+        kept = batch["mask"] if "mask" in batch else np.ones(len(images), bool)
+        if kept.any():
+            rows = images[kept]
+            flat = rows.reshape(-1, *images.shape[len(lead) :])
+            logits[kept] = self(flat, classes=classes).reshape(*rows.shape[: len(lead)], classes)
+        return logits
+
+    def beside(self, batches: Iterable[Batch], **shape: int) -> Iterator[Batch]:
+        """Yields the batches with their `teacher_logits`, see `of_batch`, computed by a thread one batch ahead."""
+        with concurrent.futures.ThreadPoolExecutor(1, "teacher") as thread:
+            ahead = None
+            for batch in batches:
+                following = batch, thread.submit(self.of_batch, batch, **shape)
+                if ahead is not None:
+                    yield {**ahead[0], "teacher_logits": ahead[1].result()}
+                ahead = following
+            if ahead is not None:
+                yield {**ahead[0], "teacher_logits": ahead[1].result()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsFile:
+    """Logits that were computed elsewhere, in the order of the training images; it reads like a logit store.
+
+    Attributes:
+      logits: `[views, n, C]`; epoch e takes view e % views.
+      path: of the file, for messages.
+    """
+
+    logits: Any
+    path: str
+
+    @classmethod
+    def open(cls, path: str, *, images: int, classes: int) -> "LogitsFile":
+        """Opens a file of logits `[n, C]` or `[views, n, C]`: .npy, .safetensors with one array, or a zarr folder.
+
+        Raises:
+          UserError: if it cannot be read, or is of other images or classes.
+        """
+        logits = _read(path)
+        logits = logits[None] if logits.ndim == 2 else logits
+        if logits.ndim != 3 or logits.shape[1:] != (images, classes) or logits.dtype.kind not in "fV":
+            raise UserError(
+                f"{path} holds {logits.dtype} {logits.shape}, and the training images need logits [{images}, "
+                f"{classes}] or [views, {images}, {classes}], in the order of the data set."
+            )
+        return cls(logits, path)
+
+    @property
+    def views(self) -> int:
+        return len(self.logits)
+
+    def __contains__(self, epoch: int) -> bool:
+        return True
+
+    def read(self, epoch: int) -> np.ndarray:
+        """Returns the logits `[n, C]` float32 of an epoch.
+
+        Raises:
+          UserError: if one is not finite.
+        """
+        logits = np.asarray(self.logits[epoch % self.views], np.float32)
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.path} holds logits that are not finite, in view {epoch % self.views}.")
+        return logits
+
+
+def _read(path: str) -> Any:
+    try:
+        if path.rstrip("/").endswith(".zarr"):
+            import tensorstore
+
+            driver = "zarr3" if (pathlib.Path(path) / "zarr.json").exists() else "zarr"
+            spec = {"driver": driver, "kvstore": {"driver": "file", "path": path}}
+            return tensorstore.open(spec, open=True, read=True).result().read().result()
+        if path.endswith(".safetensors"):
+            from safetensors.numpy import load_file
+
+            (logits,) = load_file(path).values()
+            return logits
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no file of logits that can be read: {' '.join(str(error).split())}.") from error

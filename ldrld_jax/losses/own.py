@@ -1,0 +1,62 @@
+"""A user's own loss as a method."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ldrld_jax.losses.common import MethodConfig, mean_over_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class NoConfig(MethodConfig):
+    """The config of a loss without fields."""
+
+
+def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the `parts` of a method from a user's loss.
+
+    Args:
+      function: `function(teacher_logits, student_logits, labels)` returns the loss of each example, `[...]`, or of
+        the batch, a scalar. Logits are `[..., C]`. One that returns a scalar has to take `where`, `[...]` bool, to be
+        used with batches that have padding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> parts = own_parts(lambda teacher, student, labels: jnp.sum((teacher - student) ** 2, axis=-1))
+      >>> float(parts(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, int), NoConfig())[""])
+      3.0
+    """
+    takes_where = "where" in inspect.signature(function).parameters
+
+    def parts(
+        teacher_logits: jax.Array,
+        student_logits: jax.Array,
+        labels: jax.Array,
+        cfg: Any,
+        *,
+        params: Any = None,
+        where: jax.Array | None = None,
+        weights: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        del cfg, params
+        teacher_logits = jax.lax.stop_gradient(teacher_logits)
+        options = {"where": where} if takes_where else {}
+        loss = function(teacher_logits, student_logits, labels, **options)
+        if loss.shape == labels.shape:
+            return {"": mean_over_rows(loss, where=where, weights=weights)}
+        name = getattr(function, "__name__", type(function).__name__)
+        if loss.ndim:
+            raise ValueError(
+                f"{name} returns {loss.shape}, and must return a scalar or a loss an example, {labels.shape}."
+            )
+        if weights is not None or (where is not None and not takes_where):
+            raise ValueError(
+                f"{name} returns a scalar and does not take where, so that padding cannot be left out. Return a loss "
+                "an example, or take where=None, or set data.remainder=drop."
+            )
+        return {"": loss}
+
+    return parts

@@ -1,0 +1,150 @@
+"""Models of any library as pure functions: NNX and Linen modules, and functions of their own variables."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.core
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ldrld_jax.errors import UserError
+from ldrld_jax.models.layers import group_batch_norms
+from ldrld_jax.models.purify import Apply, Tree, call_options, example_mask, is_random, purify, with_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Pure:
+    """A model as a pure function, with its variables in nested dicts with string keys.
+
+    Attributes:
+      apply: see `purify`.
+      params: what is trained.
+      batch_stats: the other variables, which a forward pass in training may change.
+      random: whether training draws random numbers, for which `apply` takes a key.
+      own: `own(params, batch_stats)` returns the model with these variables as its own library has it.
+    """
+
+    apply: Apply
+    params: Tree
+    batch_stats: Tree
+    random: bool
+    own: Callable[[Tree, Tree], Any]
+
+
+def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
+    """Returns a model as a pure function.
+
+    Args:
+      model: one of
+
+        - an `nnx.Module`; called with `train` and `where` if it takes them, and switched by `train()` and `eval()`;
+        - `(module, variables)` of Flax Linen, `variables` as `module.init` returned them;
+        - `(apply, variables)` with any function `apply(variables, images, train=...)`, whose variables are any
+          pytree; its floating-point arrays are trained. `apply` gets `where` and `key` if it takes them.
+
+        A model that takes `training`, `is_training` or `deterministic` gets those in place of `train`.
+      batch_norm_groups: see `BatchNorm.groups`; only this package's batch normalisation has groups.
+
+    Raises:
+      UserError: if it is none of these.
+
+    Example:
+      >>> apply = lambda variables, images, train: images.reshape(len(images), -1) @ variables["w"]
+      >>> model = pure((apply, {"w": jnp.ones((4, 3))}))
+      >>> model.apply(model.params, model.batch_stats, jnp.ones((5, 2, 2, 1)), train=True)[0].shape
+      (5, 3)
+    """
+    if isinstance(model, nnx.Module):
+        return _of_nnx(model, batch_norm_groups)
+    if isinstance(model, tuple) and len(model) == 2 and batch_norm_groups > 1:
+        raise UserError("batch_norm_group is known to NNX modules with this package's BatchNorm alone. Unset it.")
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
+        return _of_linen(*model)
+    if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+        return _of_function(*model)
+    linen = " with its variables: (module, variables)" if isinstance(model, flax.linen.Module) else ""
+    raise UserError(
+        f"a model must be an nnx.Module, (Linen module, variables) or (apply, variables), got "
+        f"{type(model).__name__}. Give it{linen or ' as one of these'}."
+    )
+
+
+def _of_nnx(model: nnx.Module, groups: int) -> Pure:
+    shared, model = model, nnx.clone(model)
+    if groups > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model)):
+        raise UserError("batch_norm_group is known to this package's BatchNorm alone, not to Flax's. Unset it.")
+    group_batch_norms(model, groups)
+    apply, params, batch_stats = purify(model)
+
+    def own(params: Tree, batch_stats: Tree) -> nnx.Module:
+        module = with_variables(shared, params, batch_stats)
+        module.eval()
+        return module
+
+    return Pure(apply, _copied(params), _copied(batch_stats), is_random(model), own)
+
+
+def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
+    variables = flax.core.unfreeze(flax.core.meta.unbox(variables))
+    if "params" not in variables:
+        raise UserError(f"the variables of {type(module).__name__} have no 'params'. Give what module.init returned.")
+    batch_stats = {name: tree for name, tree in variables.items() if name != "params"}
+    takes = call_options(type(module).__call__)
+
+    def apply(params, batch_stats, images, *, train, where=None, key=None):
+        key = jax.random.key(0) if key is None else key
+
+        def masked(call, args, kwargs, context):
+            norm = isinstance(context.module, flax.linen.BatchNorm) and context.method_name == "__call__"
+            if norm and train and where is not None and kwargs.get("mask") is None:
+                kwargs = {**kwargs, "mask": example_mask(args[0], where)}
+            return call(*args, **kwargs)
+
+        with flax.linen.intercept_methods(masked):
+            logits, changed = module.apply(
+                {"params": params, **batch_stats},
+                images,
+                # A stream that is not named falls back to "params".
+                rngs={"dropout": key, "params": jax.random.fold_in(key, 1)} if train else None,
+                mutable=list(batch_stats) if train else [],
+                **takes(train=train, where=where, key=key),
+            )
+        return logits, flax.core.unfreeze(changed) if train and batch_stats else batch_stats
+
+    def own(params: Tree, batch_stats: Tree) -> flax.linen.Module:
+        return module.bind({"params": params, **batch_stats})
+
+    # Whether a module draws shows only when it is run, and a key that nobody asks for costs nothing.
+    return Pure(apply, _copied(variables["params"]), _copied(batch_stats), True, own)
+
+
+def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
+    trained = [hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
+    takes = call_options(function)
+
+    def joined(params: Tree) -> Any:
+        flat = [params[name] if own else leaf for name, own, (_, leaf) in zip(names, trained, leaves, strict=True)]
+        return jax.tree.unflatten(structure, flat)
+
+    def apply(params, batch_stats, images, *, train, where=None, key=None):
+        return function(joined(params), images, **takes(train=train, where=where, key=key)), batch_stats
+
+    params = {name: leaf for name, own, (_, leaf) in zip(names, trained, leaves, strict=True) if own}
+    if not params:
+        raise UserError(
+            "the variables of the model hold no array of floating-point numbers, so that nothing is trained."
+        )
+    own = lambda params, _: functools.partial(function, joined(params))  # noqa: E731
+    return Pure(apply, _copied(params), {}, random="key" in takes(train=True), own=own)
+
+
+def _copied(tree: Tree) -> Tree:
+    """Copies arrays to the host: a training state's buffers are given away, and the user's must stay."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf), tree)

@@ -1,0 +1,196 @@
+"""Assembles a run from Python objects: a config with a name for each of them, and the objects beside it."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from ldrld_jax.config import default
+from ldrld_jax.config.load import set_value
+from ldrld_jax.data.given import as_source
+from ldrld_jax.data.source import Source
+from ldrld_jax.data.tfds_records import open_builder
+from ldrld_jax.errors import UserError
+from ldrld_jax.interop.host_teacher import HostTeacher
+from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
+from ldrld_jax.record.reader import read_config
+from ldrld_jax.train.given import Callback, Given, LineWriter
+from ldrld_jax.train.step import Metric
+
+_FOLDER_SPLITS, _LOGITS = ("train", "val"), (".npy", ".zarr")
+
+
+def assemble(
+    *,
+    student: Any,
+    teacher: Any,
+    method: Any,
+    train: Any,
+    evaluation: Any,
+    num_classes: int | None,
+    optimizer: Any,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    config: Mapping[str, Any],
+    writers: Sequence[LineWriter],
+    callbacks: Sequence[Callback],
+    metrics: Mapping[str, Metric],
+) -> tuple[ConfigDict, Given]:
+    """Returns the config of a run and its objects; see `ldrld_jax.Trainer` for the arguments.
+
+    Raises:
+      UserError: if one of them is nothing that a run can use.
+    """
+    made = default()
+    for key, value in {**config, "epochs": epochs, "batch_size": batch_size, "seed": seed}.items():
+        set_value(made, key, value, source="Trainer(config=...)")
+    models = dict[str, Any]()
+    set_value(made, "student.model", student if isinstance(student, str) else _entered(student, models), "Trainer")
+    host_teacher = _set_teacher(made, teacher, models)
+    methods = _set_method(made, method)
+    splits = _set_data(made, train, evaluation, num_classes)
+    if isinstance(optimizer, str):
+        set_value(made, "optim.name", optimizer, "Trainer(optimizer=...)")
+    elif optimizer is not None:
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise UserError(f"the optimizer must be one of optax, or a name, got {type(optimizer).__name__}.")
+        made.optim.name = "<optimizer>"
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise UserError(f"a callback must be an ldrld_jax.Callback, got {type(callback).__name__}.")
+    for writer in writers:
+        if not hasattr(writer, "write"):
+            raise UserError(
+                f"a writer must have write(step, epoch, split, values), and {type(writer).__name__} has not."
+            )
+    return made, Given(
+        models=models,
+        teacher=host_teacher,
+        methods=methods,
+        train=splits[0],
+        evaluation=splits[1],
+        optimizer=None if isinstance(optimizer, str) else optimizer,
+        writers=tuple(writers),
+        callbacks=tuple(callbacks),
+        metrics=dict(metrics),
+    )
+
+
+def _entered(thing: Any, table: dict[str, Any]) -> str:
+    """Enters an object in a table under a name in angle brackets, and returns the name."""
+    named = thing[0] if isinstance(thing, tuple) and thing else thing
+    base = getattr(named, "__name__", None) or type(named).__name__
+    base = base if base.isidentifier() else "model"
+    name = next(
+        name for name in (f"<{base}>", *(f"<{base} {i}>" for i in range(2, len(table) + 2))) if name not in table
+    )
+    table[name] = thing
+    return name
+
+
+def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> HostTeacher | None:
+    """Names the teacher in a config; returns one that runs on the host."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, HostTeacher):
+        config.teacher.model = f"<{teacher.shown}>"
+        return teacher
+    if teacher == "ema":
+        config.teacher.model = "ema"
+        return None
+    if isinstance(teacher, str | pathlib.PurePath):
+        teacher = [teacher]
+    if not isinstance(teacher, list):
+        config.teacher.model = _entered(teacher, models)
+        return None
+    paths = [str(one) for one in teacher if isinstance(one, str | pathlib.PurePath)]
+    if paths and len(paths) < len(teacher):
+        raise UserError("several teachers are all paths or all models, got both. Load the paths as models first.")
+    if not paths:
+        config.teacher.model = ",".join([_entered(one, models) for one in teacher])
+        return None
+    if paths[0].rstrip("/").endswith(_LOGITS):
+        config.teacher.model = "logits"
+    elif all(pathlib.Path(path).is_dir() for path in paths):
+        config.teacher.model = ",".join(map(_trained_model, paths))
+    elif config.teacher.model is None:
+        raise UserError(
+            f"the teacher {paths[0]} is a file, which does not say what model it is of. Name it by "
+            'config={"teacher.model": "resnet32x4"}, for example.'
+        )
+    config.teacher.checkpoint = ",".join(paths)
+    return None
+
+
+def _trained_model(workdir: str) -> str:
+    saved = read_config(workdir)
+    if saved is None:
+        raise UserError(f"the teacher's {workdir} holds no run (no config.json). Give a run's workdir, or a model.")
+    return saved["student"]["model"]
+
+
+def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
+    """Names the methods in a config and sets their fields; returns those that are objects."""
+    names, given = list[str](), dict[str, Method]()
+    for one in method if isinstance(method, list | tuple) else [method]:
+        if isinstance(one, str):
+            names.append(one)
+        elif isinstance(one, MethodConfig):
+            known = [name for name, entry in METHODS.items() if type(one) is entry.config]
+            if not known:
+                raise UserError(f"{type(one).__name__} is the config of no method. Give the method itself.")
+            names += known
+            for field, value in vars(one).items():
+                set_value(config, f"loss.{known[0]}.{field}", value, "Trainer(method=...)")
+        elif isinstance(one, Method) or callable(one):
+            base = getattr(one, "__name__", type(one).__name__)
+            names.append(f"<{base if base.isidentifier() else 'loss'}>")
+            given[names[-1]] = as_method(one)
+        else:
+            raise UserError(
+                f"a method must be a name, a config, a ldrld_jax.losses.Method or a function, got {type(one).__name__}."
+            )
+    config.method = "+".join(names)
+    return given
+
+
+def _set_data(
+    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None
+) -> tuple[Source | None, Source | None]:
+    """Names the data in a config; returns the splits that are objects."""
+    if isinstance(train, str | pathlib.PurePath):
+        if not (evaluation is None or isinstance(evaluation, str)):
+            raise UserError("where train is a name, evaluation must be the name of a split, or None for the usual one.")
+        if pathlib.Path(train).is_dir():
+            if config.data.name == default().data.name:
+                config.data.name = "image_folder"
+            config.data.data_dir = str(train)
+            config.data.train_split, config.data.eval_split = _FOLDER_SPLITS
+        else:
+            config.data.name = str(train)
+        config.data.eval_split = evaluation or config.data.eval_split
+        return None, None
+    if hasattr(train, "as_data_source"):  # a builder of TFDS
+        split = evaluation or config.data.eval_split
+        opened = [Source(*open_builder(train.name, s, train)) for s in (config.data.train_split, split)]
+        config.data.name, config.data.eval_split = f"<{train.name}>", split
+        return opened[0], opened[1]
+    first = as_source(train, num_classes=num_classes, title="training data")
+    if evaluation is None and not config.data.held_out:
+        raise UserError('evaluation is missing. Give a split, or config={"data.held_out": 0.1} for a part of train.')
+    second = None
+    if evaluation is not None:
+        second = as_source(evaluation, num_classes=len(first.class_names), title="evaluation data")
+        if second.class_names != first.class_names:
+            raise UserError(
+                f"the evaluation data have other classes than the training data: {len(second.class_names)} and "
+                f"{len(first.class_names)}, or other names. Give both the same, in the same order."
+            )
+    if num_classes is not None and len(first.class_names) != num_classes:
+        raise UserError(f"num_classes is {num_classes}, and the training data have {len(first.class_names)} classes.")
+    config.data.name = "<arrays>" if isinstance(train, tuple | list) else f"<{type(train).__name__}>"
+    config.data.train_split, config.data.eval_split = "train", "evaluation"
+    return first, second

@@ -1,0 +1,79 @@
+"""Parts of a run that are given as objects, where a config has only names for them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax.code import is_code, load_object
+from ldrld_jax.data.source import Source
+from ldrld_jax.interop.host_teacher import HostTeacher
+from ldrld_jax.losses import Method
+from ldrld_jax.record.writer import LineWriter
+from ldrld_jax.train.state import Variables
+from ldrld_jax.train.step import Metric
+
+
+@dataclasses.dataclass(frozen=True)
+class Callback:
+    """Functions called between two steps. The weights they get must be copied to be kept: the next step reuses them.
+
+    Attributes:
+      after_evaluation: called with the step, the evaluation's values by name, and the evaluated weights.
+      after_save: called with the step and the evaluated weights, once a checkpoint is being written.
+    """
+
+    after_evaluation: Callable[[int, Mapping[str, float], Variables], None] | None = None
+    after_save: Callable[[int, Variables], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Objects of a run; all are empty for a run that its config describes in full.
+
+    A name in angle brackets stands for each in the config, such as `student.model="<MyNet>"`.
+
+    Attributes:
+      models: by that name, see `models.pure.pure`.
+      teacher: one that runs on the host.
+      methods: by that name.
+      train, evaluation: the splits.
+      optimizer: in place of `optim`.
+      writers: in addition to metrics.jsonl and TensorBoard's.
+      callbacks: see `Callback`.
+      metrics: in training and evaluations, by name.
+    """
+
+    models: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: HostTeacher | None = None
+    methods: Mapping[str, Method] = dataclasses.field(default_factory=dict)
+    train: Source | None = None
+    evaluation: Source | None = None
+    optimizer: optax.GradientTransformation | None = None
+    writers: Sequence[LineWriter] = ()
+    callbacks: Sequence[Callback] = ()
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+
+    def host_teacher(self, config: ConfigDict) -> HostTeacher | None:
+        """Returns the teacher that runs on the host: the one given, or the one that `teacher.model` names in code."""
+        name = config.teacher.get("model")
+        if self.teacher is None and name is not None and is_code(name):
+            found = load_object(name)
+            return found if isinstance(found, HostTeacher) else None
+        return self.teacher
+
+    def all_writers(self, config: ConfigDict, workdir: epath.Path) -> list[LineWriter]:
+        """Returns the writers that are given, and those that `log.writers` names, made for a workdir."""
+        named = config.log.writers.split(",") if config.log.writers else []
+        return [*self.writers, *(load_object(name)(str(workdir)) for name in named)]
+
+    def for_teacher(self) -> "Given":
+        """Returns the parts for the run of a teacher that is trained first, on the same data."""
+        return Given(models=self.models, train=self.train, evaluation=self.evaluation)
+
+
+NOTHING = Given()
+"""The parts of a run that its config describes in full."""
