@@ -1,6 +1,5 @@
 """RepDistiller's MobileNetV2 for CIFAR, of half the width, and mdistiller's for Tiny-ImageNet."""
 
-import functools
 from typing import Any
 
 import jax
@@ -141,9 +140,10 @@ class TinyImageNetMobileNetV2(nnx.Module):
         self.pre = Sequential(_biased_conv(in_channels, 32, 1, **common), BatchNorm(32, **common), nnx.relu6)
         features = 32
         for i, (expansion, width, count, stride) in enumerate(_TINY_IMAGENET_STAGES, start=1):
-            block = functools.partial(BiasedInvertedResidual, expansion=expansion, **common)
-            first = block(features, width, stride=stride)
-            rest = [block(width, width, stride=1) for _ in range(count - 1)]
+            first = BiasedInvertedResidual(features, width, expansion=expansion, stride=stride, **common)
+            rest = [
+                BiasedInvertedResidual(width, width, expansion=expansion, stride=1, **common) for _ in range(count - 1)
+            ]
             setattr(self, f"stage{i}", Sequential(first, *rest) if rest else first)  # as the published keys have it
             features = width
         self.conv1 = Sequential(_biased_conv(features, 1280, 1, **common), BatchNorm(1280, **common), nnx.relu6)

@@ -36,13 +36,12 @@ class SmallImageResNet(nnx.Module):
         **common: Any,
     ):
         width = block.expansion
-        common_stage = functools.partial(stage, block, shortcut="shortcut", **common)
         self.conv1 = conv(in_channels, 64, 3, **common)
         self.bn1 = BatchNorm(64, **common)
-        self.layer1 = common_stage(64, 64, counts[0], stride=1)
-        self.layer2 = common_stage(64 * width, 128, counts[1], stride=2)
-        self.layer3 = common_stage(128 * width, 256, counts[2], stride=2)
-        self.layer4 = common_stage(256 * width, 512, counts[3], stride=2)
+        self.layer1 = stage(block, 64, 64, counts[0], stride=1, shortcut="shortcut", **common)
+        self.layer2 = stage(block, 64 * width, 128, counts[1], stride=2, shortcut="shortcut", **common)
+        self.layer3 = stage(block, 128 * width, 256, counts[2], stride=2, shortcut="shortcut", **common)
+        self.layer4 = stage(block, 256 * width, 512, counts[3], stride=2, shortcut="shortcut", **common)
         self.linear = linear(512 * width, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:

@@ -58,6 +58,7 @@ class Run:
             views=objective.views,
             last_layer=objective.needs_last_layer,
             teacher_changes=config_lib.teaches_itself(config),
+            top_needed=objective.top_needed,
         )
         if objective.needs_last_layer and len(models := config_lib.teacher_models(config)) > 1:
             raise UserError(
@@ -66,6 +67,7 @@ class Run:
             )
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None)
         check_classes(objective, len(batches.source.class_names))
+        logit_store.check_classes(config, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective)
         make_optimizer(config.optim, run.schedule)
         run.networks.outline(config.student.model, config.data)  # a wrong name shows here

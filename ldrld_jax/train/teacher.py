@@ -125,7 +125,7 @@ def obtain_teacher(
     if store is None:
         return dataclasses.replace(teacher, top1=top1)
     store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
-    program = teacher_program(teacher.network, store.dtype, run.mesh)
+    program = teacher_program(teacher.network, store.dtype, run.mesh, store.top_k)
     teach = (lambda images: program(teacher.variables, images)) if missing else None
     feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, threads=run.config.data.threads)
     return StoredTeacher(feed, top1)
