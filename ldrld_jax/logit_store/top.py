@@ -40,9 +40,9 @@ class TopLogits:
 
         Example:
           >>> rows = jnp.log(jnp.array([[0.1, 0.5, 0.05, 0.35]]))
-          >>> for p in jax.nn.softmax(top_logits(rows, 1, jnp.float32).dense(jnp.float32))[0]:
-          ...     print(f"{p:.3f}", end=" ")
-          0.167 0.500 0.167 0.167
+          >>> p = jax.nn.softmax(top_logits(rows, 1, jnp.float32).dense(jnp.float32))
+          >>> [f"{each:.3f}" for each in p[0]]
+          ['0.167', '0.500', '0.167', '0.167']
         """
         each = self.rest.astype(dtype) - np.asarray(np.log(self.total - self.values.shape[-1]), dtype)
         rows = jnp.broadcast_to(each[:, None], (len(each), self.total))

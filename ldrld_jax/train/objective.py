@@ -63,7 +63,8 @@ class Objective:
     @property
     def top_needed(self) -> dict[str, int | None]:
         """What each method needs of the teacher's largest logits, see `Method.top_needed`."""
-        return {name: term.method.top_needed(term.cfg) for name, term in self.methods.items()}
+        needs = {name: (term.method.top_needed, term.cfg) for name, term in self.methods.items()}
+        return {name: None if needed is None else needed(cfg) for name, (needed, cfg) in needs.items()}
 
     def init(self) -> dict[str, Tree]:
         """Returns the initial values of the parameters that methods learn, by method."""
