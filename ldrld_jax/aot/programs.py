@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldrld_jax.data.resident import Images, ResidentBatches
 from ldrld_jax.data.source import InMemory
 from ldrld_jax.logit_store.feed import teacher_program
+from ldrld_jax.logit_store.top import TopLogits, top_logits
 from ldrld_jax.metrics import packed
 from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.train.dispatch import Step, several_steps
@@ -86,13 +87,13 @@ def programs_of(run: Run) -> Iterator[Program]:
         images = Images(run.batches, None)
         if count > 1:
             several = jit(several_steps(step, images.whole, count))
-            stacked = {name: _stacked(x, count) for name, x in beside.items()}
+            stacked = jax.tree.map(lambda x: _stacked(x, count), beside)
             arguments = {**weights, "beside": stacked, **_resident(run), "first": scalar}
             yield Program(f"{count} train steps", several, arguments, count * config.batch_size, count, one)
         made = {**_resident(run), "start": scalar, "count": scalar}
         yield Program("batch of resident images", images.make, made, config.batch_size)
     if stored and isinstance(teacher, NetworkTeacher):
-        program = teacher_program(teacher.network, config.logits.dtype, mesh)
+        program = teacher_program(teacher.network, config.logits.dtype, mesh, config.logits.top_k)
         taught = {"teacher": teacher.variables, "images": batch["image"]}
         yield Program("teacher of the logit store", program, taught, config.batch_size, one=(program, taught))
     yield _evaluation(run, network, state.evaluated)
@@ -142,10 +143,14 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def _logits(run: Run) -> jax.ShapeDtypeStruct:
-    rows = _batch(run)["label"].shape[0]
-    shape = rows, len(run.batches.source.class_names)
-    return _struct(shape, jnp.dtype(run.config.logits.get("dtype", "float32")), run, "data")
+def _logits(run: Run) -> jax.ShapeDtypeStruct | TopLogits:
+    """Returns a batch of the teacher's logits as stored, or as a teacher outside of JAX gives them."""
+    rows, classes = _batch(run)["label"].shape[0], len(run.batches.source.class_names)
+    dtype, top_k = jnp.dtype(run.config.logits.get("dtype", "float32")), run.config.logits.get("top_k")
+    if top_k is None:
+        return _struct((rows, classes), dtype, run, "data")
+    kinds = jax.eval_shape(lambda z: top_logits(z, top_k, dtype), jax.ShapeDtypeStruct((rows, classes), jnp.float32))
+    return jax.tree.map(lambda x: _struct(x.shape, x.dtype, run, "data"), kinds)
 
 
 def _resident(run: Run) -> dict[str, Tree]:

@@ -149,6 +149,8 @@ class Logits:
     dir: Path | None = None  # where it lies, for any number of runs; unset: no store
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # in which they are stored and taught
     views: Count | None = None  # k: epoch e is augmented as epoch e % k; unset: each anew
+    top_k: Count | None = None  # keep the largest of each image and the log-sum-exp of the others; unset: keep all
+    spread_rest: bool = False  # top_k: with methods that read every logit too, the rest spread evenly over its classes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.logit_store.store import LogitStore
+from ldrld_jax.logit_store.store import Logits, LogitStore
+from ldrld_jax.logit_store.top import TopLogits, top_logits_on
 from ldrld_jax.record.console import say
 from ldrld_jax.runtime.mesh import batch_sharding, to_devices
 
-DeviceBatch = dict[str, jax.Array]
+DeviceBatch = dict[str, Any]  # of arrays, and of the teacher's logits
 Tell = Callable[[str], None]
 Batches = Any  # a `data.stream.TrainBatches`, not imported: the store does not depend on data
 
@@ -52,7 +53,7 @@ def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int
 
 
 class LogitFeed:
-    """Source of the `teacher_logits` `[n, C]`, in the store's dtype, for the batches of a run.
+    """Source of the `teacher_logits` for the batches of a run: `[n, C]` in the store's dtype, or `TopLogits`.
 
     The teacher runs in its own program, so that runs that write a store and runs that read it train with the same
     step: their losses are bitwise equal.
@@ -63,7 +64,7 @@ class LogitFeed:
       batches: the run's training batches.
       mesh: the run's devices.
       epochs: number of epochs of the run.
-      teach: maps images `[n, ...]` to logits `[n, C]`; None if the store has every epoch that the run needs.
+      teach: maps images `[n, ...]` to logits as stored; None if the store has every epoch that the run needs.
       threads: number of threads that prepare the batches that no step of this process trained on.
     """
 
@@ -73,7 +74,7 @@ class LogitFeed:
         batches: Batches,
         mesh: Mesh,
         epochs: int,
-        teach: Callable[[jax.Array], jax.Array] | None = None,
+        teach: Callable[[jax.Array], Any] | None = None,
         *,
         threads: int = 4,
     ):
@@ -81,11 +82,11 @@ class LogitFeed:
         self._epochs, self._threads, self._teach = epochs, threads, teach
         self._ahead = _ReadAhead(store)
         self._epoch = -1
-        self._stored: np.ndarray | None = None  # the current epoch's logits
+        self._stored: Logits | None = None  # the current epoch's logits
         self._sheet: _Sheet | None = None  # collects the current epoch's logits if they are not stored
 
     def __call__(self, step: int, batch: DeviceBatch, tell: Tell = _unheard) -> DeviceBatch:
-        """Returns `teacher_logits` `[n, C]` for the batch after `step` steps. Steps must be requested in order.
+        """Returns `teacher_logits` for the batch after `step` steps. Steps must be requested in order.
 
         An epoch is written to the store before the logits of its last batch are returned.
 
@@ -102,10 +103,10 @@ class LogitFeed:
         if self._stored is None:
             return {"teacher_logits": self._make(position, batch, tell)}
         rows = self._rows(self._stored, position)
-        return {"teacher_logits": jax.make_array_from_process_local_data(batch_sharding(self._mesh), rows)}
+        return {"teacher_logits": self._global(batch_sharding(self._mesh), rows)}
 
     def several(self, step: int, count: int, batch: Callable[[int], DeviceBatch], tell: Tell = _unheard) -> DeviceBatch:
-        """Returns `teacher_logits` `[count, n, C]` for the `count` batches after `step` steps, all of one epoch.
+        """Returns `teacher_logits` `[count, n, ...]` for the `count` batches after `step` steps, all of one epoch.
 
         `batch(s)` returns the batch after `s` steps. See `__call__` for the rest.
         """
@@ -113,9 +114,9 @@ class LogitFeed:
         sharding = NamedSharding(self._mesh, PartitionSpec(None, *batch_sharding(self._mesh).spec))
         if self._stored is None:
             made = [self._make(position + i, batch(step + i), tell) for i in range(count)]
-            return {"teacher_logits": jax.device_put(jnp.stack(made), sharding)}
-        rows = np.stack([self._rows(self._stored, position + i) for i in range(count)])
-        return {"teacher_logits": jax.make_array_from_process_local_data(sharding, rows)}
+            return {"teacher_logits": jax.device_put(jax.tree.map(lambda *each: jnp.stack(each), *made), sharding)}
+        rows = [self._rows(self._stored, position + i) for i in range(count)]
+        return {"teacher_logits": self._global(sharding, jax.tree.map(lambda *each: np.stack(each), *rows))}
 
     def _enter(self, step: int) -> int:
         """Returns a step's position in its epoch, after loading the epoch's logits or preparing a sheet for them."""
@@ -130,14 +131,23 @@ class LogitFeed:
             self._sheet = _Sheet(self._store, functools.partial(self._batches.share, epoch))
         return position
 
-    def _rows(self, stored: np.ndarray, position: int) -> np.ndarray:
+    def _rows(self, stored: Logits, position: int) -> Logits:
         """Returns this host's rows of a batch, with zeros for padding."""
         share = self._batches.share(self._epoch, position)
-        rows = np.zeros((share.rows, stored.shape[1]), stored.dtype)
-        rows[: len(share.indices)] = stored[share.indices]
-        return rows
 
-    def _make(self, position: int, batch: DeviceBatch, tell: Tell) -> jax.Array:
+        def own(stored: np.ndarray) -> np.ndarray:
+            rows = np.zeros((share.rows, *stored.shape[1:]), stored.dtype)
+            rows[: len(share.indices)] = stored[share.indices]
+            return rows
+
+        return jax.tree.map(own, stored)
+
+    @staticmethod
+    def _global(sharding: NamedSharding, rows: Logits) -> Any:
+        """Returns the rows of all hosts as arrays on the devices."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
+
+    def _make(self, position: int, batch: DeviceBatch, tell: Tell) -> Any:
         assert self._sheet is not None and self._teach is not None
         logits = self._teach(batch["image"])
         self._sheet.add(position, logits)
@@ -147,7 +157,7 @@ class LogitFeed:
             self._store.write(self._batches.shown(self._epoch), self._sheet.finished())
         return logits
 
-    def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[jax.Array], jax.Array], tell: Tell) -> None:
+    def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[jax.Array], Any], tell: Tell) -> None:
         """Computes the batches that no step of this process saw: those before a resume, and the dropped remainder."""
         places = -(-len(self._batches.source) // self._batches.batch_size)
         missing = [position for position in range(places) if position not in sheet.positions]
@@ -157,11 +167,12 @@ class LogitFeed:
             sheet.add(position, teach(batch["image"]))
 
 
-def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh) -> Any:
-    """Returns a network as a jitted program `program(variables, images [n, ...])` with logits `[n, C]`."""
+def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh, top_k: int | None = None) -> Any:
+    """Returns a network as a jitted program `program(variables, images [n, ...])` with logits as stored."""
 
-    def logits(variables: Any, images: jax.Array) -> jax.Array:
-        return network(variables, images, train=False)[0].astype(jnp.dtype(dtype))
+    def logits(variables: Any, images: jax.Array) -> jax.Array | TopLogits:
+        rows = network(variables, images, train=False)[0]
+        return rows.astype(jnp.dtype(dtype)) if top_k is None else top_logits_on(mesh, rows, top_k, jnp.dtype(dtype))
 
     return jax.jit(logits, out_shardings=batch_sharding(mesh))
 
@@ -171,9 +182,9 @@ class _ReadAhead:
 
     def __init__(self, store: LogitStore):
         self._store, self._background = store, ThreadPoolExecutor(max_workers=1)
-        self._read: dict[int, Future[np.ndarray]] = {}
+        self._read: dict[int, Future[Logits]] = {}
 
-    def __call__(self, epoch: int, following: int) -> np.ndarray:
+    def __call__(self, epoch: int, following: int) -> Logits:
         """Returns the logits of `epoch`, starts reading `following` if it is stored, and drops all others."""
         wanted = [epoch, following] if following in self._store else [epoch]
         self._read = {e: self._read.get(e) or self._background.submit(self._store.read, e) for e in wanted}
@@ -185,16 +196,16 @@ class _Sheet:
 
     def __init__(self, store: LogitStore, share: Callable[[int], Any]):
         self.positions: set[int] = set()
-        self._logits, self._share, self._dtype = np.zeros(store.shape, store.dtype), share, store.key["dtype"]
-        self._newest: tuple[int, jax.Array] | None = None
+        self._logits, self._share, self._dtype = store.empty(), share, store.key["dtype"]
+        self._newest: tuple[int, Any] | None = None
 
-    def add(self, position: int, logits: jax.Array) -> None:
-        logits.copy_to_host_async()
+    def add(self, position: int, logits: Any) -> None:
+        jax.tree.map(lambda x: x.copy_to_host_async(), logits)
         self._settle()
         self._newest = position, logits
         self.positions.add(position)
 
-    def finished(self) -> np.ndarray:
+    def finished(self) -> Logits:
         self._settle()
         return self._logits
 
@@ -204,10 +215,11 @@ class _Sheet:
             return
         (position, logits), self._newest = self._newest, None
         indices = self._share(position).indices
-        rows = np.asarray(logits)[: len(indices)]
-        if not np.isfinite(rows).all():
-            raise UserError(
-                f"a logit of the teacher is not finite as {self._dtype}. Set logits.dtype=bfloat16, or check its "
-                "checkpoint and its data."
-            )
-        self._logits[indices] = rows
+        for whole, part in zip(jax.tree.leaves(self._logits), jax.tree.leaves(logits), strict=True):
+            rows = np.asarray(part)[: len(indices)]
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"a logit of the teacher is not finite as {self._dtype}. Set logits.dtype=bfloat16, or check its "
+                    "checkpoint and its data."
+                )
+            whole[indices] = rows

@@ -1,7 +1,8 @@
 """Stores a teacher's logits on disk for every image and augmentation epoch, with a key that identifies them.
 
 `DIR/key.json` is the key. `DIR/00007` is a zarr array `[examples, classes]` for the images as augmented in epoch 7,
-and `DIR/00007/whole` appears once the array is complete. Any zarr reader opens the arrays.
+and `DIR/00007/whole` appears once the array is complete. With `logits.top_k` there are three arrays in its place,
+`values`, `classes` and `rest`, see `TopLogits`. Any zarr reader opens the arrays.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from ml_collections import ConfigDict
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import full_disk_named
 from ldrld_jax.identity import flat
+from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
 Key = dict[str, Any]
+Logits = np.ndarray | TopLogits  # of an epoch: [examples, classes], or the largest of each example
 
 _FULL = "no space left for the logit store; its whole epochs are intact"
 _CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for several threads to share the reading
@@ -34,7 +37,14 @@ _NOT_KEY = (
 )
 
 
-def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: bool) -> None:
+def check(
+    config: ConfigDict,
+    *,
+    views: int,
+    last_layer: bool,
+    teacher_changes: bool,
+    top_needed: Mapping[str, int | None],
+) -> None:
     """Raises a UserError if a run of this config cannot use a logit store.
 
     Args:
@@ -42,6 +52,7 @@ def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: 
       views: number of augmentations of an image that the methods compare.
       last_layer: True if a method uses the weights of the teacher's last layer.
       teacher_changes: True if the teacher's weights change as the student trains.
+      top_needed: `Method.top_needed` of each method.
     """
     logits = config.logits
     if not logits:
@@ -55,6 +66,33 @@ def check(config: ConfigDict, *, views: int, last_layer: bool, teacher_changes: 
         if wrong:
             what = "logits.dir keeps a teacher's logits for later runs" if "dir" in logits else "a file has logits"
             raise UserError(f"{what}, but {why}. Unset one of them.")
+    if logits.get("top_k") is None:
+        if logits.get("spread_rest"):
+            raise UserError(
+                "logits.spread_rest spreads what logits.top_k leaves out, and logits.top_k is unset. Set it, or unset "
+                "logits.spread_rest."
+            )
+        return
+    for name, needed in top_needed.items():
+        if needed is None and not logits.spread_rest:
+            raise UserError(
+                f"method={name} reads every logit of the teacher, and logits.top_k={logits.top_k} keeps the largest "
+                "and the mass of the rest. Unset logits.top_k, or spread that mass evenly: logits.spread_rest=True."
+            )
+        if needed is not None and needed > logits.top_k:
+            raise UserError(
+                f"method={name} compares the {needed} largest logits, and logits.top_k={logits.top_k} keeps fewer. "
+                f"Set it to at least {needed}."
+            )
+
+
+def check_classes(config: ConfigDict, classes: int) -> None:
+    """Raises a UserError if `logits.top_k` leaves nothing out of `classes` logits."""
+    top_k = config.logits.get("top_k")
+    if top_k is not None and top_k >= classes:
+        raise UserError(
+            f"logits.top_k must be below the number of classes ({classes}), got {top_k}. Unset it to keep all logits."
+        )
 
 
 def make_key(
@@ -90,6 +128,7 @@ def make_key(
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
     data |= {"records": len(records), "images": checksum_of_images(records)}
     key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
+    key["top_k"] = config.logits.top_k
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
@@ -142,25 +181,37 @@ class LogitStore:
     key: Key
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The numbers of examples and classes."""
-        return self.key["data"]["records"], self.key["classes"]
+    def top_k(self) -> int | None:
+        """The number of largest logits that are kept of each example; None for all."""
+        return self.key.get("top_k")
 
     @property
     def dtype(self) -> np.dtype:
         return ts.dtype(self.key["dtype"]).numpy_dtype
 
+    def empty(self) -> Logits:
+        """Returns zeros in the form in which an epoch is stored."""
+        examples, classes = self.key["data"]["records"], self.key["classes"]
+        if self.top_k is None:
+            return np.zeros((examples, classes), self.dtype)
+        return TopLogits(
+            np.zeros((examples, self.top_k), self.dtype),
+            np.zeros((examples, self.top_k), class_dtype(classes)),
+            np.zeros(examples, np.float32),
+            classes,
+        )
+
     @property
     def bytes_per_epoch(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return sum(array.nbytes for array in jax.tree.leaves(self.empty()))
 
     def describe(self, epochs: int) -> str:
         """Returns the size of `epochs` epochs as readable text."""
-        size, (examples, classes) = self.bytes_per_epoch * epochs, self.shape
-        return (
-            f"{human_bytes(size)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {classes:,} classes x "
-            f"{self.dtype.itemsize} bytes"
-        )
+        examples, classes, size = self.key["data"]["records"], self.key["classes"], self.bytes_per_epoch
+        each = f"{classes:,} classes x {self.dtype.itemsize} bytes"
+        if self.top_k is not None:
+            each = f"{size // examples:,} bytes (the {self.top_k:,} largest of {classes:,} classes)"
+        return f"{human_bytes(size * epochs)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {each}"
 
     def teacher_top1(self, eval_split: str) -> float | None:
         """Returns the teacher's top-1 in percent if the store was created with this split, else None.
@@ -212,28 +263,34 @@ class LogitStore:
     def __contains__(self, epoch: int) -> bool:
         return self._files.read(f"{epoch:05}/whole").result().state == "value"
 
-    def read(self, epoch: int) -> np.ndarray:
-        """Returns the logits `[examples, classes]` of a stored epoch.
+    def read(self, epoch: int) -> Logits:
+        """Returns the logits of a stored epoch.
 
         Raises:
           UserError: if the stored data is damaged.
         """
+        form = self.empty()
         try:
-            logits = ts.open(self._array(epoch), open=True).result().read().result()
+            opened = [ts.open(spec, open=True).result() for spec, _ in self._arrays(epoch, form)]
+            read = [array.read().result() for array in opened]
         except ValueError as error:
             raise self._damaged(epoch, str(error)) from error
-        if not np.isfinite(logits).all():
-            raise self._damaged(epoch, "a part of it is missing")
-        return logits
+        for array in read:
+            whole = array < self.key["classes"] if array.dtype.kind == "u" else np.isfinite(array)
+            if not whole.all():
+                raise self._damaged(epoch, "a part of it is missing")
+        return jax.tree.unflatten(jax.tree.structure(form), read)
 
-    def write(self, epoch: int, logits: np.ndarray) -> None:
-        """Writes the logits `[examples, classes]` of an epoch and then marks it as stored.
+    def write(self, epoch: int, logits: Logits) -> None:
+        """Writes the logits of an epoch, in the form of `empty`, and then marks it as stored.
 
         Raises:
           OSError: if the disk is full; the epochs before it stay intact.
         """
         with full_disk_named(self.directory, _FULL):
-            ts.open(self._array(epoch), open=True, create=True).result().write(logits).result()
+            for spec, array in self._arrays(epoch, logits):
+                spec["metadata"] |= _layout(array)
+                ts.open(spec, open=True, create=True).result().write(array).result()
             self._files.write(f"{epoch:05}/whole", b"").result()
 
     @property
@@ -249,21 +306,28 @@ class LogitStore:
             return f"{self.directory.rstrip('/')}/{folder}"
         return {"driver": "file", "path": f"{self._path}/{folder}"}
 
-    def _array(self, epoch: int) -> dict[str, Any]:
-        examples, classes = self.shape
-        rows = min(max(_CHUNK_BYTES // (classes * self.dtype.itemsize), 1), examples)
-        metadata = {
-            "shape": [examples, classes],
-            "data_type": self.key["dtype"],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, classes]}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "fill_value": "NaN",  # makes a missing chunk visible
-        }
-        return {"driver": "zarr3", "kvstore": self._place(f"{epoch:05}/"), "metadata": metadata}
+    def _arrays(self, epoch: int, logits: Logits) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Yields the zarr arrays of an epoch, each with what it holds."""
+        for path, array in jax.tree_util.tree_leaves_with_path(logits):
+            place = "/".join([f"{epoch:05}", *(part.name for part in path), ""])
+            metadata = {"shape": list(array.shape), "data_type": ts.dtype(array.dtype).name}
+            yield {"driver": "zarr3", "kvstore": self._place(place), "metadata": metadata}, array
 
     def _damaged(self, epoch: int, how: str) -> UserError:
         place = f"{self.directory.rstrip('/')}/{epoch:05}"
         return UserError(f"{place} is damaged: {how}. Delete this folder: the next run writes it again.")
+
+
+def _layout(array: np.ndarray) -> dict[str, Any]:
+    """Returns how an array is split into files: evenly, because zarr pads the last one to the size of the others."""
+    examples, *row = array.shape
+    rows = -(-examples // -(-array.nbytes // _CHUNK_BYTES))
+    return {
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *row]}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        # Makes a missing file visible.
+        "fill_value": int(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else "NaN",
+    }
 
 
 def human_bytes(size: float) -> str:

@@ -39,7 +39,7 @@ from ldrld_jax.losses.decoupled import (
 from ldrld_jax.losses.ldrld import ldrld_loss, ldrld_parts, ldrld_terms
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
 from ldrld_jax.losses.own import NoConfig, own_parts
-from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms
+from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms, topk_tail_top_needed
 from ldrld_jax.losses.top import AxisName
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
 from ldrld_jax.losses.two_views import CRLDConfig, SLDConfig, crld_parts, sld_parts, sld_student_swap
@@ -119,6 +119,9 @@ class Method:
         weights of the teacher's last layer; None if there are none.
       gradient_scale: `gradient_scale(epoch)` returns the scalar that multiplies the gradient of the learnt
         parameters before the update; None leaves the gradient unchanged.
+      top_needed: `top_needed(cfg)` returns K if the loss reads the teacher's logits at the K largest classes of either
+        side, and of the others the log-sum-exp at most, or None if it reads every logit, as it does without this
+        function. See docs/logit_store.md.
       decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
       ce_weight: the authors' weight of the cross-entropy.
       kd_weight: the authors' weight of the distillation term.
@@ -135,6 +138,7 @@ class Method:
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     kd_warmup_epochs: int = 0
+    top_needed: Callable[[Any], int | None] | None = None
 
     def views(self, cfg: MethodConfig) -> int:
         """Returns the number of augmentations of each image that the loss compares; for 2, logits are `[2, ..., C]`."""
@@ -244,7 +248,7 @@ def standardized(method: Method) -> Method:
         teacher, student = prepare_logits(teacher_logits, student_logits, where)
         return method.parts(standardize_logits(teacher), standardize_logits(student), labels, cfg, where=where, **rest)
 
-    return dataclasses.replace(method, parts=parts)
+    return dataclasses.replace(method, parts=parts, top_needed=None)  # mean and deviation are of all logits
 
 
 METHODS: dict[str, Method] = {
@@ -256,7 +260,9 @@ METHODS: dict[str, Method] = {
     "ttm": Method(TTMConfig, mean_parts(without_labels(ttm_terms)), kd_weight=45.0),
     "wttm": Method(WTTMConfig, mean_parts(without_labels(wttm_terms)), kd_weight=4.0),
     "rld": Method(RLDConfig, mean_parts(rld_terms), kd_warmup_epochs=20),
-    "ldrld": Method(LDRLDConfig, without_labels(ldrld_parts)),
+    "ldrld": Method(
+        LDRLDConfig, without_labels(ldrld_parts), top_needed=lambda cfg: None if cfg.use_remainder else cfg.depth
+    ),
     "mlkd": Method(MLKDConfig, without_labels(mlkd_parts), decomposes=False),
     "ctkd": Method(CTKDConfig, mean_parts(without_labels(ctkd_terms)), ctkd_init, ctkd_gradient_scale),
     "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms)), kd_weight=32.0),
@@ -268,6 +274,6 @@ METHODS: dict[str, Method] = {
     # The cross-entropy is the mean over both views; the published code adds them up.
     "crld": Method(CRLDConfig, without_labels(crld_parts), ce_weight=2.0),
     "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap, ce_weight=0.2, kd_weight=0.9),
-    "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms)), ce_weight=0.0),
-    "topk_tail": Method(TopKTailConfig, mean_parts(without_labels(topk_tail_terms))),
+    "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms)), ce_weight=0.0, top_needed=lambda cfg: cfg.top_k),
+    "topk_tail": Method(TopKTailConfig, mean_parts(without_labels(topk_tail_terms)), top_needed=topk_tail_top_needed),
 }

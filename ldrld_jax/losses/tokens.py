@@ -173,6 +173,11 @@ def topk_tail_terms(
     return cfg.beta * p.divergence_from(mixture, keep) + (1 - cfg.beta) * q.divergence_from(mixture, keep)
 
 
+def topk_tail_top_needed(cfg: TopKTailConfig) -> int | None:
+    """Returns K, or None where the bucket has another temperature than the stored log-sum-exp of the rest."""
+    return None if cfg.tail and cfg.temperature != 1 else cfg.top_k
+
+
 @dataclasses.dataclass(frozen=True)
 class _Buckets:
     """Log-probabilities `[..., V]` of the kept classes, and `[..., 1]` of all others together, or None."""

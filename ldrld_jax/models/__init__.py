@@ -10,13 +10,13 @@ from flax import nnx
 from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
-from ldrld_jax.models.cifar_resnet50 import CIFAR_RESNET50
 from ldrld_jax.models.imagenet_resnet import IMAGENET_RESNETS
 from ldrld_jax.models.layers import Dtype
 from ldrld_jax.models.mobilenet_v1 import MOBILENETS_V1
 from ldrld_jax.models.mobilenet_v2 import MOBILENETS_V2
 from ldrld_jax.models.shufflenet_v1 import SHUFFLENETS_V1
 from ldrld_jax.models.shufflenet_v2 import SHUFFLENETS_V2
+from ldrld_jax.models.small_image_resnet import SMALL_IMAGE_RESNETS
 from ldrld_jax.models.vgg import VGGS
 from ldrld_jax.models.vit import VISION_TRANSFORMERS
 from ldrld_jax.models.wrn import WIDE_RESNETS
@@ -25,7 +25,7 @@ __all__ = ["MODELS", "create_model"]
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     **CIFAR_RESNETS,
-    **CIFAR_RESNET50,
+    **SMALL_IMAGE_RESNETS,
     **WIDE_RESNETS,
     **VGGS,
     **MOBILENETS_V2,

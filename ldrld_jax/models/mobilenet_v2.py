@@ -1,11 +1,12 @@
-"""The half-width MobileNetV2 for CIFAR of RepDistiller and mdistiller."""
+"""RepDistiller's MobileNetV2 for CIFAR, of half the width, and mdistiller's for Tiny-ImageNet."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.models.initializers import normal
+from ldrld_jax.models.initializers import normal, torch_default, torch_uniform
 from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
 
 
@@ -87,4 +88,89 @@ class MobileNetV2(nnx.Module):
         return self.classifier[0](global_average_pool(x))
 
 
-MOBILENETS_V2 = {"MobileNetV2": MobileNetV2}
+class BiasedInvertedResidual(nnx.Module):
+    """`InvertedResidual` with ReLU6, and a bias on every convolution, under the keys of the Tiny-ImageNet version."""
+
+    def __init__(self, in_features: int, features: int, *, expansion: int, stride: int, **common: Any):
+        hidden = expansion * in_features
+        self.residual = Sequential(
+            _biased_conv(in_features, hidden, 1, **common),
+            BatchNorm(hidden, **common),
+            nnx.relu6,
+            _biased_conv(hidden, hidden, 3, stride=stride, groups=hidden, **common),
+            BatchNorm(hidden, **common),
+            nnx.relu6,
+            _biased_conv(hidden, features, 1, **common),
+            BatchNorm(features, **common),
+        )
+        self.adds = stride == 1 and in_features == features
+
+    def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
+        y = self.residual(x, mode)
+        return x + y if self.adds else y
+
+
+# Expansion, width, number of blocks, stride of the first block.
+_TINY_IMAGENET_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 1),
+    (6, 320, 1, 1),
+)
+
+
+class TinyImageNetMobileNetV2(nnx.Module):
+    """Seven stages of inverted residuals after a 1x1 stem that pads; reduces 64 pixels to 9, any size to about 1/8.
+
+    Args:
+      num_classes: C, the number of logits.
+      in_channels: number of channels of the input.
+      common: `dtype` of the computation and the logits, `param_dtype` of the parameters, and `rngs`,
+        whose "params" stream initialises the parameters.
+
+    References:
+      Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018; mdistiller's
+      `mobilenetv2_tinyimagenet`, whose last layer is a 1x1 convolution.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
+        self.pre = Sequential(_biased_conv(in_channels, 32, 1, **common), BatchNorm(32, **common), nnx.relu6)
+        features = 32
+        for i, (expansion, width, count, stride) in enumerate(_TINY_IMAGENET_STAGES, start=1):
+            first = BiasedInvertedResidual(features, width, expansion=expansion, stride=stride, **common)
+            rest = [
+                BiasedInvertedResidual(width, width, expansion=expansion, stride=1, **common) for _ in range(count - 1)
+            ]
+            setattr(self, f"stage{i}", Sequential(first, *rest) if rest else first)  # as the published keys have it
+            features = width
+        self.conv1 = Sequential(_biased_conv(features, 1280, 1, **common), BatchNorm(1280, **common), nnx.relu6)
+        self.conv2 = _biased_conv(1280, num_classes, 1, **common)
+
+    def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
+        """Computes logits `[N, C]` of normalised images `[N, H, W, channels]`; `where` `[N]` masks out padding."""
+        mode = Mode(train, where)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        stages = [getattr(self, f"stage{i}") for i in range(1, len(_TINY_IMAGENET_STAGES) + 1)]
+        for part in (self.pre, *stages, self.conv1):
+            x = part(x, mode)
+        return self.conv2(global_average_pool(x)[:, None, None])[:, 0, 0]
+
+
+def _biased_conv(in_features: int, features: int, kernel: int, *, groups: int = 1, **kwargs: Any) -> nnx.Conv:
+    """Creates a convolution with a bias and PyTorch's default initialisation."""
+    return conv(
+        in_features,
+        features,
+        kernel,
+        groups=groups,
+        use_bias=True,
+        kernel_init=torch_default,
+        bias_init=torch_uniform(kernel**2 * in_features // groups),
+        **kwargs,
+    )
+
+
+MOBILENETS_V2 = {"MobileNetV2": MobileNetV2, "tinyimagenet_mobilenetv2": TinyImageNetMobileNetV2}

@@ -9,27 +9,31 @@ from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut: `[N, H, W, in_features]` to `[N, H', W', features]`."""
+    """Two 3x3 convolutions and a shortcut: `[N, H, W, in_features]` to `[N, H', W', features]`.
+
+    `shortcut` is the name of the attribute that holds the projection, which differs among published keys.
+    """
 
     expansion = 1
 
-    def __init__(self, in_features: int, features: int, *, stride: int, **common: Any):
+    def __init__(self, in_features: int, features: int, *, stride: int, shortcut: str = "downsample", **common: Any):
         self.conv1 = conv(in_features, features, 3, stride=stride, **common)
         self.bn1 = BatchNorm(features, **common)
         self.conv2 = conv(features, features, 3, **common)
         self.bn2 = BatchNorm(features, **common)
-        self.downsample = projection(in_features, features, stride=stride, **common)
+        self.shortcut_name = shortcut
+        setattr(self, shortcut, projection(in_features, features, stride=stride, **common))
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), mode))
         y = self.bn2(self.conv2(y), mode)
-        return nnx.relu(self.downsample(x, mode) + y)
+        return nnx.relu(getattr(self, self.shortcut_name)(x, mode) + y)
 
 
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the output has four times `features` channels.
 
-    `shortcut` is the name of the attribute that holds the projection, which differs among published keys.
+    `shortcut` is as in `BasicBlock`.
     """
 
     expansion = 4

@@ -20,8 +20,8 @@ class ModelSummary(NamedTuple):
 
     Attributes:
       name: key of `MODELS`.
-      image_size: height and width, 32 for CIFAR models and 224 for ImageNet models.
-      num_classes: 100 or 1000.
+      image_size: height and width: 32 for CIFAR models, 64 for Tiny-ImageNet models, 224 for ImageNet models.
+      num_classes: 100, 200 or 1000.
       parameters: the number of trained values, without running statistics.
       flops: FLOPs of the forward pass of one image, two per multiply-add, in convolutions and matrix
         products only. Papers that count multiply-adds, as torchvision does, report half of it.
@@ -44,7 +44,8 @@ def summarize(name: str) -> ModelSummary:
       >>> summarize("resnet8")
       ModelSummary(name='resnet8', image_size=32, num_classes=100, parameters=83892, flops=25014784)
     """
-    image_size, num_classes = (224, 1000) if name.startswith(("imagenet_", "vit_")) else (32, 100)
+    natives = {"imagenet": (224, 1000), "vit": (224, 1000), "tinyimagenet": (64, 200)}
+    image_size, num_classes = natives.get(name.partition("_")[0], (32, 100))
     apply, params, batch_stats = purify(nnx.eval_shape(lambda: create_model(name, num_classes, rngs=nnx.Rngs(0))))
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda *args: apply(*args, train=False)[0])(params, batch_stats, image)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import optax
+from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import NonFiniteError, UserError
@@ -193,8 +194,14 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         skip_non_finite=config.non_finite == "skip",
         # XLA for CPU computes convolutions inside a loop several times slower than outside of one.
         unroll=run.mesh.devices.flat[0].platform == "cpu",
-        compared_depth=config.loss.get("ldrld", LDRLDConfig()).depth,
+        compared_depth=_compared_depth(config),
     )
+
+
+def _compared_depth(config: ConfigDict) -> int:
+    """Returns the number of largest classes that the metrics compare: LDRLD's depth, if so many are stored."""
+    depth, stored = config.loss.get("ldrld", LDRLDConfig()).depth, config.logits.get("top_k")
+    return depth if stored is None else min(depth, stored)
 
 
 def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str, Any]:

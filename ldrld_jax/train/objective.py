@@ -63,6 +63,12 @@ class Objective:
         """True if a method takes the weights of the teacher's last layer."""
         return any(term.method.from_teacher is not None for term in self.methods.values())
 
+    @property
+    def top_needed(self) -> dict[str, int | None]:
+        """What each method needs of the teacher's largest logits, see `Method.top_needed`."""
+        needs = {name: (term.method.top_needed, term.cfg) for name, term in self.methods.items()}
+        return {name: None if needed is None else needed(cfg) for name, (needed, cfg) in needs.items()}
+
     def init(self) -> dict[str, Tree]:
         """Returns the initial values of the parameters that methods learn, by method."""
         return {name: term.method.init(term.cfg) for name, term in self.methods.items() if term.method.init is not None}

@@ -70,6 +70,7 @@ class Run:
             views=objective.views,
             last_layer=objective.needs_last_layer,
             teacher_changes=config_lib.teaches_itself(config),
+            top_needed=objective.top_needed,
         )
         if objective.needs_last_layer and len(models := config_lib.teacher_models(config)) > 1:
             raise UserError(
@@ -80,6 +81,7 @@ class Run:
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         padded = batches.masked or config.batch_size % batches.divisor != 0
         check_classes(objective, len(batches.source.class_names), padded=padded)
+        logit_store.check_classes(config, len(batches.source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
         run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from ldrld_jax.errors import UserError
+from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import top_mask
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
 from ldrld_jax.train.objective import Objective, at_least_float32
@@ -142,7 +143,7 @@ def make_train_step(
     `batch` has `image` `[n, height, width, channels]` uint8 (`[n, views, ...]` for several views of
     each), `label` `[n]` and, if padded, `mask` `[n]`, False for padding, which counts in nothing. Teacher
     variables of None stand for the moving average of the student's. A batch may bring `teacher_logits`
-    `[n, C]`; then no teacher is run.
+    `[n, C]`, or the largest of them, `TopLogits`; then no teacher is run.
 
     Args:
       student: the network to train.
@@ -180,9 +181,11 @@ def make_train_step(
         def gradients_of(batch: Batch, key: jax.Array | None) -> tuple[Tree, Tree, Means]:
             rows = _rows(batch, objective.views)
             images, labels, where = rows["image"], rows["label"], rows.get("mask")
-            teacher_logits = rows.get("teacher_logits")
+            teacher_logits: Any = rows.get("teacher_logits")
             if teacher_logits is not None:
-                teacher_logits = teacher_logits.astype(jnp.float64 if student.dtype == jnp.float64 else jnp.float32)
+                dtype = jnp.float64 if student.dtype == jnp.float64 else jnp.float32
+                sparse = isinstance(teacher_logits, TopLogits)
+                teacher_logits = teacher_logits.dense(dtype) if sparse else teacher_logits.astype(dtype)
             elif teacher is not None:
                 teacher_logits, _ = teacher(frozen, images, train=False)
 

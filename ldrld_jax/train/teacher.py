@@ -138,7 +138,7 @@ def obtain_teacher(
     _introduce(run, origin, top1)
     if store is None:
         return dataclasses.replace(teacher, top1=top1)
-    program = teacher_program(teacher.network, store.dtype, run.mesh)
+    program = teacher_program(teacher.network, store.dtype, run.mesh, store.top_k)
     return _stored(run, store, top1, (lambda images: program(teacher.variables, images)) if missing else None)
 
 
@@ -159,10 +159,11 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     _introduce(run, "on the host", top1)
     if store is None:
         return OnHost(function, top1)
+    program = teacher_program(lambda _, logits, train: (logits, ()), store.dtype, run.mesh, store.top_k)
 
-    def teach(images: jax.Array) -> jax.Array:
-        logits = function.of_batch({"image": np.asarray(images)}, classes=classes).astype(store.dtype)
-        return jax.device_put(logits, batch_sharding(run.mesh))
+    def teach(images: jax.Array) -> Any:
+        logits = function.of_batch({"image": np.asarray(images)}, classes=classes)
+        return program(None, jax.device_put(logits, batch_sharding(run.mesh)))
 
     return _stored(run, store, top1, teach if missing else None)
 
@@ -216,7 +217,7 @@ def _introduce(run: Run, origin: str, top1: float) -> None:
     say(f"teacher {config.model} {origin}  top-1 {top1:.2f}")
 
 
-def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], jax.Array] | None) -> StoredTeacher:
+def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
     """Returns the teacher in a store; `teach` computes the logits that it lacks."""
     store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
     feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, threads=run.config.data.threads)

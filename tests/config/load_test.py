@@ -21,7 +21,7 @@ PAIRS = re.findall(r"^\| (\w+-\w+) +\|", (ROOT / "configs/cifar100.py").read_tex
 CONFIGS = [
     *("digits.py", "cifar100.py", "cifar100_laptop.py", "image_folder.py"),
     *("imagenet.py", "imagenet.py:imagenet_resnet50-imagenet_mobilenetv1"),
-    *("tiny_imagenet.py", "tiny_imagenet.py:imagenet_resnet18-ShuffleV2"),
+    *("tiny_imagenet.py", "tiny_imagenet.py:ResNet18-ShuffleV2"),
     *(f"cifar100.py:{pair}" for pair in PAIRS),
 ]
 

@@ -1,6 +1,7 @@
 """Runs with a logit store: the one that reads equals the one that writes, whatever happened in between."""
 
 import dataclasses
+import functools
 import pathlib
 
 import chex
@@ -56,8 +57,11 @@ def taught(monkeypatch):
     return counts
 
 
-def arrays(directory, epochs):
-    key = {"dtype": "float16", "classes": 10, "data": {"records": 90}}
+SPARSE = ["logits.top_k=4", "logits.spread_rest=True"]
+
+
+def arrays(directory, epochs, top_k=None):
+    key = {"dtype": "float16", "classes": 10, "data": {"records": 90}, "top_k": top_k}
     return [LogitStore(str(directory), key).read(epoch) for epoch in epochs]
 
 
@@ -105,10 +109,31 @@ def test_another_order_method_loader_and_batch_size_read_the_logits_of_the_very_
         np.testing.assert_allclose(given[rows], expected[rows], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("remainder", ["keep", "drop"])
-def test_a_run_that_dies_within_an_epoch_completes_it_and_ends_the_same(stored, tmp_path, monkeypatch, remainder):
+def test_a_sparse_store_is_read_as_it_was_written_and_with_all_but_one_logit_equals_a_full_one(
+    stored, tmp_path, taught, capsys
+):
+    nine = ["epochs=1", "logits.top_k=9", "logits.spread_rest=True"]
+    for name in ("wrote", "read"):
+        trainer.train(stored(*nine), tmp_path / name)
+    assert taught == [103]
+    assert "will take 3.6 kB: 1 epoch x 90 images x 40 bytes (the 9 largest of 10 classes)" in capsys.readouterr().out
+    assert comparable_lines(tmp_path / "read") == comparable_lines(tmp_path / "wrote")
+    chex.assert_trees_all_equal(saved(tmp_path / "read", 3), saved(tmp_path / "wrote", 3))
+
+    with pytest.raises(UserError, match=r"holds other logits: top_k \(9 there, None here\)\. Set another logits\.dir"):
+        trainer.train(stored("epochs=1"), tmp_path / "full")
+    trainer.train(stored("epochs=1", f"logits.dir={tmp_path / 'ten'}"), tmp_path / "full")
+    losses = [values(tmp_path / name, "train", "loss") for name in ("read", "full")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    full, sparse = arrays(tmp_path / "ten", [0])[0], arrays(tmp_path / "logits", [0], top_k=9)[0]
+    np.testing.assert_array_equal(sparse.values, np.take_along_axis(full, sparse.classes.astype(int), -1))
+    np.testing.assert_array_equal(sparse.values, -np.sort(-full)[:, :9])
+
+
+@pytest.mark.parametrize("more", [["data.remainder=keep"], ["data.remainder=drop"], SPARSE], ids=str)
+def test_a_run_that_dies_within_an_epoch_completes_it_and_ends_the_same(stored, tmp_path, monkeypatch, more):
     """The store too: bit for bit, the images before the resume and those of a dropped remainder with it."""
-    flags = [f"data.remainder={remainder}", "checkpoint.every_steps=1"]
+    flags, top_k = [*more, "checkpoint.every_steps=1"], 4 if more is SPARSE else None
     whole = f"logits.dir={tmp_path / 'whole'}"
     steps = trainer.train(stored(*flags, whole), tmp_path / "straight")["steps"]
     call = logit_feed.LogitFeed.__call__
@@ -124,19 +149,20 @@ def test_a_run_that_dies_within_an_epoch_completes_it_and_ends_the_same(stored, 
             trainer.train(stored(*flags), tmp_path / "resumed")
     assert [(tmp_path / "logits" / f"0000{epoch}" / "whole").exists() for epoch in (0, 1)] == [True, False]
     trainer.train(stored(*flags), tmp_path / "resumed")
-    chex.assert_trees_all_equal(arrays(tmp_path / "logits", (0, 1)), arrays(tmp_path / "whole", (0, 1)))
+    chex.assert_trees_all_equal(*(arrays(tmp_path / name, (0, 1), top_k) for name in ("logits", "whole")))
     chex.assert_trees_all_equal(saved(tmp_path / "resumed", steps), saved(tmp_path / "straight", steps))
     assert comparable_lines(tmp_path / "resumed") == comparable_lines(tmp_path / "straight")
 
 
-def test_several_steps_in_one_dispatch_write_and_read_what_single_steps_do(stored, tmp_path, taught):
-    flags = ["data.loader=resident", "steps_per_dispatch=2", "epochs=1"]
+@pytest.mark.parametrize("more", [[], SPARSE], ids=["all", "largest"])
+def test_several_steps_in_one_dispatch_write_and_read_what_single_steps_do(stored, tmp_path, taught, more):
+    stored, flags = functools.partial(stored, *more), ["data.loader=resident", "steps_per_dispatch=2", "epochs=1"]
     for name in ("wrote", "read"):
         trainer.train(stored(*flags), tmp_path / name)
     assert taught == [103]
     assert comparable_lines(tmp_path / "read") == comparable_lines(tmp_path / "wrote")
     trainer.train(stored("epochs=1", f"logits.dir={tmp_path / 'single'}"), tmp_path / "one")
-    chex.assert_trees_all_equal(arrays(tmp_path / "logits", [0]), arrays(tmp_path / "single", [0]))
+    chex.assert_trees_all_equal(*(arrays(tmp_path / name, [0], 4 if more else None) for name in ("logits", "single")))
     losses = [values(tmp_path / name, "train", "loss") for name in ("read", "one")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
 

@@ -4,6 +4,8 @@ import errno
 import pathlib
 import shutil
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -12,10 +14,14 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import LogitStore
+from ldrld_jax.logit_store.top import top_logits
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import NetworkTeacher, open_store
 
 KEY = {"dtype": "float16", "classes": 7, "data": {"records": 50}, "teacher": {"model": "resnet20"}}
+
+
+LOCAL = ["method=ldrld", "loss.ldrld.use_remainder=False"]
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def planned(tiny, tmp_path):
     """`planned(*overrides)`: the plan of a run with a store, and the store as its key would have it."""
 
     def make(*overrides: str):
-        flags = ["method=kd", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}", "data.pad=1"]
+        flags = ["method=bild", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}", "data.pad=1"]
         run = Run.plan(config_lib.resolve(tiny(*flags, *overrides)), tmp_path / "run")
         teacher = NetworkTeacher(*run.networks.random("tiny_net", run.config.teacher.data, seed=0))
         return run, open_store(run, teacher)
@@ -51,6 +57,38 @@ def test_an_epoch_is_there_once_it_is_written_and_comes_back_bit_for_bit(store, 
     assert store.read(3).dtype == np.float16
     np.testing.assert_array_equal(store.read(3), logits)
     assert len(list(pathlib.Path(store.directory, "00003", "c").rglob("0"))) > 1
+
+
+@pytest.fixture
+def largest(tmp_path, rng):
+    """A store of the three largest of seven logits, and an epoch of it."""
+    store = LogitStore(str(tmp_path / "largest"), {**KEY, "top_k": 3})
+    store.create(teacher_top1=56.93, eval_split="test")
+    return store, jax.device_get(top_logits(rng.normal(0, 5, (50, 7)), 3, np.float16))
+
+
+def test_an_epoch_of_the_largest_logits_comes_back_bit_for_bit_and_takes_what_the_formula_says(largest, monkeypatch):
+    monkeypatch.setattr(logit_store, "_CHUNK_BYTES", 26 * 3 * 2)
+    store, logits = largest
+    store.write(3, logits)
+    chex.assert_trees_all_equal(store.read(3), logits)
+    assert store.bytes_per_epoch == 50 * (3 * (2 + 2) + 4)
+    files = [path for path in pathlib.Path(store.directory, "00003").rglob("*") if "c" in path.parts and path.is_file()]
+    assert len(files) == 2 + 2 + 2  # of 25 rows
+    assert sum(path.stat().st_size for path in files) == store.bytes_per_epoch + 4 * len(files)  # a CRC in each
+
+
+@pytest.mark.parametrize("array", ["values", "classes", "rest"])
+def test_damage_to_each_array_of_the_largest_is_named(largest, array):
+    store, logits = largest
+    store.write(3, logits)
+    chunk = next(path for path in pathlib.Path(store.directory, "00003", array, "c").rglob("*") if path.is_file())
+    flip_a_bit(chunk)
+    with pytest.raises(UserError, match=r"00003 is damaged: .*igest mismatch.* Delete this folder"):
+        store.read(3)
+    chunk.unlink()
+    with pytest.raises(UserError, match=r"00003 is damaged: a part of it is missing. Delete this folder"):
+        store.read(3)
 
 
 def test_an_epoch_that_was_cut_short_is_not_there_and_is_written_again(store, logits):
@@ -132,6 +170,7 @@ def test_a_disk_that_is_too_small_is_refused_before(planned, monkeypatch, capsys
         ("data.train_split=train[10:100]", r"data\.images .*data\.train_split"),
         ("data.augment_seed=5", r"augment_seed \(0 there, 5 here\)"),
         ("seed=5", r"augment_seed \(0 there, 5 here\)"),
+        ("logits.top_k=8", r"top_k \(None there, 8 here\)"),
         ("logits.dtype=bfloat16", r"dtype \('float16' there, 'bfloat16' here\)"),
         ("precision=bfloat16", r"teacher\.precision"),
         ("teacher.data.mean=(.25,)", r"teacher\.mean \(\[\[0\.305\]\] there, \[\[0\.25\]\] here\)"),
@@ -170,6 +209,16 @@ def test_one_bit_of_a_weight_changes_the_checksum():
         (["data.mixup=.2", "data.remainder=drop"], r"data\.mixup blends"),
         (["method=mlkd", "loss.mlkd.views=2"], "method=mlkd compares 2 views of an image, and one is stored"),
         (["method=wkd"], "method=wkd takes the teacher's last layer, which is not stored"),
+        (["logits.top_k=0"], r"logits\.top_k must be at least 1, got 0"),
+        (["logits.top_k=4"], r"method=kd reads every logit .* logits\.top_k=4 keeps .*: logits\.spread_rest=True\.$"),
+        (["logits.top_k=10", "logits.spread_rest=True"], r"logits\.top_k must be below the number of classes \(10\)"),
+        (["logits.spread_rest=True"], r"logits\.top_k is unset\. Set it, or unset logits\.spread_rest"),
+        (["logits.top_k=7", "method=ldrld"], "method=ldrld reads every logit"),
+        (["logits.top_k=6", *LOCAL], r"method=ldrld compares the 7 largest .* Set it to at least 7\.$"),
+        (["logits.top_k=7", *LOCAL, "standardize=True"], "method=ldrld reads every logit"),
+        (["logits.top_k=8", "method=bild+dist"], "method=dist reads every logit"),
+        (["logits.top_k=7", "method=bild", "logits.spread_rest=True"], "method=bild compares the 8 largest"),
+        (["logits.top_k=1", "method=topk_tail", "loss.topk_tail.temperature=2."], "method=topk_tail reads every logit"),
         (["logits.dtype=float8"], "there is no logits.dtype 'float8'"),
         (["logits.views=0"], r"logits\.views must be at least 1, got 0"),
         (["data.augment_seed=-1"], r"data\.augment_seed must be at least 0"),

@@ -35,7 +35,7 @@ def images(model: str, kind: str = "eval") -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def state_dict(model: str) -> dict[str, np.ndarray]:
     """Every weight, drawn from its name."""
-    return {key: _weight(key, shape) for key, shape in KEYS[model].items()}
+    return {key: weight(key, shape) for key, shape in KEYS[model].items()}
 
 
 def logits() -> dict[tuple[str, str], np.ndarray]:
@@ -47,7 +47,8 @@ def logits() -> dict[tuple[str, str], np.ndarray]:
     return golden
 
 
-def _weight(key: str, shape: list[int]) -> np.ndarray:
+def weight(key: str, shape: list[int]) -> np.ndarray:
+    """The weight of this key and shape in PyTorch's layout, float64."""
     if key.endswith("num_batches_tracked"):
         return np.zeros((), np.int64)
     normal = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)

@@ -1,0 +1,29 @@
+"""Programs of a run with a logit store, from shapes alone: the teacher gives what the step takes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.aot.programs import programs_of
+from ldrld_jax.train.plan import Run
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_the_step_takes_logits_in_the_form_in_which_the_teacher_stores_them(tiny, tmp_path, top_k, together):
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.checkpoint=untrained", f"logits.dir={tmp_path / 'logits'}"]
+    flags += ["data.loader=resident", f"steps_per_dispatch={together}"]
+    flags += [] if top_k is None else [f"logits.top_k={top_k}", "logits.spread_rest=True"]
+    programs = {p.name: p for p in programs_of(Run.plan(config_lib.resolve(tiny(*flags)), tmp_path / "run"))}
+    teacher = programs["teacher of the logit store"]
+    stored = jax.eval_shape(teacher.jitted, *teacher.arguments.values())
+    taken = programs["train step"].arguments["batch"]["teacher_logits"]
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(stored) == shapes(taken)
+    whole = [((40, 10), jnp.float16)]
+    largest = [((40, 4), jnp.float16), ((40, 4), jnp.uint16), ((40,), jnp.float32)]
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(stored)] == (whole if top_k is None else largest)
+    step = programs["train step" if together == 1 else "2 train steps"]
+    state, _ = jax.eval_shape(step.jitted, *step.arguments.values())
+    assert shapes(state) == shapes(step.arguments["state"])
