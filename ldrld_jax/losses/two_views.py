@@ -207,7 +207,9 @@ def sld_parts(
     labels = jnp.asarray(labels)
     if labels.shape == rows.student.shape[1:-1]:
         labels = jnp.stack([labels, labels])
-    target = numerics.label_mask(labels, rows.student)
+    kept = None if rows.where is None else jnp.stack([rows.where, rows.where])
+    student, target = numerics.with_labels(labels, rows.student, kept)
+    rows = dataclasses.replace(rows, student=student)
     top = numerics.label_mask(jnp.argmax(rows.student, axis=-1), rows.student)
     swapped = _swapped(rows.teacher, target)
 
