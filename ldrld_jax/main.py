@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Distils a student from a teacher.",
         epilog="Any config key can be overridden: --config.seed=1 --config.optim.learning_rate=.1",
     )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; eval, predict, export: the workdir's own")
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
     hosts = parser.add_argument_group("a run of several processes, one a host")
     hosts.add_argument("--distributed", action="store_true", help="who they are says Slurm, Open MPI, GKE, a TPU pod")

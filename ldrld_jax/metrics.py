@@ -35,8 +35,8 @@ def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
 
 
 def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
-    """Returns the mean of `[n]` shares or booleans, in percent."""
-    return mean_of(100 * shares.astype(jnp.float32), where)
+    """Returns the mean of `[n]` shares or booleans, in percent; float64 under x64."""
+    return mean_of(100 * shares.astype(float), where)
 
 
 def add(left: Means, right: Means) -> Means:
@@ -151,9 +151,9 @@ def agreement(
       where: `[n]` bool; rows where it is False are ignored.
     """
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
-    size, both = (jnp.sum(mask, axis=-1, dtype=jnp.float32) for mask in (student_top, teacher_top & student_top))
+    size, both = (jnp.sum(mask, axis=-1, dtype=float) for mask in (student_top, teacher_top & student_top))
     return {
         "agreement": _percent(same, where),
         "top_d_overlap": _percent(both / size, where),
-        "label_in_top_d": _percent(at_labels(student_top.astype(jnp.float32), labels), where),
+        "label_in_top_d": _percent(at_labels(student_top.astype(float), labels), where),
     }

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import split_argument
+from ldrld_jax.losses import METHODS
+from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_config
 
 
@@ -44,6 +46,9 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Loads the config of the run in `workdir`, then sets `overrides`.
 
+    A method of the user's own, which only the run's config file adds to METHODS, becomes `ce`: evaluation, export and
+    prediction take the student alone.
+
     Raises:
       UserError: if there is no run, or a key or value is not allowed.
     """
@@ -51,8 +56,14 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     if saved is None:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
     config = default()
+    strange = [name for name in saved["method"].split("+") if name not in ("ce", *METHODS)]
+    if strange:
+        say(f"the method {'+'.join(strange)} of the run in {workdir} is not of this package: its loss is left out.")
+        saved["method"] = "ce"
+    left_out = tuple(f"{block}.{name}." for block in ("loss", "loss_weight") for name in strange)
     for key, value in leaves(ConfigDict(saved)):
-        if key == "compile_cache":  # of this machine, whoever made the run: what lies there is executed
+        # compile_cache is of this machine, whoever made the run: what lies there is executed.
+        if key == "compile_cache" or f"{key}.".startswith(left_out):
             continue
         set_value(config, key, value, source=f"{workdir}/config.json")
     return overridden(config, overrides)

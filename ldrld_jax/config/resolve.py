@@ -54,6 +54,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             # Runs that differ in order and augmentation share one teacher, and it has a seed of its own.
             if config.teacher[key][name] is None and name != "augment_seed":
                 config.teacher[key][name] = config[key][name]
+    if config.student.checkpoint is None or config.student.checkpoint_head == "load":
+        del config.student.checkpoint_head  # runs from before it do not have it in their identity
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
     if not names or config.logits.dir is None:

@@ -182,7 +182,13 @@ def fingerprint(source: Any) -> dict[str, Any]:
 
 
 def open_source(
-    name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise", max_skipped: float = 0.05
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    train_split: str = "train",
+    on_error: str = "raise",
+    max_skipped: float = 0.05,
 ) -> Source:
     """Opens a split of an image classification dataset, without TensorFlow.
 
@@ -191,6 +197,7 @@ def open_source(
         dataset name that TFDS knows.
       split: a split of the dataset; for TFDS also a slice such as `train[:90%]`.
       data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
+      train_split: the split that names the classes of an image folder, see `folders.open_folder`.
       on_error, max_skipped: see `Source`.
 
     Raises:
@@ -198,7 +205,9 @@ def open_source(
         command that prepares it.
     """
     if name in folders.FOLDERS:
-        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, on_error=on_error)
+        opened: tuple[Any, ...] = folders.open_folder(
+            name, split, data_dir, train_split=train_split, on_error=on_error
+        )
     else:
         opened = tfds_records.open_tfds(name, split, data_dir)
     records, class_names, shape = opened

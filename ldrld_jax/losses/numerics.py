@@ -49,7 +49,7 @@ def with_labels(
             f"labels must be between 0 and {student_logits.shape[-1] - 1}, got {jnp.asarray(labels)[stray][0]}. Mask "
             "rows without a label by where."
         )
-    return student_logits + jnp.where(stray, jnp.nan, jnp.zeros((), student_logits.dtype))[..., None], target
+    return student_logits * jnp.where(stray, jnp.nan, jnp.ones((), student_logits.dtype))[..., None], target
 
 
 def pick(values: jax.Array, mask: jax.Array) -> jax.Array:

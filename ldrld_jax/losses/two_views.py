@@ -135,7 +135,8 @@ def crld_parts(
     cross = jnp.sum(numerics.kl(teacher, student[::-1]), axis=0)
     sure = jnp.max(jax.nn.softmax(rows.teacher), axis=-1)
     weak, strong = sure[0] >= cfg.weak_threshold, sure[1] >= cfg.strong_threshold
-    mean = lambda kept, values: cfg.temperature**2 * rows.mean(jnp.where(kept, values, 0.0), axis_name)  # noqa: E731
+    # Multiplied, not selected: a NaN stays one.
+    mean = lambda kept, values: cfg.temperature**2 * rows.mean(kept.astype(values.dtype) * values, axis_name)  # noqa: E731
     return {"within": cfg.within_weight * mean(weak, within), "cross": cfg.cross_weight * mean(strong, cross)}
 
 

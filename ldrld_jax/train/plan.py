@@ -104,7 +104,11 @@ class Run:
         network, variables = self.networks.random(
             config.student.model, config.data, seed=config.seed, batch_norm_groups=groups
         )
-        if config.student.checkpoint is not None:
+        if "checkpoint_head" in config.student:
+            variables = self.networks.without_head(
+                config.student.checkpoint, config.student.model, config.data, variables
+            )
+        elif config.student.checkpoint is not None:
             _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
         return network, variables
 

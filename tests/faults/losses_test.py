@@ -8,7 +8,7 @@ import pytest
 from ldrld_jax.losses import METHODS
 from ldrld_jax.metrics import agreement, classification
 from ldrld_jax.train.objective import cross_entropy
-from tests.losses.methods_test import LABELLED, batch, default
+from tests.losses.methods_test import LABELLED, NAMES, batch, default
 from tests.losses.rows import loss_of_rows
 
 
@@ -40,3 +40,13 @@ def test_no_metric_takes_a_label_out_of_range_for_another_class(label):
     assert np.isnan(cross_entropy(logits, labels))
     top = dict(teacher_top=logits > 3, student_top=logits > 3)
     assert agreement(logits, logits, labels, where=kept, **top)["label_in_top_d"].value == 100.0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ldrld"])
+def test_a_logit_that_is_not_finite_makes_the_value_and_its_rows_gradient_nan(name, rng):
+    loss = jax.jit(jax.value_and_grad(loss_of_rows(METHODS[name]), argnums=1), static_argnums=3)
+    for teacher_value, student_value in ((-np.inf, 0.0), (0.0, -np.inf), (-np.inf, -np.inf), (np.inf, 0.0)):
+        teacher, student, labels = batch(rng, 4, dtype=np.float32)
+        teacher[1, 4], student[1, 4] = teacher_value, student_value
+        value, gradient = loss(teacher, student, labels, default(name))
+        assert np.isnan(value) and np.isnan(gradient[1]).all()
