@@ -5,7 +5,7 @@ only what differs from `default()`. `--config` executes that file: it is Python,
 """
 
 from ldrld_jax.config.keys import check, default
-from ldrld_jax.config.load import load, load_run, overridden
+from ldrld_jax.config.load import load, load_run, overridden, remarks
 from ldrld_jax.config.resolve import (
     method_config,
     method_names,
@@ -14,6 +14,7 @@ from ldrld_jax.config.resolve import (
     teacher_recipe,
     teacher_runs,
     teaches_itself,
+    unread,
 )
 from ldrld_jax.identity import flat, identity
 
@@ -27,9 +28,11 @@ __all__ = [
     "method_config",
     "method_names",
     "overridden",
+    "remarks",
     "resolve",
     "teacher_models",
     "teacher_recipe",
     "teacher_runs",
     "teaches_itself",
+    "unread",
 ]

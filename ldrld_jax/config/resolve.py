@@ -78,6 +78,22 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def unread(config: ConfigDict) -> list[str]:
+    """Returns a line for each block of an unresolved config that sets something and that its run does not read."""
+    names = method_names(config)
+    losses = {f"loss.{name}": dict(config.loss.get(name, {})) for name in METHODS if name not in names}
+    weights = {f"loss_weight.{name}": {"": config.loss_weight.get(name)} for name in METHODS if name not in names}
+    logits = {"logits": {"views": config.logits.views}} if config.logits.dir is None else {}
+    blocks = losses | weights | logits
+    given = {block: [key for key, value in keys.items() if value is not None] for block, keys in blocks.items()}
+    return [
+        f"{block}{'.' * bool(key)}{key} is set and not read, because "
+        + ("logits.dir is not set" if block == "logits" else f"method={config.method}")
+        for block, keys in given.items()
+        for key in keys
+    ]
+
+
 def _resolve_weights(config: ConfigDict, names: Sequence[str]) -> None:
     """Fills in unset weights: for one method, those that its authors published.
 

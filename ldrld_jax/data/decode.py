@@ -95,5 +95,7 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
 def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
     values, white = np.asarray(image), 2**bits - 1
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > white:
-        raise BrokenImageError(f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported, and 12-bit ones in TIFF")
+        raise BrokenImageError(
+            f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported, and 12-bit ones in TIFF"
+        )
     return Image.fromarray(((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))

@@ -82,9 +82,7 @@ def open_folder(
     return FolderRecords(paths, np.array(labels, np.int32)), class_names, (side, side, 3)
 
 
-def _image_folder(
-    root: epath.Path, split: str, train_split: str
-) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     train, folder = root / train_split, root / split
     if not train.is_dir() and _holds_classes(root):
         if split != train_split:

@@ -205,9 +205,7 @@ def open_source(
         command that prepares it.
     """
     if name in folders.FOLDERS:
-        opened: tuple[Any, ...] = folders.open_folder(
-            name, split, data_dir, train_split=train_split, on_error=on_error
-        )
+        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)
     else:
         opened = tfds_records.open_tfds(name, split, data_dir)
     records, class_names, shape = opened

@@ -127,7 +127,7 @@ def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
 
 def sqrt(x: jax.Array) -> jax.Array:
     """Computes the square root of x >= 0 with slope 0 at 0; the true slope is infinite and would give NaN."""
-    positive = x > 0
+    positive = ~(x <= 0)  # or NaN, which stays one
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 

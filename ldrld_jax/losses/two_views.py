@@ -72,12 +72,12 @@ class _Views:
     def of(cls, method: str, teacher_logits, student_logits, where, weights) -> "_Views":
         logits = {"teacher_logits": teacher_logits, "student_logits": student_logits}
         check_views(method, **logits, where=where, weights=weights)
-        teacher, student = prepare_logits(**logits)
+        teacher, student = prepare_logits(**logits, infinite=True)  # masked rows may be
         if weights is not None:
             weights = jnp.mean(check_rows("weights", weights, student.shape[:-1]).astype(student.dtype), axis=0)
         if where is not None:
             where = jnp.all(check_rows("where", where, student.shape[:-1]), axis=0)
-            teacher, student = prepare_logits(teacher, student, jnp.stack([where, where]))
+        teacher, student = prepare_logits(teacher, student, None if where is None else jnp.stack([where, where]))
         return cls(teacher, student, where, weights)
 
     def mean(self, values: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -135,8 +135,10 @@ def crld_parts(
     cross = jnp.sum(numerics.kl(teacher, student[::-1]), axis=0)
     sure = jnp.max(jax.nn.softmax(rows.teacher), axis=-1)
     weak, strong = sure[0] >= cfg.weak_threshold, sure[1] >= cfg.strong_threshold
-    # Multiplied, not selected: a NaN stays one.
-    mean = lambda kept, values: cfg.temperature**2 * rows.mean(kept.astype(values.dtype) * values, axis_name)  # noqa: E731
+
+    def mean(sure: jax.Array, values: jax.Array) -> jax.Array:
+        return cfg.temperature**2 * rows.mean(jnp.where(sure | jnp.isnan(values), values, 0.0), axis_name)
+
     return {"within": cfg.within_weight * mean(weak, within), "cross": cfg.cross_weight * mean(strong, cross)}
 
 

@@ -96,8 +96,9 @@ def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> d
     for name in numbers:
         if not is_number(summary.get(name)):
             raise UserError(f"{path} has no number {name}. Remove it: the run writes it again.")
-    teacher = summary.get("teacher_top1")
-    return {**summary, "teacher_top1": teacher if is_number(teacher) else None}
+    teacher, warnings = summary.get("teacher_top1"), summary.get("warnings")
+    known = [text for text in warnings if isinstance(text, str)] if isinstance(warnings, list) else []
+    return {**summary, "teacher_top1": teacher if is_number(teacher) else None, "warnings": known}
 
 
 class Lines(NamedTuple):

@@ -30,7 +30,11 @@ _LOOKED_AT = 64  # images of each split
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run whose config has been checked; nothing is on disk or on a device yet."""
+    """The parts of a run whose config has been checked; nothing is on disk or on a device yet.
+
+    Attributes:
+      warnings: lines on what is odd and does not stop the run; its summary repeats them.
+    """
 
     config: ConfigDict
     workdir: epath.Path
@@ -38,6 +42,7 @@ class Run:
     eval_source: Readable
     batches: TrainBatches
     objective: Objective
+    warnings: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
     def plan(cls, config: ConfigDict, workdir: epath.Path, *, absent: Sequence[jax.Device] | None = None) -> "Run":

@@ -1,6 +1,7 @@
 """Runs of a config: training, with the teacher first, and evaluation."""
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,14 +19,20 @@ from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.loop import fit
+from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.teacher import obtain_teacher
+from ldrld_jax.train.teacher import SelfTeacher, checkpoints_of, obtain_teacher
 
 _POLL_SECONDS = 1.0
 
 
 def train(
-    config: ConfigDict, workdir: epath.PathLike, *, leave_within: float | None = None, profile: str | None = None
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    leave_within: float | None = None,
+    profile: str | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains the student of a config, after its teacher if that has a recipe; resumes an interrupted run.
 
@@ -34,6 +41,7 @@ def train(
       workdir: the folder of the run's files: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
       profile: a directory for a trace of some of the student's steps.
+      remarks: warnings of the caller's, said with the run's own.
 
     Returns:
       The content of summary.json.
@@ -43,11 +51,12 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
+    remarks = [*remarks, *config_lib.unread(config)]
     config = config_lib.resolve(config)
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), catching as signals:
-        return _train(config, epath.Path(workdir), signals, "student", profile)
+        return _train(config, epath.Path(workdir), signals, "student", profile, remarks)
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
@@ -66,7 +75,12 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
 
 
 def _train(
-    config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, profile: str | None = None
+    config: ConfigDict,
+    workdir: epath.Path,
+    signals: Signals,
+    role: str,
+    profile: str | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     run = Run.plan(config, workdir)
     folder = RunFolder(run)
@@ -76,13 +90,24 @@ def _train(
     if (summary := folder.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
     else:
+        say(opening(run, role))
+        _warn(run, [*remarks, *warnings(run)])
         student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
         run.look()
         teacher = obtain_teacher(run, student[0], signals, lambda recipe, place: _train_teacher(recipe, place, signals))
+        if teacher is not None and not isinstance(teacher, SelfTeacher):
+            _warn(run, teacher_warnings(run, checkpoints_of(run), teacher.top1))
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
+
+
+def _warn(run: Run, lines: Iterable[str]) -> None:
+    """Says warnings, and keeps them for the run's summary."""
+    for line in lines:
+        say(f"warning: {line}.")
+        run.warnings.append(line)
 
 
 def _train_teacher(recipe: ConfigDict, workdir: epath.Path, signals: Signals) -> None:

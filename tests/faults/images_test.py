@@ -177,7 +177,11 @@ def test_a_pattern_may_name_folders_and_a_file_may_look_like_a_pattern(tmp_path,
         (tfds.features.Image(), tfds.features.Scalar(np.int64), r"label \(Scalar\)"),
         (tfds.features.Image(), tfds.features.Text(), r"label \(Text\)"),
         (tfds.features.Text(), tfds.features.ClassLabel(num_classes=2), r"image \(Text\)"),
-        (tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8), tfds.features.ClassLabel(num_classes=2), r"image \(Tensor\)"),
+        (
+            tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8),
+            tfds.features.ClassLabel(num_classes=2),
+            r"image \(Tensor\)",
+        ),
         (tfds.features.Image(), tfds.features.ClassLabel(), "how many classes"),
     ],
 )
