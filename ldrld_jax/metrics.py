@@ -108,7 +108,7 @@ def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Returns whether each label is among the k largest logits, `[n]` bool; ties go to the lower class.
 
-    A row with a NaN, a label out of range or a logit of the label that is not finite is never right. The function counts
+    A row with a NaN, a label out of range or a logit of the label that is not finite is never right. It counts
     the logits above the label's, which needs no sort.
 
     Example:

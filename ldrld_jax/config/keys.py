@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,7 +32,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.above_low else value >= self.low
         below = value < self.high if self.below_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= sys.float_info.max and above and below  # an integer may be larger than any float
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above_low else f"at least {self.low}"
@@ -53,7 +54,7 @@ class Words:
     empty: bool = False
 
     def __contains__(self, value: str) -> bool:
-        return self.empty or bool(value)
+        return (self.empty or bool(value)) and "\0" not in value
 
     def __str__(self) -> str:
         return self.name

@@ -127,6 +127,8 @@ def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
     """Returns the keys of the deepest existing block on the way to a wrong key."""
     prefix = ""
     for part in path:
+        if not isinstance(config[part], ConfigDict):
+            break
         config, prefix = config[part], f"{prefix}{part}."
     return [prefix + key for key in config]
 
@@ -169,5 +171,5 @@ def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
         if wrong_bool or (value is None and not may_be_unset(key)):
             raise TypeError
         block[last] = value
-    except TypeError:
-        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r} ({source}).") from None
+    except (TypeError, OverflowError):
+        raise UserError(f"{key} must be of type {kind.__name__}, got {str(value)[:99]!r} ({source}).") from None

@@ -95,9 +95,9 @@ def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[
         if not place.is_dir():
             held = ", ".join(_folders(root)[:10]) if root.is_dir() else ""
             raise UserError(
-                f"there is no folder {place}; in {root} there is {held or 'none'}. Lay images out as {train}/CLASS/*.jpg "
-                f"and {folder}/CLASS/*.jpg, or set data.data_dir, and data.train_split and data.eval_split to the names "
-                "of two folders in it."
+                f"there is no folder {place}; in {root} there is {held or 'none'}. Lay images out as "
+                f"{train}/CLASS/*.jpg and {folder}/CLASS/*.jpg, or set data.data_dir, and data.train_split and "
+                "data.eval_split to the names of two folders in it."
             )
     class_names = _folders(train)
     strangers = sorted(set(_folders(folder)) - set(class_names))

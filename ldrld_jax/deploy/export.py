@@ -144,6 +144,11 @@ def read_student(folder: epath.PathLike) -> Student:
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
             "Export it again with --mode export."
         ) from error
+    preprocessing.view_of(described)
+    if described["input"]["shape"][1:] != list(shape):
+        raise UserError(
+            f"{folder / _PREPROCESSING} is of another student: its images are not {shape}. Export it again."
+        )
     labels, classes = described["labels"], program.out_avals[0].shape[-1]
     if not isinstance(labels, list) or len(labels) != classes:
         raise UserError(f"{folder} has no name for each of its {classes} classes. Export it again, by --mode export.")

@@ -38,7 +38,7 @@ def find(patterns: Iterable[str]) -> list[epath.Path]:
 
 
 def _matches(pattern: epath.Path) -> Iterator[epath.Path]:
-    """Yields the files that match a pattern, whose wildcards may be in names of folders too; locally, ** is any depth."""
+    """Yields the files that match a pattern; on a local path, folders may have wildcards too, ** for any depth."""
     if is_local(pattern):
         found = map(epath.Path, glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # it takes absolute ones
     else:

@@ -105,8 +105,8 @@ def load_variables(
     chosen = fitting[0] if fitting else min(networks, key=lambda prefix: sum(map(len, misfits[prefix].values())))
     if any(misfits[chosen].values()):
         raise UserError(
-            f"{path} does not fit {title}: {_report(misfits[chosen])}. Give the model and the number of classes that it "
-            "was trained with; student.checkpoint_head=skip starts a student from all but the last layer."
+            f"{path} does not fit {title}: {_report(misfits[chosen])}. Give the model and the number of classes that "
+            "it was trained with; student.checkpoint_head=skip starts a student from all but the last layer."
         )
     if chosen:
         left = len(tensors) - len(networks[chosen])

@@ -4,7 +4,7 @@ Resuming, sweeps, the export and the report all read runs through it.
 """
 
 import json
-import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
         return None
     data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
     counted = [isinstance(data[s], dict) and is_number(data[s].get("images")) for s in ("train", "eval")]
-    if not isinstance(data["classes"], list) or not all(counted):
+    names = data["classes"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not all(counted):
         raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
     return data
 
@@ -155,7 +156,8 @@ def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Returns whether a value is a finite number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # an integer may be larger than any float
 
 
 def _line(text: str) -> dict[str, Any] | None:

@@ -102,8 +102,8 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
     config, chance = run.config, 100 / len(run.batches.source.class_names)
     if top1 is not None and top1 < chance + 0.05 * (100 - chance):
         yield (
-            f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its checkpoint, its classes "
-            "and teacher.data.mean and std"
+            f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its checkpoint, its "
+            "classes and teacher.data.mean and std"
         )
     teacher = config.teacher
     alike = teacher.checkpoint is None and teacher.optim.learning_rate == config.optim.learning_rate

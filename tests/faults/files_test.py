@@ -1,14 +1,19 @@
 """Files of a run: links, lines that are missing, checkpoints under another name, teachers that are shared."""
 
+import pathlib
+import shutil
 import threading
 
 import pytest
 from etils import epath
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked, replace_text
+from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.train import trainer
+from ldrld_jax.train.plan import Run
 
 
 def test_nothing_is_written_through_a_link(tiny, tmp_path):
@@ -70,3 +75,32 @@ def test_a_run_that_shares_a_teacher_waits_for_the_one_that_trains_it(tiny, tmp_
     thread.join()
     assert f"another run trains the teacher in {tmp_path / 'teacher'}: waiting for it" in capsys.readouterr().out
     assert (tmp_path / "teacher/summary.json").exists()
+
+
+@pytest.mark.parametrize("place", ["slash", "moved", "file"])
+def test_a_teacher_that_has_moved_is_the_same_and_one_with_other_weights_is_not(tiny, tmp_path, place):
+    """The content of a teacher counts, not its path; a run's own checkpoints keep the path of their time."""
+    trainer.train(tiny("epochs=1"), tmp_path / "t")
+    kd = ["method=kd", "teacher.model=tiny_net", "optim.schedule=constant"]
+    old = new = f"{tmp_path / 't'}"
+    if place == "file":
+        old, new = f"{tmp_path / 'a.safetensors'}", f"{tmp_path / 'b.safetensors'}"
+        network = Run.plan(config_lib.resolve(tiny()), tmp_path / "x").networks
+        save_torch_checkpoint(old, *network.restore(str(tmp_path / "t"), "tiny_net", tiny().data)[1])
+    trainer.train(tiny(*kd, f"teacher.checkpoint={old}", "epochs=1"), tmp_path / "run")
+    if place == "slash":
+        new += "/"
+    else:
+        new = f"{tmp_path / 'moved.safetensors'}"
+        pathlib.Path(old).rename(new)
+    config = tiny(*kd, f"teacher.checkpoint={new}", "epochs=2")
+    assert trainer.train(config, tmp_path / "run")["steps"] == 6
+    assert trainer.evaluate(config, tmp_path / "run")["top1"] >= 0
+    trainer.train(tiny("epochs=1", "seed=1"), tmp_path / "other")
+    with pytest.raises(UserError, match=r"teacher\.checkpoint .*there.* here"):
+        trainer.train(tiny(*kd, f"teacher.checkpoint={tmp_path / 'other'}", "epochs=2"), tmp_path / "run")
+    if place == "slash":
+        shutil.rmtree(tmp_path / "t")
+        (tmp_path / "other").rename(tmp_path / "t")
+        with pytest.raises(UserError, match="the weights there are not those that it began with"):
+            trainer.train(config, tmp_path / "run")

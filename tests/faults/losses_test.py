@@ -18,7 +18,7 @@ def test_a_label_out_of_range_is_refused_or_nan_under_jit_unless_it_is_masked(na
     teacher, student, labels = batch(rng, 3, dtype=np.float32)
     labels[1] = label
     loss = lambda student, **rows: loss_of_rows(METHODS[name])(teacher, student, labels, default(name), **rows)  # noqa: E731
-    with pytest.raises(ValueError, match=rf"labels must be between 0 and 4, got -?\d+\. Mask rows"):
+    with pytest.raises(ValueError, match=r"labels must be between 0 and 4, got -?\d+\. Mask rows"):
         loss(student)
     value, gradient = jax.jit(jax.value_and_grad(loss))(student)
     assert np.isnan(value) and np.isnan(gradient[1]).all()
