@@ -74,8 +74,10 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     digests = {name: _digest(folder / name) for name in (_PROGRAM, _WEIGHTS)}
     described = {**student.preprocessing, "labels": list(student.labels), "sha256": digests}
     replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
+    saved = read_config(workdir)  # resolved when the run's method was known
+    assert saved is not None  # student_of has read it
     card = model_card(
-        read_config(workdir),  # resolved when its method was known
+        saved,
         read_summary(workdir, numbers=("best_top1",)),
         shape=student.preprocessing["input"]["shape"][1:],
         classes=len(student.labels),

@@ -85,7 +85,7 @@ def warnings(run: Run) -> Iterator[str]:
 def _not_evaluated(run: Run) -> list[int]:
     """Returns the classes without an image in the evaluation split, if that is known without reading many of them."""
     source: Any = run.eval_source
-    records = getattr(getattr(source, "uncached", source), "records", None)
+    records: Any = getattr(getattr(source, "uncached", source), "records", None)
     if not isinstance(source, InMemory) and not isinstance(records, FolderRecords):
         return []
     return np.setdiff1d(np.arange(len(source.class_names)), records.labels()).tolist()
