@@ -94,10 +94,10 @@ def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[
     for place in (train, folder):
         if not place.is_dir():
             held = ", ".join(_folders(root)[:10]) if root.is_dir() else ""
+            layout = " and ".join(dict.fromkeys(f"{part}/CLASS/*.jpg" for part in (train, folder)))
             raise UserError(
-                f"there is no folder {place}; in {root} there is {held or 'none'}. Lay images out as "
-                f"{train}/CLASS/*.jpg and {folder}/CLASS/*.jpg, or set data.data_dir, and data.train_split and "
-                "data.eval_split to the names of two folders in it."
+                f"there is no folder {place}. Lay images out as {layout}, or set data.data_dir, and data.train_split and "
+                f"data.eval_split to folders that are in it: {held or 'none'}."
             )
     class_names = _folders(train)
     strangers = sorted(set(_folders(folder)) - set(class_names))
