@@ -80,17 +80,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 def unread(config: ConfigDict) -> list[str]:
     """Returns a line for each block of an unresolved config that sets something and that its run does not read."""
-    names = method_names(config)
-    losses = {f"loss.{name}": dict(config.loss.get(name, {})) for name in METHODS if name not in names}
-    weights = {f"loss_weight.{name}": {"": config.loss_weight.get(name)} for name in METHODS if name not in names}
-    logits = {"logits": {"views": config.logits.views}} if config.logits.dir is None else {}
-    blocks = losses | weights | logits
-    given = {block: [key for key, value in keys.items() if value is not None] for block, keys in blocks.items()}
+    others, because = [name for name in METHODS if name not in method_names(config)], f"method={config.method}"
+    blocks = [(f"loss.{name}.", config.loss.get(name, {}), because) for name in others]
+    blocks.append(("loss_weight.", {name: config.loss_weight.get(name) for name in others}, because))
+    if config.logits.dir is None:
+        blocks.append(("logits.", {"views": config.logits.views}, "logits.dir is not set"))
+    if config.teacher.checkpoint is not None:
+        blocks.append(("teacher.optim.", config.teacher.optim, "teacher.checkpoint is trained already"))
     return [
-        f"{block}{'.' * bool(key)}{key} is set and not read, because "
-        + ("logits.dir is not set" if block == "logits" else f"method={config.method}")
-        for block, keys in given.items()
-        for key in keys
+        f"{prefix}{key} is set and not read, because {reason}"
+        for prefix, keys, reason in blocks
+        for key, value in keys.items()
+        if value is not None
     ]
 
 

@@ -96,8 +96,8 @@ def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[
             held = ", ".join(_folders(root)[:10]) if root.is_dir() else ""
             layout = " and ".join(dict.fromkeys(f"{part}/CLASS/*.jpg" for part in (train, folder)))
             raise UserError(
-                f"there is no folder {place}. Lay images out as {layout}, or set data.data_dir, and data.train_split and "
-                f"data.eval_split to folders that are in it: {held or 'none'}."
+                f"there is no folder {place}. Lay images out as {layout}, or set data.data_dir, and data.train_split "
+                f"and data.eval_split to folders that are in it: {held or 'none'}."
             )
     class_names = _folders(train)
     strangers = sorted(set(_folders(folder)) - set(class_names))

@@ -47,6 +47,24 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
     assert collect([tmp_path / "run"]).notes == [f"{tmp_path / 'run'}: warning: {text}" for text in expected]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["logits.views=3"], ["logits.views is set and not read, because logits.dir is not set"]),
+        (["logits.views=3", "logits.dir=store"], []),
+        (
+            ["teacher.checkpoint=t", "teacher.optim.momentum=.5"],
+            ["teacher.optim.momentum is set and not read, because teacher.checkpoint is trained already"],
+        ),
+        (["teacher.optim.momentum=.5"], []),
+        (["method=kd+ldrld", "loss.kd.temperature=3", "loss_weight.ldrld=2."], []),
+        (["loss.kd.temperature=3"], ["loss.kd.temperature is set and not read, because method=ldrld"]),
+    ],
+)
+def test_a_block_that_nothing_reads_is_said(flags, expected):
+    assert config_lib.unread(config_lib.load("configs/digits.py", flags)) == expected
+
+
 def test_a_summary_without_warnings_or_with_something_else_in_their_place_is_read(tmp_path):
     for found, expected in ((None, []), (["a", 3], ["a"]), ("text", [])):
         (tmp_path / "summary.json").write_text(json.dumps({"warnings": found}))
@@ -56,7 +74,7 @@ def test_a_summary_without_warnings_or_with_something_else_in_their_place_is_rea
 def test_a_warmup_as_long_as_the_run_is_said(tiny, tmp_path):
     run = planned(tiny("optim.warmup=linear", "optim.warmup_epochs=2"), tmp_path)
     (line,) = warnings(run)
-    assert line.startswith("the warm-up of 2 epochs is as long as the run of 2 epochs: lower optim.warmup_epochs")
+    assert line.startswith("the warm-up of 2 epochs is as long as the run of 2: lower optim.warmup_epochs")
 
 
 def test_a_batch_size_without_its_learning_rate_is_said():
