@@ -20,7 +20,7 @@ _LOOK_SECONDS = 0.2  # longer than the duration of an `is_locked` check
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: after a crash it holds either the old or the new text."""
-    replace_bytes(path, text.encode())
+    replace_bytes(path, text.encode(errors="backslashreplace"))  # a file name may hold bytes that are no UTF-8
 
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:

@@ -38,7 +38,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Distils a student from a teacher.",
         epilog="Any config key can be overridden: --config.seed=1 --config.optim.learning_rate=.1",
     )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; but to train: the workdir's own")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; eval, predict, export: the workdir's own"
+    )
     parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
     hosts = parser.add_argument_group("a run of several processes, one a host")
     hosts.add_argument("--distributed", action="store_true", help="who they are says Slurm, Open MPI, GKE, a TPU pod")
@@ -199,6 +201,7 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax import config as config_lib
     from ldrld_jax.aot import report as ahead
     from ldrld_jax.bench import step as bench
     from ldrld_jax.data import speed
@@ -208,7 +211,8 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
 
     match args.mode:
         case "train":
-            trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile)
+            remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
+            trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile, remarks=remarks)
         case "eval":
             for name, value in trainer.evaluate(config, args.workdir).items():
                 say(f"{name} {value:.4f}")

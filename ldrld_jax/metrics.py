@@ -30,13 +30,13 @@ Means = dict[str, Mean]
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
     """Returns the mean of `values` `[n]` over rows where `where` `[n]` is True, in float32 (float64 for float64)."""
     values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
-    kept = jnp.ones(values.shape, values.dtype) if where is None else where.astype(values.dtype)
-    return Mean(jnp.sum(values * kept), jnp.sum(kept))
+    kept = jnp.ones(values.shape, bool) if where is None else where
+    return Mean(jnp.sum(jnp.where(kept, values, 0)), jnp.sum(kept, dtype=values.dtype))
 
 
 def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
-    """Returns the mean of `[n]` shares or booleans, in percent."""
-    return mean_of(100 * shares.astype(jnp.float32), where)
+    """Returns the mean of `[n]` shares or booleans, in percent; float64 under x64."""
+    return mean_of(100 * shares.astype(float), where)
 
 
 def add(left: Means, right: Means) -> Means:
@@ -94,17 +94,28 @@ def by_step(metrics: Packed) -> list[Means]:
     return [{name: Mean(*map(float, pair)) for name, pair in zip(metrics.names, step.T, strict=True)} for step in steps]
 
 
+def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the value of each row at its label, `[n, C]` floats to `[n]`; NaN for a label out of range.
+
+    Example:
+      >>> at_labels(jnp.array([[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]), jnp.array([1, -1, 2])).tolist()
+      [0.75, nan, nan]
+    """
+    labels = jnp.where(labels < 0, values.shape[-1], labels)  # negative indices would count from the end
+    return jnp.take_along_axis(values, labels[:, None], axis=-1, mode="fill")[:, 0]
+
+
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Returns whether each label is among the k largest logits, `[n]` bool; ties go to the lower class.
 
-    A row with a NaN, or with a logit of the label that is not finite, is never right. The function counts
+    A row with a NaN, a label out of range or a logit of the label that is not finite is never right. It counts
     the logits above the label's, which needs no sort.
 
     Example:
       >>> in_top(jnp.array([[0.1, 0.7, 0.2]]), jnp.array([2]), 2).tolist()
       [True]
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    own = at_labels(logits, labels)[:, None]
     before = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[-1])[None, :] < labels[:, None]))
     comparable = jnp.isfinite(own[:, 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
     return (jnp.sum(before, axis=-1) < k) & comparable
@@ -114,7 +125,7 @@ def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None
     """Computes the cross-entropy in nats, and top-1 and top-5 in percent."""
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    nll = -at_labels(log_p, labels)
     tops = {f"top{k}": _percent(in_top(logits, labels, k), where) for k in (1, 5)}
     return {"ce": mean_of(nll, where), **tops}
 
@@ -140,9 +151,9 @@ def agreement(
       where: `[n]` bool; rows where it is False are ignored.
     """
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
-    size, both = (jnp.sum(mask, axis=-1, dtype=jnp.float32) for mask in (student_top, teacher_top & student_top))
+    size, both = (jnp.sum(mask, axis=-1, dtype=float) for mask in (student_top, teacher_top & student_top))
     return {
         "agreement": _percent(same, where),
         "top_d_overlap": _percent(both / size, where),
-        "label_in_top_d": _percent(jnp.take_along_axis(student_top, labels[:, None], axis=-1)[:, 0], where),
+        "label_in_top_d": _percent(at_labels(student_top.astype(float), labels), where),
     }

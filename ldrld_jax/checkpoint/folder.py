@@ -265,7 +265,8 @@ def load_model(
     Args:
       directory: the run's `checkpoints` folder.
       like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
-      run: the `run` that the checkpoint must have been saved with, except for its epochs, which may have grown.
+      run: the `run` that the checkpoint must have been saved with, except for its epochs, which may have grown, and
+        for the paths of other checkpoints, which may have moved.
       best: use the checkpoint with the best evaluation, if any; otherwise the last.
 
     Raises:
@@ -275,7 +276,7 @@ def load_model(
     reasons = []
     for step in checkpoints.by_preference(best=best):
         try:
-            if run is not None and {**checkpoints.run(step), "epochs": 0} != {**run, "epochs": 0}:
+            if run is not None and _compared(checkpoints.run(step)) != _compared(run):
                 raise UserError(f"the checkpoint {directory}/{step} belongs to another run than the config beside it.")
             model = checkpoints.restore(step, {"model": _as_stored(checkpoints.arrays(step, "model"), like)})["model"]
         except DamagedError as error:
@@ -287,6 +288,10 @@ def load_model(
     if not reasons:
         raise UserError(f"there is no checkpoint in {directory}. Give the workdir of a run that has saved one.")
     raise UserError(f"{'; '.join(reasons)}. Restore the folder, or give another run's workdir.")
+
+
+def _compared(run: Json) -> Json:
+    return {key: value for key, value in run.items() if key != "epochs" and not key.endswith(".checkpoint")}
 
 
 def _as_stored(saved: Described, like: Any) -> Any:

@@ -5,7 +5,7 @@ only what differs from `default()`. `--config` executes that file: it is Python,
 """
 
 from ldrld_jax.config.keys import check, default
-from ldrld_jax.config.load import load, load_run, overridden
+from ldrld_jax.config.load import load, load_run, overridden, remarks
 from ldrld_jax.config.resolve import (
     method_config,
     method_names,
@@ -16,6 +16,7 @@ from ldrld_jax.config.resolve import (
     teacher_runs,
     teaches_from_file,
     teaches_itself,
+    unread,
 )
 from ldrld_jax.identity import flat, identity
 
@@ -30,10 +31,12 @@ __all__ = [
     "method_names",
     "method_of",
     "overridden",
+    "remarks",
     "resolve",
     "teacher_models",
     "teacher_recipe",
     "teacher_runs",
     "teaches_from_file",
     "teaches_itself",
+    "unread",
 ]

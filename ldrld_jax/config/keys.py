@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,7 +32,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.above_low else value >= self.low
         below = value < self.high if self.below_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= sys.float_info.max and above and below  # an integer may be larger than any float
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above_low else f"at least {self.low}"
@@ -53,7 +54,7 @@ class Words:
     empty: bool = False
 
     def __contains__(self, value: str) -> bool:
-        return self.empty or bool(value)
+        return (self.empty or bool(value)) and "\0" not in value
 
     def __str__(self) -> str:
         return self.name
@@ -62,7 +63,8 @@ class Words:
 Text = Annotated[str, Words("text that is not empty")]
 Path = Annotated[str, Words("a path")]  # ~ is expanded
 Paths = Annotated[str, Words("paths separated by commas")]  # ~ is expanded in each
-Finite = Annotated[float, Range()]
+Unit = Annotated[float, Range(0, 1)]
+PositiveUnit = Annotated[float, Range(0, 1, above_low=True)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above_low=True)]
 Share = Annotated[float, Range(0, 1, below_high=True)]
@@ -83,7 +85,7 @@ class Data:
     cache_mb: Whole = 1024  # host memory for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # the last partial batch of an epoch
     on_error: Literal["raise", "skip"] = "raise"  # at an image that does not decode or a label out of range
-    max_skipped: Annotated[float, Range(0, 1)] = 0.05  # skip: a larger share of a split's images is an error
+    max_skipped: Unit = 0.05  # skip: a larger share of a split's images is an error
     exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
     augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"  # random_resized_crop: to crop_size
     pad: Whole = 0  # pad_crop: of the image padded with this many zeros on each side
@@ -98,13 +100,13 @@ class Data:
     crop_size: Count | None = None  # evaluation: then the middle square of this size; unset: as stored
     seed: Seed = 0  # of the choices that follow, so that runs of many seeds share one training set
     held_out: Share = 0.0  # this share of each training class is kept out, and evaluated on instead of eval_split
-    fraction: Annotated[float, Range(0, 1, above_low=True)] = 1.0  # of each class that is trained on
+    fraction: PositiveUnit = 1.0  # of each class that is trained on
     imbalance: Annotated[float, Range(1)] = 1.0  # largest class over smallest, sizes falling exponentially with label
     # symmetric: to any other class; asymmetric: to the next class
     label_noise: Literal["none", "symmetric", "asymmetric"] = "none"
-    label_noise_rate: Annotated[float, Range(0, 1)] = 0.0  # the share of training labels that are changed
-    mean: tuple[Finite, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
-    std: tuple[Positive, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
+    label_noise_rate: Unit = 0.0  # the share of training labels that are changed
+    mean: tuple[Unit, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
+    std: tuple[PositiveUnit, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
     image_size: Count | None = None  # resize to a square before the model; unset: as stored
 
 
@@ -127,6 +129,7 @@ class Optim:
 class Student:
     model: Text = "resnet8"  # a key of MODELS (python -m ldrld_jax.models.table), or "my_module:make_net"
     checkpoint: Path | None = None  # weights to start from
+    checkpoint_head: Literal["load", "skip"] = "load"  # skip: all but the last layer, for other classes than its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +274,7 @@ def allowed(key: str) -> str:
 
     Example:
       >>> allowed("epochs"), allowed("data.remainder"), allowed("data.std")
-      ('at least 1', 'keep | drop', 'above 0 each')
+      ('at least 1', 'keep | drop', 'above 0 and at most 1 each')
     """
     kind = _without_none(KINDS[key])
     if get_origin(kind) is Literal:
@@ -344,12 +347,6 @@ def check(config: ConfigDict) -> None:
     for prefix, data in (("data", config.data), ("teacher.data", config.teacher.get("data"))):
         if data is not None:
             _check_data(prefix, data)
-    for prefix, optim in (("optim", config.optim), ("teacher.optim", config.teacher.get("optim"))):
-        if optim is not None and optim.warmup == "official" and optim.warmup_epochs == 1:
-            raise UserError(
-                f"{prefix}.warmup=official keeps (warmup_epochs - 1) / warmup_epochs of the rate until the first "
-                "decay, and with warmup_epochs=1 that is nothing. Set it to at least 2, or warmup=linear."
-            )
     shape = config.compile.image_shape
     if shape is not None and len(shape) != 3:
         raise UserError(f"compile.image_shape must be height, width and channels, got {shape}.")

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import split_argument
+from ldrld_jax.losses import METHODS
+from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_config
 
 
@@ -41,8 +43,23 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     return overridden(config, overrides)
 
 
+def remarks(path: str, config: ConfigDict) -> list[str]:
+    """Returns a line if a config has another batch size than its file, and the file's learning rate nevertheless."""
+    file = load(path)
+    same = config.optim.learning_rate == file.optim.learning_rate
+    if config.batch_size == file.batch_size or not same:
+        return []
+    return [
+        f"optim.learning_rate={file.optim.learning_rate:g} of {path} is for its batches of {file.batch_size}, and "
+        f"batch_size={config.batch_size} here: the usual rule is {config.batch_size / file.batch_size:g} times it"
+    ]
+
+
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Loads the config of the run in `workdir`, then sets `overrides`.
+
+    A method of the user's own, which only the run's config file adds to METHODS, becomes `ce`: evaluation, export and
+    prediction take the student alone.
 
     Raises:
       UserError: if there is no run, or a key or value is not allowed.
@@ -51,8 +68,14 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     if saved is None:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
     config = default()
+    strange = [name for name in saved["method"].split("+") if name not in ("ce", *METHODS)]
+    if strange:
+        say(f"the method {'+'.join(strange)} of the run in {workdir} is not of this package: its loss is left out.")
+        saved["method"] = "ce"
+    left_out = tuple(f"{block}.{name}." for block in ("loss", "loss_weight") for name in strange)
     for key, value in leaves(ConfigDict(saved)):
-        if key == "compile_cache":  # of this machine, whoever made the run: what lies there is executed
+        # compile_cache is of this machine, whoever made the run: what lies there is executed.
+        if key == "compile_cache" or f"{key}.".startswith(left_out):
             continue
         set_value(config, key, value, source=f"{workdir}/config.json")
     return overridden(config, overrides)
@@ -104,6 +127,8 @@ def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
     """Returns the keys of the deepest existing block on the way to a wrong key."""
     prefix = ""
     for part in path:
+        if not isinstance(config[part], ConfigDict):
+            break
         config, prefix = config[part], f"{prefix}{part}."
     return [prefix + key for key in config]
 
@@ -146,5 +171,5 @@ def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
         if wrong_bool or (value is None and not may_be_unset(key)):
             raise TypeError
         block[last] = value
-    except TypeError:
-        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r} ({source}).") from None
+    except (TypeError, OverflowError):
+        raise UserError(f"{key} must be of type {kind.__name__}, got {str(value)[:99]!r} ({source}).") from None

@@ -80,6 +80,8 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
             # Runs that differ in order and augmentation share one teacher, and it has a seed of its own.
             if config.teacher[key][name] is None and name != "augment_seed":
                 config.teacher[key][name] = config[key][name]
+    if config.student.checkpoint is None or config.student.checkpoint_head == "load":
+        del config.student.checkpoint_head  # runs from before it do not have it in their identity
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
     if not names or config.logits.dir is None:
@@ -104,6 +106,24 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
     if config.teacher.checkpoint is not None:
         config.teacher.epochs = None  # weights at hand go before a recipe
     return config
+
+
+def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:
+    """Returns a line for each block of an unresolved config that sets something and that its run does not read."""
+    others = [name for name in METHODS if name not in method_names(config, given)]
+    because = f"method={config.method}"
+    blocks = [(f"loss.{name}.", config.loss.get(name, {}), because) for name in others]
+    blocks.append(("loss_weight.", {name: config.loss_weight.get(name) for name in others}, because))
+    if config.logits.dir is None and not teaches_from_file(config):
+        blocks.append(("logits.", {"views": config.logits.views}, "logits.dir is not set"))
+    if config.teacher.checkpoint is not None:
+        blocks.append(("teacher.optim.", config.teacher.optim, "teacher.checkpoint is trained already"))
+    return [
+        f"{prefix}{key} is set and not read, because {reason}"
+        for prefix, keys, reason in blocks
+        for key, value in keys.items()
+        if value is not None
+    ]
 
 
 def _resolve_weights(config: ConfigDict, names: Sequence[str], given: Methods) -> None:

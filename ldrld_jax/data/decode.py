@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _ORIENTATION = 0x0112  # the EXIF tag; values of 5 and above swap width and height
+_BITS = 0x0102  # the TIFF tag
 
 
 class BrokenImageError(ValueError):
@@ -73,7 +74,8 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
     """Decodes an image to mode "L" or "RGB".
 
     Grey and colour are converted into each other, palettes and CMYK into either. Transparent pixels
-    are composited on white. 16-bit grey is scaled to 8 bits (Pillow's own conversion would clip it to white).
+    are composited on white. 12-bit and 16-bit grey are scaled to 8 bits (Pillow's own conversion would clip
+    them to white).
 
     Args:
       image: the result of `open_image`.
@@ -85,10 +87,11 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
     """
     with _as_broken():
         image.load()
+        bits = 12 if getattr(image, "tag_v2", {}).get(_BITS) == (12,) else 16
         if exif and _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
-            image = _eight_bits(image)
+            image = _eight_bits(image, bits)
         if image.has_transparency_data:
             layers = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
@@ -96,8 +99,10 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
         return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
-        raise BrokenImageError(f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    values, white = np.asarray(image), 2**bits - 1
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > white:
+        raise BrokenImageError(
+            f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported, and 12-bit ones in TIFF"
+        )
+    return Image.fromarray(((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))

@@ -56,20 +56,20 @@ class Describer:
     known: ConfigDict
     images: str
 
-    def __call__(self, name: str, split: str, data_dir: str | None, **on_error: Any) -> Source:
+    def __call__(self, name: str, split: str, data_dir: str | None, **asked: Any) -> Source:
         """Describes a split.
 
         Raises:
           UserError: if the data set is unknown, or it is not on this machine and a key of `compile` is missing.
         """
         if name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir():
-            return open_source(name, split, data_dir, **on_error)  # it only lists the files
+            return open_source(name, split, data_dir, **asked)  # it only lists the files
         classes, shape, count = _folder(name, split) if name in folders.FOLDERS else _tfds(name, split, data_dir)
         classes = self._complete("classes", classes, name)
         shape = self._complete("image_shape", shape, name)
         count = self._complete(self.images, count, name)
         names = tuple(f"class {i}" for i in range(classes))
-        return Source(Undelivered(count, classes), names, tuple(shape), **on_error)
+        return Source(Undelivered(count, classes), names, tuple(shape), **asked)
 
     def _complete(self, key: str, described: Any, name: str) -> Any:
         value = self.known[key] if described is None else described

@@ -49,14 +49,16 @@ class FolderRecords:
 
 
 def open_folder(
-    name: str, split: str, data_dir: str | None, *, on_error: str = "raise"
+    name: str, split: str, data_dir: str | None, *, train_split: str = "train", on_error: str = "raise"
 ) -> tuple[FolderRecords, tuple[str, ...], tuple]:
     """Returns the images of a split, the class names, both sorted by folder name, and the images' shape.
 
     Args:
       name: a key of `FOLDERS`.
-      split: "train" or "val".
+      split: of an image folder, the name of a folder in `data_dir`; of Tiny-ImageNet, "train" or "val".
       data_dir: the folder that holds both splits.
+      train_split: the split whose folders are the classes of an image folder. If there is no such folder, and those
+        in `data_dir` hold images, they are the classes.
       on_error: a class without images stops the run ("raise") or is logged once ("skip").
 
     Raises:
@@ -64,12 +66,12 @@ def open_folder(
     """
     if data_dir is None:
         raise UserError(f"{name} needs a folder. Set data.data_dir to the one that holds train and val.")
-    files, class_names = FOLDERS[name](epath.Path(data_dir), split)
+    files, class_names = FOLDERS[name](epath.Path(data_dir), split, train_split)
     if len(class_names) < 2:
         raise UserError(
             f"{data_dir} has {len(class_names)} classes, and there is nothing to tell apart. Check its layout."
         )
-    empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == "train" else []
+    empty = sorted(set(range(len(class_names))) - {label for _, label in files}) if split == train_split else []
     if not files:
         raise UserError(f"there is no image in {data_dir}/{split}. Supported are {', '.join(SUFFIXES)}.")
     if empty:
@@ -82,21 +84,37 @@ def open_folder(
     return FolderRecords(paths, np.array(labels, np.int32)), class_names, (side, side, 3)
 
 
-def _image_folder(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    for folder in (root / "train", root / split):
-        if not folder.is_dir():
+def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    train, folder = root / train_split, root / split
+    if not train.is_dir() and _holds_classes(root):
+        if split != train_split:
             raise UserError(
-                f"there is no folder {folder}. Lay images out as {root}/train/CLASS/*.jpg and {root}/{split}/CLASS/"
-                "*.jpg, and set data.data_dir, data.train_split and data.eval_split to match."
+                f"{root} holds the classes themselves, and no folder {split} to evaluate on. Set data.held_out=.1 to "
+                "evaluate on a tenth of the images that is kept out of training."
             )
-    class_names = _folders(root / "train")
-    strangers = sorted(set(_folders(root / split)) - set(class_names))
+        train = folder = root
+    for place in (train, folder):
+        if not place.is_dir():
+            held = ", ".join(_folders(root)[:10]) if root.is_dir() else ""
+            layout = " and ".join(dict.fromkeys(f"{part}/CLASS/*.jpg" for part in (train, folder)))
+            raise UserError(
+                f"there is no folder {place}. Lay images out as {layout}, or set data.data_dir, and data.train_split "
+                f"and data.eval_split to folders that are in it: {held or 'none'}."
+            )
+    class_names = _folders(train)
+    strangers = sorted(set(_folders(folder)) - set(class_names))
     if strangers:
         raise unknown("class of the training images", strangers[0], class_names)
-    return list(_by_class(root / split, class_names)), class_names
+    return list(_by_class(folder, class_names)), class_names
 
 
-def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+def _holds_classes(root: epath.Path) -> bool:
+    """Returns whether a folder in `root` has an image in it, and not only further folders."""
+    within = (root / name for name in _folders(root)) if root.is_dir() else ()
+    return any(path.suffix.lower() in SUFFIXES for folder in within for path in folder.iterdir())
+
+
+def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     if split not in ("train", "val"):
         raise unknown("split of tiny_imagenet", split, ("train", "val"))
     root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
@@ -125,10 +143,10 @@ def _tiny_imagenet(root: epath.Path, split: str) -> tuple[list[tuple[str, int]],
     return sorted(files), class_names
 
 
-def _file_list(root: epath.Path, split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Reads `root/SPLIT.csv` or `root/SPLIT.jsonl`; the classes are those of the training list, sorted."""
-    listed = {name: _listed(root, name) for name in ("train", split)}
-    labels = {label for _, label in listed["train"]}
+    listed = {name: _listed(root, name) for name in (train_split, split)}
+    labels = {label for _, label in listed[train_split]}
     numbers = all(label.isdecimal() for label in labels)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -156,7 +174,7 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
         ) from error
 
 
-FOLDERS: dict[str, Callable[[epath.Path, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
+FOLDERS: dict[str, Callable[[epath.Path, str, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
     "file_list": _file_list,
     "image_folder": _image_folder,
     "tiny_imagenet": _tiny_imagenet,

@@ -13,7 +13,13 @@ _ARRAYS = "arrays:"
 
 
 def open_source(
-    name: str, split: str, data_dir: str | None = None, *, on_error: str = "raise", max_skipped: float = 0.05
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    train_split: str = "train",
+    on_error: str = "raise",
+    max_skipped: float = 0.05,
 ) -> Source:
     """Opens a split of an image classification dataset, without TensorFlow.
 
@@ -23,6 +29,7 @@ def open_source(
         what `given.as_source` takes.
       split: a split of the dataset; for TFDS also a slice such as `train[:90%]`.
       data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
+      train_split: the split that names the classes of an image folder, see `folders.open_folder`.
       on_error, max_skipped: see `Source`.
 
     Raises:
@@ -36,7 +43,7 @@ def open_source(
         source = as_source(load_object(name)(split), title=f"{split} split of {name}")
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
     if name in folders.FOLDERS:
-        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, on_error=on_error)
+        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)
     else:
         opened = tfds_records.open_tfds(name, split, data_dir)
     records, class_names, shape = opened

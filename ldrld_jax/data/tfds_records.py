@@ -114,10 +114,16 @@ def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     except json_format.ParseError as error:
         raise UserError(f"the description of {name} in {data_dir} is damaged ({error}). Prepare it again.") from None
     features = builder.info.features
-    if not {"image", "label"} <= set(features):
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    if not all(isinstance(held.get(key), kind) for key, kind in kinds.items()):
+        listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in held.items()) or features
         raise UserError(
-            f"dataset {name} has {', '.join(features)}, but needs image and label. Choose a classification dataset."
+            f"dataset {name} has {listed}, but needs image (Image) and label (ClassLabel). Choose a classification "
+            "dataset, or prepare this one with such features."
         )
+    if features["label"].num_classes is None:
+        raise UserError(f"dataset {name} does not say how many classes its label has. Choose another.")
     channels = features["image"].shape[-1]
     if channels not in (1, 3):
         raise UserError(f"dataset {name} has images of {channels} channels; supported are 1 and 3. Choose another.")

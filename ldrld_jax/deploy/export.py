@@ -15,7 +15,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import make_eval_source
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
@@ -23,7 +22,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
-from ldrld_jax.record.reader import check_classes, read_summary
+from ldrld_jax.record.reader import check_classes, read_config, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.train.networks import Networks
@@ -75,8 +74,10 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     digests = {name: _digest(folder / name) for name in (_PROGRAM, _WEIGHTS)}
     described = {**student.preprocessing, "labels": list(student.labels), "sha256": digests}
     replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
+    saved = read_config(workdir)  # resolved when the run's method was known
+    assert saved is not None  # student_of has read it
     card = model_card(
-        config_lib.resolve(config).to_dict(),
+        saved,
         read_summary(workdir, numbers=("best_top1",)),
         shape=student.preprocessing["input"]["shape"][1:],
         classes=len(student.labels),
@@ -145,6 +146,11 @@ def read_student(folder: epath.PathLike) -> Student:
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
             "Export it again with --mode export."
         ) from error
+    preprocessing.view_of(described)
+    if described["input"]["shape"][1:] != list(shape):
+        raise UserError(
+            f"{folder / _PREPROCESSING} is of another student: its images are not {shape}. Export it again."
+        )
     labels, classes = described["labels"], program.out_avals[0].shape[-1]
     if not isinstance(labels, list) or len(labels) != classes:
         raise UserError(f"{folder} has no name for each of its {classes} classes. Export it again, by --mode export.")

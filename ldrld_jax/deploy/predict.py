@@ -1,5 +1,6 @@
 """Predicts the top classes of image files: `--mode predict`."""
 
+import glob
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from ldrld_jax.data.views import View
 from ldrld_jax.deploy.export import Student
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import is_local
 
 _BATCH = 64
 
@@ -18,7 +20,7 @@ Classes = list[tuple[str, float]]
 
 
 def find(patterns: Iterable[str]) -> list[epath.Path]:
-    """Returns the named files, and the matches of names that are patterns such as `*.jpg`.
+    """Returns the named files, and the matches of names that are patterns such as `*.jpg` or `a/**/*.png`.
 
     Raises:
       UserError: if a name matches no file or is a folder.
@@ -28,11 +30,20 @@ def find(patterns: Iterable[str]) -> list[epath.Path]:
         path = epath.Path(pattern)
         if path.is_dir():
             raise UserError(f"{pattern} is a folder. Name its images: {pattern.rstrip('/')}/*.png.")
-        found = [path] if path.exists() else sorted(path.parent.glob(path.name))
+        found = [path] if path.exists() else sorted(_matches(path))
         if not found:
             raise UserError(f"there is no image {pattern}.")
         paths += found
     return paths
+
+
+def _matches(pattern: epath.Path) -> Iterator[epath.Path]:
+    """Yields the files that match a pattern; on a local path, folders may have wildcards too, ** for any depth."""
+    if is_local(pattern):
+        found = map(epath.Path, glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # it takes absolute ones
+    else:
+        found = pattern.parent.glob(pattern.name)
+    yield from (path for path in found if not path.is_dir())
 
 
 class BrokenImagesError(Exception):

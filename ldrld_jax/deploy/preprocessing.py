@@ -5,6 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.views import CentreCrop, Fitted, Shape, View
+from ldrld_jax.errors import UserError
 from ldrld_jax.train.step import Network
 
 
@@ -45,13 +46,25 @@ def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> 
 def view_of(preprocessing: dict[str, Any]) -> View:
     """Returns the view that applies the operations of `before`.
 
+    Raises:
+      UserError: if they are no such operations.
+
     Example:
       >>> before = {"turn_as_exif_says": True, "resize_shorter_side": 256}
       >>> view_of({"input": {"shape": ["batch", 224, 224, 3]}, "before": before})
       CentreCrop(resize=256, size=224, channels=3, exif=True)
     """
-    _, height, width, channels = preprocessing["input"]["shape"]
-    before = preprocessing["before"]
-    if before["resize_shorter_side"] is None:
-        return Fitted((height, width, channels), before["turn_as_exif_says"])
-    return CentreCrop(before["resize_shorter_side"], height, channels, before["turn_as_exif_says"])
+    try:
+        _, height, width, channels = preprocessing["input"]["shape"]
+        before = preprocessing["before"]
+        side, exif = before["resize_shorter_side"], before["turn_as_exif_says"]
+        sizes = [height, width, channels, *([] if side is None else [side])]
+        if not all(type(size) is int and 0 < size < 2**16 for size in sizes) or type(exif) is not bool:
+            raise ValueError(f"sizes {sizes}, turn_as_exif_says {exif!r}")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"preprocessing.json is not of an export ({type(error).__name__}: {error}). Export the student again."
+        ) from None
+    if side is None:
+        return Fitted((height, width, channels), exif)
+    return CentreCrop(side, height, channels, exif)

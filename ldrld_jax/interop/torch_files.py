@@ -1,9 +1,12 @@
 """Reads the tensors of untrusted checkpoint files without running code from them."""
 
+import gzip
 import io
 import re
 import tarfile
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax.numpy as jnp
@@ -15,8 +18,8 @@ from etils import epath
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_bytes
 
-# Keys under which training scripts save the state_dict.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+# An archive may unpack to so many bytes, or to so many times its own size: a few kilobytes can claim gigabytes.
+_MOST_BYTES, _MOST_TIMES = 2**28, 20
 
 _SAFETENSORS_DTYPES = {
     "F64": jnp.float64,
@@ -33,16 +36,20 @@ _SAFETENSORS_DTYPES = {
 
 
 def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
-    """Reads the tensors of a `.pth` or `.safetensors` file, or of one in a tar archive, under the file's keys.
+    """Reads the tensors of a `.pth`, `.safetensors` or `.npz` file, or of one in a tar archive.
 
     Args:
-      path: path of the file, or `archive::member`. Nothing is unpacked to disk.
+      path: path of the file, or `file::key` for what a file holds under a key; `archive::member` or
+        `archive::member::key` for an archive. Nothing is unpacked to disk.
       model_name: selects the member of an archive.
 
+    Returns:
+      The tensors by the file's keys. Those of nested dicts have all the keys on the way, joined by dots.
+
     Raises:
-      UserError: if the file or member does not exist, or is not a checkpoint that can be read safely.
+      UserError: if the file, the member or the key does not exist, or the file cannot be read safely.
     """
-    name, _, member = str(path).partition("::")
+    name, *rest = str(path).split("::")
     file = epath.Path(name)
     if not file.exists():
         raise UserError(f"there is no checkpoint {name}. Check the path.")
@@ -50,12 +57,20 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
         raise UserError(f"{name} is a folder, not a PyTorch checkpoint. Give a .pth, .safetensors or .tar file.")
     with file.open("rb") as stream:
         if _is_tar(stream):
+            member, *rest = rest or [""]
             name, data = _read_member(stream, name, member, model_name)
-        elif member:
-            raise UserError(f"{name} is no tar archive, so it has no member {member!r}. Give the path alone.")
         else:
             data = stream.read()
-    return _parse(name, data)
+    if len(rest) > 1:
+        raise UserError(f"{path} has too many parts. Give FILE::KEY, or ARCHIVE::MEMBER::KEY for a tar archive.")
+    tensors = _parse(name, data)
+    if not rest:
+        return tensors
+    start = rest[0].rstrip(".") + "."
+    if found := {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}:
+        return found
+    known = ", ".join(sorted({key.partition(".")[0] for key in tensors})[:20])
+    raise UserError(f"{name} holds nothing under {rest[0]!r}. Its keys begin with: {known}.")
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
@@ -73,18 +88,67 @@ def _is_tar(stream: IO[bytes]) -> bool:
 def _read_member(stream: IO[bytes], archive: str, member: str, model_name: str) -> tuple[str, bytes]:
     """Returns name and bytes of the requested member, or of the only one whose path names the model."""
     try:
+        _check_gzip(stream, archive)
         with tarfile.open(fileobj=stream, mode="r:*") as tar:
             files = {info.name: info for info in tar.getmembers() if info.isreg()}
             chosen = [member] if member else [name for name in files if _names(name, model_name)]
             if len(chosen) == 1 and chosen[0] in files:
+                _check_size(archive, files[chosen[0]].size, _size(stream))  # a sparse member may claim any
                 content = tar.extractfile(files[chosen[0]])
                 assert content is not None  # only regular files are listed
                 return f"{archive}::{chosen[0]}", content.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{archive} is a damaged archive ({error}). Download it again.") from None
     wanted = f"no member {member!r}" if member else f"{len(chosen) or 'no'} members for {model_name}"
     listed = ", ".join(chosen if len(chosen) > 1 else list(files)[:20]) or "nothing"
     raise UserError(f"{archive} has {wanted}. Choose one as {archive}::MEMBER from: {listed}.")
+
+
+def _check_gzip(stream: IO[bytes], name: str) -> None:
+    """Reads a compressed archive to its end, where its checksum is, without keeping what it unpacks to."""
+    if stream.read(2) == b"\x1f\x8b":
+        stream.seek(0)
+        packed, unpacked = _size(stream), 0
+        with gzip.open(stream) as content:
+            while chunk := content.read(2**20):
+                unpacked += len(chunk)
+                _check_size(name, unpacked, packed)
+    stream.seek(0)
+
+
+def _size(stream: IO[bytes]) -> int:
+    here = stream.tell()
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(here)
+    return size
+
+
+def _check_size(name: str, unpacked: int, packed: int) -> None:
+    if unpacked > max(_MOST_BYTES, _MOST_TIMES * packed):
+        raise UserError(
+            f"{name} of {packed:,} bytes unpacks to {unpacked:,} or more, which no checkpoint does. If you trust it, "
+            "unpack it yourself and give the file in it."
+        )
+
+
+def _check_zip(name: str, data: bytes) -> list[str]:
+    """Compares the members of a zip archive with its checksums, and returns their names; none for a torn archive.
+
+    Raises:
+      UserError: if one differs, or the archive unpacks to implausibly much.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_size(name, sum(info.file_size for info in archive.infolist()), len(data))
+            damaged = archive.testzip()
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return []
+    except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        damaged = f"a file ({error})"
+    if damaged is not None:
+        raise UserError(f"{name} is damaged: {damaged} in it differs from its checksum. Download it again.")
+    return names
 
 
 def _names(member: str, model_name: str) -> bool:
@@ -105,6 +169,9 @@ def _parse(name: str, data: bytes) -> dict[str, np.ndarray]:
         )
     if data[8:9] == b"{" or name.endswith(".safetensors"):
         return _parse_safetensors(name, data)
+    members = _check_zip(name, data) if start[:4] == b"PK\x03\x04" else []
+    if members and all(member.endswith(".npy") for member in members):
+        return _parse_npz(name, data)
     return _parse_torch(name, data)
 
 
@@ -120,6 +187,14 @@ def _parse_safetensors(name: str, data: bytes) -> dict[str, np.ndarray]:
         raise UserError(f"{name} is truncated or damaged ({error}). Download it again.") from None
 
 
+def _parse_npz(name: str, data: bytes) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except ValueError as error:
+        raise UserError(f"{name} holds an array that is no plain numbers ({error}). Save it without.") from None
+
+
 def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
     try:
         import torch
@@ -132,23 +207,34 @@ def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
         # These are counters and options that training scripts save with the weights; building them runs no code.
         with torch.serialization.safe_globals(_harmless_globals()):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        for wrapper in _WRAPPERS:
-            if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-                content = content[wrapper]
-        entries = content.items() if isinstance(content, dict) else ()
-        arrays = {str(key): _as_numpy(value) for key, value in entries if isinstance(value, torch.Tensor)}
+        entries = dict(_flat(content)) if isinstance(content, dict) else {}
+        arrays = {key: _as_numpy(name, key, value) for key, value in entries.items()}
+    except UserError:
+        raise
     except Exception as error:  # torch raises a dozen kinds, and each means that the file is unusable
         raise _unreadable(name, error) from None
     if not arrays:
         held = f"the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content)
-        raise UserError(
-            f"{name} holds no state_dict but {held}. It may be bare or under one of: {', '.join(_WRAPPERS)}."
-        )
+        raise UserError(f"{name} holds no state_dict but {held}. Save model.state_dict(), bare or under any key.")
     return arrays
 
 
-def _as_numpy(tensor: Any) -> np.ndarray:
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the tensors and arrays of nested dicts and lists, under their keys joined by dots."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        if isinstance(value, dict | list | tuple):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif hasattr(value, "detach") or isinstance(value, np.ndarray):
+            yield f"{prefix}{key}", value
+
+
+def _as_numpy(name: str, key: str, tensor: Any) -> np.ndarray:
     """Converts floats below 32 bits, some of which NumPy lacks, to float32, which represents them exactly."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise UserError(f"{name} is damaged: {key} claims to be larger than its data. Download it again.")
     narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 4
     return (tensor.float() if narrow else tensor).detach().numpy()
 
@@ -156,13 +242,18 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 def _harmless_globals() -> list[Any]:
     import argparse
 
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")]
-    old = (scalar, "numpy.core.multiarray.scalar")  # its name in numpy 1
-    return [argparse.Namespace, np.dtype, *dtypes, scalar, old]
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"}
+    old = [(scalar, "numpy.core.multiarray.scalar"), (rebuild, "numpy.core.multiarray._reconstruct")]  # of numpy 1
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, scalar, rebuild, *old]
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    if "Unsupported operand" in str(error) or "pickle protocol" in str(error):
+        return UserError(
+            f"{name} is pickled by another protocol than PyTorch's own, which is refused. If you trust it, read it "
+            "with PyTorch and write it again by torch.save(state_dict, path)."
+        )
     wanted = re.search(r"GLOBAL (\S+)", str(error))
     if wanted is None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,6 +4,7 @@ A parameter's path equals PyTorch's key except for the last name, so one rule se
 `layer1/0/conv1/kernel` is `layer1.0.conv1.weight`, transposed.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -25,8 +26,7 @@ __all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"
 
-# Prefixes of names by DataParallel, torch.compile, and a distiller that holds both networks.
-_PREFIX = re.compile(r"((module|_orig_mod)\.)*((?P<role>student|teacher)\.)?((module|_orig_mod)\.)*")
+logger = logging.getLogger("ldrld_jax")
 
 
 def load_torch_checkpoint(
@@ -42,12 +42,12 @@ def load_torch_checkpoint(
 
     Args:
       path: a `.pth` file from `torch.save` (needs the `torch` extra), a `.safetensors` file (needs no
-        extra), or a tar archive of these. From an archive, the member whose path names the model is read
-        (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56), or the one given as `path.tar::member`.
-        The format is recognised by content, not by name. Remote paths such as `gs://` work. The tensors
-        may be under `model`, `state_dict`, `model_state_dict` or `net` and have the prefixes `module.`,
-        `student.`, `teacher.`. From a file with a student and a teacher, the one that fits is loaded,
-        the student if both fit.
+        extra), an `.npz` file, or a tar archive of these. From an archive, the member whose path names the
+        model is read (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56), or the one given as
+        `path.tar::member`. The format is recognised by content, not by name. Remote paths such as `gs://`
+        work. The tensors may be in nested dicts and have any prefix, such as `module.`, and either PyTorch's
+        names and layouts or Flax's. From a file with a student and a teacher, the one that fits is loaded,
+        the student if both fit; of other networks that fit, `path::key` chooses one.
       model_name: a key of `MODELS`.
       num_classes: C, as in the checkpoint's training.
       in_channels: number of channels of the images.
@@ -69,17 +69,51 @@ def load_torch_checkpoint(
         )
     )
     _, params, batch_stats = purify(model)
-    networks = _networks(read_tensors(path, model_name))
-    misfits = {role: _misfits(tensors, _expected(params, batch_stats)) for role, tensors in networks.items()}
-    role = min(networks, key=lambda role: sum(map(len, misfits[role].values())))
-    if any(misfits[role].values()):
+    title = f"{model_name} with {num_classes} classes and {in_channels} channels"
+    return with_variables(model, *load_variables(path, model_name, params, batch_stats, title=title))
+
+
+def load_variables(
+    path: Any, model_name: str, params: Tree, batch_stats: Tree, *, title: str, kept: Tree | None = None
+) -> tuple[Tree, Tree]:
+    """Reads `(params, batch_stats)` of a model from a checkpoint.
+
+    Args:
+      path: see `load_torch_checkpoint`.
+      model_name: of the model.
+      params: its nested dicts as returned by `purify`, of arrays or shapes.
+      batch_stats: the same for the batch statistics.
+      title: of the model, for errors.
+      kept: the part of `params` that takes the place of what the file has there; arrays.
+
+    Raises:
+      UserError: see `load_torch_checkpoint`.
+    """
+    expected = _expected(params, batch_stats)
+    tensors = _with_torch_names(read_tensors(path, model_name))
+    ours = to_state_dict(kept or {}, {})
+    networks = {prefix: network | ours for prefix, network in _networks(tensors, expected).items()}
+    misfits = {prefix: _misfits(tensors, expected) for prefix, tensors in networks.items()}
+    fitting = [prefix for prefix in networks if not any(misfits[prefix].values())]
+    students = [prefix.replace("teacher.", "student.") for prefix in fitting]
+    fitting = [p for p, student in zip(fitting, students, strict=True) if student == p or student not in fitting]
+    if len(fitting) > 1:
         raise UserError(
-            f"{path} does not fit {model_name} with {num_classes} classes and {in_channels} channels: "
-            f"{_report(misfits[role])}. Give the model and the number of classes that it was trained with."
+            f"{path} holds {len(fitting)} networks that fit {model_name}, under "
+            f"{', '.join(prefix.rstrip('.') or 'no key' for prefix in fitting)}. Choose one as {path}::KEY."
         )
-    variables = from_state_dict(networks[role], params, batch_stats)
-    check_finite(*variables, str(path))
-    return with_variables(model, *variables)
+    chosen = fitting[0] if fitting else min(networks, key=lambda prefix: sum(map(len, misfits[prefix].values())))
+    if any(misfits[chosen].values()):
+        raise UserError(
+            f"{path} does not fit {title}: {_report(misfits[chosen])}. Give the model and the number of classes that "
+            "it was trained with; student.checkpoint_head=skip starts a student from all but the last layer."
+        )
+    if chosen:
+        left = len(tensors) - len(networks[chosen])
+        logger.warning("%s: read what is under %r%s.", path, chosen[:-1], f"; {left} others are left" * (left > 0))
+    loaded = from_state_dict(networks[chosen], params, batch_stats)
+    check_finite(*loaded, str(path))
+    return loaded
 
 
 def save_torch_checkpoint(path: Any, params: Tree, batch_stats: Tree) -> None:
@@ -161,14 +195,35 @@ def _from_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
 
 
-def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Groups the tensors by network and removes prefixes; the student comes before the teacher."""
-    networks: dict[str, dict[str, np.ndarray]] = {}
-    for key, value in tensors.items():
-        prefix = _PREFIX.match(key)
-        assert prefix is not None  # it matches the empty string
-        networks.setdefault(prefix["role"] or "", {})[key[prefix.end() :]] = value
-    return dict(sorted(networks.items())) or {"": {}}
+def _with_torch_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts names and layouts of Flax, `params/conv1/kernel`, to PyTorch's; returns others unchanged."""
+    paths = {key: tuple(re.split("[./]", key)) for key in tensors}
+    if not any(path[-1] == "kernel" for path in paths.values()):
+        return dict(tensors)
+    renamed = {}
+    for key, path in paths.items():
+        path = tuple(part for part in path if part not in ("params", "batch_stats"))
+        renamed[_torch_key(path)] = _to_torch_layout(path, tensors[key])
+    return renamed
+
+
+def _networks(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Groups tensors by prefix, each group by the names in it; "" is the file as it is.
+
+    A prefix is all that stands before the name of one of the model's tensors. A group leaves out those within
+    it that fit the model themselves.
+    """
+    starts = {""}
+    for key in tensors:
+        ends = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        starts |= {key[:end] for end in ends if key[end:] in expected}
+    left, networks = dict(tensors), {}
+    for start in sorted(starts, key=len, reverse=True):
+        network = {key[len(start) :]: value for key, value in left.items() if key.startswith(start)}
+        networks[start] = network
+        if not any(_misfits(network, expected).values()):
+            left = {key: value for key, value in left.items() if not key.startswith(start)}
+    return dict(sorted(networks.items()))
 
 
 def _expected(params: Tree, batch_stats: Tree) -> dict[str, tuple[int, ...]]:

@@ -158,6 +158,9 @@ class Method:
     ) -> jax.Array:
         """Computes the bare distillation term, a scalar: the sum of the parts.
 
+        A row with a logit that is not finite makes it NaN, and so is that row's gradient; `ldrld_terms` says what
+        -inf means to ldrld.
+
         Args:
           teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
           student_logits: `[..., C]`, the same shape.

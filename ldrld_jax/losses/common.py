@@ -71,12 +71,13 @@ def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
 
 
 def prepare_logits(
-    teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None = None
+    teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None = None, *, infinite: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Checks both logits, raises them to float32 at least and stops the gradient into the teacher.
 
     Rows where `where` is False are set to 0, so that a NaN there reaches neither the value nor
-    the gradient.
+    the gradient. A row that holds an infinite logit or a NaN on either side becomes NaN, so that the value and the
+    row's gradient are both NaN, unless `infinite` says that the loss gives a meaning to infinite logits.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -88,6 +89,9 @@ def prepare_logits(
     if where is not None:
         kept = check_rows("where", where, student.shape[:-1])[..., None]
         teacher, student = (jnp.where(kept, z, jnp.zeros((), dtype)) for z in (teacher, student))
+    if not infinite:
+        finite = jnp.all(jnp.isfinite(teacher) & jnp.isfinite(student), axis=-1, keepdims=True)
+        student *= jnp.where(finite, jnp.ones((), dtype), jnp.nan)  # a factor also makes the gradient NaN
     return teacher, student
 
 

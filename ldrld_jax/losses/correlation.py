@@ -117,6 +117,7 @@ def dist_parts(
     """
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
     p, q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.softmax(student / cfg.temperature)
+    q = jnp.where(jnp.isnan(student), jnp.nan, q)  # XLA's exp of a NaN may be a number
     over_classes = _pearson(p, q, jnp.ones((1, q.shape[-1]), q.dtype), q.shape[-1])
     over_batch = _pearson(p.T, q.T, kept[None], jnp.maximum(count, 1.0))
     scale = cfg.temperature**2

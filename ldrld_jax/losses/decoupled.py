@@ -22,6 +22,7 @@ from ldrld_jax.losses.numerics import (
     label_mask,
     log_ratio,
     pick,
+    with_labels,
 )
 from ldrld_jax.losses.top import top_mask
 
@@ -134,7 +135,7 @@ def dkd_terms(
 
     Raises:
       ValueError: if C < 3, top_k > C, the shapes differ, a dtype is not floating or the labels are not
-        integers.
+        integers below C.
 
     Example:
       >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[5.0, 1.0, 0.0]])
@@ -160,7 +161,7 @@ def dkd_terms(
     scale: float | jax.Array = cfg.temperature**2
     if cfg.entropy_weighting:
         scale *= entropy_weight(teacher, student, cfg.entropy_temperature, cfg.entropy_bound, log_of_max)
-    target = label_mask(labels, student)
+    student, target = with_labels(labels, student, where)
     log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
     if cfg.top_k:
         keep = top_mask(teacher, cfg.top_k) & ~target
@@ -201,7 +202,7 @@ def nkd_terms(
       times its weight and T^2.
 
     Raises:
-      ValueError: if C < 3, the shapes differ, a dtype is not floating or the labels are not integers.
+      ValueError: if C < 3, the shapes differ, a dtype is not floating or the labels are not integers below C.
 
     Example:
       >>> terms = nkd_terms(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.array([0]), NKDConfig(temperature=1, gamma=1))
@@ -215,7 +216,7 @@ def nkd_terms(
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("nkd", student, 3)
-    target = label_mask(labels, student)
+    student, target = with_labels(labels, student, where)
     teacher_odds, student_odds = (pick(log_ratio(z, ~target), target) for z in (teacher, student))
     log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
     return {
@@ -251,7 +252,7 @@ def wsld_terms(
       `[...]`, float32 (float64 for float64 logits), in nats times T^2 and alpha.
 
     Raises:
-      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers.
+      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers below C.
 
     Example:
       >>> z = jnp.zeros((1, 2))
@@ -265,7 +266,7 @@ def wsld_terms(
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("wsld", student, 2)
-    target = label_mask(labels, student)
+    student, target = with_labels(labels, student, where)
     # Log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
     teacher_ce, student_ce = (-jax.nn.log_sigmoid(pick(log_ratio(z, ~target), target)) for z in (teacher, student))
     bracket = jax.lax.stop_gradient(-jnp.expm1(-student_ce / (teacher_ce + 1e-7)))
@@ -302,7 +303,7 @@ def rld_terms(
       and their weights.
 
     Raises:
-      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers.
+      ValueError: if C < 2, the shapes differ, a dtype is not floating or the labels are not integers below C.
 
     Example:
       >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[1.0, 2.0, 0.0]])
@@ -316,7 +317,8 @@ def rld_terms(
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("rld", student, 2)
-    target, best = label_mask(labels, student), label_mask(jnp.argmax(teacher, axis=-1), teacher)
+    student, target = with_labels(labels, student, where)
+    best = label_mask(jnp.argmax(teacher, axis=-1), teacher)
     confidence = pick(log_ratio(teacher / cfg.alpha_temperature, ~best), best)
     student_odds = pick(log_ratio(student / cfg.alpha_temperature, ~target), target)
     below = teacher < pick(teacher, target)[..., None]

@@ -157,7 +157,7 @@ def ldrld_terms(
       agrees with the official code to 1e-12 (tests/losses/ldrld_test.py).
     """
     fused = _takes_kernel(implementation, class_axis_name)
-    teacher, student = prepare_logits(teacher_logits, student_logits, where)
+    teacher, student = prepare_logits(teacher_logits, student_logits, where, infinite=True)
     classes = _number_of_classes(student, class_axis_name)
     if cfg.depth > classes:
         raise ValueError(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Marks the class of each label: `[...]` integers to `[..., C]` bool, all False for a label such as -100.
+    """Marks the class of each label: `[...]` integers to `[..., C]` bool, all False for a label out of range.
 
     It is a comparison with the class index, which XLA fuses into its consumer: no one-hot array is
     written, and the gradient needs no scatter, as it would for a gather.
@@ -22,6 +22,34 @@ def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
         raise ValueError(f"labels must be integer classes, got {labels.dtype}.")
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return classes == labels.astype(jnp.int32)[..., None]
+
+
+def with_labels(
+    labels: jax.Array, student_logits: jax.Array, where: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the student's logits and `label_mask` of the labels, which must be classes where `where` is True.
+
+    A label out of range is an error where its value is known. Under `jit` it is not: that row of the logits then
+    becomes NaN, and with it the loss and the row's gradient, rather than the loss of another label.
+
+    Args:
+      labels: `[...]` integer classes; rows where `where` is False may have any label.
+      student_logits: `[..., C]`.
+      where: `[...]` bool.
+
+    Raises:
+      ValueError: unless there is one integer for each row of logits, or for a label out of range.
+    """
+    target = label_mask(labels, student_logits)
+    stray = ~jnp.any(target, axis=-1)
+    if where is not None:
+        stray &= where
+    if not isinstance(stray, jax.core.Tracer) and stray.any():
+        raise ValueError(
+            f"labels must be between 0 and {student_logits.shape[-1] - 1}, got {jnp.asarray(labels)[stray][0]}. Mask "
+            "rows without a label by where."
+        )
+    return student_logits * jnp.where(stray, jnp.nan, jnp.ones((), student_logits.dtype))[..., None], target
 
 
 def pick(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -99,7 +127,7 @@ def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
 
 def sqrt(x: jax.Array) -> jax.Array:
     """Computes the square root of x >= 0 with slope 0 at 0; the true slope is infinite and would give NaN."""
-    positive = x > 0
+    positive = ~(x <= 0)  # or NaN, which stays one
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 

@@ -72,12 +72,12 @@ class _Views:
     def of(cls, method: str, teacher_logits, student_logits, where, weights) -> "_Views":
         logits = {"teacher_logits": teacher_logits, "student_logits": student_logits}
         check_views(method, **logits, where=where, weights=weights)
-        teacher, student = prepare_logits(**logits)
+        teacher, student = prepare_logits(**logits, infinite=True)  # masked rows may be
         if weights is not None:
             weights = jnp.mean(check_rows("weights", weights, student.shape[:-1]).astype(student.dtype), axis=0)
         if where is not None:
             where = jnp.all(check_rows("where", where, student.shape[:-1]), axis=0)
-            teacher, student = prepare_logits(teacher, student, jnp.stack([where, where]))
+        teacher, student = prepare_logits(teacher, student, None if where is None else jnp.stack([where, where]))
         return cls(teacher, student, where, weights)
 
     def mean(self, values: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -135,7 +135,10 @@ def crld_parts(
     cross = jnp.sum(numerics.kl(teacher, student[::-1]), axis=0)
     sure = jnp.max(jax.nn.softmax(rows.teacher), axis=-1)
     weak, strong = sure[0] >= cfg.weak_threshold, sure[1] >= cfg.strong_threshold
-    mean = lambda kept, values: cfg.temperature**2 * rows.mean(jnp.where(kept, values, 0.0), axis_name)  # noqa: E731
+
+    def mean(sure: jax.Array, values: jax.Array) -> jax.Array:
+        return cfg.temperature**2 * rows.mean(jnp.where(sure | jnp.isnan(values), values, 0.0), axis_name)
+
     return {"within": cfg.within_weight * mean(weak, within), "cross": cfg.cross_weight * mean(strong, cross)}
 
 
@@ -207,7 +210,9 @@ def sld_parts(
     labels = jnp.asarray(labels)
     if labels.shape == rows.student.shape[1:-1]:
         labels = jnp.stack([labels, labels])
-    target = numerics.label_mask(labels, rows.student)
+    kept = None if rows.where is None else jnp.stack([rows.where, rows.where])
+    student, target = numerics.with_labels(labels, rows.student, kept)
+    rows = dataclasses.replace(rows, student=student)
     top = numerics.label_mask(jnp.argmax(rows.student, axis=-1), rows.student)
     swapped = _swapped(rows.teacher, target)
 

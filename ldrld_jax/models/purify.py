@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from ldrld_jax.errors import UserError
 
@@ -169,6 +170,25 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
         return jax.random.fold_in(key, number)
 
     return jax.tree_util.tree_map_with_path(renewed, streams)
+
+
+def last_layer_path(params: Tree, classes: int) -> tuple[str, ...]:
+    """Returns the path of a network's last layer, which has its only matrix with a column for each class.
+
+    Raises:
+      UserError: if there is no such matrix, or several.
+
+    Example:
+      >>> last_layer_path({"conv": {"kernel": np.zeros((3, 3, 1, 4))}, "fc": {"kernel": np.zeros((4, 10))}}, 10)
+      ('fc',)
+    """
+    kernels = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
+    if len(kernels) != 1:
+        raise UserError(
+            f"the last layer is wanted, one matrix with {classes} columns, and the network has {len(kernels)}. Choose "
+            "another model, method or checkpoint."
+        )
+    return kernels[0][:-1]
 
 
 def _str_keys(tree: Any) -> Any:

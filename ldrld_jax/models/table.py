@@ -3,7 +3,7 @@
 `python -m ldrld_jax.models.table` lists all models.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +47,25 @@ def summarize(name: str) -> ModelSummary:
     natives = {"imagenet": (224, 1000), "vit": (224, 1000), "tinyimagenet": (64, 200)}
     image_size, num_classes = natives.get(name.partition("_")[0], (32, 100))
     apply, params, batch_stats = purify(nnx.eval_shape(lambda: create_model(name, num_classes, rngs=nnx.Rngs(0))))
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda *args: apply(*args, train=False)[0])(params, batch_stats, image)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return ModelSummary(name, image_size, num_classes, parameters, _flops(jaxpr))
+    forward = flops(lambda v, x: apply(*v, x, train=False)[0], (params, batch_stats), (1, image_size, image_size, 3))
+    return ModelSummary(name, image_size, num_classes, parameters, forward)
+
+
+def flops(
+    forward: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> int:
+    """Counts the FLOPs of `forward(variables, images)` in convolutions and matrix products, two per multiply-add.
+
+    Args:
+      forward: a network's forward pass.
+      variables: arrays or their shapes.
+      shape, dtype: of the images, `[n, height, width, channels]`, or of other inputs.
+    """
+    return _flops(jax.make_jaxpr(forward)(variables, jax.ShapeDtypeStruct(shape, dtype)))
 
 
 def model_table(names: Iterable[str] = MODELS) -> str:

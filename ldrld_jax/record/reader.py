@@ -4,7 +4,7 @@ Resuming, sweeps, the export and the report all read runs through it.
 """
 
 import json
-import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
         return None
     data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
     counted = [isinstance(data[s], dict) and is_number(data[s].get("images")) for s in ("train", "eval")]
-    if not isinstance(data["classes"], list) or not all(counted):
+    names = data["classes"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not all(counted):
         raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
     return data
 
@@ -96,8 +97,9 @@ def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> d
     for name in numbers:
         if not is_number(summary.get(name)):
             raise UserError(f"{path} has no number {name}. Remove it: the run writes it again.")
-    teacher = summary.get("teacher_top1")
-    return {**summary, "teacher_top1": teacher if is_number(teacher) else None}
+    teacher, warnings = summary.get("teacher_top1"), summary.get("warnings")
+    known = [text for text in warnings if isinstance(text, str)] if isinstance(warnings, list) else []
+    return {**summary, "teacher_top1": teacher if is_number(teacher) else None, "warnings": known}
 
 
 class Lines(NamedTuple):
@@ -154,7 +156,8 @@ def last_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Returns whether a value is a finite number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # an integer may be larger than any float
 
 
 def _line(text: str) -> dict[str, Any] | None:

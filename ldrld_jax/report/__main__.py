@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from ldrld_jax.record.console import printable
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
 from ldrld_jax.report.groups import Comparison, compare
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.notes += outputs.analyse(comparisons, out, args.data_dir)
     cells = results(comparisons)
     if cells.rows:
-        print(markdown(cells))
+        print(printable(markdown(cells)))
     for note in report.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if not comparisons:
         return 2
     return _write(out, report, comparisons, markdown(cells))
@@ -56,7 +57,7 @@ def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text:
     except OSError as error:
         print(f"report.html cannot be written to {out} ({error.strerror or error}). Set --out.", file=sys.stderr)
         return 2
-    print(f"written: {out / 'report.html'} and report.md", file=sys.stderr)
+    print(printable(f"written: {out / 'report.html'} and report.md"), file=sys.stderr)
     return 0
 
 

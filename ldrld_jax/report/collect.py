@@ -122,6 +122,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
     run = FoundRun(str(workdir), flat(config), read_summary(workdir, numbers=_NUMBERS), tuple(curve))
     if run.summary is not None:
         report.summaries.append(run)
+        report.notes += [f"{workdir}: warning: {text}" for text in run.summary["warnings"]]
     else:
         report.running.append(run)
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")

@@ -24,6 +24,9 @@ def dtypes(precision: str) -> dict[str, Any]:
 def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator[None]:
     """Applies a config's precisions to everything computed inside the block; enables x64 for float64.
 
+    Random numbers are drawn by partitionable threefry inside it, whatever the environment says: a run's identity
+    has its seed alone.
+
     Args:
       precision: float32, bfloat16 or float64.
       products: of float32 matrix products and convolutions on a GPU or TPU; the losses' own are always exact.
@@ -32,7 +35,11 @@ def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator
     # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads.
     jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
     try:
-        with jax.default_matmul_precision(products):
+        with (
+            jax.default_matmul_precision(products),
+            jax.default_prng_impl("threefry2x32"),
+            jax.threefry_partitionable(True),
+        ):
             yield
     finally:
         jax.config.update("jax_enable_x64", before)

@@ -1,9 +1,13 @@
 """The workdir of a run: whether it belongs to this run, its checkpoints, and whether the run has ended."""
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
+from etils import epath
+
+from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
@@ -44,6 +48,12 @@ class RunFolder:
         if there is None:
             return
         check_classes(workdir, here["classes"], whose="the run")
+        before, now = there.get("weights", {}), self._weights()
+        if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+            raise UserError(
+                f"{' and '.join(changed)} of the run in {workdir}: the weights there are not those that it began with. "
+                "Restore them, or choose another workdir."
+            )
         for split in ("train", "eval"):
             if there[split] != here[split]:
                 before, now = there[split]["images"], here[split]["images"]
@@ -52,6 +62,18 @@ class RunFolder:
                     f"the {split} data of the run in {workdir} have changed: {what}. Restore them, or choose another "
                     "workdir."
                 )
+
+    def _weights(self) -> dict[str, str]:
+        """Returns a digest of the weights that each checkpoint of the config holds, by key, where they are there."""
+        config = self.run.config
+        given = {
+            "teacher.checkpoint": config.teacher.get("checkpoint"),
+            "student.checkpoint": config.student.checkpoint,
+        }
+        one = not config.teacher or len(config_lib.teacher_models(config)) == 1
+        paths = {key: [path] if one or key[0] == "s" else path.split(",") for key, path in given.items() if path}
+        digests = {key: [_digest(path) for path in each] for key, each in paths.items()}
+        return {key: " ".join(map(str, each)) for key, each in digests.items() if None not in each}
 
     def remark(self) -> str | None:
         """Returns a line for a run that began before its data were noted; None for any other."""
@@ -63,11 +85,16 @@ class RunFolder:
         """Writes the run's config.json and data.json."""
         workdir = self.run.workdir
         replace_text(workdir / "config.json", self.run.config.to_json(indent=2) + "\n")
-        replace_text(workdir / "data.json", json.dumps(self.run.data_note, indent=2) + "\n")
+        note = {**self.run.data_note, "weights": self._weights()}
+        replace_text(workdir / "data.json", json.dumps(note, indent=2) + "\n")
 
     def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
         config, ours = self.run.config, identity(self.run.config)
         differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        if moved := {"teacher.checkpoint", "student.checkpoint"} & set(differing):  # the same weights elsewhere?
+            before, now = (read_data(self.run.workdir) or {}).get("weights", {}), self._weights()
+            same = {key for key in moved if before.get(key) is not None and before[key] == now.get(key)}
+            differing = [key for key in differing if key not in same]
         if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
             decay = first_decay_epoch(config.optim)
             done = (self.checkpoints().latest_step or 0) / self.run.batches.steps_per_epoch
@@ -94,3 +121,18 @@ class RunFolder:
         """Returns the summary of a run that has ended, else None."""
         summary = read_summary(self.run.workdir, numbers=("steps",))
         return summary if summary is not None and summary["steps"] == self.run.steps else None
+
+
+def _digest(path: str) -> str | None:
+    """Returns a digest of the weights of a run's best checkpoint or of a file; None if there is nothing."""
+    name, _, member = path.partition("::")
+    place = epath.Path(name)
+    if not place.exists():
+        return None
+    if not place.is_dir():
+        return hashlib.sha256(place.read_bytes() + member.encode()).hexdigest()[:32]
+    checkpoints = Checkpoints(place / "checkpoints")
+    step = next(iter(checkpoints.by_preference(best=True)), None)
+    if step is None or step not in checkpoints.readable_steps:
+        return None
+    return hashlib.sha256(json.dumps(checkpoints.arrays(step, "model"), sort_keys=True).encode()).hexdigest()[:32]

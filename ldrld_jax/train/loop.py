@@ -219,4 +219,5 @@ def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str,
         "steps": run.steps,
         "skipped_steps": recorder.skipped,
         "examples_per_second": recorder.examples_per_second,
+        "warnings": run.warnings,
     }

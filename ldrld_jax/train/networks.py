@@ -8,17 +8,18 @@ from typing import Any
 import jax
 from etils import epath
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import load_model
 from ldrld_jax.code import is_code
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
-from ldrld_jax.interop.torch_import import load_torch_checkpoint
+from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import create_model, own_model
 from ldrld_jax.models.pure import Pure, pure
-from ldrld_jax.models.purify import check_finite
-from ldrld_jax.record.reader import read_config
+from ldrld_jax.models.purify import check_finite, last_layer_path
+from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
@@ -40,7 +41,7 @@ class Networks:
     channels: int
     precision: str
     raw: bool = False
-    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, source: Any, precision: str, given: Mapping[str, Any] = MappingProxyType({})) -> "Networks":
@@ -113,6 +114,29 @@ class Networks:
         variables = Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
         check_finite(*variables, path)
         return network, variables
+
+    def without_head(self, path: str, model: str, data: ConfigDict, variables: Variables) -> Variables:
+        """Loads all layers of a model but the last, which stays that of `variables`; see `restore`.
+
+        Args:
+          path: the same as of `restore`; the model in it may tell any number of classes apart.
+          model: its name.
+          data: see `random`.
+          variables: random, for example.
+
+        Raises:
+          UserError: see `restore`.
+        """
+        head = last_layer_path(variables.params, self.num_classes)
+        kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
+        place = epath.Path(path)
+        if "::" in path or not place.is_dir():
+            title = f"{model} without its last layer"
+            return Variables(*load_variables(path, model, *variables, title=title, kept=unflatten_dict(kept)))
+        if (note := read_data(place)) is None:
+            raise UserError(f"{path} has no data.json with its classes, which student.checkpoint_head=skip takes.")
+        _, loaded = dataclasses.replace(self, num_classes=len(note["classes"])).restore(path, model, data)
+        return loaded._replace(params=unflatten_dict(flatten_dict(loaded.params) | kept))
 
     def _network(self, model: Pure, data: ConfigDict) -> tuple[Network, Variables]:
         network = Network(

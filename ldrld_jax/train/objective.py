@@ -14,6 +14,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, Method, standardized
 from ldrld_jax.losses.common import mean_over_rows
+from ldrld_jax.metrics import at_labels
 
 Tree = Any
 
@@ -146,7 +147,7 @@ def cross_entropy(
 
     Args:
       logits: `[n, C]`, any float dtype; computed in float32 at least.
-      labels: `[n]` integers.
+      labels: `[n]` integers; one out of range that `where` keeps makes the mean NaN.
       smoothing: s, 0 <= s < 1.
       where: `[n]` bool; the mean is taken over the rows it keeps.
 
@@ -155,7 +156,9 @@ def cross_entropy(
       1.3863
     """
     log_p = jax.nn.log_softmax(at_least_float32(logits))
-    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    own = at_labels(log_p, labels)
+    if where is not None:
+        own = jnp.where(where, own, 0.0)
     return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
 
 

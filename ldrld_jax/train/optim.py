@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax import dtypes
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code, load_object
@@ -16,14 +17,14 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Schedule:
-    r"""Returns the learning rate as a function of the step, counted from 0; float32.
+    r"""Returns the learning rate as a function of the step, counted from 0; float32, or float64 under x64.
 
     `step` multiplies by `decay_rate` after each of `decay_epochs`; `cosine` falls to 0 over
     `epochs`; `constant` stays. The warm-up multiplies this, W = `warmup_epochs`:
 
     - `official`, the published LDRLD code's: with e = 1, 2, .. the epoch, e / W while e < W, constant
       within the epoch. That code never reaches the full rate: (W - 1) / W stays until the first decay,
-      after which the rate is exact;
+      after which the rate is exact. W = 1 is no warm-up;
     - `linear`: (step + 1) / (W * steps_per_epoch), up to 1;
     - `none`.
 
@@ -34,29 +35,31 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
       [0.05, 0.05, 0.005, 5e-05]
     """
     boundaries = jnp.asarray(optim.decay_epochs, jnp.int32)
+    total, warmup_steps = epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
+    number = lambda x: jnp.asarray(x, dtypes.canonicalize_dtype(float))  # noqa: E731
+
+    def decays(step: jax.Array) -> jax.Array:
+        return jnp.sum(step // steps_per_epoch >= boundaries)
 
     def decay(step: jax.Array) -> jax.Array:
         if optim.schedule == "constant":
-            return jnp.ones((), jnp.float32)
-        if optim.schedule == "cosine":
-            done = step.astype(jnp.float32) / (epochs * steps_per_epoch)
-            return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0)))
-        decays = jnp.sum(step // steps_per_epoch >= boundaries)
-        return jnp.float32(optim.decay_rate) ** decays.astype(jnp.float32)
+            return number(1)
+        if optim.schedule == "cosine":  # (1 + cos(pi x)) / 2 without its cancellation near x = 1
+            return jnp.sin(number(jnp.pi / 2) * (number(jnp.maximum(total - step, 0)) / total)) ** 2
+        return number(optim.decay_rate) ** number(decays(step))
 
     def warmup(step: jax.Array) -> jax.Array:
-        if optim.warmup == "none":
-            return jnp.ones((), jnp.float32)
+        if optim.warmup == "none" or (optim.warmup == "official" and optim.warmup_epochs == 1):
+            return number(1)
         if optim.warmup == "linear":
-            return jnp.minimum((step + 1).astype(jnp.float32) / (optim.warmup_epochs * steps_per_epoch), 1.0)
-        epoch = (step // steps_per_epoch + 1).astype(jnp.float32)
-        before_decay = jnp.minimum(epoch, optim.warmup_epochs - 1.0) / optim.warmup_epochs
-        decayed = (decay(step) < 1) & (optim.schedule == "step")
-        return jnp.where(decayed, jnp.ones((), jnp.float32), before_decay)
+            return jnp.minimum(number(step + 1) / warmup_steps, 1)
+        epoch = number(step // steps_per_epoch + 1)
+        before_decay = jnp.minimum(epoch, optim.warmup_epochs - 1) / optim.warmup_epochs
+        return jnp.where((decays(step) > 0) & (optim.schedule == "step"), number(1), before_decay)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.int32)
-        return jnp.float32(optim.learning_rate) * decay(step) * warmup(step)
+        return number(optim.learning_rate) * decay(step) * warmup(step)
 
     return schedule
 

@@ -33,7 +33,11 @@ _LOOKED_AT = 64  # images of each split
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run whose config has been checked; nothing is on disk or on a device yet."""
+    """The parts of a run whose config has been checked; nothing is on disk or on a device yet.
+
+    Attributes:
+      warnings: lines on what is odd and does not stop the run; its summary repeats them.
+    """
 
     config: ConfigDict
     workdir: epath.Path
@@ -42,6 +46,7 @@ class Run:
     batches: TrainBatches
     objective: Objective
     given: Given = NOTHING
+    warnings: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
     def plan(
@@ -145,7 +150,11 @@ class Run:
         network, variables = self.networks.random(
             config.student.model, config.data, seed=config.seed, batch_norm_groups=groups
         )
-        if config.student.checkpoint is not None:
+        if "checkpoint_head" in config.student:
+            variables = self.networks.without_head(
+                config.student.checkpoint, config.student.model, config.data, variables
+            )
+        elif config.student.checkpoint is not None:
             _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
         return network, variables
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import top_mask
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
+from ldrld_jax.models.purify import last_layer_path
 from ldrld_jax.train.objective import Objective, at_least_float32
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
@@ -226,8 +226,7 @@ def make_train_step(
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
         rate = _hyperparameter(state.opt_state) if schedule is None else schedule(state.step)
         if rate is not None:
-            count = metrics["loss"].count
-            metrics["learning_rate"] = Mean(rate.astype(count.dtype) * count, count)
+            metrics["learning_rate"] = Mean(rate, jnp.ones(()))  # of a step, however many its examples
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
         finite = jnp.isfinite(metrics["loss"].total) & _all_finite((after, method_params))
         if skip_non_finite:
@@ -329,13 +328,10 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
       >>> last_layer(Variables(params, {}), 10).shape
       (10, 4)
     """
-    found = [leaf for leaf in jax.tree.leaves(variables.params) if leaf.ndim == 2 and leaf.shape[1] == classes]
-    if len(found) != 1:
-        raise UserError(
-            f"the method takes the teacher's last layer, one matrix with {classes} columns, and the teacher has "
-            f"{len(found)}. Choose another teacher.model or method."
-        )
-    return found[0].T
+    layer = variables.params
+    for name in last_layer_path(layer, classes):
+        layer = layer[name]
+    return layer["kernel"].T
 
 
 def _rows(batch: Batch, views: int) -> Batch:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +31,11 @@ from ldrld_jax.train.given import NOTHING, Callback, Given, LineWriter
 from ldrld_jax.train.input import open_evaluation
 from ldrld_jax.train.loop import fit
 from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Placement, Variables
 from ldrld_jax.train.step import Metric, Network
-from ldrld_jax.train.teacher import obtain_teacher
+from ldrld_jax.train.teacher import SelfTeacher, checkpoints_of, obtain_teacher
 
 _POLL_SECONDS = 1.0
 
@@ -224,6 +225,7 @@ def train(
     *,
     leave_within: float | None = None,
     profile: str | None = None,
+    remarks: Sequence[str] = (),
     given: Given = NOTHING,
 ) -> dict[str, Any]:
     """Trains the student of a config, after its teacher if that has a recipe; resumes an interrupted run.
@@ -233,6 +235,7 @@ def train(
       workdir: the folder of the run's files: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
       profile: a directory for a trace of some of the student's steps.
+      remarks: warnings of the caller's, said with the run's own.
       given: parts that are objects.
 
     Returns:
@@ -243,11 +246,12 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
+    remarks = [*remarks, *config_lib.unread(config, given.methods)]
     config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), catching as signals:
-        return _train(config, epath.Path(workdir), signals, "student", given, profile)
+        return _train(config, epath.Path(workdir), signals, "student", given, profile, remarks)
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> dict[str, float]:
@@ -271,7 +275,13 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
 
 
 def _train(
-    config: ConfigDict, workdir: epath.Path, signals: Signals, role: str, given: Given, profile: str | None = None
+    config: ConfigDict,
+    workdir: epath.Path,
+    signals: Signals,
+    role: str,
+    given: Given,
+    profile: str | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     run = Run.plan(config, workdir, given=given)
     folder = RunFolder(run)
@@ -281,14 +291,25 @@ def _train(
     if (summary := folder.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
     else:
+        say(opening(run, role))
+        _warn(run, [*remarks, *warnings(run)])
         student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
         run.look()
         train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
         teacher = obtain_teacher(run, student[0], signals, train_teacher)
+        if teacher is not None and not isinstance(teacher, SelfTeacher):
+            _warn(run, teacher_warnings(run, checkpoints_of(run), teacher.top1))
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
+
+
+def _warn(run: Run, lines: Iterable[str]) -> None:
+    """Says warnings, and keeps them for the run's summary."""
+    for line in lines:
+        say(f"warning: {line}.")
+        run.warnings.append(line)
 
 
 def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals, given: Given) -> None:

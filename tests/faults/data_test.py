@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ldrld_jax import main as main_lib
+from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
@@ -99,3 +100,33 @@ def test_a_fingerprint_depends_on_names_labels_and_sizes_alone(folder, tmp_path,
     digits = [fingerprint(open_source("digits", split, data_dir)) for split in ("train", "train[:90]", "test")]
     assert [d["images"] for d in digits] == [1438, 90, 359]
     assert len({d["digest"] for d in digits}) == 3
+
+
+def test_the_parts_of_a_folder_have_the_names_that_the_keys_give(folder):
+    for old, new in (("train", "training"), ("val", "testing")):
+        (folder / old).rename(folder / new)
+    (folder / "testing/dog").rename(folder / "dog")  # the training images name the classes, whatever else is there
+    asked = dict(data_dir=str(folder), train_split="training")
+    assert open_source("image_folder", "training", **asked).class_names == ("bird", "cat", "dog")
+    testing = open_source("image_folder", "testing", **asked)
+    assert (testing.class_names, len(testing)) == (("bird", "cat", "dog"), 6)
+
+
+def test_a_folder_of_classes_alone_is_trained_on_and_evaluated_on_what_is_held_out(folder, tiny):
+    data = tiny("data.name=image_folder", f"data.data_dir={folder / 'train'}", "data.crop_size=8").data
+    data.train_split, data.held_out = "train", 0.25
+    batches, held_out = make_train_batches(data, batch_size=6, seed=0), make_eval_source(data)
+    assert (len(batches.source), len(held_out)) == (18, 6)
+    data.held_out, data.eval_split = 0.0, "val"
+    with pytest.raises(UserError, match=r"holds the classes themselves, and no folder val .* Set data\.held_out=\.1"):
+        make_eval_source(data)
+
+
+@pytest.mark.parametrize(
+    ("split", "there", "expected"),
+    [("train", "training", "training, val"), ("val", "test", "test, train")],
+)
+def test_a_missing_part_is_one_line_with_the_folders_that_are_there_and_the_keys(folder, split, there, expected):
+    (folder / split).rename(folder / there)
+    with pytest.raises(UserError, match=rf"data\.train_split and data\.eval_split to .* in it: {expected}\."):
+        open_source("image_folder", split, str(folder))

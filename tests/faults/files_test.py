@@ -1,14 +1,21 @@
 """Files of a run: links, lines that are missing, checkpoints under another name, teachers that are shared."""
 
+import shutil
 import threading
 
+import numpy as np
 import pytest
 from etils import epath
 
+from ldrld_jax import config as config_lib
+from ldrld_jax.checkpoint.folder import Checkpoints, _compared
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked, replace_text
+from ldrld_jax.interop.torch_files import write_safetensors
 from ldrld_jax.record.reader import read_metrics
-from ldrld_jax.train import trainer
+from ldrld_jax.train import loop, trainer
+from ldrld_jax.train.folder import RunFolder
+from ldrld_jax.train.plan import Run
 
 
 def test_nothing_is_written_through_a_link(tiny, tmp_path):
@@ -70,3 +77,51 @@ def test_a_run_that_shares_a_teacher_waits_for_the_one_that_trains_it(tiny, tmp_
     thread.join()
     assert f"another run trains the teacher in {tmp_path / 'teacher'}: waiting for it" in capsys.readouterr().out
     assert (tmp_path / "teacher/summary.json").exists()
+
+
+def test_a_teacher_that_has_moved_is_the_same_and_one_with_other_weights_is_not(tiny, tmp_path):
+    """The content of a teacher counts, not its path."""
+
+    def folder(teacher):
+        config = tiny("method=kd", "teacher.model=tiny_net", f"teacher.checkpoint={teacher}")
+        return RunFolder(Run.plan(config_lib.resolve(config), epath.Path(tmp_path / "run")))
+
+    checkpoints = Checkpoints(tmp_path / "t/checkpoints", run={})
+    checkpoints.save(1, {"model": {"w": np.zeros(3, np.float32)}}, {}, 50.0)
+    checkpoints.close()
+    (tmp_path / "run").mkdir()
+    folder(tmp_path / "t").write()
+    folder(f"{tmp_path / 't'}/").check()
+    (tmp_path / "t").rename(tmp_path / "moved")
+    folder(tmp_path / "moved").check()
+    folder(tmp_path / "t").check()  # a run that has ended needs no teacher any more
+    for old, new in (("a.safetensors", "b.safetensors"), ("b.safetensors", "c,d")):
+        write_safetensors(tmp_path / old, {"w": np.zeros(3, np.float32)})
+        folder(tmp_path / old).write()
+        (tmp_path / old).rename(tmp_path / new)
+        folder(tmp_path / new).check()
+    with pytest.raises(UserError, match=r"teacher\.checkpoint \(.* there, .* here\)"):
+        folder(tmp_path / "moved").check()
+    write_safetensors(tmp_path / "b.safetensors", {"w": np.ones(3, np.float32)})
+    with pytest.raises(UserError, match=r"teacher\.checkpoint of the run .* not those that it began with"):
+        folder(tmp_path / "b.safetensors").check()
+
+
+def test_a_checkpoint_of_before_a_teacher_moved_is_of_the_run_beside_it():
+    run = {"method": "kd", "epochs": 3, "teacher.checkpoint": "a", "student.checkpoint": "b"}
+    assert _compared(run) == _compared({**run, "epochs": 4, "teacher.checkpoint": "c"}) == {"method": "kd"}
+
+
+@pytest.mark.parametrize("at", ["_save", "_rate"])
+def test_a_workdir_that_is_deleted_while_the_run_goes_on_is_one_error(tiny, tmp_path, monkeypatch, caplog, at):
+    whole = getattr(loop._Pause, at)
+
+    def deleted(pause, *arguments):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return whole(pause, *arguments)
+
+    monkeypatch.setattr(loop._Pause, at, deleted)
+    with pytest.raises(OSError, match="No such file or directory") as error:
+        trainer.train(tiny("epochs=1"), tmp_path / "run")
+    assert str(tmp_path / "run") in str(error.value)
+    assert not caplog.records

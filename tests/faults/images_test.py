@@ -2,15 +2,20 @@
 
 import io
 import pathlib
+import struct
+import types
 
 import numpy as np
 import pytest
-from PIL import Image
+import tensorflow_datasets as tfds
+from PIL import Image, ImageCms
 
+from ldrld_jax.data import tfds_records
 from ldrld_jax.data.decode import BrokenImageError, open_image, pixels
 from ldrld_jax.data.folders import open_folder
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.views import CentreCrop
+from ldrld_jax.deploy.predict import find
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import trainer
 from tests.faults.conftest import make_folder
@@ -121,3 +126,71 @@ def test_tiny_imagenets_lists_are_read_in_every_form(tmp_path, form):
         ("a.png", 0),
         ("b.png", 1),
     ]
+
+
+def twelve_bit_tiff(rows: list[list[int]]) -> bytes:
+    """A grey TIFF of 12 bits a pixel, two pixels in three bytes."""
+    height, width = len(rows), len(rows[0])
+    pairs = [(row[i], row[i + 1]) for row in rows for i in range(0, width, 2)]
+    pixels = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return head + pixels + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+def test_twelve_bits_of_grey_are_as_bright_as_eight(tmp_path):
+    image = pixels(open_image(twelve_bit_tiff([[0, 4095], [2048, 1024]])), channels=1, exif=True)
+    assert np.asarray(image).tolist() == [[0, 255], [128, 64]]
+
+
+def test_lab_is_read_as_the_colours_that_it_holds():
+    buffer = io.BytesIO()
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    ImageCms.applyTransform(Image.new("RGB", (2, 2), (200, 90, 30)), to_lab).save(buffer, "tiff")
+    seen = pixels(open_image(buffer.getvalue()), channels=3, exif=True).getpixel((0, 0))
+    assert np.abs(np.subtract(seen, (200, 90, 30))).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("**/*.png", ["0.png", "a/1.png", "a/b/2.png"]),
+        ("*/*.png", ["a/1.png"]),
+        ("a/[bc]/?.png", ["a/b/2.png"]),
+        ("a/*", ["a/1.png"]),
+        ("[0].png", ["[0].png"]),
+    ],
+)
+def test_a_pattern_may_name_folders_and_a_file_may_look_like_a_pattern(tmp_path, monkeypatch, pattern, names):
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("0.png", "a/1.png", "a/b/2.png", *([pattern] if pattern == "[0].png" else [])):
+        (tmp_path / name).write_bytes(b"")
+    assert [str(path.relative_to(tmp_path)) for path in find([str(tmp_path / pattern)])] == names
+    monkeypatch.chdir(tmp_path)
+    assert list(map(str, find([pattern]))) == names
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "expected"),
+    [
+        (tfds.features.Image(), tfds.features.Scalar(np.int64), r"label \(Scalar\)"),
+        (tfds.features.Image(), tfds.features.Text(), r"label \(Text\)"),
+        (tfds.features.Text(), tfds.features.ClassLabel(num_classes=2), r"image \(Text\)"),
+        (
+            tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8),
+            tfds.features.ClassLabel(num_classes=2),
+            r"image \(Tensor\)",
+        ),
+        (tfds.features.Image(), tfds.features.ClassLabel(), "how many classes"),
+    ],
+)
+def test_a_data_set_of_other_features_is_one_line_that_lists_them(monkeypatch, image, label, expected):
+    features = tfds.features.FeaturesDict({"image": image, "label": label})
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+    monkeypatch.setattr(tfds_records, "_builder", lambda name, data_dir: builder)
+    with pytest.raises(UserError, match=rf"dataset some .*{expected}"):
+        tfds_records.make_builder("some", None)
+    builder.info.features = tfds.features.Tensor(shape=(), dtype=np.int64)
+    with pytest.raises(UserError, match="dataset some has Tensor"):
+        tfds_records.make_builder("some", None)

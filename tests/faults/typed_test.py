@@ -1,6 +1,7 @@
 """Slips on the command line and in a config, and what an export and a sweep make of them."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import trainer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_overrides
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,19 @@ def test_a_class_whose_name_ends_a_line_keeps_its_place_in_the_export(on_folder,
     assert (tmp_path / "run/export/labels.txt").read_text().split("\n") == ["bird of prey\\u2028", "cat", "dog", ""]
 
 
+def test_a_class_whose_name_is_no_utf8_is_escaped_wherever_it_is_written(tmp_path, folder):
+    from ldrld_jax.data.folders import open_folder
+    from ldrld_jax.files import replace_text
+    from ldrld_jax.report.markup import tag
+
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(folder / split / os.fsdecode(b"caf\xe9"))
+    records, classes, _ = open_folder("image_folder", "train", str(folder))
+    assert classes == ("bird", "caf\udce9", "dog") and len(records.__getitems__([8])[0]["image"]) > 50
+    replace_text(epath.Path(tmp_path / "page.html"), str(tag("p", classes[1])))
+    assert (tmp_path / "page.html").read_text() == "<p>caf\\udce9</p>"
+
+
 def test_a_sweep_takes_a_path_with_a_space_and_quotes_what_it_prints(tmp_path):
     sweep = [sys.executable, "-m", "ldrld_jax.sweep", "--config", "configs/digits.py", "--dry_run"]
     flags = ["--grid", "optim.decay_epochs=(1,2),(3,4)", f"--config.data.data_dir={tmp_path}/my data"]
@@ -134,3 +148,41 @@ def test_one_torn_run_does_not_stop_a_sweep(tmp_path):
         job.look()
     assert [job.state for job in jobs] == ["failed", "waiting"]
     assert "summary.json is torn or no JSON" in jobs[0].line()
+
+
+README = ROOT / "README.md"
+
+
+def test_the_readmes_own_method_trains_and_its_run_is_evaluated_exported_and_reported(
+    tiny, tmp_path, data_dir, monkeypatch, capsys
+):
+    """In processes without the config, METHODS does not have the method."""
+    from ldrld_jax.losses import METHODS
+    from ldrld_jax.report import __main__ as report
+
+    code = next(block for block in README.read_text().split("```python\n") if "class MatchConfig" in block)
+    (tmp_path / "match.py").write_text(code.partition("```")[0])
+    flags = [*tiny_overrides(data_dir), "student.model=tiny_net", "teacher.model=tiny_net", "teacher.epochs=1"]
+    flags = [flag for flag in flags if flag != "method=ce"] + ["epochs=1"]
+    tiny()  # makes the model known
+    monkeypatch.setitem(METHODS, "match", METHODS["kd"])  # removed after the test
+    config = config_lib.load(str(tmp_path / "match.py"), flags)
+    assert config.loss.match.scale == 0.5
+    trainer.train(config, tmp_path / "run")
+    monkeypatch.delitem(METHODS, "match")
+    capsys.readouterr()
+    for mode in ("eval", "export"):
+        assert main_lib.main(["--mode", mode, "--workdir", str(tmp_path / "run")]) == 0
+    assert "the method match of the run in" in capsys.readouterr().out
+    assert "| method | match" in (tmp_path / "run/export/README.md").read_text()
+    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "match" in capsys.readouterr().out
+
+
+def test_help_says_which_config_each_mode_takes(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main_lib.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--config FILE[:ARG] configs/digits.py; eval, predict, export: the workdir's own" in said
+    with pytest.raises(UserError, match="there is no checkpoint of a run"):
+        main_lib.run(*main_lib.parse(["--mode", "eval", "--workdir", str(tmp_path)]))

@@ -1,5 +1,6 @@
 """Learning rates at the epochs that matter, and SGD as PyTorch writes it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +25,23 @@ def test_the_official_warmup_never_reaches_the_full_rate_before_the_first_decay(
     factors = [1 / 20, 2 / 20, 19 / 20, 0.95, 0.95, 0.95, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     expected = np.repeat(0.05 * np.array(factors), 2)  # constant within the epoch
     np.testing.assert_allclose(rates(optim(warmup="official"), epochs), expected, rtol=1e-6)
+
+
+def test_the_official_warmup_of_one_epoch_is_none_and_any_decay_ends_a_longer_one():
+    assert rates(optim(warmup="official", warmup_epochs=1), [1, 2, 150]) == rates(optim(), [1, 2, 150])
+    for rate, after in ((1.0, 0.05), (2.0, 0.1), (0.0, 0.0)):
+        block = optim(warmup="official", warmup_epochs=4, decay_rate=rate, decay_epochs=(6,))
+        np.testing.assert_allclose(rates(block, [3, 6, 7]), np.repeat([0.0375, 0.0375, after], 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_last_rates_of_a_cosine_keep_their_digits(x64):
+    steps = np.array([0, 1, 360, 717, 718, 719, 720, 800])
+    exact = np.float64(0.05) * np.sin(np.pi / 2 * np.maximum(720 - steps, 0) / 720) ** 2
+    with jax.enable_x64(x64):
+        schedule = make_schedule(optim(schedule="cosine"), steps_per_epoch=3, epochs=240)
+        found = [np.float64(schedule(step)) for step in steps]
+    np.testing.assert_allclose(found, exact, rtol=1e-15 if x64 else 5e-7)
 
 
 def test_step_decays_after_its_epochs():

@@ -1,0 +1,147 @@
+"""The lines that a run says of itself at its start, and its warnings, which its summary and the report repeat."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.data.folders import FolderRecords
+from ldrld_jax.data.source import InMemory
+from ldrld_jax.models.table import flops
+from ldrld_jax.record.reader import read_config, read_data
+from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.plan import Run
+from ldrld_jax.train.teacher import is_outside
+
+_MOST_NAMED = 5  # classes
+
+
+def opening(run: Run, role: str) -> str:
+    """Returns five lines on a planned run: its data, models, devices and batch, and where its results go."""
+    config, source, data = run.config, run.batches.source, run.config.data
+    evaluated = f"{data.held_out:g} of {data.train_split}" if data.held_out else data.eval_split
+    shape = " x ".join(map(str, source.image_shape))
+    devices = run.mesh.devices
+    facts = {
+        "data": f"{data.name} from {data.data_dir or 'the default folder'}: {len(source):,} training images "
+        f"({data.train_split}), {len(run.eval_source):,} to evaluate on ({evaluated}), {len(source.class_names)} "
+        f"classes, {shape}",
+        "models": "; ".join(
+            [_cost(run, role, config.student.model, data)]
+            + [_cost(run, "teacher", model, config.teacher.data) for model in _teachers(run)]
+        ),
+        "device": f"{devices.size} x {devices.flat[0].device_kind} ({devices.flat[0].platform}), {config.precision}",
+        "training": f"{config.method}, {config.epochs} epochs of {run.batches.steps_per_epoch} steps, batches of "
+        f"{config.batch_size}; {config.optim.name}, learning rate {_rate(config.optim)}",
+        "results": str(run.workdir),
+    }
+    return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
+
+
+def _teachers(run: Run) -> list[str]:
+    """Returns the models that the step runs as teachers."""
+    if not run.objective.methods or config_lib.teaches_itself(run.config) or is_outside(run):
+        return []
+    return config_lib.teacher_models(run.config)
+
+
+def _cost(run: Run, role: str, model: str, data: ConfigDict) -> str:
+    source = run.batches.source
+    count = _count if model in run.given.models else _counted
+    parameters, forward = count(run.networks, model, tuple(source.image_shape), source.dtype, data.image_size)
+    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs an image"
+
+
+def _count(networks: Networks, model: str, shape: tuple[int, ...], dtype: Any, size: int | None) -> tuple[int, int]:
+    """Returns the numbers of parameters and of FLOPs of the forward pass of one image."""
+    network, variables = networks.outline(model, ConfigDict({"mean": (0.0,), "std": (1.0,), "image_size": size}))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
+    return parameters, flops(lambda v, x: network(v, x, train=False)[0], variables, (1, *shape), dtype)
+
+
+_counted = functools.lru_cache(maxsize=64)(
+    _count
+)  # the runs of a process share their models; a large one takes seconds
+
+
+def _rate(optim: ConfigDict) -> str:
+    schedule = f"{optim.schedule} after {', '.join(map(str, optim.decay_epochs))}" if optim.schedule == "step" else ""
+    warmup = "" if optim.warmup == "none" else f", {optim.warmup} warm-up of {optim.warmup_epochs} epochs"
+    return f"{optim.learning_rate:g}, {schedule or optim.schedule}{warmup}"
+
+
+def warnings(run: Run) -> Iterator[str]:
+    """Yields what is odd about a plan and does not stop it."""
+    config = run.config
+    optim, names = config.optim, run.batches.source.class_names
+    if optim.warmup != "none" and optim.warmup_epochs >= config.epochs > 1:
+        yield (
+            f"the warm-up of {optim.warmup_epochs} epochs is as long as the run of {config.epochs}: lower "
+            "optim.warmup_epochs, or set optim.warmup=none"
+        )
+    if empty := _not_evaluated(run):
+        shown = ", ".join(names[label] for label in empty[:_MOST_NAMED])
+        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
+        yield f"there is no image to evaluate on of {len(empty)} of {len(names)} classes: {shown}{more}"
+
+
+def _not_evaluated(run: Run) -> list[int]:
+    """Returns the classes without an image in the evaluation split, if that is known without reading many of them."""
+    source: Any = run.eval_source
+    records: Any = getattr(getattr(source, "uncached", source), "records", None)
+    if not isinstance(source, InMemory) and not isinstance(records, FolderRecords):
+        return []
+    return np.setdiff1d(np.arange(len(source.class_names)), records.labels()).tolist()
+
+
+def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator[str]:
+    """Yields what is odd about a run's teacher.
+
+    Args:
+      run: the plan.
+      paths: of the teacher's checkpoints.
+      top1: in percent; None if it was not measured.
+    """
+    config, chance = run.config, 100 / len(run.batches.source.class_names)
+    if top1 is not None and top1 < chance + 0.05 * (100 - chance):
+        yield (
+            f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its checkpoint, its "
+            "classes and teacher.data.mean and std"
+        )
+    teacher = config.teacher
+    alike = teacher.checkpoint is None and teacher.optim.learning_rate == config.optim.learning_rate
+    if alike and teacher.batch_size != config.batch_size:
+        yield (
+            f"the teacher's batches of {teacher.batch_size} take the learning rate of the student's of "
+            f"{config.batch_size}: set teacher.optim.learning_rate"
+        )
+    yield from filter(None, (_leak(run, path) for path in paths))
+
+
+def _leak(run: Run, path: str) -> str | None:
+    """Returns a line if a teacher saw, or may have seen, the images that the student is evaluated on."""
+    ours, place = run.config.data, epath.Path(path)
+    if "::" in path or not place.is_dir():
+        unknown = f"whether {path} was trained on the images that data.held_out={ours.held_out:g} keeps cannot be told"
+        return unknown if ours.held_out else None
+    config, note = read_config(place), read_data(place)
+    if config is None or note is None:
+        return None
+    theirs = config["data"]
+    if note["train"].get("digest") == run.data_note["eval"]["digest"]:
+        seen = not ours.held_out or any(theirs.get(key) != ours[key] for key in ("held_out", "seed"))
+    else:  # a part of a TFDS split, such as train[90%:]
+        part, _, cut = ours.eval_split.partition("[")
+        seen = bool(cut) and not ours.held_out and (theirs["name"], theirs["train_split"]) == (ours.name, part)
+    if not seen:
+        return None
+    return (
+        f"the teacher in {path} was trained on images that the student is evaluated on (teacher: "
+        f"data.train_split={theirs['train_split']}, held_out={theirs.get('held_out', 0):g}): its top-1 and the "
+        "student's are too high"
+    )

@@ -1,0 +1,119 @@
+"""What a run says of itself at its start, and its warnings."""
+
+import json
+import shutil
+
+import pytest
+
+from ldrld_jax import config as config_lib
+from ldrld_jax.record.reader import read_summary
+from ldrld_jax.report.collect import collect
+from ldrld_jax.train import trainer
+from ldrld_jax.train.opening import opening, teacher_warnings, warnings
+from ldrld_jax.train.plan import Run
+
+
+def planned(config, workdir) -> Run:
+    return Run.plan(config_lib.resolve(config), workdir)
+
+
+def test_a_run_says_of_itself_in_five_lines(tiny, tmp_path, data_dir):
+    run = planned(tiny("method=kd", "teacher.epochs=1", "optim.warmup_epochs=1"), tmp_path / "run")
+    assert opening(run, "student").splitlines() == [
+        f"data      digits from {data_dir}: 90 training images (train[:90]), 50 to evaluate on (test[:50]), 10 "
+        "classes, 8 x 8 x 1",
+        "models    student tiny_net, 346 parameters, 0.0 MFLOPs an image; teacher resnet8, 77,754 parameters, 1.5 "
+        "MFLOPs an image",
+        "device    2 x cpu (cpu), float32",
+        "training  kd, 2 epochs of 3 steps, batches of 40; sgd, learning rate 0.05, cosine, linear warm-up of 1 epochs",
+        f"results   {tmp_path / 'run'}",
+    ]
+    assert list(warnings(run)) == []
+
+
+def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, tmp_path, capsys):
+    shutil.rmtree(folder / "val/dog")
+    trainer.train(on_folder("loss.kd.temperature=2.", "loss_weight.dkd=2."), tmp_path / "run", remarks=["a remark"])
+    expected = [
+        "a remark",
+        "loss.kd.temperature is set and not read, because method=ce",
+        "loss_weight.dkd is set and not read, because method=ce",
+        "there is no image to evaluate on of 1 of 3 classes: dog",
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("warning: ")] == [f"warning: {text}." for text in expected]
+    assert [line.split()[0] for line in said[:5]] == ["data", "models", "device", "training", "results"]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["warnings"] == expected
+    assert collect([tmp_path / "run"]).notes == [f"{tmp_path / 'run'}: warning: {text}" for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["logits.views=3"], ["logits.views is set and not read, because logits.dir is not set"]),
+        (["logits.views=3", "logits.dir=store"], []),
+        (
+            ["teacher.checkpoint=t", "teacher.optim.momentum=.5"],
+            ["teacher.optim.momentum is set and not read, because teacher.checkpoint is trained already"],
+        ),
+        (["teacher.optim.momentum=.5"], []),
+        (["method=kd+ldrld", "loss.kd.temperature=3", "loss_weight.ldrld=2."], []),
+        (["loss.kd.temperature=3"], ["loss.kd.temperature is set and not read, because method=ldrld"]),
+    ],
+)
+def test_a_block_that_nothing_reads_is_said(flags, expected):
+    assert config_lib.unread(config_lib.load("configs/digits.py", flags)) == expected
+
+
+def test_a_summary_without_warnings_or_with_something_else_in_their_place_is_read(tmp_path):
+    for found, expected in ((None, []), (["a", 3], ["a"]), ("text", [])):
+        (tmp_path / "summary.json").write_text(json.dumps({"warnings": found}))
+        assert read_summary(tmp_path)["warnings"] == expected
+
+
+def test_a_warmup_as_long_as_the_run_is_said(tiny, tmp_path):
+    run = planned(tiny("optim.warmup=linear", "optim.warmup_epochs=2"), tmp_path)
+    (line,) = warnings(run)
+    assert line.startswith("the warm-up of 2 epochs is as long as the run of 2: lower optim.warmup_epochs")
+
+
+def test_a_batch_size_without_its_learning_rate_is_said():
+    changed = config_lib.load("configs/digits.py", ["batch_size=256"])
+    (line,) = config_lib.remarks("configs/digits.py", changed)
+    assert "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64" in line
+    assert line.endswith("batch_size=256 here: the usual rule is 4 times it")
+    for flags in ([], ["batch_size=256", "optim.learning_rate=.2"], ["optim.learning_rate=.2"]):
+        assert config_lib.remarks("configs/digits.py", config_lib.load("configs/digits.py", flags)) == []
+
+
+@pytest.mark.parametrize(("top1", "said"), [(10.0, True), (14.4, True), (14.6, False), (None, False)])
+def test_a_teacher_that_guesses_is_said(tiny, tmp_path, top1, said):
+    run = planned(tiny("method=kd", "teacher.epochs=1"), tmp_path)
+    assert ["guessing gives 10.00 %" in text for text in teacher_warnings(run, [], top1)] == [True] * said
+
+
+TEACHERS = {
+    "all images": ([], ["data.held_out=.2"], True),
+    "another part": (["data.held_out=.2", "data.seed=1"], ["data.held_out=.2"], True),
+    "the same part": (["data.held_out=.2"], ["data.held_out=.2"], False),
+    "a test split": ([], [], False),
+    "the whole of a split": (["data.train_split=test"], [], True),
+    "the training images": ([], ["data.eval_split=train[:90]"], True),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_a_teacher_that_saw_what_the_student_is_evaluated_on_is_said(tiny, tmp_path, case):
+    of_teacher, of_student, said = TEACHERS[case]
+    teacher = planned(tiny(*of_teacher), tmp_path)
+    (tmp_path / "config.json").write_text(teacher.config.to_json())
+    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note))
+    run = planned(tiny("method=kd", f"teacher.checkpoint={tmp_path}", *of_student), tmp_path / "run")
+    found = list(teacher_warnings(run, [str(tmp_path)], 90.0))
+    assert ["was trained on images that the student is evaluated on" in text for text in found] == [True] * said
+
+
+def test_whether_a_file_saw_the_images_that_are_held_out_cannot_be_told(tiny, tmp_path):
+    run = planned(tiny("method=kd", "teacher.checkpoint=t.pth", "data.held_out=.2"), tmp_path)
+    (line,) = teacher_warnings(run, ["t.pth"], 90.0)
+    assert line == "whether t.pth was trained on the images that data.held_out=0.2 keeps cannot be told"
