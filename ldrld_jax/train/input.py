@@ -62,7 +62,9 @@ def open_evaluation(config: ConfigDict, given: Given = NOTHING, open_split: Open
 
 def opener(split: Source | None) -> Open:
     """Returns a function like `open_source` that returns a split that is given as an object; itself without one."""
-    return open_source if split is None else lambda *name, **on_error: dataclasses.replace(split, **on_error)
+    if split is None:
+        return open_source
+    return lambda *name, train_split, **on_error: dataclasses.replace(split, **on_error)
 
 
 def _divisor(config: ConfigDict, mesh: Mesh) -> int:
