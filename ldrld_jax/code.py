@@ -49,3 +49,22 @@ def load_object(name: str) -> Any:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"object in module {module_name}", attribute, known)
     return getattr(module, attribute)
+
+
+def call(name: str, *arguments: Any, **options: Any) -> Any:
+    """Imports the function `module:function` and calls it.
+
+    Raises:
+      UserError: if it cannot be imported, or fails.
+
+    Example:
+      >>> call("math:sqrt", 4.0)
+      2.0
+    """
+    function = load_object(name)
+    try:
+        return function(*arguments, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())}.") from error

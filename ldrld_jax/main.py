@@ -207,14 +207,14 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.data import speed
     from ldrld_jax.deploy import export
     from ldrld_jax.record.console import say
-    from ldrld_jax.train import trainer
+    from ldrld_jax.train.trainer import Trainer
 
     match args.mode:
         case "train":
             remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
-            trainer.train(config, args.workdir, leave_within=LEAVE_WITHIN, profile=args.profile, remarks=remarks)
+            Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, remarks=remarks)
         case "eval":
-            for name, value in trainer.evaluate(config, args.workdir).items():
+            for name, value in Trainer.of_config(config, args.workdir).evaluate().items():
                 say(f"{name} {value:.4f}")
         case "export":
             say(str(export.export(config, args.workdir)))

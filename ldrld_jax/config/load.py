@@ -3,11 +3,12 @@
 import ast
 import importlib.util
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldrld_jax.code import is_code
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import split_argument
@@ -58,11 +59,13 @@ def remarks(path: str, config: ConfigDict) -> list[str]:
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Loads the config of the run in `workdir`, then sets `overrides`.
 
-    A method of the user's own, which only the run's config file adds to METHODS, becomes `ce`: evaluation, export and
-    prediction take the student alone.
+    Nothing that a workdir names is executed unless an override names it again. A method, an optimizer, a writer or a
+    teacher of the user's own is left out, and the method becomes `ce`: evaluation, export and prediction take the
+    student alone.
 
     Raises:
-      UserError: if there is no run, or a key or value is not allowed.
+      UserError: if there is no run, a key or value is not allowed, or the student or the data are of the user's own
+        and no override names them.
     """
     saved = read_config(workdir)
     if saved is None:
@@ -78,7 +81,30 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
         if key == "compile_cache" or f"{key}.".startswith(left_out):
             continue
         set_value(config, key, value, source=f"{workdir}/config.json")
+    _leave_out_own(config, workdir, named={override.partition("=")[0] for override in overrides})
     return overridden(config, overrides)
+
+
+def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> None:
+    """Takes a user's own parts out of the config of a run, but for those that are named again."""
+    if _is_own(config.optim.name):
+        config.optim.name = default().optim.name
+    config.log.writers = None
+    if config.teacher.model is not None and any(map(_is_own, config.teacher.model.split(","))):
+        say(f"the teacher {config.teacher.model} of the run in {workdir} is not of this package: it is left out.")
+        config.method, config.teacher.model = "ce", None
+    for key, value in (("student.model", config.student.model), ("data.name", config.data.name)):
+        if _is_own(value) and key not in named:
+            again = f"Name it again, if you trust it: --config.{key}={value}"
+            raise UserError(
+                f"the run in {workdir} has {key}={value}, which is not of this package. "
+                f"{again if is_code(value) else 'It was given in Python: use ldrld_jax.Trainer'}."
+            )
+
+
+def _is_own(name: str) -> bool:
+    """Returns whether a name is of a user's code or of an object."""
+    return name.startswith("<") or is_code(name)
 
 
 def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:

@@ -9,9 +9,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 from ml_collections import ConfigDict
 
+from ldrld_jax.code import is_code
 from ldrld_jax.data import folders, tfds_records
 from ldrld_jax.data.source import Source
-from ldrld_jax.data.sources import open_source
+from ldrld_jax.data.sources import ARRAYS, open_source
 from ldrld_jax.errors import UserError
 
 # Images per split if no description is on disk: TFDS's code holds a data set's classes and shape, but not its size.
@@ -56,20 +57,21 @@ class Describer:
     known: ConfigDict
     images: str
 
-    def __call__(self, name: str, split: str, data_dir: str | None, **asked: Any) -> Source:
+    def __call__(self, name: str, split: str, data_dir: str | None, *, train_split: str, **on_error: Any) -> Source:
         """Describes a split.
 
         Raises:
           UserError: if the data set is unknown, or it is not on this machine and a key of `compile` is missing.
         """
-        if name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir():
-            return open_source(name, split, data_dir, **asked)  # it only lists the files
+        listed = name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir()
+        if listed or is_code(name) or name.startswith(ARRAYS):  # no description is anywhere else
+            return open_source(name, split, data_dir, train_split=train_split, **on_error)
         classes, shape, count = _folder(name, split) if name in folders.FOLDERS else _tfds(name, split, data_dir)
         classes = self._complete("classes", classes, name)
         shape = self._complete("image_shape", shape, name)
         count = self._complete(self.images, count, name)
         names = tuple(f"class {i}" for i in range(classes))
-        return Source(Undelivered(count, classes), names, tuple(shape), **asked)
+        return Source(Undelivered(count, classes), names, tuple(shape), **on_error)
 
     def _complete(self, key: str, described: Any, name: str) -> Any:
         value = self.known[key] if described is None else described

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-from ldrld_jax.code import is_code, load_object
+from ldrld_jax.code import call, is_code
 from ldrld_jax.data import folders, tfds_records
 from ldrld_jax.data.given import as_source, load_arrays
 from ldrld_jax.data.source import Source
 from ldrld_jax.files import expand_home
 
-_ARRAYS = "arrays:"
+ARRAYS = "arrays:"
 
 
 def open_source(
@@ -36,11 +36,11 @@ def open_source(
       UserError: if the name or the split is unknown, or the dataset is missing; the message contains the
         command that prepares it.
     """
-    if name.startswith(_ARRAYS):
-        source = load_arrays(expand_home(name.removeprefix(_ARRAYS)), split)
+    if name.startswith(ARRAYS):
+        source = load_arrays(expand_home(name.removeprefix(ARRAYS)), split)
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
     if is_code(name):
-        source = as_source(load_object(name)(split), title=f"{split} split of {name}")
+        source = as_source(call(name, split), title=f"{split} split of {name}")
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
     if name in folders.FOLDERS:
         opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)

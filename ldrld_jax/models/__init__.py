@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.code import is_code, load_object
+from ldrld_jax.code import call, is_code, load_object
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
 from ldrld_jax.models.imagenet_resnet import IMAGENET_RESNETS
@@ -88,8 +88,7 @@ def own_model(name: str, num_classes: int, in_channels: int, **options: Any) -> 
     Raises:
       UserError: if the function cannot be imported.
     """
-    make = load_object(name)
-    takes = inspect.signature(make).parameters
+    takes = inspect.signature(load_object(name)).parameters
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     known = {"num_classes": num_classes, "in_channels": in_channels, **options}
-    return make(**{key: value for key, value in known.items() if every or key in takes})
+    return call(name, **{key: value for key, value in known.items() if every or key in takes})

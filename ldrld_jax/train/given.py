@@ -8,7 +8,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from ldrld_jax.code import is_code, load_object
+from ldrld_jax.code import call, is_code, load_object
 from ldrld_jax.data.source import Source
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import Method
@@ -68,7 +68,7 @@ class Given:
     def all_writers(self, config: ConfigDict, workdir: epath.Path) -> list[LineWriter]:
         """Returns the writers that are given, and those that `log.writers` names, made for a workdir."""
         named = config.log.writers.split(",") if config.log.writers else []
-        return [*self.writers, *(load_object(name)(str(workdir)) for name in named)]
+        return [*self.writers, *(call(name, str(workdir)) for name in named)]
 
     def for_teacher(self) -> "Given":
         """Returns the parts for the run of a teacher that is trained first, on the same data."""

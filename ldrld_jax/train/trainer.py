@@ -45,15 +45,23 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-      student: the student with its best weights, called as its own library calls it: an `nnx.Module` in evaluation
-        mode, a bound Linen module, or the function with its variables, `student(images)`.
+      trainer: of the run.
       summary: the content of summary.json.
       metrics: the lines of metrics.jsonl, `{"step": ..., "epoch": ..., "split": ..., "values": {...}}` each.
     """
 
-    student: Any
+    trainer: "Trainer"
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
+
+    @functools.cached_property
+    def student(self) -> Any:
+        """The student with its best weights, called as its own library calls it.
+
+        It is an `nnx.Module` in evaluation mode, a bound Linen module, or the function with its variables,
+        `student(images)`. Inputs are normalised as in training.
+        """
+        return self.trainer.student()
 
 
 class Trainer:
@@ -143,17 +151,17 @@ class Trainer:
         trainer.config, trainer.given, trainer.workdir = config, NOTHING, epath.Path(workdir)
         return trainer
 
-    def fit(self, *, leave_within: float | None = None, profile: str | None = None) -> Result:
+    def fit(self, leave_within: float | None = None, **options: Any) -> "Result":
         """Trains to the last epoch, or resumes there; see `train` for the arguments and the errors."""
-        summary = train(self.config, self.workdir, leave_within=leave_within, profile=profile, given=self.given)
-        return Result(self.student(), summary, read_metrics(self.workdir))
+        summary = train(self.config, self.workdir, leave_within=leave_within, given=self.given, **options)
+        return Result(self, summary, read_metrics(self.workdir))
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the best checkpoint on the evaluation split, see `evaluate`."""
         return evaluate(self.config, self.workdir, given=self.given)
 
     def student(self) -> Any:
-        """Returns the student with the weights of the best checkpoint, see `Result.student`.
+        """Returns the student with the weights of the best checkpoint, as `Result.student` has it.
 
         Raises:
           UserError: if there is no checkpoint yet.

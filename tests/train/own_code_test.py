@@ -1,0 +1,149 @@
+"""A module outside of the package adds a model, a teacher, data, an optimizer, a writer and a loss to the commands."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from ldrld_jax import main as main_lib
+from ldrld_jax.config import load_run
+from ldrld_jax.errors import UserError
+
+OWN = """
+import json, pathlib
+import jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+import ldrld_jax
+
+class Net(nnx.Module):
+    def __init__(self, classes, rngs):
+        self.head = nnx.Linear(64, classes, rngs=rngs)
+    def __call__(self, x):
+        return self.head(x.reshape(x.shape[0], -1))
+
+def make_net(num_classes, rngs):
+    return Net(num_classes, rngs)
+
+def source(split):
+    rng = np.random.default_rng({"train": 0, "test": 1}[split])
+    labels = np.arange(60) % 3
+    return np.uint8(rng.integers(0, 80, (60, 8, 8, 1)) + 80 * (labels == 1)[:, None, None, None]), labels
+
+teacher = ldrld_jax.HostTeacher(lambda x: np.float32(x.reshape(len(x), -1)[:, :3]) / 255, name="pixels")
+
+def optimizer(learning_rate, weight_decay):
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sign_sgd(learning_rate))
+
+def loss(teacher_logits, student_logits, labels):
+    return jnp.mean((teacher_logits - student_logits) ** 2, axis=-1)
+
+class Writer:
+    def __init__(self, workdir):
+        self.path = pathlib.Path(workdir) / "mine.jsonl"
+    def write(self, step, epoch, split, values):
+        with self.path.open("a") as file:
+            file.write(json.dumps([step, split]) + "\\n")
+"""
+FLAGS = {
+    "student.model": "own:make_net",
+    "teacher.model": "own:teacher",
+    "data.name": "own:source",
+    "optim.name": "own:optimizer",
+    "log.writers": "own:Writer",
+    "method": "kd+own:loss",
+    "teacher.min_top1": 30,
+    "epochs": 2,
+    "batch_size": 25,
+    "mesh.data": 1,
+    "optim.learning_rate": 0.01,
+    "log.every_steps": 1,
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own", None)
+
+
+def command(*flags: str, **changes) -> int:
+    values = {**FLAGS, **changes}
+    return main_lib.main(["--workdir", "run", *flags, *(f"--config.{key}={value}" for key, value in values.items())])
+
+
+def test_a_users_own_parts_work_with_every_command(own, capsys):
+    assert command() == 0
+    saved = json.loads((own / "run" / "config.json").read_text())
+    assert (saved["student"]["model"], saved["method"]) == ("own:make_net", "kd+own:loss")
+    lines = [json.loads(line) for line in (own / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in (own / "run" / "mine.jsonl").read_text().splitlines()] == [
+        [line["step"], line["split"]] for line in lines
+    ]
+    assert {"kd", "own_loss", "ce_term"} <= set(lines[1]["values"])
+    assert command() == 0  # the same command again
+    assert "is complete" in capsys.readouterr().out
+
+    Image.new("L", (8, 8), 99).save(own / "scan.png")
+    again = ["--config.student.model=own:make_net", "--config.data.name=own:source"]
+    for mode, rest in (("eval", []), ("export", []), ("predict", ["scan.png"])):
+        assert main_lib.main(["--workdir", "run", "--mode", mode, *again, *rest]) == 0, mode
+        sys.modules.pop("own")
+        assert main_lib.main(["--workdir", "run", "--mode", mode, *rest]) == 2
+        error = capsys.readouterr().err
+        assert "Name it again, if you trust it: --config.student.model=own:make_net" in error
+        assert "own" not in sys.modules  # nothing of it was executed
+    assert main_lib.main(["--mode", "predict", "--workdir", "run/export", "scan.png"]) == 0
+    assert "0 " in capsys.readouterr().out
+
+
+def test_a_report_shows_a_run_of_own_parts_and_executes_none(own, capsys):
+    from ldrld_jax.report.__main__ import main as report
+
+    assert command() == 0
+    sys.modules.pop("own")
+    assert report(["run", "--out", "page"]) in (0, None)
+    assert "own:make_net" in (own / "page" / "report.html").read_text()
+    assert "own" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.model": "own:make_ten"}, "Did you mean 'make_net'"),
+        ({"student.model": "elsewhere:make"}, "there is no module 'elsewhere'"),
+        ({"data.name": "own:make_net"}, "own:make_net failed: TypeError"),
+        ({"optim.name": "own:loss"}, "cannot be called with a learning rate alone"),
+        ({"method": "own:los"}, "Did you mean 'loss'"),
+        ({"teacher.model": "own:loss"}, "own:loss failed: TypeError"),
+    ],
+)
+def test_what_is_wrong_with_own_parts_is_one_line(own, capsys, changes, message):
+    assert command(**changes) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (own / "run" / "checkpoints").exists()
+
+
+def test_names_of_objects_are_refused_where_there_are_none(own):
+    for flags, what in (
+        ({"student.model": "<Net>"}, "a model that was given in Python"),
+        ({"method": "<loss>"}, "method <loss> was given in Python"),
+        ({"optim.name": "<optimizer>"}, "the optimizer <optimizer> was given in Python"),
+    ):
+        with pytest.raises(UserError, match=what):
+            from ldrld_jax import config as config_lib
+            from ldrld_jax.train import trainer
+
+            overrides = [f"{key}={value}" for key, value in {**FLAGS, **flags}.items()]
+            trainer.train(config_lib.load("configs/digits.py", overrides), own / "no")
+
+
+def test_a_run_of_objects_is_evaluated_by_the_trainer_alone(tmp_path):
+    config = {"seed": 0, "epochs": 1, "method": "kd", "data": {"name": "<arrays>"}, "student": {"model": "<Net>"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"student\.model=<Net>.*It was given in Python: use ldrld_jax\.Trainer"):
+        load_run(str(tmp_path))
