@@ -41,6 +41,8 @@ def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     scope: dict = {"__name__": "page"}
     with methods_restored():
         for block in blocks(PAGES[name], "python"):
+            if "torch" in block.code and importlib.util.find_spec("torch") is None:
+                continue  # an extra
             exec(compile(block.code, f"{name}:{block.line}", "exec"), scope)
             if "def get_config" in block.code:
                 (tmp_path / "mine.py").write_text(block.code)
