@@ -250,7 +250,7 @@ ON_DISK = {
         COPIED,
         "the description of digits in",
     ),
-    "data, strangers' code": (lambda *_: None, ["--config.data.name=someone:digits"], "there is no dataset 'someone:"),
+    "data, strangers' code": (lambda *_: None, ["--config.data.name=someone:digits"], "there is no module 'someone'"),
     "images, nowhere": (lambda *_: None, FOLDER, "there is no folder {place}/data/train"),
     "images, none": (
         lambda p, *_: [images(p / "data", "a", "b"), *map(pathlib.Path.unlink, (p / "data").rglob("*.png"))],

@@ -198,4 +198,4 @@ def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
             raise TypeError
         block[last] = value
     except (TypeError, OverflowError):
-        raise UserError(f"{key} must be of type {kind.__name__}, got {str(value)[:99]!r} ({source}).") from None
+        raise UserError(f"{key} must be of type {kind.__name__}, got {repr(value)[:99]} ({source}).") from None

@@ -136,9 +136,10 @@ def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
 
 
 def _method(config: dict[str, Any]) -> str:
+    # A method of the user's own has no block.
     blocks = [
-        f"{name} ({', '.join(f'{key} {value}' for key, value in config['loss'][name].items())}) "
-        f"times {config['loss_weight'][name]:g}"
+        f"{name} ({', '.join(f'{key} {value}' for key, value in config['loss'].get(name, {}).items()) or 'own code'}) "
+        f"times {config['loss_weight'].get(name, 1.0):g}"
         for name in _methods(config)
     ]
     weights = f"ce_weight {config['ce_weight']:g}"
