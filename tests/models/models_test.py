@@ -16,7 +16,7 @@ from ldrld_jax.models.table import summarize
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 SHARED_FILES = ("convolution", "initializers", "layers", "normalisation", "residual")
-FAMILIES = [file for file in FILES if file.stem not in ("__init__", "purify", "table")]  # those work with any model
+FAMILIES = [file for file in FILES if file.stem not in ("__init__", "pure", "purify", "table")]  # those work with any model
 
 
 def abstract(name, num_classes=7, in_channels=3, **dtypes):
