@@ -39,7 +39,7 @@ def test_a_dataset_whose_description_names_a_module_is_refused(trap, tmp_path):
 
 @pytest.mark.parametrize("name", ["kaggle:birds", "huggingface:birds", "someone:birds/1", "../birds", "/birds", "a b"])
 def test_a_dataset_of_a_namespace_is_fetched_by_nobody(name, tmp_path):
-    with pytest.raises(UserError, match="there is no (dataset|module)"):
+    with pytest.raises(UserError, match=r"there is no (dataset|module)"):
         open_source(name, "train", str(tmp_path))
 
 

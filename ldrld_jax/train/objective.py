@@ -66,7 +66,7 @@ class Objective:
 
     @property
     def top_needed(self) -> dict[str, int | None]:
-        """What each method needs of the teacher's largest logits, see `Method.top_needed`."""
+        """The number of the teacher's largest logits that each method needs, see `Method.top_needed`."""
         needs = {name: (term.method.top_needed, term.cfg) for name, term in self.methods.items()}
         return {name: None if needed is None else needed(cfg) for name, (needed, cfg) in needs.items()}
 

@@ -16,7 +16,8 @@ from ldrld_jax.models.table import summarize
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 SHARED_FILES = ("convolution", "initializers", "layers", "normalisation", "residual")
-FAMILIES = [file for file in FILES if file.stem not in ("__init__", "pure", "purify", "table")]  # those work with any model
+ANY_MODEL = ("__init__", "pure", "purify", "table")  # they work with all families
+FAMILIES = [file for file in FILES if file.stem not in ANY_MODEL]
 
 
 def abstract(name, num_classes=7, in_channels=3, **dtypes):

@@ -13,7 +13,6 @@ from flax import nnx
 
 import ldrld_jax
 from ldrld_jax.config.keys import leaves
-from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
 from ldrld_jax.losses import ldrld_loss as bare_ldrld
@@ -24,16 +23,10 @@ from ldrld_jax.runtime.signals import Interrupted
 from ldrld_jax.train import trainer
 from tests.conftest import comparable_lines
 from tests.tiny_net import TinyNet
+from tests.train.conftest import QUICK, linear
 from tests.train.trainer_test import saved
 
 FLOATS = dict(dtype=jnp.float32, param_dtype=jnp.float32)
-QUICK = {
-    "mesh.data": 1,
-    "log.every_steps": 1,
-    "log.tensorboard": False,
-    "eval_batch_size": 24,
-    "optim.weight_decay": 0.0,
-}
 
 
 class Drop(nnx.Module):
@@ -59,39 +52,6 @@ class Linen(nn.Module):
         x = nn.Conv(8, (3, 3), strides=2)(x)
         x = nn.relu(nn.BatchNorm(momentum=0.9)(x, use_running_average=not training)).mean((1, 2))
         return nn.Dense(10)(nn.Dropout(0.3)(x, deterministic=not training))
-
-
-def linear(variables, images, train):
-    del train
-    return images.reshape(len(images), -1) @ variables["w"]
-
-
-@pytest.fixture(scope="session")
-def digits(data_dir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The images that `tiny` trains and evaluates on, as arrays."""
-    splits = {"train": "train[:90]", "evaluation": "test[:50]"}
-    sources = {name: open_source("digits", split, data_dir) for name, split in splits.items()}
-    return {name: source.read(np.arange(len(source))) for name, source in sources.items()}
-
-
-@pytest.fixture
-def make(digits, tmp_path):
-    """`make(**arguments)`: a trainer of two epochs of 90 digits, whose teacher is linear."""
-
-    def make(**arguments):
-        weights = {"w": np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)}
-        defaults = dict(
-            student=(linear, {"w": np.zeros((64, 10), np.float32)}),  # it compiles at once
-            teacher=(linear, weights),
-            method="kd",
-            epochs=2,
-            batch_size=40,
-            workdir=tmp_path / "run",
-            config=QUICK | arguments.pop("config", {}),
-        )
-        return ldrld_jax.Trainer(**digits | defaults | arguments)
-
-    return make
 
 
 def test_objects_give_bitwise_the_run_of_their_names(tiny, digits, teacher_dir, tmp_path):
@@ -422,54 +382,3 @@ def test_raw_inputs_go_to_the_model_untouched(digits, tmp_path):
     with pytest.raises(UserError, match=r"data\.flip=True is for pixels, and the data are raw: int32"):
         run.config.data.flip = True
         run.fit()
-
-
-WRONG = {
-    "no model": (dict(student=3), "a model must be an nnx.Module"),
-    "a Linen module alone": (dict(student=Linen()), "with its variables"),
-    "no teacher": (dict(teacher=None), "needs a teacher"),
-    "paths and models": (dict(teacher=["a", Drop]), "all paths or all models"),
-    "a file of what": (dict(teacher="net.pth"), "does not say what model"),
-    "no workdir": (dict(teacher="."), r"holds no run \(no config.json\)"),
-    "a number as a method": (dict(method=3), "a method must be a name"),
-    "an unknown method": (dict(method="ldrdl"), "Did you mean 'ldrld'"),
-    "labels of another length": (dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(4, int))), "a label an image"),
-    "one-hot labels": (dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.eye(3))), "argmax"),
-    "a missing axis": (dict(train=(np.zeros((3, 8, 8), np.uint8), np.zeros(3, int))), "Add the axis"),
-    "a label out of range": (
-        dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 12])), num_classes=10),
-        "label 12 of example 2 of the training data is out of range",
-    ),
-    "a label below 0": (dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, -1]))), "label -1 of example 2"),
-    "not finite": (dict(train=(np.full((3, 8), np.nan), np.zeros(3, int))), "not finite"),
-    "no evaluation": (dict(evaluation=None), "data.held_out"),
-    "other classes": (
-        dict(evaluation=(np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 11])), num_classes=10),
-        "label 11 of example 2 of the evaluation data",
-    ),
-    "no optimizer": (dict(optimizer=3), "the optimizer must be one of optax"),
-    "no writer": (dict(writers=[3]), "a writer must have write"),
-    "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
-    "an unknown key": (dict(config={"data.maen": 1.0}), "Did you mean 'data.mean'"),
-    "logits of other classes": (
-        dict(student=(lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((64, 7), np.float32))),
-        r"returns \(2, 7\) for 2 images, and must return logits \(2, 10\)",
-    ),
-    "another shape": (
-        dict(student=(linear, {"w": np.ones((49, 10), np.float32)})),
-        r"fails on images \(2, 8, 8, 1\) uint8",
-    ),
-    "groups of Flax's normalisation": (
-        dict(student=Drop(nnx.Rngs(0)), config={"batch_norm_group": 20}),
-        "known to this package's BatchNorm alone",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_no_run_can_use_is_one_line_and_no_workdir(make, tmp_path, wrong):
-    arguments, message = WRONG[wrong]
-    with pytest.raises(UserError, match=message) as error:
-        make(**arguments).fit()
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
