@@ -13,6 +13,7 @@ from flax import nnx
 
 import ldrld_jax
 from ldrld_jax.config.keys import leaves
+from ldrld_jax.data.tfds_records import make_builder
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
 from ldrld_jax.losses import ldrld_loss as bare_ldrld
@@ -382,3 +383,12 @@ def test_raw_inputs_go_to_the_model_untouched(digits, tmp_path):
     with pytest.raises(UserError, match=r"data\.flip=True is for pixels, and the data are raw: int32"):
         run.config.data.flip = True
         run.fit()
+
+
+def test_a_builder_of_tfds_is_the_data_of_its_name(make, data_dir, tmp_path):
+    builder = make_builder("digits", data_dir)
+    parts = {"data.train_split": "train[:90]", "data.data_dir": data_dir}
+    built = make(train=builder, evaluation="test[:50]", workdir=tmp_path / "built", config=parts).fit()
+    named = make(train="digits", evaluation="test[:50]", workdir=tmp_path / "named", config=parts).fit()
+    assert _comparable(built.metrics) == _comparable(named.metrics)
+    assert built.summary["best_top1"] == named.summary["best_top1"]
