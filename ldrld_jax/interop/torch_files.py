@@ -144,6 +144,7 @@ def _check_zip(name: str, data: bytes) -> list[str]:
             names = archive.namelist()
     except zipfile.BadZipFile:
         return []
+    # By zipfile: NotImplementedError is a compression that it does not know, RuntimeError a password.
     except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         damaged = f"a file ({error})"
     if damaged is not None:

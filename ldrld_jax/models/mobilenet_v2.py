@@ -1,5 +1,6 @@
 """RepDistiller's MobileNetV2 for CIFAR, of half the width, and mdistiller's for Tiny-ImageNet."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,21 +11,35 @@ from ldrld_jax.models.initializers import normal, torch_default, torch_uniform
 from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
 
 
+def _inverted(
+    convolution: Callable[..., nnx.Conv],
+    activation: Callable[[jax.Array], jax.Array],
+    in_features: int,
+    features: int,
+    *,
+    expansion: int,
+    stride: int,
+    **common: Any,
+) -> Sequential:
+    """Creates the layers of an inverted residual: an expansion, a depthwise and a linear convolution."""
+    hidden = expansion * in_features
+    return Sequential(
+        convolution(in_features, hidden, 1, **common),
+        BatchNorm(hidden, **common),
+        activation,
+        convolution(hidden, hidden, 3, stride=stride, groups=hidden, **common),
+        BatchNorm(hidden, **common),
+        activation,
+        convolution(hidden, features, 1, **common),
+        BatchNorm(features, **common),
+    )
+
+
 class InvertedResidual(nnx.Module):
     """1x1 expansion, 3x3 depthwise and linear 1x1 convolution; adds the input if the shape does not change."""
 
     def __init__(self, in_features: int, features: int, *, expansion: int, stride: int, **common: Any):
-        hidden = expansion * in_features
-        self.conv = Sequential(
-            conv(in_features, hidden, 1, **common),
-            BatchNorm(hidden, **common),
-            nnx.relu,
-            conv(hidden, hidden, 3, stride=stride, groups=hidden, **common),
-            BatchNorm(hidden, **common),
-            nnx.relu,
-            conv(hidden, features, 1, **common),
-            BatchNorm(features, **common),
-        )
+        self.conv = _inverted(conv, nnx.relu, in_features, features, expansion=expansion, stride=stride, **common)
         self.residual = stride == 1 and in_features == features
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -92,17 +107,8 @@ class BiasedInvertedResidual(nnx.Module):
     """`InvertedResidual` with ReLU6, and a bias on every convolution, under the keys of the Tiny-ImageNet version."""
 
     def __init__(self, in_features: int, features: int, *, expansion: int, stride: int, **common: Any):
-        hidden = expansion * in_features
-        self.residual = Sequential(
-            _biased_conv(in_features, hidden, 1, **common),
-            BatchNorm(hidden, **common),
-            nnx.relu6,
-            _biased_conv(hidden, hidden, 3, stride=stride, groups=hidden, **common),
-            BatchNorm(hidden, **common),
-            nnx.relu6,
-            _biased_conv(hidden, features, 1, **common),
-            BatchNorm(features, **common),
-        )
+        layers = dict(expansion=expansion, stride=stride, **common)
+        self.residual = _inverted(_biased_conv, nnx.relu6, in_features, features, **layers)
         self.adds = stride == 1 and in_features == features
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start, and its warnings."""
+"""The lines that a run prints of itself at its start, and its warnings."""
 
 import json
 import shutil

@@ -31,7 +31,7 @@ def changed(content, key, value):
 
 
 def refused(read, path, content) -> bool:
-    """Whether a UserError is raised, and no other, for such a file."""
+    """Checks that a UserError is raised, and no other error, for such a file."""
     path.write_text(json.dumps(content).replace('"DEEP"', DEEP))
     try:
         read()

@@ -1,4 +1,4 @@
-"""What `ldrld_jax.Trainer` cannot use is one line, and no workdir."""
+"""Arguments that `ldrld_jax.Trainer` cannot use get one line, and leave no workdir."""
 
 import numpy as np
 import pytest

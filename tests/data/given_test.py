@@ -1,0 +1,141 @@
+"""Data given as arrays, objects, NumPy archives and lists of files are read as they are, or refused in one line."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldrld_jax.data.given import as_source
+from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.sources import open_source
+from ldrld_jax.errors import UserError
+
+
+@pytest.fixture
+def arrays(rng):
+    return rng.integers(0, 256, (6, 5, 4, 3), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+
+
+class Items:
+    """A data set of pairs, as PyTorch's are."""
+
+    def __init__(self, images, labels, **attributes):
+        self.pairs = list(zip(images, labels, strict=True))
+        self.__dict__ |= attributes
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+def png(image) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png")
+    return file.getvalue()
+
+
+def assert_read(source, images, labels) -> None:
+    read = source.read(np.arange(len(source)))
+    np.testing.assert_array_equal(read[0], images)
+    np.testing.assert_array_equal(read[1], labels)
+
+
+def test_arrays_and_memory_maps_are_read_as_they_are(arrays, tmp_path):
+    source = as_source(arrays, num_classes=4)
+    assert_read(source, *arrays)
+    assert (source.image_shape, source.raw, len(source.class_names)) == ((5, 4, 3), False, 4)
+    np.save(tmp_path / "images.npy", arrays[0])
+    mapped = as_source((np.load(tmp_path / "images.npy", mmap_mode="r"), arrays[1]), num_classes=4)
+    assert isinstance(mapped.records.images, np.memmap)
+    assert fingerprint(mapped) == fingerprint(source)
+    other = arrays[0].copy()
+    other[3, 0, 0, 0] ^= 1
+    assert fingerprint(as_source((other, arrays[1]), num_classes=4)) != fingerprint(source)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(np.float64, np.float32), (np.float32, np.float32), (np.int64, np.int32), (np.int8, np.int8)]
+)
+def test_whatever_is_no_picture_is_raw(rng, dtype, stored):
+    inputs = rng.integers(0, 9, (6, 7)).astype(dtype)
+    source = as_source((inputs, np.arange(6)))
+    assert (source.raw, source.dtype, source.image_shape) == (True, stored, (7,))
+    assert_read(source, inputs, np.arange(6))
+
+
+@pytest.mark.parametrize("kind", [lambda x: x, Image.fromarray, png], ids=["arrays", "pictures", "files"])
+def test_an_object_gives_one_example_an_index(arrays, kind):
+    items = Items(map(kind, arrays[0]), arrays[1], classes=["a", "b", "c"])
+    source = as_source(items)
+    assert source.class_names == ("a", "b", "c")
+    np.testing.assert_array_equal(source.records.labels(), arrays[1])
+    if None in source.image_shape:  # encoded images may differ in size
+        source = source.of(source.records, type(source.view)((5, 4, 3)))
+    assert_read(source, *arrays)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "must be"),
+        (3, "must be"),
+        (Items([], []), "have no examples"),
+        (Items([np.zeros((2, 2, 1), np.uint8)], [0]), "Set num_classes"),
+        (Items([np.zeros((2, 2, 1), np.uint8)], ["cat"], num_classes=2), r"\[0\] must be \(image, label\)"),
+        (["an example"], r"\[0\] must be \(image, label\)"),
+    ],
+)
+def test_any_other_object_is_refused_in_one_line(data, message):
+    with pytest.raises(UserError, match=message) as error:
+        as_source(data)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", ["x_{}, y_{}", "{}_images, {}_labels"])
+def test_a_numpy_archive_has_a_pair_of_arrays_a_split(arrays, tmp_path, names):
+    images, labels = (name.format(*[split] * name.count("{}")) for split in ["train"] for name in names.split(", "))
+    test = {images.replace("train", "test"): arrays[0][:2], labels.replace("train", "test"): np.array([4, 0])}
+    np.savez(tmp_path / "data.npz", **{images: arrays[0], labels: arrays[1]}, **test)
+    name = f"arrays:{tmp_path / 'data.npz'}"
+    assert_read(open_source(name, "train"), *arrays)
+    assert_read(open_source(name, "test"), arrays[0][:2], [4, 0])
+    assert len(open_source(name, "train").class_names) == 5  # of all splits
+    with pytest.raises(UserError, match="has no x_val with y_val"):
+        open_source(name, "val")
+    (tmp_path / "data.npz").write_bytes(b"torn")
+    with pytest.raises(UserError, match="is no NumPy archive that can be read"):
+        open_source(name, "train")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("labels", [["cat", "dog", "cat"], ["1", "0", "1"]], ids=["names", "numbers"])
+def test_a_list_of_files_names_paths_and_labels(arrays, tmp_path, suffix, labels):
+    for i in range(3):
+        Image.fromarray(arrays[0][i]).save(tmp_path / f"{i}.png")
+
+    def write(split, rows):
+        lines = ["path,label", *map(",".join, rows)]
+        if suffix == "jsonl":
+            lines = [json.dumps({"path": path, "label": label}) for path, label in rows]
+        (tmp_path / f"{split}.{suffix}").write_text("\n".join(lines) + "\n")
+
+    write("train", [(f"{i}.png", label) for i, label in enumerate(labels)])
+    write("val", [("2.png", labels[1])])
+    train, val = (open_source("file_list", split, str(tmp_path)) for split in ("train", "val"))
+    assert train.class_names == val.class_names == tuple(sorted(set(labels)))
+    np.testing.assert_array_equal(train.records.labels(), [train.class_names.index(label) for label in labels])
+    np.testing.assert_array_equal(val.records.labels(), [train.class_names.index(labels[1])])
+    source = train.of(train.records, type(train.view)((5, 4, 3)))
+    np.testing.assert_array_equal(source.read(np.arange(3))[0], arrays[0][:3])
+    write("val", [("2.png", "bird")])
+    with pytest.raises(UserError, match="the class 'bird', which no training image has"):
+        open_source("file_list", "val", str(tmp_path))
+    (tmp_path / f"val.{suffix}").write_text("nonsense\nmore\n")
+    with pytest.raises(UserError, match="is no list of images"):
+        open_source("file_list", "val", str(tmp_path))
+    with pytest.raises(UserError, match=r"there is no .*other\.csv or \.jsonl"):
+        open_source("file_list", "other", str(tmp_path))
