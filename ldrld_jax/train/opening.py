@@ -27,8 +27,10 @@ def opening(run: Run, role: str) -> str:
     evaluated = f"{data.held_out:g} of {data.train_split}" if data.held_out else data.eval_split
     shape = " x ".join(map(str, source.image_shape))
     devices = run.mesh.devices
+    origin = "given in Python" if run.given.train is not None else f"from {data.data_dir or 'the default folder'}"
+    rate = "a learning rate of its own" if run.given.optimizer is not None else f"learning rate {_rate(config.optim)}"
     facts = {
-        "data": f"{data.name} from {data.data_dir or 'the default folder'}: {len(source):,} training images "
+        "data": f"{data.name} {origin}: {len(source):,} training images "
         f"({data.train_split}), {len(run.eval_source):,} to evaluate on ({evaluated}), {len(source.class_names)} "
         f"classes, {shape}",
         "models": "; ".join(
@@ -37,7 +39,7 @@ def opening(run: Run, role: str) -> str:
         ),
         "device": f"{devices.size} x {devices.flat[0].device_kind} ({devices.flat[0].platform}), {config.precision}",
         "training": f"{config.method}, {config.epochs} epochs of {run.batches.steps_per_epoch} steps, batches of "
-        f"{config.batch_size}; {config.optim.name}, learning rate {_rate(config.optim)}",
+        f"{config.batch_size}; {config.optim.name}, {rate}",
         "results": str(run.workdir),
     }
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())

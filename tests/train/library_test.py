@@ -306,14 +306,18 @@ def test_a_method_of_ones_own_with_the_librarys_loss_inside_is_that_method(make,
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_an_optimizer_of_optax_is_the_one_that_updates(make, tmp_path):
+def test_an_optimizer_of_optax_is_the_one_that_updates(make, tmp_path, capsys):
     rate = optax.piecewise_constant_schedule(0.1, {3: 0.1})
     given = make(
         optimizer=optax.inject_hyperparams(optax.sgd)(rate), workdir=tmp_path / "given", method="ce", teacher=None
     )
     config = {"optim.momentum": 0.0, "optim.decay_epochs": (1,), "optim.learning_rate": 0.1}
     named = make(config=config, workdir=tmp_path / "named", method="ce", teacher=None)
-    given, named = given.fit(), named.fit()
+    capsys.readouterr()
+    given, printed, named = given.fit(), capsys.readouterr().out, named.fit()
+    assert "batches of 40; <optimizer>, a learning rate of its own\n" in printed
+    assert "<arrays> given in Python: 90 training images" in printed
+    assert "sgd, learning rate 0.1, step after 1" in capsys.readouterr().out
     trained = [saved(tmp_path / name, 6)["model"]["params"] for name in ("given", "named")]
     chex.assert_trees_all_close(*trained, rtol=1e-5, atol=1e-7)
     rates = [x["values"]["learning_rate"] for x in given.metrics if x["split"] == "train"]
