@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import secrets
+import shutil
 import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
@@ -137,6 +138,23 @@ def expand_home(path: str) -> str:
 
 def is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
+
+
+def free_bytes(path: epath.PathLike) -> int:
+    """Returns the bytes that are free on the disk of a local path, which need not exist."""
+    place = pathlib.Path(path).resolve()
+    return shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free
+
+
+def human_bytes(size: float) -> str:
+    """Formats a number of bytes.
+
+    Example:
+      >>> human_bytes(2.4e9), human_bytes(1000)
+      ('2.4 GB', '1.0 kB')
+    """
+    power = min(len(str(int(size))) - 1, 14) // 3
+    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 class LockedError(UserError):

@@ -19,6 +19,7 @@ NOT_IDENTITY = (
     "teacher.data.max_skipped",
     "steps_per_dispatch",
     "compile",  # the cache folder, and the assumptions of --mode compile
+    "check.",
     "mesh.",
     "log.",
     "checkpoint.",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "eval", "predict", "export", "compile", "bench", "bench_data")
+MODES = ("train", "check", "eval", "predict", "export", "compile", "bench", "bench_data")
 _FLAGS = (
     *("--config", "--workdir", "--mode", "--profile", "--distributed", "--coordinator", "--processes", "--process"),
     *("--target", "--json", "--help"),
@@ -68,8 +68,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     given = [value is not None for value in (args.coordinator, args.processes, args.process)]
     if any(given) and (args.distributed or not all(given)):
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
-    if args.mode == "predict" and (args.distributed or any(given)):
-        raise UserError("--mode predict is one process. Leave --distributed, --coordinator and the like out.")
+    if args.mode in ("predict", "check") and (args.distributed or any(given)):
+        raise UserError(f"--mode {args.mode} is one process. Leave --distributed, --coordinator and the like out.")
     for flag, value in (("--config", args.config), ("--workdir", args.workdir)):
         if value == "":
             raise UserError(f"{flag} is empty, as by a variable of the shell that is not set. Name one, or remove it.")
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict":
     from ldrld_jax import config as config_lib
 
-    if args.mode in ("train", "compile", "bench", "bench_data") or args.config:
+    if args.mode in ("train", "check", "compile", "bench", "bench_data") or args.config:
         return config_lib.load(args.config or DEFAULT_CONFIG, overrides)
     return config_lib.load_run(args.workdir, overrides)
 
@@ -207,12 +207,18 @@ def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.data import speed
     from ldrld_jax.deploy import export
     from ldrld_jax.record.console import say
+    from ldrld_jax.train.check import ProblemsError
     from ldrld_jax.train.trainer import Trainer
 
     match args.mode:
         case "train":
             remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
             Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, remarks=remarks)
+        case "check":
+            if problems := Trainer.of_config(config, args.workdir).check():
+                say("\n".join(f"problem: {problem}" for problem in problems))
+                raise ProblemsError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in this run's way, see above.")
+            say("this run can start.")
         case "eval":
             for name, value in Trainer.of_config(config, args.workdir).evaluate().items():
                 say(f"{name} {value:.4f}")

@@ -165,6 +165,11 @@ class Compile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Check:
+    images: Count | None = None  # to decode and evaluate of each split, spread evenly; unset: all
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     data: Annotated[int, Range(-1)] = -1  # devices over which the batch is split; -1: all that are left
     model: Count = 1  # devices over which each layer's outputs are split
@@ -217,6 +222,7 @@ class Config:
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
     compile: Compile = Compile()  # of --mode compile: what it takes of data that are not here and not described
+    check: Check = Check()  # of --mode check
     mesh: Mesh = Mesh()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()

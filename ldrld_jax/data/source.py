@@ -119,11 +119,21 @@ class Source:
             self.broken.add(index)
             logger.warning("skipped %s: %s (%d skipped so far)", name, error, len(self.broken))
             count = len(self.broken)
-            if count == len(self) or count > max(10, self.max_skipped * len(self)):
+            if too_many(count, len(self), self.max_skipped):
                 raise UserError(
                     f"{count} of {len(self)} images are broken, the last of them {name} ({error}), and a share of "
                     f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
                 ) from error
+
+
+def too_many(broken: int, images: int, max_skipped: float) -> bool:
+    """Returns whether more of a split's images are broken than may be skipped: a share, or ten unless that is all.
+
+    Example:
+      >>> too_many(10, 100, 0.05), too_many(11, 100, 0.05), too_many(3, 3, 1.0)
+      (False, True, True)
+    """
+    return broken == images or broken > max(10, max_skipped * images)
 
 
 class InMemory:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import tensorstore as ts
 from ml_collections import ConfigDict
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import full_disk_named
+from ldrld_jax.files import free_bytes, full_disk_named, human_bytes
 from ldrld_jax.identity import flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
@@ -253,8 +252,7 @@ class LogitStore:
         needed = self.bytes_per_epoch * epochs
         if "://" in self.directory:
             return
-        free = shutil.disk_usage(next(p for p in [self._path, *self._path.parents] if p.exists())).free
-        if needed > free:
+        if needed > (free := free_bytes(self._path)):
             raise UserError(
                 f"the logit store {self.directory} needs {human_bytes(needed)} more, and {human_bytes(free)} are free "
                 "there. Set logits.dir on a larger disk, or logits.views for fewer augmentations."
@@ -328,14 +326,3 @@ def _layout(array: np.ndarray) -> dict[str, Any]:
         # Makes a missing file visible.
         "fill_value": int(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else "NaN",
     }
-
-
-def human_bytes(size: float) -> str:
-    """Formats a number of bytes.
-
-    Example:
-      >>> human_bytes(2.4e9), human_bytes(1000)
-      ('2.4 GB', '1.0 kB')
-    """
-    power = min(len(str(int(size))) - 1, 14) // 3
-    return f"{size / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -45,9 +45,9 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 class ProgressBar:
     """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal."""
 
-    def __init__(self, start: int, total: int, name: str):
+    def __init__(self, start: int, total: int, name: str, unit: str = "step"):
         hidden = True if _muted or sys.stderr is None else None  # None: unless it is a terminal
-        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         with self._hidden_once_it_fails():

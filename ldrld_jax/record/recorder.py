@@ -86,13 +86,8 @@ class Recorder:
 
     def _add(self, step: int, means: Means) -> None:
         self._count_skipped(step, means)
-        bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
-        weights = means.pop("non_finite", Mean(0.0, 1.0)).total
-        if bad or weights:
-            raise NonFiniteError(
-                f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
-                "checkpoint is untouched. Lower optim.learning_rate, or look at the data of that step."
-            )
+        check_finite(step, means)
+        means.pop("non_finite", None)
         self._window = add(self._window, means)
         if step % self._config.log.every_steps == 0 or step == self._steps:
             values = {name: mean.value for name, mean in self._window.items() if mean.count}
@@ -151,3 +146,13 @@ class Recorder:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def check_finite(step: int, means: Means) -> None:
+    """Raises a NonFiniteError unless the terms of a step and the weights after it are finite."""
+    bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
+    if bad or ("non_finite" in means and means["non_finite"].total):
+        raise NonFiniteError(
+            f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
+            "checkpoint is untouched. Lower optim.learning_rate, or look at the data of that step."
+        )

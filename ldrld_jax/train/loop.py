@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -98,10 +99,7 @@ def _train(
                 pause(start, state)
         elif (top1 := top1_of(teacher)) is not None:
             recorder.write(0, "teacher_eval", {"top1": top1})
-        frozen, logits = weights_of(teacher), teacher.logits if isinstance(teacher, StoredTeacher) else None
-        shardings = run.placement.of_state(state), replicated(run.mesh)
-        host_teacher = teacher.teacher if isinstance(teacher, OnHost) else None
-        advance = Dispatcher(run, step_fn, start, shardings, watchdog.at, logits, host_teacher)
+        frozen, advance = weights_of(teacher), dispatcher(run, step_fn, state, teacher, start, watchdog.at)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
         while step < run.steps:
@@ -173,6 +171,17 @@ class _Pause:
     def _each_batch(self, step: int) -> None:
         self.watchdog.at(f"evaluating after step {step}")
         self.signals.check()
+
+
+def dispatcher(
+    run: Run, step_fn: Step, state: TrainState, teacher: Teacher | None, start: int, tell: Callable[[str], None]
+) -> Dispatcher:
+    """Returns the dispatcher of a run's steps after `start`; logits of a teacher that no step runs come with them."""
+    shardings = run.placement.of_state(state), replicated(run.mesh)
+    logits = teacher.logits if isinstance(teacher, StoredTeacher) else None
+    return Dispatcher(
+        run, step_fn, start, shardings, tell, logits, teacher.teacher if isinstance(teacher, OnHost) else None
+    )
 
 
 def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: optax.GradientTransformation) -> Step:

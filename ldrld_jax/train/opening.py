@@ -1,7 +1,7 @@
 """The lines that a run says of itself at its start, and its warnings, which its summary and the report repeat."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,9 +87,19 @@ def warnings(run: Run) -> Iterator[str]:
             "optim.warmup_epochs, or set optim.warmup=none"
         )
     if empty := _not_evaluated(run):
-        shown = ", ".join(names[label] for label in empty[:_MOST_NAMED])
-        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
-        yield f"there is no image to evaluate on of {len(empty)} of {len(names)} classes: {shown}{more}"
+        yield no_images("to evaluate on", empty, names)
+
+
+def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
+    """Returns a line on classes without images, by their labels.
+
+    Example:
+      >>> no_images("to train on", [1], ["cat", "dog"])
+      'there is no image to train on of 1 of 2 classes: dog'
+    """
+    shown = ", ".join(names[label] for label in empty[:_MOST_NAMED])
+    more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
+    return f"there is no image {purpose} of {len(empty)} of {len(names)} classes: {shown}{more}"
 
 
 def _not_evaluated(run: Run) -> list[int]:

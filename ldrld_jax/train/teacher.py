@@ -111,7 +111,6 @@ def obtain_teacher(
     Raises:
       UserError: if it does not load, or scores less than `teacher.min_top1`.
     """
-    config = run.config.teacher
     if not run.objective.methods:
         return None
     if config_lib.teaches_itself(run.config):
@@ -120,9 +119,8 @@ def obtain_teacher(
         return _from_file(run)
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
-    if config.checkpoint is None and config.epochs is not None:
-        for recipe, place in config_lib.teacher_runs(run.config, run.workdir):
-            train(recipe, place)
+    for recipe, place in recipes(run):
+        train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
     store = open_store(run, teacher) if run.config.logits else None
     top1 = store.teacher_top1(run.config.data.eval_split) if store else None
@@ -140,6 +138,14 @@ def obtain_teacher(
         return dataclasses.replace(teacher, top1=top1)
     program = teacher_program(teacher.network, store.dtype, run.mesh, store.top_k)
     return _stored(run, store, top1, (lambda images: program(teacher.variables, images)) if missing else None)
+
+
+def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
+    """Returns the teachers that a run trains before its student: the recipe and the workdir of each."""
+    config, outside = run.config.teacher, config_lib.teaches_itself(run.config) or is_outside(run)
+    if not run.objective.methods or outside or config.checkpoint is not None or config.epochs is None:
+        return []
+    return list(config_lib.teacher_runs(run.config, run.workdir))
 
 
 def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
@@ -207,14 +213,19 @@ def _origin(run: Run) -> str:
 
 def _introduce(run: Run, origin: str, top1: float) -> None:
     """Prints a teacher's top-1, or raises a UserError if `teacher.min_top1` demands a better one."""
+    check_top1(run, top1, origin)
+    say(f"teacher {run.config.teacher.model} {origin}  top-1 {top1:.2f}")
+
+
+def check_top1(run: Run, top1: float, origin: str = "") -> None:
+    """Raises a UserError if `teacher.min_top1` demands a better teacher than one of this top-1 in percent."""
     config = run.config.teacher
     if top1 < config.min_top1:
         raise UserError(
-            f"the teacher {config.model} {origin} has top-1 {top1:.2f} %, and teacher.min_top1 demands "
-            f"{config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
+            f"the teacher {config.model} {origin}{' ' * bool(origin)}has top-1 {top1:.2f} %, and teacher.min_top1 "
+            f"demands {config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
             "teacher.min_top1."
         )
-    say(f"teacher {config.model} {origin}  top-1 {top1:.2f}")
 
 
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:

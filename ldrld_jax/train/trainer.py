@@ -25,6 +25,7 @@ from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.assemble import assemble
+from ldrld_jax.train.check import check
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.given import NOTHING, Callback, Given, LineWriter
@@ -155,6 +156,10 @@ class Trainer:
         """Trains to the last epoch, or resumes there; see `train` for the arguments and the errors."""
         summary = train(self.config, self.workdir, leave_within=leave_within, given=self.given, **options)
         return Result(self, summary, read_metrics(self.workdir))
+
+    def check(self) -> list[str]:
+        """Returns what would stop the run, a line each, and trains nothing; see `ldrld_jax.train.check.check`."""
+        return check(self.config, self.workdir, given=self.given)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the best checkpoint on the evaluation split, see `evaluate`."""

@@ -2,17 +2,26 @@
 
 import os
 import pathlib
+import shutil
+import time
 
+import chex
 import pytest
 from PIL import Image
 
+from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
+from ldrld_jax.models import MODELS
 from ldrld_jax.train import trainer
-from tests.conftest import comparable_lines
+from ldrld_jax.train.given import Callback, Given
+from tests.conftest import comparable_lines, tiny_overrides
+from tests.faults.conftest import make_folder
+from tests.tiny_net import TinyNet
+from tests.train.trainer_test import saved
 
 
 def swap(folder: pathlib.Path) -> None:
@@ -36,33 +45,106 @@ def another_of_the_same_name(folder: pathlib.Path) -> None:
     Image.new("RGB", (40, 40), "red").save(folder / "val" / "dog" / "0.png")
 
 
+def touch(place: pathlib.Path) -> None:
+    """Changes what no image depends on: times of modification, a file that is no image, a hidden one."""
+    for image in (place / "images").rglob("*.png"):
+        os.utime(image, (1, 1))
+    (place / "images/train/cat/notes.txt").write_text("no image")
+    (place / "images/val/.hidden.png").write_bytes(b"")
+
+
+def retrain(place: pathlib.Path) -> None:
+    """Puts a teacher with other weights where the run's teacher lay."""
+    shutil.rmtree(place / "teacher")
+    (place / "another").rename(place / "teacher")
+
+
+# To do in the folder of the images, the teacher and the run; and the error, or the keys to pass to go on as if nothing
+# had been.
 CHANGES = {
-    "renamed": (rename, "class 0 is 'bird' there and 'cat' here"),
-    "grown": (add, "the train data of the run in .* have changed: 24 images there, 29 here"),
-    "shrunk": (lambda folder: (folder / "val/dog/1.png").unlink(), "the eval data .* 9 images there, 8 here"),
-    "swapped": (swap, "the train data .* another list of images"),
-    "replaced": (another_of_the_same_name, "the eval data .* another list of images"),
+    "nothing": (lambda place: None, {}),
+    "touched": (touch, {}),
+    "images moved": (lambda place: (place / "images").rename(place / "m"), {"data.data_dir": "m"}),
+    "teacher moved": (lambda place: (place / "teacher").rename(place / "m"), {"teacher.checkpoint": "m"}),
+    "another teacher": (retrain, r"teacher\.checkpoint"),
+    "renamed": (lambda place: rename(place / "images"), "class 0 is 'bird' there and 'cat' here"),
+    "grown": (lambda place: add(place / "images"), "the train data of the run in .* changed: 24 images there, 29 here"),
+    "shrunk": (lambda place: (place / "images/val/dog/1.png").unlink(), "the eval data .* 9 images there, 8 here"),
+    "swapped": (lambda place: swap(place / "images"), "the train data .* another list of images"),
+    "replaced": (
+        lambda place: another_of_the_same_name(place / "images"),
+        "the eval data .* another list of images",
+    ),
 }
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> pathlib.Path:
+    """A folder with `images`, `teacher`, `another` teacher, a `finished` run of five epochs and a `killed` one.
+
+    The killed one is a copy of its files after a save in the third epoch: what kill -9 leaves.
+    """
+    place = tmp_path_factory.mktemp("begun")
+    make_folder(place / "images")
+
+    def copy(step: int, weights: object) -> None:
+        if step == 8:
+            while not (place / "finished/checkpoints/8").is_dir():  # it is being written
+                time.sleep(0.01)
+            shutil.copytree(place / "finished", place / "killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny_net", TinyNet)
+        for seed, name in enumerate(("teacher", "another")):
+            trainer.train(five_epochs(place, method="ce", epochs=1, seed=seed), place / name)
+        trainer.train(five_epochs(place), place / "finished", given=Given(callbacks=[Callback(after_save=copy)]))
+    return place
+
+
+def files_of(run: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def five_epochs(place: pathlib.Path, **keys):
+    teacher = {"method": "kd", "teacher.model": "tiny_net", "teacher.checkpoint": place / "teacher"}
+    kept = {
+        "epochs": 5,
+        "optim.schedule": "constant",
+        "checkpoint.every_steps": 4,
+        **({} if keys.get("method") == "ce" else teacher),
+        **keys,
+    }
+    given = {"student.model": "tiny_net", "data.crop_size": 8, "batch_size": 8, "mesh.data": 1, **kept}
+    folder = {"data.name": "image_folder", "data.train_split": "train", "data.eval_split": "val"}
+    settings = {"data.data_dir": place / "images", **folder, **given}
+    flags = [flag for flag in tiny_overrides("") if flag.partition("=")[0] not in settings]
+    return config_lib.load("configs/digits.py", [*flags, *(f"{key}={value}" for key, value in settings.items())])
+
+
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("epochs", [2, 3], ids=["finished", "longer"])
-def test_a_run_whose_data_have_changed_is_refused_by_name(on_folder, folder, tmp_path, change, epochs):
-    trainer.train(on_folder("optim.schedule=constant"), tmp_path / "run")
-    before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    do, expected = CHANGES[change]
-    do(folder)
-    with pytest.raises(UserError, match=expected):
-        trainer.train(on_folder("optim.schedule=constant", f"epochs={epochs}"), tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+@pytest.mark.parametrize("state", ["finished", "killed"])
+def test_a_run_goes_on_bit_for_bit_or_is_refused_by_the_name_of_what_changed(begun, tiny, tmp_path, state, change):
+    del tiny  # has TinyNet in MODELS
+    place, (do, expected) = tmp_path / "here", CHANGES[change]
+    shutil.copytree(begun, place)
+    run, before = place / state, files_of(begun / state)
+    do(place)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            trainer.train(five_epochs(place), run)
+        assert files_of(run) == before
+        return
+    trainer.train(five_epochs(place, **{key: place / value for key, value in expected.items()}), run)
+    assert comparable_lines(run) == comparable_lines(begun / "finished")
+    chex.assert_trees_all_equal(saved(run, 15), saved(begun / "finished", 15))
 
 
-def test_the_same_data_elsewhere_are_the_same(on_folder, folder, tmp_path):
-    trainer.train(on_folder("epochs=1", "optim.schedule=constant"), tmp_path / "run")
-    moved = folder.rename(tmp_path / "moved")
-    trainer.train(on_folder("optim.schedule=constant", f"data.data_dir={moved}"), tmp_path / "run")
-    trainer.train(on_folder("optim.schedule=constant", f"data.data_dir={moved}"), tmp_path / "straight")
-    assert comparable_lines(tmp_path / "run") == comparable_lines(tmp_path / "straight")
+def test_a_run_grows_longer_on_its_own_data_alone(begun, tiny, tmp_path):
+    del tiny
+    shutil.copytree(begun, tmp_path / "here")
+    add(tmp_path / "here/images")
+    with pytest.raises(UserError, match="24 images there, 29 here"):
+        trainer.train(five_epochs(tmp_path / "here", epochs=6), tmp_path / "here/finished")
 
 
 @pytest.mark.parametrize("mode", ["eval", "export", "predict"])

@@ -1,0 +1,145 @@
+"""A run is checked before it trains: everything that would stop it is named at once, and nothing is written."""
+
+import re
+
+import numpy as np
+import pytest
+
+from ldrld_jax import main as main_lib
+from ldrld_jax.errors import UserError
+from ldrld_jax.train import check as check_lib
+from ldrld_jax.train import trainer
+from ldrld_jax.train.check import check
+from tests.conftest import tiny_overrides
+from tests.faults.conftest import make_folder
+
+
+def test_a_run_that_can_start_has_no_problem_and_leaves_no_file(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_lib, "_TIMED_SECONDS", 0.0)
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.epochs=1", "checkpoint.keep_last=3"]
+    assert check(tiny(*flags), tmp_path / "run") == []
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert said.count("images    training: 90 of 90 decoded; ") == 1  # the teacher's are the same
+    assert "images    evaluation: 50 of 50 decoded; " in said
+    assert "teacher tiny_net is not trained yet: random weights stand in for its own" in said
+    assert re.search(r"time      .* for the teacher: 3 steps of .* ms, 1 evaluations of .* s", said)
+    assert re.search(r"time      .* for the student: 6 steps of .* ms, 2 evaluations of .* s", said)
+    # 16 * 9 + 2 * 16 weights and statistics, 170 of the head; beside the weights their momentum and the step.
+    parameters, statistics = 16 * 9 + 2 * 16 + 16 * 10 + 10, 2 * 16
+    size = 4 * (2 * parameters + statistics)
+    assert f"disk      up to {4 * size / 1000:.1f} kB: 4 checkpoints of {size / 1000:.1f} kB; " in said
+
+
+def test_a_sample_is_looked_at_and_its_time_is_that_of_the_whole(tiny, tmp_path, capsys):
+    assert check(tiny("check.images=7", "epochs=1"), tmp_path / "run") == []
+    said = capsys.readouterr().out
+    assert "training: 7 of 90 decoded; " in said
+    assert "evaluation: 7 of 50 decoded; " in said
+    assert "there is no image" not in said  # seven of ten classes at most, which says nothing
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """A folder with two broken images to train on, one to evaluate on, and a class that is not evaluated."""
+    root = make_folder(tmp_path / "images")
+    for broken in ("train/cat/1.png", "train/dog/3.png", "val/bird/0.png"):
+        (root / broken).write_bytes(b"no image")
+    for image in (root / "val/dog").iterdir():
+        image.unlink()
+    return root
+
+
+def test_all_problems_are_found_at_once(tiny, faulty, tmp_path, capsys):
+    trainer.train(tiny("epochs=1"), tmp_path / "run")  # of other data
+    before = sorted(tmp_path.rglob("*"))
+    folder = ["data.name=image_folder", f"data.data_dir={faulty}", "data.train_split=train", "data.eval_split=val"]
+    missing = tmp_path / "net.pth"
+    flags = [*folder, "data.crop_size=8", "method=kd", "teacher.model=tiny_net", f"teacher.checkpoint={missing}"]
+    problems = check(tiny(*flags), tmp_path / "run")
+    expected = [
+        r"holds a run of another config: .*data\.name",
+        r"train/cat/1\.png is broken: ",
+        r"train/dog/3\.png is broken: ",
+        r"val/bird/0\.png is broken: ",
+        rf"{missing}",
+    ]
+    assert len(problems) == len(expected)
+    for problem, pattern in zip(problems, expected, strict=True):
+        assert re.search(pattern, problem)
+        assert "\n" not in problem
+    assert "warning: there is no image to evaluate on of 1 of 3 classes: dog." in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_beside_what_the_plan_stops_at_each_part_is_looked_at(tiny, tmp_path):
+    flags = ["data.name=image_folder", f"data.data_dir={tmp_path}", "data.eval_split=val", "mesh.data=9"]
+    problems = check(tiny(*flags, "method=ldrld", "teacher.model=resnet8", "teacher.checkpoint=t"), tmp_path / "run")
+    assert [bool(re.search(pattern, problem)) for pattern, problem in zip(
+        (r"mesh\.data", r"there is no folder", r"there is no folder .*val"), problems, strict=True
+    )] == [True] * 3  # fmt: skip
+    wrong = ["student.model=resnet9", "teacher.model=resnet8x5", "teacher.checkpoint=t", "method=kd"]
+    first, second = check(tiny(*wrong), tmp_path / "run")
+    assert first.startswith("there is no model 'resnet9'")
+    assert second.startswith("there is no model 'resnet8x5'")
+
+
+@pytest.mark.parametrize(("on_error", "count"), [("raise", 12), ("skip", 12), ("skip", 1)])
+def test_more_broken_images_than_may_be_skipped_are_a_problem(tiny, tmp_path, on_error, count, capsys):
+    root = make_folder(tmp_path / "images", train=20)
+    for i in range(count):
+        (root / f"train/cat/{i}.png").write_bytes(b"no image")
+    folder = ["data.name=image_folder", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
+    problems = check(tiny(*folder, "data.crop_size=8", f"data.on_error={on_error}", "epochs=1"), tmp_path / "run")
+    if on_error == "skip" and count == 1:
+        assert problems == []
+        return
+    assert len([p for p in problems if re.search(r"cat/\d+\.png is broken: ", p)]) == 10
+    assert f"{count - 10} more training images are broken." in problems
+    assert f"60 of 60 decoded; 8 to 20 of each of 3 classes; {count} broken" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_finite_and_a_weak_teacher_are_problems(make, tmp_path):
+    images = np.full((90, 8, 8, 1), 3e38, np.float32)
+    trainer = make(train=(images, np.arange(90) % 10))
+    assert any("not finite at step 1" in problem for problem in trainer.check())
+    weak = make(config={"teacher.min_top1": 99.0}).check()
+    assert any("has top-1" in problem and "teacher.min_top1 demands 99.00 %" in problem for problem in weak)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_the_disk_has_no_room_for_is_a_problem(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldrld_jax.logit_store.store.free_bytes", lambda path: 100)
+    monkeypatch.setattr(check_lib, "free_bytes", lambda path: 100)
+    store, place = make(config={"logits.dir": str(tmp_path / "logits")}).check()
+    assert "the logit store" in store
+    assert "3.6 kB more, and 100.0 bytes are free" in store
+    assert "and 100.0 bytes are free. Choose a workdir on a larger disk" in place
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_ends_with_1_after_all_problems_and_with_0_without(tiny, data_dir, tmp_path, capsys):
+    del tiny  # has tiny_net in MODELS
+    flags = [f"--config.{flag}" for flag in tiny_overrides(data_dir)]
+    common = ["--mode", "check", "--workdir", str(tmp_path / "run"), "--config.check.images=20", "--config.epochs=1"]
+    assert main_lib.main([*common, *flags, "--config.student.model=tiny_net"]) == 0
+    assert capsys.readouterr().out.endswith("this run can start.\n")
+    assert main_lib.main([*common, *flags, "--config.student.model=resnet9"]) == 1
+    said = capsys.readouterr()
+    assert "problem: there is no model 'resnet9'." in said.out
+    assert said.err == "ldrld_jax: 1 problem in this run's way, see above.\n"
+    assert main_lib.main([*common, "--distributed"]) == 2
+
+
+def test_a_broken_image_is_found_wherever_it_lies(tiny, tmp_path):
+    """A run looks at 64 images when it starts; here are more."""
+    root = make_folder(tmp_path / "images", train=60)
+    (root / "train/cat/31.png").write_bytes(b"")
+    folder = ["data.name=image_folder", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
+    (problem,) = check(tiny(*folder, "data.crop_size=8", "epochs=1"), tmp_path / "run")
+    assert "train/cat/31.png" in problem
+
+
+def test_a_config_that_contradicts_itself_is_an_error_of_its_own(tiny, tmp_path):
+    with pytest.raises(UserError, match="there is no method"):
+        check(tiny("method=ldrdl"), tmp_path / "run")
