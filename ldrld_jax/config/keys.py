@@ -148,6 +148,15 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossSchedule:
+    kd_weight: Text | None = None  # in place of the key, "linear:0@1:1@20": 0 in epoch 1, 1 from epoch 20 on
+    alpha: Text | None = None  # in place of the field of each method that has it
+    beta: Text | None = None  # in place of the field of each method that has it
+    gamma: Text | None = None  # in place of the field of each method that has it, "cosine:1@150:0@240"
+    temperature: Text | None = None  # in place of the field of each method that has it, "steps:4@1:2@100"
+
+
+@dataclasses.dataclass(frozen=True)
 class Logits:
     dir: Path | None = None  # where it lies, for any number of runs; unset: no store
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # in which they are stored and taught
@@ -206,6 +215,7 @@ class Config:
     kd_weight: NotNegative | None = None  # of all distillation terms; unset: the method's; 1 for several
     # The distillation terms are multiplied by min(epoch / this, 1); unset: the method's, for several the longest.
     kd_warmup_epochs: Whole | None = None
+    loss_schedule: LossSchedule = LossSchedule()  # numbers of the loss that change by epoch, between VALUE@EPOCH
     standardize: bool = False  # logit standardisation of both sides before every method
     label_smoothing: Share = 0.0  # of the cross-entropy
     ema_decay: Share | None = None  # evaluate a moving average of the student; unset: the student

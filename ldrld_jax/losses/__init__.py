@@ -122,6 +122,7 @@ class Method:
       top_needed: `top_needed(cfg)` returns K if the loss reads the teacher's logits at the K largest classes of either
         side, and of the others the log-sum-exp at most, or None if it reads every logit, as it does without this
         function. See docs/logit_store.md.
+      fixed: the fields of `config` that decide what is computed, so that no schedule may change them by epoch.
       decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
       ce_weight: the authors' weight of the cross-entropy.
       kd_weight: the authors' weight of the distillation term.
@@ -139,6 +140,7 @@ class Method:
     kd_weight: float = 1.0
     kd_warmup_epochs: int = 0
     top_needed: Callable[[Any], int | None] | None = None
+    fixed: tuple[str, ...] = ()
 
     def views(self, cfg: MethodConfig) -> int:
         """Returns the number of augmentations of each image that the loss compares; for 2, logits are `[2, ..., C]`."""
@@ -268,7 +270,7 @@ METHODS: dict[str, Method] = {
     ),
     "mlkd": Method(MLKDConfig, without_labels(mlkd_parts), decomposes=False),
     "ctkd": Method(CTKDConfig, mean_parts(without_labels(ctkd_terms)), ctkd_init, ctkd_gradient_scale),
-    "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms)), kd_weight=32.0),
+    "abkd": Method(ABKDConfig, mean_parts(without_labels(abkd_terms)), kd_weight=32.0, fixed=("alpha", "beta")),
     "skd": Method(SKDConfig, without_labels(skd_parts), decomposes=False, ce_weight=0.1, kd_weight=0.9),
     "wkd": Method(WKDConfig, mean_parts(wkd_terms), from_teacher=wkd_cost),
     "luminet": Method(
@@ -278,5 +280,7 @@ METHODS: dict[str, Method] = {
     "crld": Method(CRLDConfig, without_labels(crld_parts), ce_weight=2.0),
     "sld": Method(SLDConfig, sld_parts, at_epoch=sld_student_swap, ce_weight=0.2, kd_weight=0.9),
     "bild": Method(BiLDConfig, mean_parts(without_labels(bild_terms)), ce_weight=0.0, top_needed=lambda cfg: cfg.top_k),
-    "topk_tail": Method(TopKTailConfig, mean_parts(without_labels(topk_tail_terms)), top_needed=topk_tail_top_needed),
+    "topk_tail": Method(
+        TopKTailConfig, mean_parts(without_labels(topk_tail_terms)), top_needed=topk_tail_top_needed, fixed=("beta",)
+    ),
 }

@@ -1,5 +1,6 @@
 """Local Dense Relational Logit Distillation (ICCV 2025)."""
 
+import dataclasses
 import functools
 import operator
 from typing import Literal
@@ -158,6 +159,18 @@ def ldrld_terms(
     """
     fused = _takes_kernel(implementation, class_axis_name)
     teacher, student = prepare_logits(teacher_logits, student_logits, where, infinite=True)
+    if isinstance(temperature := cfg.temperature, jax.Array):  # it changes by epoch, and cfg is static below
+        terms = ldrld_terms(
+            teacher / temperature,
+            student / temperature,
+            dataclasses.replace(cfg, temperature=1.0, alpha=1.0, beta=1.0),
+            where=where,
+            class_axis_name=class_axis_name,
+            block_rows=block_rows,
+            implementation=implementation,
+        )
+        return jax.tree.map(lambda term: temperature**2 * term, terms)
+    cfg = dataclasses.replace(cfg, alpha=1.0, beta=1.0)  # not used here, and may change by epoch
     classes = _number_of_classes(student, class_axis_name)
     if cfg.depth > classes:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, Method, standardized
 from ldrld_jax.losses.common import mean_over_rows
+from ldrld_jax.losses.schedule import Schedule, with_values
 from ldrld_jax.metrics import at_labels
 
 Tree = Any
@@ -46,6 +48,7 @@ class Objective:
       ce_weight, kd_weight: see the formula.
       kd_warmup_epochs: the distillation terms grow linearly over these epochs.
       label_smoothing: of the cross-entropy, 0 <= s < 1.
+      schedules: by epoch, of kd_weight and of the fields of the methods' configs, in place of the numbers there.
     """
 
     methods: Mapping[str, Term]
@@ -53,6 +56,7 @@ class Objective:
     kd_weight: float = 1.0
     kd_warmup_epochs: int = 0
     label_smoothing: float = 0.0
+    schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
 
     @property
     def views(self) -> int:
@@ -110,7 +114,9 @@ class Objective:
             other, share = second
             terms["ce_term"] = (1 - share) * terms["ce_term"] + share * ce(other)
         loss = self.ce_weight * terms["ce_term"]
-        scale = jnp.asarray(self.kd_weight, loss.dtype)
+        values = {name: schedule(epoch) for name, schedule in self.schedules.items()}
+        terms |= {f"schedule/{name}": value for name, value in values.items()}
+        scale = jnp.asarray(values.get("kd_weight", self.kd_weight), loss.dtype)
         if self.kd_warmup_epochs:
             scale = scale * jnp.minimum(epoch.astype(loss.dtype) / self.kd_warmup_epochs, 1.0)
         for name, term in self.methods.items():
@@ -126,7 +132,7 @@ class Objective:
                 params = method.at_epoch(cfg, epoch)
             elif method.from_teacher is not None and last_layer is not None:
                 params = method.from_teacher(last_layer)
-            parts = method.parts(*rows[:3], cfg, params=params, where=rows[3])
+            parts = method.parts(*rows[:3], with_values(cfg, values), params=params, where=rows[3])
             terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
             loss = loss + scale * weight * terms[name]
@@ -180,7 +186,34 @@ def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProx
         shown = name.strip("<>").rpartition(":")[2]
         shown = f"own_{shown}" if shown in _METRICS else shown
         methods[shown] = Term(standardized(method) if config.standardize else method, cfg, weight)
-    return Objective(methods, **weights)
+    return Objective(methods, **weights, schedules=_schedules(config, methods))
+
+
+def _schedules(config: ConfigDict, methods: Mapping[str, Term]) -> dict[str, Schedule]:
+    """Returns the schedules of a resolved config.
+
+    Raises:
+      UserError: if one is of no method of the run, or has a value that is out of range.
+    """
+    schedules = {}
+    for name, text in config.loss_schedule.items():
+        if text is None:
+            continue
+        key = f"loss_schedule.{name}"
+        try:
+            schedules[name] = Schedule.parse(text)
+            having = [term for term in methods.values() if hasattr(term.cfg, name) and name not in term.method.fixed]
+            for term, (_, value) in itertools.product(having, schedules[name].points):
+                dataclasses.replace(term.cfg, **{name: value})
+            if name == "kd_weight" and (lowest := min(value for _, value in schedules[name].points)) < 0:
+                raise ValueError(f"must not be negative, got {lowest:g}.")
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from error
+        if not (methods if name == "kd_weight" else having):
+            raise UserError(
+                f"{key} is set, and method={config.method} has no {name} that may change by epoch. Remove it."
+            )
+    return schedules
 
 
 def check_classes(objective: Objective, classes: int, *, padded: bool = False) -> None:

@@ -6,6 +6,7 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from ldrld_jax import main as main_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS
 from ldrld_jax.train import trainer
+from ldrld_jax.train.objective import make_objective
 from tests.conftest import comparable_lines, tiny_overrides
 from tests.pages import PAGES, blocks
 from tests.train.trainer_test import saved, values
@@ -43,6 +45,52 @@ def test_slds_own_target_is_switched_on_by_the_epoch(tiny, teacher_dir, tmp_path
     trainer.train(tiny(*flags, "data.train_split=train[:40]"), tmp_path)
     own = values(tmp_path, "train", "sld/student")
     assert own[:2] == [0, 0] and min(own[2:]) > 0
+
+
+def test_numbers_of_the_loss_change_by_epoch(tiny, rng):
+    """In each epoch the objective is the one that has that epoch's numbers for good."""
+    teacher, student = (jnp.asarray(rng.normal(size=(6, 10)), jnp.float32) for _ in range(2))
+
+    def loss(epoch, *flags):
+        config = config_lib.resolve(tiny("method=ldrld+kd", "teacher.model=resnet8", "teacher.checkpoint=t", *flags))
+        objective, labels = make_objective(config), jnp.arange(6, dtype=jnp.int32)
+        return objective(teacher, student, labels, epoch=jnp.int32(epoch))
+
+    schedules = {"temperature": "steps:4@1:2@3", "alpha": "linear:1@1:3@3", "kd_weight": "linear:0@1:4@3"}
+    for epoch, temperature in ((1, 4), (2, 4), (3, 2)):
+        ours, terms = loss(epoch, *(f"loss_schedule.{key}={text}" for key, text in schedules.items()))
+        fixed = [f"loss.ldrld.temperature={temperature}", f"loss.kd.temperature={temperature}"]
+        theirs, same = loss(epoch, *fixed, f"loss.ldrld.alpha={epoch}", f"kd_weight={2 * epoch - 2}")
+        logged = {key: float(terms.pop(f"schedule/{key}")) for key in schedules}
+        assert logged == {"temperature": temperature, "alpha": epoch, "kd_weight": 2 * epoch - 2}
+        chex.assert_trees_all_close((ours, terms), (theirs, same), rtol=2e-5)
+
+
+def test_a_run_logs_the_numbers_that_change(tiny, teacher_dir, tmp_path):
+    flags = ["method=kd", f"teacher.checkpoint={teacher_dir}", "data.train_split=train[:40]", "epochs=2"]
+    trainer.train(tiny(*flags, "mesh.data=1", "loss_schedule.temperature=cosine:4@1:2@2"), tmp_path)
+    assert values(tmp_path, "train", "schedule/temperature") == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["loss_schedule.alpha=linear:1@1:2@2"], r"loss_schedule\.alpha is set, and method=kd has no alpha that may"),
+        (["method=abkd", "loss_schedule.alpha=linear:1@1:.5@2"], "method=abkd has no alpha that may change by epoch"),
+        (
+            ["loss_schedule.temperature=linear:4@1:0@2"],
+            r"loss_schedule\.temperature: temperature must be finite and ab",
+        ),
+        (["loss_schedule.temperature=4"], r"loss_schedule\.temperature: must be a schedule by epoch"),
+        (["loss_schedule.kd_weight=linear:1@1:-1@2"], r"loss_schedule\.kd_weight: must not be negative, got -1"),
+        (["method=ce", "loss_schedule.kd_weight=linear:1@1:2@2"], "method=ce has no kd_weight"),
+    ],
+)
+def test_a_schedule_of_nothing_or_out_of_range_is_one_line_and_no_workdir(tiny, tmp_path, flags, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        trainer.train(tiny("method=kd", "teacher.model=resnet8", "teacher.checkpoint=t", *flags), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wkds_cost_is_that_of_the_teachers_last_layer(tiny, teacher_dir, tmp_path, monkeypatch):
