@@ -1,7 +1,8 @@
 """Errors that the user can fix: one line each, shown without a traceback by the command line."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -25,6 +26,26 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     nearest = _nearest(name, known)
     hint = f" Did you mean {nearest!r}?" if nearest is not None else ""
     return UserError(f"there is no {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+@contextlib.contextmanager
+def needs(purpose: str, extra: str) -> Iterator[None]:
+    """Raises a UserError that names the extra if an import in the block finds no such package.
+
+    Args:
+      purpose: the beginning of the line, such as "reading net.pth".
+      extra: of this package.
+
+    Example:
+      >>> with needs("reading net.abc", "abc"):
+      ...     import a_package_that_is_not_there
+      Traceback (most recent call last):
+      ldrld_jax.errors.UserError: reading net.abc needs a_package_that_is_not_there: pip install 'ldrld_jax[abc]'.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{purpose} needs {error.name}: pip install 'ldrld_jax[{extra}]'.") from None
 
 
 def _nearest(name: str, known: list[str]) -> str | None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.data.pipeline import make_eval_source
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
@@ -59,6 +59,9 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     Raises:
       UserError: if the run does not exist, it trained another model, or its data set, which has the labels, is missing.
     """
+    with needs("--mode export", "export"):
+        import flatbuffers  # noqa: F401  # jax.export writes by it
+        import safetensors  # noqa: F401
     student, variables = student_of(config, workdir)
     folder = epath.Path(workdir) / "export"
     if not first():
@@ -125,6 +128,8 @@ def read_student(folder: epath.PathLike) -> Student:
     Raises:
       UserError: if a file is missing or corrupt, or this version of JAX cannot read the program.
     """
+    with needs("reading an exported student", "export"):
+        import flatbuffers  # noqa: F401  # jax.export reads by it
     folder = epath.Path(folder)
     described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
     if "labels" not in described:  # an export of before the names were in the JSON

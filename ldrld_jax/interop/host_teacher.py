@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, needs
 
 Batch = dict[str, np.ndarray]
 
@@ -142,10 +142,13 @@ def _read(path: str) -> Any:
             spec = {"driver": driver, "kvstore": {"driver": "file", "path": path}}
             return tensorstore.open(spec, open=True, read=True).result().read().result()
         if path.endswith(".safetensors"):
-            from safetensors.numpy import load_file
+            with needs(f"reading {path}", "export"):
+                from safetensors.numpy import load_file
 
             (logits,) = load_file(path).values()
             return logits
         return np.load(path, mmap_mode="r", allow_pickle=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no file of logits that can be read: {' '.join(str(error).split())}.") from error

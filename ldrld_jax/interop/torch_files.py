@@ -11,11 +11,9 @@ from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import replace_bytes
 
 # An archive may unpack to so many bytes, or to so many times its own size: a few kilobytes can claim gigabytes.
@@ -74,7 +72,13 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one file with PyTorch's format marker, which readers of that library expect."""
+    """Writes one file with PyTorch's format marker, which readers of that library expect.
+
+    Raises:
+      UserError: if safetensors is not installed.
+    """
+    with needs(f"writing {path}", "export"):
+        import safetensors.numpy
     replace_bytes(epath.Path(path), safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}))
 
 
@@ -177,6 +181,8 @@ def _parse(name: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _parse_safetensors(name: str, data: bytes) -> dict[str, np.ndarray]:
+    with needs(f"reading {name}", "export"):
+        import safetensors
     try:
         return {
             key: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
@@ -197,13 +203,8 @@ def _parse_npz(name: str, data: bytes) -> dict[str, np.ndarray]:
 
 
 def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:
-    try:
+    with needs(f"{name} is a PyTorch file, and reading it", "torch"):
         import torch
-    except ImportError:
-        raise UserError(
-            f"{name} is a PyTorch file, and reading it needs torch: pip install 'ldrld_jax[torch]'. "
-            "A .safetensors file needs no extra."
-        ) from None
     try:
         # These are counters and options that training scripts save with the weights; building them runs no code.
         with torch.serialization.safe_globals(_harmless_globals()):

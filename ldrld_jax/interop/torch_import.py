@@ -41,7 +41,7 @@ def load_torch_checkpoint(
     """Loads a model with the weights of a PyTorch checkpoint; code in the file is never run.
 
     Args:
-      path: a `.pth` file from `torch.save` (needs the `torch` extra), a `.safetensors` file (needs no
+      path: a `.pth` file from `torch.save` (needs the `torch` extra), a `.safetensors` file (needs the `export`
         extra), an `.npz` file, or a tar archive of these. From an archive, the member whose path names the
         model is read (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56), or the one given as
         `path.tar::member`. The format is recognised by content, not by name. Remote paths such as `gs://`

@@ -1,0 +1,67 @@
+"""Packages that are extras: the losses need none of them, and whatever needs one names it in one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import ldrld_jax
+from ldrld_jax import main as main_lib
+from ldrld_jax.deploy.export import read_student
+from ldrld_jax.errors import UserError
+from ldrld_jax.interop.host_teacher import LogitsFile
+from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
+from tests.conftest import ROOT
+
+ALONE = """
+import runpy, sys
+KNOWN = {"jax", "jaxlib", "numpy", "ml_dtypes", "opt_einsum", "scipy", "ldrld_jax", *sys.stdlib_module_names}
+class Known:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        known = name.partition(".")[0] in KNOWN or name.startswith("_sysconfigdata")
+        return self.finder.find_spec(name, path, target) if known else None
+sys.meta_path[:] = map(Known, sys.meta_path)
+sys.path.insert(0, "")
+runpy.run_path("tests/losses/alone.py")
+"""
+
+
+def test_the_losses_run_with_jax_and_numpy_alone():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout == f"{len(ldrld_jax.METHODS)} losses\n"
+
+
+@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch"])
+def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path, monkeypatch, package):
+    path = tmp_path / f"net.{'pth' if package == 'torch' else 'safetensors'}"
+    path.write_bytes(b"\x80\x02" if package == "torch" else (2).to_bytes(8, "little") + b"{}")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.numpy", None)
+    uses = {
+        "safetensors": [
+            lambda: read_tensors(path, "resnet8"),
+            lambda: write_safetensors(path, {"w": np.ones(1)}),
+            lambda: LogitsFile.open(str(path), images=1, classes=1),
+        ],
+        "flatbuffers": [lambda: read_student(tmp_path)],
+        "torch": [lambda: read_tensors(path, "resnet8")],
+    }[package]
+    extra = {"torch": "torch"}.get(package, "export")
+    for use in uses:
+        with pytest.raises(
+            UserError, match=rf"needs {package}(\.numpy)?: pip install 'ldrld_jax\[{extra}\]'\.$"
+        ) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_an_export_without_its_extra_is_refused_before_it_begins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert main_lib.main(["--mode", "export", "--workdir", str(tmp_path), "--config", "configs/digits.py"]) == 2
+    assert capsys.readouterr().err == ("ldrld_jax: --mode export needs flatbuffers: pip install 'ldrld_jax[export]'.\n")
+    assert not (tmp_path / "export").exists()
