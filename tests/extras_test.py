@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import ldrld_jax
 from ldrld_jax import main as main_lib
@@ -12,6 +13,8 @@ from ldrld_jax.deploy.export import read_student
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import LogitsFile
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
+from ldrld_jax.record.weights_and_biases import WeightsAndBiases
+from ldrld_jax.train.given import NOTHING
 from tests.conftest import ROOT
 
 ALONE = """
@@ -35,7 +38,7 @@ def test_the_losses_run_with_jax_and_numpy_alone():
     assert done.stdout == f"{len(ldrld_jax.METHODS)} losses\n"
 
 
-@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch"])
+@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch", "wandb"])
 def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path, monkeypatch, package):
     path = tmp_path / f"net.{'pth' if package == 'torch' else 'safetensors'}"
     path.write_bytes(b"\x80\x02" if package == "torch" else (2).to_bytes(8, "little") + b"{}")
@@ -49,8 +52,12 @@ def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path,
         ],
         "flatbuffers": [lambda: read_student(tmp_path)],
         "torch": [lambda: read_tensors(path, "resnet8")],
+        "wandb": [
+            lambda: NOTHING.check_writers(ConfigDict({"log": {"wandb": {"project": "p"}, "writers": None}})),
+            lambda: WeightsAndBiases(tmp_path, "p", {}),
+        ],
     }[package]
-    extra = {"torch": "torch"}.get(package, "export")
+    extra = "export" if package in ("safetensors", "flatbuffers") else package
     for use in uses:
         with pytest.raises(
             UserError, match=rf"needs {package}(\.numpy)?: pip install 'ldrld_jax\[{extra}\]'\.$"

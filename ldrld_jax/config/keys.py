@@ -186,10 +186,16 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wandb:
+    project: Text | None = None  # metrics go to this project of Weights & Biases too; the extra wandb
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     every_steps: Count = 50  # a line of metrics.jsonl each, the mean since the one before
     tensorboard: bool = True  # write event files too
     writers: Text | None = None  # further ones, "my_module:make_writer" each, separated by commas
+    wandb: Wandb = Wandb()
     watchdog_seconds: NotNegative = 300.0  # without progress, until the stacks of all threads are printed; 0: never
 
 

@@ -23,6 +23,7 @@ from ldrld_jax.errors import UserError
 
 _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
+_LABELS_LOOKED_AT = 64  # each reads an image of a data set object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,15 @@ class ItemRecords:
         return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])], np.int32)
 
     def listing(self) -> Iterator[str]:
-        """Yields the type and the number of examples, with the object's own fingerprint if it has one."""
-        yield f"{type(self.items).__name__} {len(self)} {getattr(self.items, '_fingerprint', '')}"
+        """Yields the type and the number of examples, and the object's own fingerprint or, without one, some labels.
+
+        Images tell nothing: a data set object may augment them at random.
+        """
+        yield f"{type(self.items).__name__} {len(self)}"
+        if (own := getattr(self.items, "_fingerprint", None)) is not None:
+            yield own
+        else:
+            yield " ".join(str(record["label"]) for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +244,8 @@ def _stored_as(dtype: np.dtype) -> np.dtype:
     return {8: np.dtype(f"{dtype.kind}4")}.get(dtype.itemsize, dtype)
 
 
-def _spaced(count: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, _LOOKED_AT).astype(int)).tolist()
+def _spaced(count: int, most: int = _LOOKED_AT) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
 
 
 def load_arrays(file: str, split: str) -> Source:

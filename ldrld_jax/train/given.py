@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.code import call, is_code, load_object
 from ldrld_jax.data.source import Source
+from ldrld_jax.errors import needs
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import Method
+from ldrld_jax.record.weights_and_biases import WeightsAndBiases
 from ldrld_jax.record.writer import LineWriter
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Metric
@@ -67,12 +69,25 @@ class Given:
 
     def all_writers(self, config: ConfigDict, workdir: epath.Path) -> list[LineWriter]:
         """Returns the writers that are given, and those that `log.writers` names, made for a workdir."""
-        named = config.log.writers.split(",") if config.log.writers else []
-        return [*self.writers, *(call(name, str(workdir)) for name in named)]
+        wandb = config.log.wandb.project
+        theirs = [WeightsAndBiases(workdir, wandb, config.to_dict())] if wandb else []
+        return [*self.writers, *theirs, *(call(name, str(workdir)) for name in _named_writers(config))]
+
+    def check_writers(self, config: ConfigDict) -> None:
+        """Raises a UserError unless the writers that the config names can be imported."""
+        if config.log.wandb.project:
+            with needs("log.wandb.project", "wandb"):
+                import wandb  # noqa: F401
+        for name in _named_writers(config):
+            load_object(name)
 
     def for_teacher(self) -> "Given":
         """Returns the parts for the run of a teacher that is trained first, on the same data."""
         return Given(models=self.models, train=self.train, evaluation=self.evaluation)
+
+
+def _named_writers(config: ConfigDict) -> list[str]:
+    return config.log.writers.split(",") if config.log.writers else []
 
 
 NOTHING = Given()

@@ -83,6 +83,7 @@ class Run:
                 f"{config.teacher.model}. Set one."
             )
         _check_host_teacher(config, objective, given.host_teacher(config))
+        given.check_writers(config)
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         padded = batches.masked or config.batch_size % batches.divisor != 0
         check_classes(objective, len(batches.source.class_names), padded=padded)

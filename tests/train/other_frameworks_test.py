@@ -1,0 +1,169 @@
+"""What other libraries bring, where they are installed: PyTorch's and ONNX Runtime's teachers, Hugging Face's data."""
+
+import dataclasses
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldrld_jax
+from ldrld_jax.data.given import as_source
+from ldrld_jax.data.source import fingerprint
+from ldrld_jax.errors import UserError
+from tests.conftest import comparable_lines
+from tests.pages import PAGES
+
+MEAN, STD = 0.25, 0.5
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Of a linear teacher: `[64, 10]`."""
+    return np.random.default_rng(1).normal(size=(64, 10)).astype(np.float32)
+
+
+def expected_top1(weights, images, labels) -> float:
+    inputs = (images.astype(np.float64) / 255 - MEAN) / STD
+    return 100 * np.mean(np.argmax(inputs.reshape(len(images), -1) @ weights, axis=-1) == labels)
+
+
+def the_block(library: str) -> str:
+    """The code block of the page on the library that uses a package."""
+    (block,) = (b for b in PAGES["docs/library.md"].read_text().split("```") if b.startswith("text\n") and library in b)
+    return block.removeprefix("text\n")
+
+
+def torch_teacher(weights, tmp_path):
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.from_numpy(weights.T))
+
+    @torch.inference_mode()
+    def logits(images):
+        return net(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+
+    return ldrld_jax.HostTeacher(logits, mean=MEAN, std=STD)
+
+
+def onnx_teacher(weights, tmp_path):
+    """The one of the page, with a model of a single layer in place of the user's."""
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    batch = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", *shape])
+        for name, shape in (("input", (1, 8, 8)), ("logits", (10,)))
+    ]
+    nodes = [
+        onnx.helper.make_node("Flatten", ["input"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "teacher", batch[:1], batch[1:], [onnx.numpy_helper.from_array(weights, "w")])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "teacher.onnx")
+    code = the_block("onnxruntime").replace("teacher.onnx", str(tmp_path / "teacher.onnx"))
+    scope = {"onnxruntime": onnxruntime, "HostTeacher": ldrld_jax.HostTeacher, "MEAN": MEAN, "STD": STD}
+    exec(code, scope)
+    return scope["teacher"]
+
+
+@pytest.mark.parametrize("of", [torch_teacher, onnx_teacher])
+def test_a_teacher_of_another_framework_teaches_what_its_weights_say(make, digits, weights, tmp_path, of):
+    """Its run is the one that the same weights teach in JAX, to rounding."""
+    keys = {"data.mean": (MEAN,), "data.std": (STD,)}
+    result = make(teacher=of(weights, tmp_path), config=keys).fit()
+    assert result.summary["teacher_top1"] == pytest.approx(expected_top1(weights, *digits["evaluation"]))
+    linear = (lambda w, images, train: images.reshape(len(images), -1) @ w, weights)
+    same = make(teacher=linear, config=keys, workdir=tmp_path / "same").fit()
+    for ours, theirs in zip(result.metrics, same.metrics, strict=True):
+        np.testing.assert_allclose([*ours["values"].values()][:3], [*theirs["values"].values()][:3], rtol=1e-4)
+
+
+def test_a_data_set_of_hugging_face_gives_the_images_that_it_was_made_of(make, digits, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(picture=datasets.Image(), digit=datasets.ClassLabel(names=[*"abcdefghij"]))
+
+    def of(split):
+        images, labels = digits[split]
+        pictures = [Image.fromarray(np.repeat(image, 3, axis=-1)) for image in images]
+        return datasets.Dataset.from_dict({"picture": pictures, "digit": labels.tolist()}, features=features)
+
+    source = as_source(of("train"))
+    assert source.class_names == tuple("abcdefghij")
+    np.testing.assert_array_equal(source.records.labels(), digits["train"][1])
+    record = source.records.__getitems__([7])[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"])))[..., :1], digits["train"][0][7])
+    assert fingerprint(source) == fingerprint(as_source(of("train")))
+    assert fingerprint(source) != fingerprint(as_source(of("train").select(range(1, 90))))
+    student = (lambda w, images, train: images.reshape(len(images), -1) @ w, np.zeros((192, 10), np.float32))
+    keys = {"data.crop_size": 8, "data.resize_size": 8}
+    common = dict(student=student, teacher=None, method="ce", config=keys)
+    result = make(train=of("train"), evaluation=of("evaluation"), **common).fit()
+    arrays = {split: (np.repeat(images, 3, axis=-1), labels) for split, (images, labels) in digits.items()}
+    make(**arrays, **{**common, "config": {}}, workdir=tmp_path / "arrays").fit()
+    assert comparable_lines(tmp_path / "run") == comparable_lines(tmp_path / "arrays")
+    assert result.summary["best_top1"] > 30
+    without = of("train").cast_column("digit", datasets.Value("int64"))
+    with pytest.raises(UserError, match="an Image and a ClassLabel are needed"):
+        as_source(without)
+
+
+def history_of(run: bytes) -> list[dict]:
+    """Reads the history in a file of Weights & Biases: a log as LevelDB's, of protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    lines, at, whole = [], 7, b""
+    while at + 7 <= len(run):
+        if (left := 2**15 - at % 2**15) < 7:  # no room for a record's header in this block
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", run, at + 4)
+        whole += run[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the whole record, or the last part
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                lines.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    return lines
+
+
+def test_the_metrics_go_to_weights_and_biases_and_on_there_after_a_resume(make, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keys = {"log.wandb.project": "digits", "optim.schedule": "constant"}
+    result = make(config=keys, epochs=1).fit()
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    name = (tmp_path / "run/wandb_id").read_text()
+    assert file.name == f"run-{name}.wandb"
+    shown = history_of(file.read_bytes())
+    for line in result.metrics:
+        values = {f"{line['split']}/{key}": value for key, value in line["values"].items()}
+        (there,) = (entry for entry in shown if entry["_step"] == line["step"])
+        assert {key: there[key] for key in values} == values
+    file.parent.rename(tmp_path / "first")
+    make(config=keys, epochs=2).fit()
+    (again,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert again.name == file.name
+    assert {entry["_step"] for entry in history_of(again.read_bytes())} == {4, 5, 6}
+
+
+def test_a_data_set_object_is_told_from_another_by_its_labels(digits):
+    @dataclasses.dataclass
+    class Items:
+        labels: list
+
+        num_classes = 10
+
+        def __len__(self):
+            return len(self.labels)
+
+        def __getitem__(self, i):
+            return np.random.default_rng().integers(0, 256, (8, 8, 1), np.uint8), self.labels[i]  # augmented
+
+    labels = digits["train"][1].tolist()
+    assert fingerprint(as_source(Items(labels))) == fingerprint(as_source(Items(labels)))
+    assert fingerprint(as_source(Items(labels))) != fingerprint(as_source(Items(labels[::-1])))
