@@ -16,9 +16,8 @@ import tempfile
 import time
 from typing import Any
 
+import ldrld_jax
 from ldrld_jax import config as config_lib
-from ldrld_jax.record.recorder import Recorder
-from ldrld_jax.train import trainer
 
 RUNS = {
     "ce, no teacher": [],
@@ -37,23 +36,24 @@ def config_of(args: argparse.Namespace, flags: list[str], store: str) -> Any:
     return config_lib.load("configs/cifar100.py:resnet20-resnet8", overrides)
 
 
+class Clock:
+    """Writer that notes when each line of training is written, on the wall and on the processor, and its loss."""
+
+    def __init__(self):
+        self.ends, self.losses = [], []
+
+    def write(self, step, epoch, split, values):
+        if split == "train":
+            self.ends.append((time.perf_counter(), time.process_time()))
+            self.losses.append(values["loss"])
+
+
 def epochs_of(config: Any) -> tuple[list[tuple[float, float]], list[float]]:
     """Returns wall and processor seconds of each epoch of a run except the first, and the losses of all epochs."""
-    ends, losses, write = [], [], Recorder.write
-
-    def timed(self, step, split, values):
-        if split == "train":
-            ends.append((time.perf_counter(), time.process_time()))
-            losses.append(values["loss"])
-        write(self, step, split, values)
-
-    Recorder.write = timed
-    try:
-        with tempfile.TemporaryDirectory() as workdir:
-            trainer.train(config, workdir)
-    finally:
-        Recorder.write = write
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)], losses
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as workdir:
+        ldrld_jax.Trainer.of_config(config, workdir, writers=[clock]).fit()
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock.ends)], clock.losses
 
 
 def main() -> None:

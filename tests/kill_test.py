@@ -14,9 +14,11 @@ import sys
 import time
 
 import chex
+import numpy as np
 import pytest
 
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.data.sources import open_source
 from ldrld_jax.record.reader import read_metrics
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.train.trainer_test import saved
@@ -37,12 +39,41 @@ def flags(data_dir, tmp_path_factory):
     return ["--config", "tests/tiny_config.py", *(f"--config.{override}" for override in overrides)]
 
 
-class Process:
-    """The command line in a process of its own, its output in a file."""
+COMMAND_LINE = "-m", "ldrld_jax.main", "--workdir"
+SCRIPT = """
+import sys
+import numpy as np
+import ldrld_jax
+from flax import nnx
+from tests.train.library_test import Drop
 
-    def __init__(self, flags, workdir: pathlib.Path):
+with np.load(sys.argv[2]) as data:
+    images, labels, weights = data["images"], data["labels"], data["weights"]
+ldrld_jax.Trainer(
+    student=Drop(nnx.Rngs(0)),
+    teacher=ldrld_jax.HostTeacher(lambda images: images.reshape(len(images), -1) @ weights),
+    train=(images, labels),
+    evaluation=(images, labels),
+    batch_size=32,
+    epochs=8,
+    workdir=sys.argv[1],
+    config={"checkpoint.every_steps": 2, "log.every_steps": 1, "mesh.data": 1, "log.tensorboard": False},
+).fit()
+"""
+
+
+class Process:
+    """A run in a process of its own, its output in a file.
+
+    Args:
+      flags: after the workdir.
+      workdir: of the run.
+      program: what Python runs, up to the workdir.
+    """
+
+    def __init__(self, flags, workdir: pathlib.Path, program=COMMAND_LINE):
         self.workdir, self.log = workdir, workdir.with_suffix(".log")
-        command = [sys.executable, "-m", "ldrld_jax.main", "--workdir", str(workdir), *flags]
+        command = [sys.executable, *program, str(workdir), *flags]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         self._seen = lines(workdir)
@@ -159,3 +190,20 @@ def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterru
     assert resumed.wait() == 0, resumed.log.read_text()
     assert resumed.resumed_from() == stopped
     assert_same_run(process.workdir, expected)
+
+
+def test_kill_9_of_a_script_with_a_trainer_changes_nothing(data_dir, rng, tmp_path):
+    """Twice, after some steps each time; its student has Dropout, and its teacher runs on the host."""
+    images, labels = open_source("digits", "train[:90]", data_dir).read(np.arange(90))
+    np.savez(tmp_path / "data.npz", images=images, labels=labels, weights=rng.normal(size=(64, 10)).astype(np.float32))
+    start = lambda name: Process([str(tmp_path / "data.npz")], tmp_path / name, ("-c", SCRIPT))  # noqa: E731
+    whole = start("whole")
+    assert whole.wait() == 0, whole.log.read_text()
+    for _ in range(2):
+        process = start("killed")
+        process.until(lambda process: process.writes() and newest_step(process.workdir) > process.resumed_from() + 2)
+        assert process.kill() == -signal.SIGKILL
+    last = start("killed")
+    assert last.wait() == 0, last.log.read_text()
+    assert 2 < last.resumed_from() < STEPS
+    assert_same_run(last.workdir, whole.workdir)

@@ -58,14 +58,7 @@ def assemble(
         if not isinstance(optimizer, optax.GradientTransformation):
             raise UserError(f"the optimizer must be one of optax, or a name, got {type(optimizer).__name__}.")
         made.optim.name = "<optimizer>"
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise UserError(f"a callback must be an ldrld_jax.Callback, got {type(callback).__name__}.")
-    for writer in writers:
-        if not hasattr(writer, "write"):
-            raise UserError(
-                f"a writer must have write(step, epoch, split, values), and {type(writer).__name__} has not."
-            )
+    check_observers(writers, callbacks)
     return made, Given(
         models=models,
         teacher=host_teacher,
@@ -194,3 +187,15 @@ def _set_data(
     config.data.name = "<arrays>" if isinstance(train, tuple | list) else f"<{type(train).__name__}>"
     config.data.train_split, config.data.eval_split = "train", "evaluation"
     return first, second
+
+
+def check_observers(writers: Sequence[LineWriter], callbacks: Sequence[Callback]) -> None:
+    """Raises a UserError if one of them is nothing that a run can call."""
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise UserError(f"a callback must be an ldrld_jax.Callback, got {type(callback).__name__}.")
+    for writer in writers:
+        if not hasattr(writer, "write"):
+            raise UserError(
+                f"a writer must have write(step, epoch, split, values), and {type(writer).__name__} has not."
+            )

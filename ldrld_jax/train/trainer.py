@@ -24,7 +24,7 @@ from ldrld_jax.runtime.hosts import catch_signals_of_all, in_turn
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
-from ldrld_jax.train.assemble import assemble
+from ldrld_jax.train.assemble import assemble, check_observers
 from ldrld_jax.train.check import check
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder
@@ -146,10 +146,26 @@ class Trainer:
         self.workdir = epath.Path(tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else workdir)
 
     @classmethod
-    def of_config(cls, config: ConfigDict, workdir: epath.PathLike) -> "Trainer":
-        """Returns the trainer of a config that describes the run in full, as `ldrld_jax.config.load` returns it."""
+    def of_config(
+        cls,
+        config: ConfigDict,
+        workdir: epath.PathLike,
+        *,
+        writers: Sequence[LineWriter] = (),
+        callbacks: Sequence[Callback] = (),
+        metrics: Mapping[str, Metric] | None = None,
+    ) -> "Trainer":
+        """Returns the trainer of a config that describes the run in full, as `ldrld_jax.config.load` returns it.
+
+        The other arguments are those of `Trainer`.
+
+        Raises:
+          UserError: if a writer or a callback is none.
+        """
+        check_observers(writers, callbacks)
         trainer = cls.__new__(cls)
-        trainer.config, trainer.given, trainer.workdir = config, NOTHING, epath.Path(workdir)
+        trainer.config, trainer.workdir = config, epath.Path(workdir)
+        trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
         return trainer
 
     def fit(self, leave_within: float | None = None, **options: Any) -> "Result":
