@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from ldrld_jax.code import is_code
 from ldrld_jax.data.pipeline import make_eval_source
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
@@ -103,7 +104,16 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
         network, variables = networks.restore(str(workdir), config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
-        program = _program(network, variables, source.image_shape, source.dtype)
+        try:
+            program = _program(network, variables, source.image_shape, source.dtype)
+        except Exception as error:  # JAX raises many types
+            if not is_code(config.student.model):
+                raise
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"{config.student.model} cannot be traced for batches of any size: {reason}. In the model, write "
+                "x.shape[0] in place of len(x), and compare no size of a batch."
+            ) from error
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names))
     return Student(program, described, tuple(source.class_names)), variables
 

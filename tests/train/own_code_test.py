@@ -1,6 +1,7 @@
 """A module outside of the package adds a model, a teacher, data, an optimizer, a writer and a loss to the commands."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -97,6 +98,16 @@ def test_a_users_own_parts_work_with_every_command(own, capsys):
         assert "own" not in sys.modules  # nothing of it was executed
     assert main_lib.main(["--mode", "predict", "--workdir", "run/export", "scan.png"]) == 0
     assert "0 " in capsys.readouterr().out
+
+
+def test_a_student_that_asks_for_the_size_of_a_batch_is_not_exported_and_told_why(own, capsys):
+    (own / "own.py").write_text(OWN.replace("x.shape[0]", "len(x)"))
+    again = ["--config.student.model=own:make_net", "--config.data.name=own:source"]
+    assert command(method="ce") == 0
+    assert main_lib.main(["--workdir", "run", "--mode", "export", *again]) == 2
+    assert re.search(
+        r"own:make_net cannot be traced .* write x\.shape\[0\] in place of len\(x\)", capsys.readouterr().err
+    )
 
 
 def test_a_report_shows_a_run_of_own_parts_and_executes_none(own, capsys):
