@@ -228,7 +228,7 @@ def make_train_step(
         if rate is not None:
             metrics["learning_rate"] = Mean(rate, jnp.ones(()))  # of a step, however many its examples
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
-        finite = jnp.isfinite(metrics["loss"].total) & _all_finite((after, method_params))
+        finite = jnp.isfinite(metrics["loss"].total) & all_finite((after, method_params))
         if skip_non_finite:
             return _unless_non_finite(state, new, finite, metrics)
         return new, metrics | {"non_finite": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
@@ -302,7 +302,7 @@ def _hyperparameter(opt_state: Tree) -> jax.Array | None:
     return found[0].get("learning_rate") if found else None
 
 
-def _all_finite(tree: Tree) -> jax.Array:
+def all_finite(tree: Tree) -> jax.Array:
     """Returns whether all numbers of a tree are finite.
 
     Of weights after an update that includes the gradients: no update of a weight is finite whose gradient is not.
