@@ -22,7 +22,7 @@ def test_a_run_says_of_itself_in_five_lines(tiny, tmp_path, data_dir):
     assert opening(run, "student").splitlines() == [
         f"data      digits from {data_dir}: 90 training images (train[:90]), 50 to evaluate on (test[:50]), 10 "
         "classes, 8 x 8 x 1",
-        "models    student tiny_net, 346 parameters, 0.0 MFLOPs an image; teacher resnet8, 77,754 parameters, 1.5 "
+        "models    student tiny_net, 346 parameters, 0.0 MFLOPs an image; teacher tiny_net, 346 parameters, 0.0 "
         "MFLOPs an image",
         "device    2 x cpu (cpu), float32",
         "training  kd, 2 epochs of 3 steps, batches of 40; sgd, learning rate 0.05, cosine, linear warm-up of 1 epochs",

@@ -111,7 +111,7 @@ def test_wkds_cost_is_that_of_the_teachers_last_layer(tiny, teacher_dir, tmp_pat
 
 
 def test_wkd_wants_one_teacher_with_one_last_layer(tiny, teacher_dir, tmp_path):
-    flags = ["method=wkd", "teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
+    flags = ["method=wkd", "teacher.model=tiny_net,tiny_net", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
     with pytest.raises(UserError, match=r"takes the last layer of one teacher, and teacher\.model names 2"):
         trainer.train(tiny(*flags), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -163,7 +163,7 @@ def test_standardisation_is_the_same_as_a_field_of_kd_and_as_a_transform_of_any(
 @pytest.mark.parametrize("ensemble", ["logits", "probabilities"])
 def test_an_ensemble_of_one_teacher_twice_is_that_teacher(tiny, teacher_dir, tmp_path, ensemble):
     one = trainer.train(tiny("method=kd", f"teacher.checkpoint={teacher_dir}", "epochs=1"), tmp_path / "one")
-    twice = ["teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
+    twice = ["teacher.model=tiny_net,tiny_net", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
     two = trainer.train(tiny("method=kd", *twice, f"teacher.ensemble={ensemble}", "epochs=1"), tmp_path / "two")
     assert one["teacher_top1"] == two["teacher_top1"]
     losses = [values(tmp_path / name, "train", "kd") for name in ("one", "two")]
@@ -171,8 +171,9 @@ def test_an_ensemble_of_one_teacher_twice_is_that_teacher(tiny, teacher_dir, tmp
 
 
 def test_an_ensemble_needs_a_checkpoint_for_each(tiny, teacher_dir, tmp_path):
-    with pytest.raises(UserError, match=r"for each of teacher\.model \(2: resnet8,resnet8\), got 1"):
-        trainer.train(tiny("method=kd", "teacher.model=resnet8,resnet8", f"teacher.checkpoint={teacher_dir}"), tmp_path)
+    with pytest.raises(UserError, match=r"for each of teacher\.model \(2: tiny_net,tiny_net\), got 1"):
+        flags = ["method=kd", "teacher.model=tiny_net,tiny_net", f"teacher.checkpoint={teacher_dir}"]
+        trainer.train(tiny(*flags), tmp_path)
 
 
 def test_self_distillation_is_from_the_moving_average(tiny, tmp_path):

@@ -116,7 +116,7 @@ def test_two_runs_of_one_seed_are_bitwise_equal_and_another_seed_is_not(tiny, tm
 
 def test_every_image_counts_once_whatever_the_evaluation_batch(tiny, teacher_dir):
     """50 images in batches of 7, padded to 8 for the devices, or of 50."""
-    config = functools.partial(tiny, "student.model=resnet8")
+    config = tiny
     top1 = [trainer.evaluate(config(f"eval_batch_size={n}"), teacher_dir)["top1"] for n in (7, 50)]
     assert top1[0] == top1[1]
     assert (top1[0] / 2) == int(top1[0] / 2)  # a multiple of 1/50
@@ -124,7 +124,7 @@ def test_every_image_counts_once_whatever_the_evaluation_batch(tiny, teacher_dir
 
 def test_a_split_on_the_devices_is_evaluated_as_one_that_streams(tiny, teacher_dir):
     """In one dispatch, or where nothing may be kept in memory in eight."""
-    config = functools.partial(tiny, "student.model=resnet8", "eval_batch_size=7")
+    config = functools.partial(tiny, "eval_batch_size=7")
     assert trainer.evaluate(config(), teacher_dir) == trainer.evaluate(config("data.cache_mb=0"), teacher_dir)
 
 
@@ -160,7 +160,7 @@ def test_a_teacher_keeps_the_normalisation_it_was_trained_with(tiny, tmp_path):
 def test_a_student_starts_from_the_weights_it_is_given(tiny, teacher_dir, tmp_path):
     summary = trainer.train(
         tiny(
-            *("student.model=resnet8", f"student.checkpoint={teacher_dir}", "epochs=1"),
+            *(f"student.checkpoint={teacher_dir}", "epochs=1"),
             *("optim.learning_rate=0.", "optim.warmup=none"),
         ),
         tmp_path,
