@@ -55,7 +55,7 @@ def script(shell: str, commands: Mapping[str, str], words: Mapping[str, Sequence
       keys: all config keys.
 
     Example:
-      >>> print(script("bash", {"train": "Trains"}, {"train": ["--workdir", "--config."]}, ["seed"])[:64])
+      >>> print(script("bash", {"train": "Trains"}, {"train": ["--workdir", "--config."]}, ["seed"]).splitlines()[0])
       # Completes ldrld-jax in bash: source <(ldrld-jax completion bash)
     """
     template, variable = SHELLS[shell]

@@ -47,11 +47,11 @@ def replacing(path: epath.Path) -> Iterator[IO[bytes]]:
                 if is_local(path):
                     file.flush()
                     os.fsync(file.fileno())
+            temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-    temporary.replace(path)
 
 
 def append_text(path: epath.Path, text: str) -> None:

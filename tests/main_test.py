@@ -50,7 +50,7 @@ WRONG = [
     (["--config.seed"], "--config.seed needs a value"),
     (["--confg=x.py"], "there is no flag '--confg=x.py'"),
     (["train"], "there is no flag 'train'"),
-    (["--mode=eval", "--profile=x"], "--profile traces the steps of --mode train and bench, and --mode is eval"),
+    (["--mode=eval", "--profile=x"], "--profile is a flag of train and bench, and not of eval. Remove it."),
     (["--mode=bench", "--config.student.model=resnet9"], "there is no model 'resnet9'"),
     (["--mode=trian"], "invalid choice: 'trian'"),
     (["--config=configs/nope.py"], "there is no config file 'configs/nope.py'"),

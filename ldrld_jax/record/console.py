@@ -166,10 +166,10 @@ def summary_table(summary: Mapping[str, Any], workdir: str) -> str:
       >>> scores |= {"last_epoch": 4.0, "last_top1": 97.25, "last_top5": 99.75, "teacher_top1": 98.5}
       >>> run = {"student": "resnet8", "teacher": "resnet20", "method": "kd", "seed": 0, "steps": 92}
       >>> print(summary_table(scores | run, "runs/digits"))
-      epoch      top-1 %  top-5 %   vs teacher
+      epoch      top-1 %  top-5 %  vs teacher
       teacher      98.50
-      3, best      98.00    99.50        -0.50
-      4, last      97.25    99.75        -1.25
+      3, best      98.00    99.50       -0.50
+      4, last      97.25    99.75       -1.25
       <BLANKLINE>
       resnet8 from resnet20 by kd, seed 0, 92 steps: runs/digits
     """
