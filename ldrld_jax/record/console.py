@@ -82,8 +82,8 @@ class ProgressBar:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         with self._hidden_once_it_fails():
-            self._describe("")
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            self._describe()
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class ProgressBar:
         if self._thread.is_alive():
             self._thread.join()
         with self._hidden_once_it_fails():
-            self._describe("")
+            self._describe()
             self._bar.close()
 
     def _watch(self) -> None:
@@ -103,21 +103,23 @@ class ProgressBar:
         seconds = int(time.monotonic() - since)
         if seconds:
             with self._hidden_once_it_fails():
-                self._describe(f"{doing}, {seconds} s")
+                self._describe(doing, f", {seconds} s")
                 self._bar.refresh()
 
-    def _describe(self, doing: str) -> None:
-        """Sets the bar's text: what is done, or "" for the progress."""
-        if self._bar.disable:
+    def _describe(self, doing: str = "", seconds: str = "") -> None:
+        """Sets the bar's text: what is done and for how long, or "" for the progress."""
+        bar = self._bar
+        if bar.disable:
             return
-        if self._bar.total is None:
-            self._bar.desc = doing
-        elif (self._bar.format_dict["ncols"] or _NARROW) >= _NARROW:
-            self._bar.bar_format, self._bar.desc = None, f"{self._name}, {doing}" if doing else self._name
-        elif doing:
-            self._bar.bar_format, self._bar.desc = "{desc}", f"{self._bar.n}/{self._bar.total} {doing}"
+        columns = bar.format_dict["ncols"] or _NARROW
+        if bar.total is not None and columns >= _NARROW:
+            bar.bar_format, bar.desc = None, f"{self._name}, {doing}{seconds}" if doing else self._name
+        elif doing or bar.total is None:
+            done = "" if bar.total is None else f"{bar.n}/{bar.total} "
+            room = columns - len(done) - len(seconds)
+            bar.bar_format, bar.desc = "{desc}", f"{done}{doing[:room]}{seconds}"
         else:
-            self._bar.bar_format, self._bar.desc = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}", self._name
+            bar.bar_format, bar.desc = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}", self._name
 
     @contextlib.contextmanager
     def _hidden_once_it_fails(self) -> Iterator[None]:
