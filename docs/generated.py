@@ -1,76 +1,42 @@
-"""Generates parts of pages from the code when the site is built, so that they never go stale."""
+"""Generates parts of pages from the code when the site is built, so that they never go stale.
 
-import ast
+`python docs/generated.py` writes docs/keys.md anew, which a code host shows as well.
+"""
+
 import contextlib
-import dataclasses
-import inspect
 import io
-import re
-import tokenize
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterable
 
-from ml_collections import ConfigDict
-
-from ldrld_jax import config as config_lib
 from ldrld_jax import main
-from ldrld_jax.config import keys
-from ldrld_jax.identity import NOT_IDENTITY
-from ldrld_jax.losses import METHODS
+from ldrld_jax.config.describe import Key, comments, described
 from ldrld_jax.models import MODELS
 
+KEYS = pathlib.Path(__file__).parent / "keys.md"
+_HEAD = """\
+# All config keys
 
-def key_comments() -> Iterator[tuple[str, str]]:
-    """Yields every key of `config/keys.py` with its comment: behind it, or in the line above it."""
-    source = inspect.getsource(keys)
-    comments, own_line = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            kept = own_line if token.line.lstrip().startswith("#") else comments
-            kept[token.start[0]] = token.string.lstrip("# ")
-    blocks = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-
-    def of_block(block: type, prefix: str) -> Iterator[tuple[str, str]]:
-        for field, node in zip(dataclasses.fields(block), _fields(blocks[block.__name__]), strict=True):
-            yield prefix + field.name, comments.get(node.lineno, own_line.get(node.lineno - 1, ""))
-            if dataclasses.is_dataclass(field.type) and block is not keys.Teacher:
-                yield from of_block(field.type, f"{prefix}{field.name}.")
-
-    yield from of_block(keys.Config, "")
+`ldrld-jax help KEY` prints a line of this page, and `--config.KEY=VALUE` sets a key ([how configs work](configs.md)).
+"unset" means that the key has no value by default. A resumed run must have the same value of a key that is marked "yes"
+under identity. `python docs/generated.py` writes this page from `ldrld_jax/config/keys.py` and the methods' configs.
+"""
 
 
-def _fields(block: ast.ClassDef) -> list[ast.AnnAssign]:
-    return [node for node in block.body if isinstance(node, ast.AnnAssign)]
-
-
-def config_keys() -> str:
-    """Returns a table of all keys except the methods' own."""
-    rows, config = [], config_lib.default()
-    for key, comment in key_comments():
-        value = _value(config, key)
-        if not isinstance(value, ConfigDict):
-            allowed = keys.allowed(key)
-            rows.append((f"`{key}` {_shown(config, key)}", allowed, comment, "yes" if _identifies(key) else "no"))
-        elif comment:
-            rows.append((f"`{key}.*`", "", comment, ""))
-    return _table(("key and default", "allowed", "what it is", "identity"), rows)
-
-
-def method_keys() -> str:
-    """Returns a table of each method's own keys."""
-    rows = []
-    for name, method in METHODS.items():
-        texts = attributes(method.config)
-        for field in dataclasses.fields(method.config):
-            rows.append((f"`loss.{name}.{field.name}` = {field.default}", texts.get(field.name, "")))
-    return _table(("key and default", "what it is"), rows)
-
-
-def attributes(config: type) -> dict[str, str]:
-    """Returns the description of each field from a config's docstring."""
-    _, _, block = inspect.getdoc(config).partition("Attributes:\n")
-    block = block.partition("\n\n")[0]
-    lines = re.findall(r"^  (\w+): (.+(?:\n   .+)*)", block, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in lines}
+def keys() -> str:
+    """Returns docs/keys.md: a table of the keys outside of a block, and one for each block."""
+    blocks: dict[str, list[Key]] = {}
+    for key in described().values():
+        block = key.name.rpartition(".")[0]
+        blocks.setdefault("loss" if block.startswith("loss.") else block, []).append(key)
+    meanings = {**dict(comments()), "loss": "the methods' own keys; their defaults are those published for CIFAR-100"}
+    parts = [_HEAD]
+    for block, rows in sorted(blocks.items()):
+        parts.append(f"## {block or 'Keys outside of blocks'}\n")
+        if meanings.get(block):
+            parts.append(f"{meanings[block][0].upper()}{meanings[block][1:].rstrip('.')}.\n")
+        cells = [(f"`{k.name}`", k.type, k.default, k.range, k.meaning, "yes" if k.identity else "no") for k in rows]
+        parts.append(_table(("key", "type", "default", "range", "meaning", "identity"), cells))
+    return "\n".join(parts)
 
 
 def command_line() -> str:
@@ -85,28 +51,12 @@ def models() -> str:
     return ", ".join(f"`{name}`" for name in MODELS)
 
 
-def _value(config: ConfigDict, key: str):
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def _shown(config: ConfigDict, key: str) -> str:
-    *path, last = key.split(".")
-    block = _value(config, ".".join(path)) if path else config
-    return f"({block.get_type(last).__name__})" if block[last] is None else f"= {block[last]}"
-
-
-def _identifies(key: str) -> bool:
-    return not f"{key}.".startswith(NOT_IDENTITY)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-MADE: tuple[Callable[[], str], ...] = (config_keys, method_keys, command_line, models)
+MADE: tuple[Callable[[], str], ...] = (command_line, models)
 
 
 def fill(app, page: str, source: list[str]) -> None:
@@ -120,3 +70,7 @@ def fill(app, page: str, source: list[str]) -> None:
 def setup(app):
     app.connect("source-read", fill)
     return {"parallel_read_safe": True}
+
+
+if __name__ == "__main__":
+    KEYS.write_text(keys())

@@ -25,20 +25,34 @@ def replace_text(path: epath.Path, text: str) -> None:
 
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
-    """Writes a file as `replace_text` does.
+    """Writes a file as `replace_text` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes the place of `path` at the end of the block; after an error `path` is as before.
 
     What lay under its name is replaced, a link as well: nothing is ever written through one.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     with named(path):
-        if not is_local(path):
-            temporary.write_bytes(content)
+        if is_local(path):
+            file: IO[bytes] = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
         else:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    temporary.replace(path)
+            file = temporary.open("wb")
+        try:
+            with file:
+                yield file
+                if is_local(path):
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def append_text(path: epath.Path, text: str) -> None:

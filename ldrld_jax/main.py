@@ -1,4 +1,4 @@
-"""The command line: flags, and one line for what a person can mend.
+"""The command line: the table of modes, their flags, and one line for an error that the user can fix.
 
 python -m ldrld_jax.main --config configs/cifar100.py:resnet32x4-resnet8x4 --workdir DIR --config.seed=1
 """
@@ -7,8 +7,8 @@ import argparse
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import expand_home, split_argument
@@ -17,69 +17,120 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "check", "eval", "predict", "export", "compile", "bench", "bench_data")
-_FLAGS = (
-    *("--config", "--workdir", "--mode", "--profile", "--distributed", "--coordinator", "--processes", "--process"),
-    *("--target", "--json", "--help"),
-)
 LEAVE_WITHIN = 25.0  # seconds after SIGTERM; a machine that is taken away is gone after 30
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the `--config.key=value` overrides among them as `key=value`.
+class Mode(NamedTuple):
+    """An entry of `MODES`.
 
-    Raises:
-      UserError: if a flag is unknown or lacks its value.
+    Attributes:
+      does: its line in --help.
+      run: runs it with the flags and the config (None for an exported student), and returns the exit status; None is 0.
+      flags: of `FLAGS`, those that it takes besides --config.
+      of_run: whether it takes the config of the run in --workdir unless --config names another.
     """
+
+    does: str
+    run: Callable[[argparse.Namespace, Any], int | None]
+    flags: tuple[str, ...]
+    of_run: bool = False
+
+
+def make_parser(mode: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of `python -m ldrld_jax.main`, or the one of `ldrld-jax MODE`, whose help is of that mode."""
+    prog = "python -m ldrld_jax.main" if mode is None else f"ldrld-jax {mode}"
+    words = {None: " [IMAGE...]", "predict": " IMAGE..."}.get(mode, "")
+    epilog = "Any config key is a flag as well: --config.seed=1 --config.optim.learning_rate=.1\n"
+    epilog += "Explain a key: ldrld-jax help optim.learning_rate"
     parser = argparse.ArgumentParser(
-        prog="python -m ldrld_jax.main",
+        prog=prog,
+        usage=f"{prog} [FLAG...] [--config.KEY=VALUE...]{words}",
         allow_abbrev=False,
         exit_on_error=False,
-        description="Distils a student from a teacher.",
-        epilog="Any config key can be overridden: --config.seed=1 --config.optim.learning_rate=.1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distils a student from a teacher." if mode is None else f"{MODES[mode].does}.",
+        epilog=f"{_IMAGES}\n\n{epilog}" if words else epilog,
     )
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", help=f"{DEFAULT_CONFIG}; eval, predict, export: the workdir's own"
-    )
-    parser.add_argument("--workdir", metavar="DIR", help="where the run's files lie (runs/<name of the config>)")
-    hosts = parser.add_argument_group("a run of several processes, one a host")
-    hosts.add_argument("--distributed", action="store_true", help="who they are says Slurm, Open MPI, GKE, a TPU pod")
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: at process 0, the same for all")
-    hosts.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    hosts.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
-    parser.add_argument("--mode", default="train", choices=MODES, help="%(default)s; predict takes IMAGE... at the end")
-    ahead = parser.add_argument_group("compile: for devices that are not here")
-    ahead.add_argument("--target", metavar="NAME", help="v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ...")
-    ahead.add_argument("--json", metavar="FILE", help="where to write the table for machines")
-    parser.add_argument("--profile", metavar="DIR", help="with train or bench: a trace of ten steps, by jax.profiler")
+    if mode is None:
+        parser.add_argument(
+            "--mode", default="train", choices=MODES, metavar="MODE", help="choose one (default: train)"
+        )
+        width = max(map(len, MODES))
+        modes = "\n".join(f"  {name:{width}}  {entry.does}" for name, entry in MODES.items())
+        parser.epilog = f"modes:\n{modes}\n\n{parser.epilog}"
+    else:
+        parser.set_defaults(mode=mode)
+    hosts = parser.add_argument_group("a run of several processes, one per host")
+    for flag, options in FLAGS.items():
+        (hosts if flag in _HOSTS else parser).add_argument(flag, **{**options, "help": _help(flag, mode)})
+    return parser
+
+
+def _help(flag: str, mode: str | None) -> str:
+    """Returns the help of a flag in that of a mode, or in that of all, which names the modes that take it."""
+    text, takers = FLAGS[flag]["help"], _takers(flag)
+    if flag == "--config":
+        of_run = _listed(name for name, entry in MODES.items() if entry.of_run)
+        default = DEFAULT_CONFIG if mode is None or not MODES[mode].of_run else "that of the run"
+        return f"{text} (default: {default}{f'; {of_run}: that of the run' if mode is None else ''})"
+    if mode is None:
+        return text if flag in ("--workdir", *_HOSTS) else f"{_listed(takers)}: {text}"
+    return text if mode in takers else argparse.SUPPRESS
+
+
+def _takers(flag: str) -> list[str]:
+    return [name for name in MODES if flag in flags_of(name)]
+
+
+def flags_of(mode: str) -> tuple[str, ...]:
+    """Returns the flags that a mode takes."""
+    return ("--config", *MODES[mode].flags)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def parse(argv: Sequence[str], mode: str | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the flags, and returns the `--config.key=value` overrides among them as `key=value`.
+
+    Args:
+      argv: the command line.
+      mode: the mode that it is of; None if --mode says it.
+
+    Raises:
+      UserError: if a flag is unknown, lacks its value or is of another mode.
+    """
     try:
         flags, key_flags = split_overrides(argv)
-        args, rest = parser.parse_known_args(flags)
+        args, rest = make_parser(mode).parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.profile is not None and args.mode not in ("train", "bench"):
-        raise UserError(
-            f"--profile traces the steps of --mode train and bench, and --mode is {args.mode}. Leave it out."
-        )
-    if (args.mode == "compile") != (args.target is not None):
-        raise UserError("--mode compile and --target NAME go together: --mode compile --target h100.")
-    if args.json is not None and args.mode != "compile":
-        raise UserError(f"--json is of --mode compile, and --mode is {args.mode}. Remove it.")
-    given = [value is not None for value in (args.coordinator, args.processes, args.process)]
-    if any(given) and (args.distributed or not all(given)):
-        raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
-    if args.mode in ("predict", "check") and (args.distributed or any(given)):
-        raise UserError(f"--mode {args.mode} is one process. Leave --distributed, --coordinator and the like out.")
-    for flag, value in (("--config", args.config), ("--workdir", args.workdir)):
-        if value == "":
-            raise UserError(f"{flag} is empty, as by a variable of the shell that is not set. Name one, or remove it.")
+    _check_flags(args)
     file, _ = split_argument(args.config or DEFAULT_CONFIG)
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem))
     args.images = []
-    overrides = overrides_in([*rest, *key_flags], _FLAGS, args.images if args.mode == "predict" else None)
+    known = [*(["--mode", *FLAGS] if mode is None else flags_of(mode)), "--help"]
+    overrides = overrides_in([*rest, *key_flags], known, args.images if args.mode == "predict" else None)
     if args.mode == "predict" and not args.images:
-        raise UserError("--mode predict needs images: --mode predict --workdir DIR IMAGE...")
+        raise UserError("predict needs images: --workdir DIR IMAGE...")
     return args, overrides
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if (args.mode == "compile") != (args.target is not None):
+        raise UserError("--mode compile and --target NAME go together: --mode compile --target h100.")
+    for flag in FLAGS:
+        value = getattr(args, flag[2:])
+        # A workdir is tolerated where none is used: scripts give it to every mode.
+        if value not in (None, False) and args.mode not in _takers(flag) and flag != "--workdir":
+            raise UserError(f"{flag} is a flag of {_listed(_takers(flag))}, and not of {args.mode}. Remove it.")
+        if value == "":
+            raise UserError(f"{flag} is empty, as by a variable of the shell that is not set. Name one, or remove it.")
+    given = [value is not None for value in (args.coordinator, args.processes, args.process)]
+    if any(given) and (args.distributed or not all(given)):
+        raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -119,7 +170,7 @@ def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | N
     rest, overrides = list(rest), []
     while rest:
         flag = rest.pop(0)
-        if words is not None and not flag.startswith("-"):
+        if words is not None and (flag == "-" or not flag.startswith("-")):
             words.append(flag)
             continue
         if not flag.startswith("--config."):
@@ -133,44 +184,47 @@ def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | N
     return overrides
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; gives the exit status: 0, 2 for wrong input, 128 + signal for an interruption."""
+def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
+    """Runs the command line of one mode, or of all; returns 0, 2 for wrong input, or 128 + signal."""
     try:
-        run(*parse(sys.argv[1:] if argv is None else argv))
+        return run(*parse(sys.argv[1:] if argv is None else argv, mode))
     except UserError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+        return fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
-        return _fail(str(error), code)
-    return 0
+        return fail(str(error), code)
 
 
-def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Does what the flags say; imports what that takes, so that a wrong one is answered at once."""
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs what the flags say, and returns the exit status."""
     _check_environment()
-    if args.mode == "predict":
-        _predict(args, overrides)
-        return
     config = _config(args, overrides)
     with _among_others(args):
-        _do(args, config)
+        return MODES[args.mode].run(args, config) or 0
 
 
-def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict":
+def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict | None":
     from ldrld_jax import config as config_lib
 
-    if args.mode in ("train", "check", "compile", "bench", "bench_data") or args.config:
+    if args.mode == "predict":
+        from ldrld_jax.deploy import export
+
+        if export.is_exported(args.workdir):
+            if args.config or overrides:
+                raise UserError(f"{args.workdir} holds an exported student, which no config changes. Remove --config.")
+            return None
+    if args.config or not MODES[args.mode].of_run:
         return config_lib.load(args.config or DEFAULT_CONFIG, overrides)
     return config_lib.load_run(args.workdir, overrides)
 
 
 def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """This process as one of several, if the flags say so."""
+    """Joins this process to the others of the run, if the flags say that there are any."""
     if not args.distributed and args.coordinator is None:
         return contextlib.nullcontext()
     from ldrld_jax.runtime import hosts
@@ -178,58 +232,79 @@ def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager
     return hosts.joined(args.coordinator, args.processes, args.process)
 
 
-def _predict(args: argparse.Namespace, overrides: list[str]) -> None:
-    """By a run's best student, or by an exported one, which takes neither data set nor config."""
-    from ldrld_jax.deploy import export, predict
-    from ldrld_jax.record.console import say
-
-    paths = predict.find(args.images)
-    if not export.is_exported(args.workdir):
-        student, _ = export.student_of(_config(args, overrides), args.workdir)
-    elif args.config or overrides:
-        raise UserError(f"{args.workdir} holds an exported student, which no config changes. Leave --config out.")
-    else:
-        student = export.read_student(args.workdir)
-    broken = []
-    for path, found in predict.predict(student, paths):
-        if isinstance(found, Exception):
-            broken.append(f"{path} is broken or no image that is known: {found}")
-        else:
-            say(predict.line(path, found))
-    if broken:
-        raise (UserError if len(broken) == len(paths) else predict.BrokenImagesError)("; ".join(broken))
+# Each imports what it takes, so that a wrong flag is answered at once.
 
 
-def _do(args: argparse.Namespace, config: "ConfigDict") -> None:
+def _train(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax import config as config_lib
-    from ldrld_jax.aot import report as ahead
-    from ldrld_jax.bench import step as bench
-    from ldrld_jax.data import speed
-    from ldrld_jax.deploy import export
-    from ldrld_jax.record.console import say
-    from ldrld_jax.train.check import ProblemsError
     from ldrld_jax.train.trainer import Trainer
 
-    match args.mode:
-        case "train":
-            remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
-            Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, remarks=remarks)
-        case "check":
-            if problems := Trainer.of_config(config, args.workdir).check():
-                say("\n".join(f"problem: {problem}" for problem in problems))
-                raise ProblemsError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in this run's way, see above.")
-            say("this run can start.")
-        case "eval":
-            for name, value in Trainer.of_config(config, args.workdir).evaluate().items():
-                say(f"{name} {value:.4f}")
-        case "export":
-            say(str(export.export(config, args.workdir)))
-        case "compile":
-            ahead.report(config, args.target, args.json)
-        case "bench":
-            say(bench.report(config, profile=args.profile))
-        case "bench_data":
-            say(speed.report(config.data, batch_size=config.batch_size))
+    remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
+    Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, remarks=remarks)
+
+
+def _check(args: argparse.Namespace, config: "ConfigDict") -> int:
+    from ldrld_jax.record.console import say
+    from ldrld_jax.train.trainer import Trainer
+
+    if problems := Trainer.of_config(config, args.workdir).check():
+        say("\n".join(f"problem: {problem}" for problem in problems))
+        return fail(f"{len(problems)} problem{'s' * (len(problems) > 1)} in this run's way, see above.", 1)
+    say("this run can start.")
+    return 0
+
+
+def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.record.console import say
+    from ldrld_jax.train.trainer import Trainer
+
+    for name, value in Trainer.of_config(config, args.workdir).evaluate().items():
+        say(f"{name} {value:.4f}")
+
+
+def _predict(args: argparse.Namespace, config: "ConfigDict | None") -> int:
+    from ldrld_jax.deploy import export, predict
+
+    paths = predict.find(args.images)
+    with predict.output(args.output) as write:
+        student = export.read_student(args.workdir) if config is None else export.student_of(config, args.workdir)[0]
+        broken = 0
+        for path, found in predict.predict(student, paths, args.top_k or 5):
+            if not isinstance(found, Exception):
+                write(path, found)
+                continue
+            broken += 1
+            if broken == len(paths):
+                raise UserError(predict.problem(path, found))  # and leaves the file of an earlier prediction
+            fail(predict.problem(path, found), 1)
+    return 1 if broken else 0
+
+
+def _export(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.deploy import export
+    from ldrld_jax.record.console import say
+
+    say(str(export.export(config, args.workdir)))
+
+
+def _compile(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.aot import report
+
+    report.report(config, args.target, args.json)
+
+
+def _bench(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.bench import step
+    from ldrld_jax.record.console import say
+
+    say(step.report(config, profile=args.profile))
+
+
+def _bench_data(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.data import speed
+    from ldrld_jax.record.console import say
+
+    say(speed.report(config.data, batch_size=config.batch_size))
 
 
 def _check_environment() -> None:
@@ -239,13 +314,15 @@ def _check_environment() -> None:
         raise UserError(f"JAX does not start: {error}. Correct or unset that variable of the environment.") from None
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
+    """Ends the process; one of several that has failed waits for no other."""
     if "ldrld_jax.runtime.hosts" in sys.modules:
         sys.modules["ldrld_jax.runtime.hosts"].exit_with(code)
     sys.exit(code)
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
+    """Prints an error as one line, and returns its exit status."""
     from ldrld_jax.record.console import printable
 
     if sys.stderr is not None:
@@ -254,5 +331,52 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--config": dict(metavar="FILE[:ARG]", help="take the config from this Python file"),
+    "--workdir": dict(
+        metavar="DIR", help="keep or find the run in this folder (default: runs/NAME for a config NAME.py)"
+    ),
+    "--profile": dict(metavar="DIR", help="write a trace of ten steps by jax.profiler to this folder"),
+    "--top_k": dict(type=_count, metavar="N", help="name the N most likely classes (default: 5)"),
+    "--output": dict(metavar="FILE", help="write a table to FILE.csv, .jsonl or .parquet instead of printing lines"),
+    "--target": dict(metavar="NAME", help="choose the devices: v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ..."),
+    "--json": dict(metavar="FILE", help="write the result to this file as well, as JSON"),
+    "--distributed": dict(action="store_true", help="join those that Slurm, Open MPI, GKE or a TPU pod has started"),
+    "--coordinator": dict(metavar="HOST:PORT", help="join those started by hand: connect to process 0 at this address"),
+    "--processes": dict(type=int, metavar="N", help="tell how many were started by hand"),
+    "--process": dict(type=int, metavar="I", help="tell which of them this is, from 0"),
+}
+_HOSTS = ("--distributed", "--coordinator", "--processes", "--process")
+_IMAGES = """IMAGE is a file, a pattern such as 'a/**/*.png', a folder (every image in and below
+it), or - for paths on standard input. --workdir is a run's folder or an export."""
+
+MODES = {
+    "train": Mode(
+        "Trains a student, its teacher first if need be, or resumes", _train, ("--workdir", "--profile", *_HOSTS)
+    ),
+    "check": Mode("Looks for all that would stop a run, and trains nothing", _check, ("--workdir",)),
+    "eval": Mode("Evaluates the best checkpoint of a run", _eval, ("--workdir", *_HOSTS), of_run=True),
+    "predict": Mode(
+        "Names the most likely classes of images", _predict, ("--workdir", "--top_k", "--output"), of_run=True
+    ),
+    "export": Mode(
+        "Writes the best student of a run as StableHLO and safetensors", _export, ("--workdir", *_HOSTS), of_run=True
+    ),
+    "compile": Mode(
+        "Compiles for absent devices, and says whether it fits and what limits its speed",
+        _compile,
+        ("--target", "--json"),
+    ),
+    "bench": Mode("Measures how a step spends its time", _bench, ("--profile", *_HOSTS)),
+    "bench_data": Mode("Measures the speed of the input alone", _bench_data, _HOSTS),
+}
+
+
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

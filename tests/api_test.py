@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import ldrld_jax
+from ldrld_jax import cli, losses
 from ldrld_jax import config as config_lib
-from ldrld_jax import losses
 from ldrld_jax import main as main_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "public_api.txt"
@@ -40,6 +40,7 @@ def public_api() -> Iterator[str]:
         yield f"METHODS[{name!r}].config: {method.config.__name__}"
     yield from (f"MODELS[{name!r}]" for name, _ in sorted(_ours(ldrld_jax.MODELS, _class)))
     yield from (f"--mode {mode}" for mode in main_lib.MODES)
+    yield from (f"ldrld-jax {command}" for command in cli.COMMANDS)
     yield from sorted(set(re.findall(r"--[a-z][\w-]*", _help())))
     for key, (kind, value) in sorted(_keys(config_lib.default())):
         if not key.startswith(("loss.", "loss_weight.", "teacher.data.", "teacher.optim.")):  # made of the others

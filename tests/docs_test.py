@@ -15,9 +15,10 @@ import warnings
 import pytest
 
 import ldrld_jax
+from ldrld_jax import cli, losses
 from ldrld_jax import config as config_lib
-from ldrld_jax import losses
 from ldrld_jax import main as main_lib
+from ldrld_jax.config import describe
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 from ldrld_jax.sweep import __main__ as sweep_lib
@@ -29,7 +30,7 @@ PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
 PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/deploy/export_test.py runs it
 COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
 # Programs of others: they are named right, and no more can be known without running them.
-OTHERS = {".", ".ci/run", "cd", "curl", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}
+OTHERS = {".", ".ci/run", "cd", "curl", "find", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}
 FILES = (".json", ".py", ".npz", ".safetensors", ".stablehlo")
 KEYS = set(config_lib.flat(config_lib.default().to_dict()))
 
@@ -86,6 +87,14 @@ def _check(command, monkeypatch):
     match command:
         case ["python", "-m", "ldrld_jax.main", *flags]:
             _check_main(flags)
+        case ["ldrld-jax", mode, *flags] if mode in main_lib.MODES and flags != ["--help"]:
+            _check_main(flags, mode)
+        case ["ldrld-jax", "sweep", *flags]:
+            assert sweep_lib.jobs_of(*sweep_lib.parse(flags))
+        case ["ldrld-jax", "report", *flags]:
+            _check_program("ldrld_jax/report/__main__.py", flags, monkeypatch)
+        case ["ldrld-jax", *words]:
+            assert cli.main(words) == 0
         case ["python", "-c", code]:
             compile(code, "-c", "exec")
         case ["python", "-m", "ldrld_jax.sweep", *flags]:
@@ -110,8 +119,8 @@ def _check(command, monkeypatch):
             assert program in OTHERS
 
 
-def _check_main(flags):
-    args, overrides = main_lib.parse(flags)
+def _check_main(flags, mode=None):
+    args, overrides = main_lib.parse(flags, mode)
     config = config_lib.resolve(config_lib.load(args.config or main_lib.DEFAULT_CONFIG, overrides))
     teachers = config_lib.teacher_models(config) if config_lib.method_names(config) else []
     assert {config.student.model, *teachers} <= {*MODELS, "ema"}
@@ -174,16 +183,22 @@ def test_every_marker_of_a_page_is_filled(generated):
     assert markers == {make.__name__ for make in generated.MADE}
 
 
-def test_every_config_key_has_a_comment(generated):
-    comments = dict(generated.key_comments())
+def test_the_page_of_all_keys_is_what_the_code_says(generated):
+    assert generated.KEYS.read_text() == generated.keys(), "run `python docs/generated.py`"
+    listed = re.findall(r"^\| `([a-z][\w.]*)` \|", generated.KEYS.read_text(), re.MULTILINE)
+    assert (set(listed), len(listed)) == (KEYS, len(KEYS))
+
+
+def test_every_config_key_has_a_comment():
+    comments = dict(describe.comments())
     of_blocks = ("loss.", "loss_weight.", "teacher.data.", "teacher.optim.")  # described with their block
     assert not [key for key in KEYS if not key.startswith(of_blocks) and not comments[key]]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_field_of_a_methods_config_is_described(generated, name):
+def test_every_field_of_a_methods_config_is_described(name):
     config = METHODS[name].config
-    assert set(generated.attributes(config)) == {field.name for field in dataclasses.fields(config)}
+    assert set(describe.attributes(config)) == {field.name for field in dataclasses.fields(config)}
 
 
 @pytest.mark.parametrize("module", [ldrld_jax, losses], ids=lambda module: module.__name__)
@@ -230,5 +245,6 @@ def test_the_site_fetches_nothing_from_elsewhere(site):
 
 
 def test_what_is_made_from_the_code_stands_in_the_site(site):
-    configs = (site[0] / "configs.html").read_text()
-    assert all(f">{key}<" in re.sub(r"</?span[^>]*>", "", configs) for key in ("optim.warmup", "loss.ldrld.depth"))
+    keys = (site[0] / "keys.html").read_text()
+    assert all(f">{key}<" in re.sub(r"</?span[^>]*>", "", keys) for key in ("optim.warmup", "loss.ldrld.depth"))
+    assert "Explain a key: ldrld-jax help optim.learning_rate" in (site[0] / "command_line.html").read_text()

@@ -1,10 +1,32 @@
-"""A folder's lock: held by one, seen by others, and not in the way of whoever comes while somebody looks."""
+"""Files that are whole or not there; a folder's lock, held by one, seen by others, in nobody's way."""
 
 import pytest
 from etils import epath
 
 from ldrld_jax import files
 from ldrld_jax.errors import UserError
+
+
+def test_a_file_is_replaced_once_it_is_whole_and_never_through_a_link(tmp_path):
+    (tmp_path / "other").write_text("other")
+    path = epath.Path(tmp_path / "file")
+    (tmp_path / "file").symlink_to(tmp_path / "other")
+    with files.replacing(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "other"
+    assert (path.read_text(), (tmp_path / "other").read_text(), files.is_link(path)) == ("new", "other", False)
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+        file.write(b"half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "new"
+    assert {place.name for place in tmp_path.iterdir()} == {"file", "other"}
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.replace_text(epath.Path(tmp_path / "folder"), "text")
+    assert [place.name for place in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_lock_is_seen_and_given_back(tmp_path):

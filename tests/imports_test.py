@@ -39,6 +39,8 @@ ALLOWED = {
     },
     "main": {"aot", "bench", "config", "data", "deploy", "errors", "files", "record", "runtime", "train"},
     "sweep": {"config", "errors", "files", "main", "record", "report"},
+    "completion": set(),
+    "cli": {"completion", "config", "errors", "main", "report", "sweep"},
 }
 
 

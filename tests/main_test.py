@@ -50,7 +50,7 @@ WRONG = [
     (["--config.seed"], "--config.seed needs a value"),
     (["--confg=x.py"], "there is no flag '--confg=x.py'"),
     (["train"], "there is no flag 'train'"),
-    (["--mode=eval", "--profile=x"], "--profile traces the steps of --mode train and bench, and --mode is eval"),
+    (["--mode=eval", "--profile=x"], "--profile is a flag of train and bench, and not of eval. Remove it."),
     (["--mode=bench", "--config.student.model=resnet9"], "there is no model 'resnet9'"),
     (["--mode=trian"], "invalid choice: 'trian'"),
     (["--config=configs/nope.py"], "there is no config file 'configs/nope.py'"),
@@ -330,16 +330,18 @@ def test_a_teacher_of_another_model_is_refused(teacher_dir, data_dir, tmp_path, 
     tiny = [f"--config.{override}" for override in tiny_overrides(data_dir)]
     flags = ["--config.method=kd", f"--config.teacher.checkpoint={teacher_dir}", "--config.teacher.model=resnet14"]
     assert main_lib.main(["--workdir", str(tmp_path / "run"), *tiny, *flags]) == 2
-    assert "trained resnet8, not resnet14" in capsys.readouterr().err
+    assert "trained tiny_net, not resnet14" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny")  # has TinyNet in MODELS
 def test_a_checkpoint_of_other_shapes_is_refused(teacher_dir, data_dir, tmp_path, capsys):
-    """A resnet8 for ten classes, asked for as one for three-channel images of a hundred classes."""
+    """A net for ten classes, asked for as one for a hundred classes."""
     data = config_lib.load("configs/digits.py").data
     with pytest.raises(UserError, match="does not fit"):
-        Networks(100, 1, "float32").restore(teacher_dir, "resnet8", data)
+        Networks(100, 1, "float32").restore(teacher_dir, "tiny_net", data)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, capsys):
     assert main_lib.main(["--mode=eval", "--workdir", teacher_dir]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -347,9 +349,9 @@ def test_a_run_is_evaluated_and_exported_from_its_workdir_alone(teacher_dir, cap
     assert printed["top1"] == f"{summary['best_top1']:.4f}"
     assert main_lib.main(["--mode=export", "--workdir", teacher_dir]) == 0
     folder = capsys.readouterr().out.strip()
-    module = load_torch_checkpoint(f"{folder}/student.safetensors", "resnet8", num_classes=10, in_channels=1)
+    module = load_torch_checkpoint(f"{folder}/student.safetensors", "tiny_net", num_classes=10, in_channels=1)
     config = config_lib.load_run(teacher_dir)
-    _, ours = Networks(10, 1, "float32").restore(teacher_dir, "resnet8", config.data)
+    _, ours = Networks(10, 1, "float32").restore(teacher_dir, "tiny_net", config.data)
     _, params, batch_stats = purify(module)
     chex.assert_trees_all_equal((params, batch_stats), tuple(ours))
 

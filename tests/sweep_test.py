@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -200,6 +201,32 @@ def test_what_a_terminal_shows_fits_it(tmp_path):
         "failed     seed=2",
     ]
     assert _fitting(jobs, 20, 3) == ["1 of 9 done", "running    seed=1  "]
+
+
+def test_the_closing_table_has_means_and_deviations_over_seeds(tmp_path, capsys, monkeypatch):
+    for job in jobs_of(tmp_path, grid={"method": ["ce", "kd"], "seed": [0, 1, 2]}):
+        finish(job)
+        top1 = (90.0 if job.identity["method"] == "kd" else 80.0) + job.identity["seed"]
+        numbers = {"best_top1": top1 + 1, "last_top1": top1, "teacher_top1": 99.0, "examples_per_second": 1e3}
+        path = job.workdir / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | numbers))
+    command = ["--config=configs/digits.py", "--grid=method=ce,kd", "--grid=seed=0,1,2", f"--workdir={tmp_path}"]
+    monkeypatch.chdir(ROOT)
+    assert main(command) == 0
+    table = capsys.readouterr().out.partition("\n\n")[2]
+    rows = [line.split(" | ") for line in table.splitlines()]
+    assert [row[2:6] for row in rows] == [
+        ["method", "seeds", "best top-1 %", "last top-1 %"],
+        ["---"] * 4,
+        ["kd", "3", "92.00 ± 1.00", "91.00 ± 1.00"],
+        ["ce", "3", "82.00 ± 1.00", "81.00 ± 1.00"],
+    ]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "\nmethod           kd\nseeds            3\nbest top-1 %     92.00 ± 1.00\n" in shown
+    assert max(map(len, re.split(r"[\r\n]+|\x1b\[\w+", shown))) <= 40
 
 
 @pytest.mark.slow

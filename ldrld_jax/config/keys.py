@@ -76,72 +76,87 @@ Ensembling = Literal["logits", "probabilities"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    name: Text = "digits"  # any of TFDS, a folder's layout, "arrays:FILE.npz" or "my_module:source": docs/library.md
-    data_dir: Path | None = None  # unset: TFDS's own default, ~/tensorflow_datasets
-    train_split: Text = "train"  # "train[:90%]" takes a part
-    eval_split: Text = "test"  # "test[:90%]" takes a part; other datasets call it "validation" or "val"
-    loader: Literal["stream", "resident"] = "stream"  # resident: all images decoded on each device, batches made there
-    threads: Count = 4  # that prepare batches ahead of the step
-    cache_mb: Whole = 1024  # host memory for decoded images that are the same in each epoch
-    remainder: Literal["keep", "drop"] = "keep"  # the last partial batch of an epoch
-    on_error: Literal["raise", "skip"] = "raise"  # at an image that does not decode or a label out of range
-    max_skipped: Unit = 0.05  # skip: a larger share of a split's images is an error
+    # a TFDS dataset, a folder's layout, "arrays:FILE.npz" or "my_module:source" (docs/library.md)
+    name: Text = "digits"
+    data_dir: Path | None = None  # folder of the data; unset: TFDS's own default, ~/tensorflow_datasets
+    train_split: Text = "train"  # split to train on; "train[:90%]" takes a part
+    # split to evaluate on; "test[:90%]" takes a part; other datasets call it "validation" or "val"
+    eval_split: Text = "test"
+    # stream: decode images batch by batch; resident: keep all of them decoded on each device
+    loader: Literal["stream", "resident"] = "stream"
+    threads: Count = 4  # threads that prepare batches ahead of the step
+    cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch
+    remainder: Literal["keep", "drop"] = "keep"  # keep or drop the last partial batch of an epoch
+    # raise an error at an image that does not decode or a label out of range, or skip it
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: Unit = 0.05  # largest share of a split's images that on_error=skip may skip
     exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
-    augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"  # random_resized_crop: to crop_size
-    pad: Whole = 0  # pad_crop: of the image padded with this many zeros on each side
-    crop_area: tuple[Positive, ...] = (0.08, 1.0)  # random_resized_crop: the share of the image, from and to
-    rotate_degrees: NotNegative = 20.0  # rotate: by up to this, either way
-    flip: bool = False  # mirror half of the images horizontally, with any augmentation
-    rand_augment: Whole = 0  # so many random distortions of each training image
-    rand_magnitude: Annotated[int, Range(0, 30)] = 9  # their strength
-    augment_seed: Seed | None = None  # of crops, mirrors and the like; unset: seed
-    mixup: NotNegative = 0.0  # alpha: neighbours in a batch are blended by a share from Beta(alpha, alpha); 0: not
-    resize_size: Count | None = None  # evaluation: the shorter side is resized to this; unset: crop_size
-    crop_size: Count | None = None  # evaluation: then the middle square of this size; unset: as stored
-    seed: Seed = 0  # of the choices that follow, so that runs of many seeds share one training set
-    held_out: Share = 0.0  # this share of each training class is kept out, and evaluated on instead of eval_split
-    fraction: PositiveUnit = 1.0  # of each class that is trained on
-    imbalance: Annotated[float, Range(1)] = 1.0  # largest class over smallest, sizes falling exponentially with label
-    # symmetric: to any other class; asymmetric: to the next class
+    # random change of training images; random_resized_crop needs crop_size
+    augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"
+    pad: Whole = 0  # pixels of zeros on each side of an image before pad_crop crops it
+    crop_area: tuple[Positive, ...] = (0.08, 1.0)  # share of the image that random_resized_crop takes, from and to
+    rotate_degrees: NotNegative = 20.0  # largest angle by which rotate turns an image, either way
+    flip: bool = False  # mirror half of the training images horizontally, with any augmentation
+    rand_augment: Whole = 0  # number of random distortions of each training image
+    rand_magnitude: Annotated[int, Range(0, 30)] = 9  # strength of the distortions of rand_augment
+    augment_seed: Seed | None = None  # seed of crops, mirrors and the like; unset: seed
+    # alpha of the Beta(alpha, alpha) by whose shares neighbours in a batch are blended; 0: no blending
+    mixup: NotNegative = 0.0
+    resize_size: Count | None = None  # length to which the shorter side is resized for evaluation; unset: crop_size
+    crop_size: Count | None = None  # side of the middle square that is evaluated; unset: the whole image
+    # seed of held_out, fraction, imbalance and label_noise, so that runs of many seeds share one training set
+    seed: Seed = 0
+    held_out: Share = 0.0  # share of each training class that is kept out and evaluated on instead of eval_split
+    fraction: PositiveUnit = 1.0  # share of each class that is trained on
+    # size of the largest class over the smallest, sizes falling exponentially with label
+    imbalance: Annotated[float, Range(1)] = 1.0
+    # class that a wrong training label names: any other (symmetric) or the next (asymmetric)
     label_noise: Literal["none", "symmetric", "asymmetric"] = "none"
-    label_noise_rate: Unit = 0.0  # the share of training labels that are changed
-    mean: tuple[Unit, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
-    std: tuple[PositiveUnit, ...] = (0.5,)  # per channel, of pixels scaled to 0..1
-    image_size: Count | None = None  # resize to a square before the model; unset: as stored
+    label_noise_rate: Unit = 0.0  # share of training labels that are changed
+    mean: tuple[Unit, ...] = (0.5,)  # mean per channel of pixels scaled to 0..1, which is subtracted
+    # standard deviation per channel of pixels scaled to 0..1, by which they are divided
+    std: tuple[PositiveUnit, ...] = (0.5,)
+    image_size: Count | None = None  # side to which images are resized before the model; unset: as stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    name: Text = "sgd"  # SGD with momentum in PyTorch's form, adamw, another of optax's, or "my_module:make_optimizer"
-    learning_rate: NotNegative = 0.05  # the highest of the schedule
-    momentum: Share = 0.9  # sgd; adamw takes it as b1
+    name: Text = "sgd"  # sgd with momentum in PyTorch's form, adamw, another of optax's, or "my_module:make_optimizer"
+    learning_rate: NotNegative = 0.05  # highest learning rate of the schedule
+    momentum: Share = 0.9  # momentum of sgd, and b1 of adamw
     nesterov: bool = False  # look ahead along the momentum
-    weight_decay: NotNegative = 5e-4  # of all parameters; sgd adds it to the gradient before the momentum
-    clip_norm: Positive | None = None  # gradients with a larger norm are scaled down to this one
-    schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate, by step
-    decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # step: after these epochs
-    decay_rate: NotNegative = 0.1  # step: times this each time
-    warmup: Literal["official", "linear", "none"] = "none"  # official: as the published LDRLD code does it
-    warmup_epochs: Count = 20  # of either form
+    weight_decay: NotNegative = 5e-4  # decay of all parameters; sgd adds it to the gradient before the momentum
+    # largest norm of the gradient, to which larger ones are scaled down; unset: no limit
+    clip_norm: Positive | None = None
+    schedule: Literal["step", "cosine", "constant"] = "step"  # course of the learning rate, by step
+    decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # epochs after which schedule=step lowers the learning rate
+    decay_rate: NotNegative = 0.1  # factor of the learning rate at each of decay_epochs
+    # rise of the learning rate at the start; official: as the published LDRLD code does it
+    warmup: Literal["official", "linear", "none"] = "none"
+    warmup_epochs: Count = 20  # length of the warm-up, in epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    model: Text = "resnet8"  # a key of MODELS (python -m ldrld_jax.models.table), or "my_module:make_net"
+    model: Text = "resnet8"  # key of MODELS (python -m ldrld_jax.models.table), or "my_module:make_net"
     checkpoint: Path | None = None  # weights to start from
-    checkpoint_head: Literal["load", "skip"] = "load"  # skip: all but the last layer, for other classes than its own
+    # load the last layer of checkpoint as well, or skip it for other classes
+    checkpoint_head: Literal["load", "skip"] = "load"
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    model: Text | None = None  # "a,b": an ensemble; "ema": the student's own average; "logits": of a file
-    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"; "logits": an .npy file
-    epochs: Count | None = None  # if there is no checkpoint: train it first, into
-    workdir: Path | None = None  # unset: WORKDIR/teacher; set it to share one teacher
-    ensemble: Ensembling = "logits"  # what an ensemble averages
-    min_top1: Annotated[float, Range(0, 100)] = 0.0  # percent on the evaluation split; a weaker teacher is refused
-    seed: Seed = 0  # of the teacher that the run trains first
-    batch_size: Count | None = None  # unset: the student's
+    # a model; "a,b": an ensemble; "ema": the student's own average; "logits": a file of logits
+    model: Text | None = None
+    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"; an .npy file for "logits"
+    epochs: Count | None = None  # epochs for which the run trains the teacher first, if there is no checkpoint
+    # folder of the teacher that the run trains first; unset: WORKDIR/teacher; set it to share one teacher
+    workdir: Path | None = None
+    ensemble: Ensembling = "logits"  # outputs that an ensemble averages
+    # least top-1 in percent on the evaluation split; a weaker teacher is refused
+    min_top1: Annotated[float, Range(0, 100)] = 0.0
+    seed: Seed = 0  # seed of the teacher that the run trains first
+    batch_size: Count | None = None  # batch size of the teacher that the run trains first; unset: the student's
     # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
     data: Data = Data()
     optim: Optim = Optim()
@@ -149,33 +164,36 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class LossSchedule:
-    kd_weight: Text | None = None  # in place of the key, "linear:0@1:1@20": 0 in epoch 1, 1 from epoch 20 on
-    alpha: Text | None = None  # in place of the field of each method that has it
-    beta: Text | None = None  # in place of the field of each method that has it
-    gamma: Text | None = None  # in place of the field of each method that has it, "cosine:1@150:0@240"
-    temperature: Text | None = None  # in place of the field of each method that has it, "steps:4@1:2@100"
+    # kd_weight by epoch: "linear:0@1:1@20" is 0 in the first epoch and 1 from the twentieth on
+    kd_weight: Text | None = None
+    alpha: Text | None = None  # alpha by epoch, in each method that has one
+    beta: Text | None = None  # beta by epoch, in each method that has one
+    gamma: Text | None = None  # gamma by epoch, in each method that has one: "cosine:600@150:0@240"
+    temperature: Text | None = None  # temperature by epoch, in each method that has one: "steps:4@1:2@100"
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    dir: Path | None = None  # where it lies, for any number of runs; unset: no store
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # in which they are stored and taught
-    views: Count | None = None  # k: epoch e is augmented as epoch e % k; unset: each anew
-    top_k: Count | None = None  # keep the largest of each image and the log-sum-exp of the others; unset: keep all
-    spread_rest: bool = False  # top_k: with methods that read every logit too, the rest spread evenly over its classes
+    dir: Path | None = None  # folder of a store of the teacher's logits, for any number of runs; unset: no store
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # type in which logits are stored and taught
+    views: Count | None = None  # number k of stored epochs: epoch e is augmented as epoch e % k; unset: each anew
+    # number of largest logits kept of each image, with the log-sum-exp of the others; unset: all
+    top_k: Count | None = None
+    # with top_k, let methods that read every logit get the rest spread evenly over its classes
+    spread_rest: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
-    train_images: Count | None = None  # of the training split
-    eval_images: Count | None = None  # of the evaluation split
-    classes: Annotated[int, Range(2)] | None = None  # that images are told apart into
-    image_shape: tuple[Count, ...] | None = None  # height, width, channels, as stored
+    train_images: Count | None = None  # number of images of an absent training split
+    eval_images: Count | None = None  # number of images of an absent evaluation split
+    classes: Annotated[int, Range(2)] | None = None  # number of classes of absent data
+    image_shape: tuple[Count, ...] | None = None  # height, width and channels of absent images, as stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    images: Count | None = None  # to decode and evaluate of each split, spread evenly; unset: all
+    images: Count | None = None  # number of images of each split that are decoded and evaluated; unset: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,62 +205,67 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Wandb:
-    project: Text | None = None  # metrics go to this project of Weights & Biases too; the extra wandb
+    project: Text | None = None  # project of Weights & Biases to which metrics go too, with the extra wandb
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every_steps: Count = 50  # a line of metrics.jsonl each, the mean since the one before
-    tensorboard: bool = True  # write event files too
-    writers: Text | None = None  # further ones, "my_module:make_writer" each, separated by commas
+    every_steps: Count = 50  # steps whose mean is a line of metrics.jsonl
+    tensorboard: bool = True  # write TensorBoard's event files too
+    writers: Text | None = None  # further writers, "my_module:make_writer" each, separated by commas
     wandb: Wandb = Wandb()
-    watchdog_seconds: NotNegative = 300.0  # without progress, until the stacks of all threads are printed; 0: never
+    # seconds without progress until the stacks of all threads are printed; 0: never
+    watchdog_seconds: NotNegative = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every_steps: Count | None = None  # beside those after each evaluation
-    keep_last: Count = 2  # beside the best, which is always kept
-    keep_every_epochs: Count | None = None  # one every so many epochs is kept for good
+    every_steps: Count | None = None  # steps between checkpoints, besides those after evaluations; unset: none besides
+    keep_last: Count = 2  # number of last checkpoints that are kept besides the best
+    keep_every_epochs: Count | None = None  # epochs between checkpoints that are kept for good; unset: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: Seed = 0  # of initialisation, order and, unless data.augment_seed is set, augmentation
+    seed: Seed = 0  # seed of initialisation, order and, unless data.augment_seed is set, augmentation
     epochs: Count = 1  # full passes over the training split
-    batch_size: Count = 64  # global, whatever the number of devices
-    eval_batch_size: Count = 256  # global, whatever the number of devices
-    # Of the computation; parameters are never below float32.
+    batch_size: Count = 64  # examples of a step on all devices together
+    eval_batch_size: Count = 256  # examples of a batch of the evaluation on all devices together
+    # type of the computation; parameters are never below float32
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    # Of float32 products on a GPU or TPU: tensorfloat32 (19 bits; three bfloat16 passes on a TPU), float32 (exact), ...
+    # precision of float32 products on a GPU or TPU; tensorfloat32: 19 bits, or three bfloat16 passes on a TPU
     matmul_precision: Literal["default", "tensorfloat32", "float32"] = "tensorfloat32"
     method: Text = "ldrld"  # a key of METHODS, "my_module:loss", several as "ldrld+kd", or "ce" for plain training
-    ce_weight: NotNegative | None = None  # unset: the method's published one; 1 for several that differ
-    kd_weight: NotNegative | None = None  # of all distillation terms; unset: the method's; 1 for several
-    # The distillation terms are multiplied by min(epoch / this, 1); unset: the method's, for several the longest.
+    # weight of the cross-entropy; unset: the method's published one, or 1 for several that differ
+    ce_weight: NotNegative | None = None
+    # weight of all distillation terms; unset: the method's published one, or 1 for several
+    kd_weight: NotNegative | None = None
+    # epochs in which the distillation terms grow, by min(epoch / this, 1); unset: the method's, for several the longest
     kd_warmup_epochs: Whole | None = None
     loss_schedule: LossSchedule = LossSchedule()  # numbers of the loss that change by epoch, between VALUE@EPOCH
-    standardize: bool = False  # logit standardisation of both sides before every method
-    label_smoothing: Share = 0.0  # of the cross-entropy
-    ema_decay: Share | None = None  # evaluate a moving average of the student; unset: the student
+    standardize: bool = False  # standardise the logits of both sides before every method
+    label_smoothing: Share = 0.0  # smoothing of the labels of the cross-entropy
+    # decay of a moving average of the student, which is evaluated in its place; unset: no average
+    ema_decay: Share | None = None
     accumulate: Count = 1  # microbatches whose gradients make one step: less memory, the same batch_size
-    batch_norm_group: Count | None = None  # statistics of so many examples; unset: of the (micro)batch
-    remat: bool = False  # keep only what convolutions and products gave, and compute the rest again: less memory
-    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or weights that are not finite; skip: skips, and counts
+    batch_norm_group: Count | None = None  # examples whose statistics BatchNorm takes together; unset: the (micro)batch
+    remat: bool = False  # keep only the outputs of convolutions and products, and compute the rest again: less memory
+    # stop at a loss or weights that are not finite, or skip such steps and count them
+    non_finite: Literal["stop", "skip"] = "stop"
     data: Data = Data()
     student: Student = Student()
     optim: Optim = Optim()
     teacher: Teacher = Teacher()
-    steps_per_dispatch: Count = 1  # so many in one program, with data.loader=resident; not on a CPU: docs/bench.md
-    # Compiled programs are kept here for the next start; "": not.
+    steps_per_dispatch: Count = 1  # steps in one program, with data.loader=resident; not on a CPU (docs/bench.md)
+    # folder in which compiled programs are kept for the next start; "": keep none
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
-    compile: Compile = Compile()  # of --mode compile: what it takes of data that are not here and not described
-    check: Check = Check()  # of --mode check
+    compile: Compile = Compile()  # facts that --mode compile takes about data that are neither here nor described
+    check: Check = Check()  # what --mode check looks at
     mesh: Mesh = Mesh()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
-    eval_every_epochs: Count = 1  # and after the last epoch
+    eval_every_epochs: Count = 1  # epochs between evaluations; the last epoch is always evaluated
 
 
 def default() -> ConfigDict:
@@ -304,6 +327,11 @@ def allowed(key: str) -> str:
     if get_origin(kind) is tuple:
         return f"{get_args(kind)[0].__metadata__[0]} each"
     return str(kind.__metadata__[0]) if get_origin(kind) is Annotated else "True | False"
+
+
+def items_of(key: str) -> Any:
+    """Returns the annotation of the numbers of a key that holds several."""
+    return get_args(_without_none(KINDS[key]))[0]
 
 
 def _without_none(kind: Any) -> Any:

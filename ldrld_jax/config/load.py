@@ -135,8 +135,12 @@ def _find(file: str) -> pathlib.Path:
     raise UserError(f"there is no config file {file!r}, here or in the package. Known: {', '.join(known) or 'none'}.")
 
 
-def _block(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """Returns the block that holds a dotted key, and the key's last part."""
+def find_key(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """Returns the block that holds a dotted key, and the key's last part.
+
+    Raises:
+      UserError: if there is no such key, or it is a block.
+    """
     *path, last = key.split(".")
     block = config
     for depth, part in enumerate([*path, last]):
@@ -160,7 +164,7 @@ def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
 
 
 def _parse(config: ConfigDict, key: str, text: str) -> Any:
-    block, last = _block(config, key)
+    block, last = find_key(config, key)
     kind = block.get_type(last)
     if text == "None" and block[last] is None:
         return None
@@ -186,7 +190,7 @@ def set_value(config: ConfigDict, key: str, value: Any, source: str) -> None:
     Raises:
       UserError: if there is no such key, or the value is of another type.
     """
-    block, last = _block(config, key)
+    block, last = find_key(config, key)
     kind, value = block.get_type(last), coerce(value)
     if kind is tuple and isinstance(value, int | float):
         value = (value,)

@@ -205,7 +205,7 @@ def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[
     others: list[epath.Path] = []
     for label, name in enumerate(class_names):
         if (folder / name).is_dir():
-            yield from ((path, label) for path in _images(folder / name, others))
+            yield from ((path, label) for path in images_below(folder / name, others))
     if others:
         logger.warning(
             "%d files in %s are left out, %s for example: images end in %s",
@@ -213,7 +213,7 @@ def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[
         )  # fmt: skip
 
 
-def _images(folder: epath.Path, others: list[epath.Path], above: frozenset[str] = frozenset()) -> Iterator[str]:
+def images_below(folder: epath.Path, others: list[epath.Path], above: frozenset[str] = frozenset()) -> Iterator[str]:
     """Yields the images below a folder, each once, and adds other files to `others`.
 
     A link to a folder above it is not followed.
@@ -228,6 +228,6 @@ def _images(folder: epath.Path, others: list[epath.Path], above: frozenset[str] 
         if path.suffix.lower() in SUFFIXES:
             yield str(path)
         elif path.is_dir():
-            yield from _images(path, others, above)
+            yield from images_below(path, others, above)
         else:
             others.append(path)

@@ -84,6 +84,7 @@ class LogitFeed:
         self._epoch = -1
         self._stored: Logits | None = None  # the current epoch's logits
         self._sheet: _Sheet | None = None  # collects the current epoch's logits if they are not stored
+        self._has_taught = False
 
     def __call__(self, step: int, batch: DeviceBatch, tell: Tell = _unheard) -> DeviceBatch:
         """Returns `teacher_logits` for the batch after `step` steps. Steps must be requested in order.
@@ -149,6 +150,8 @@ class LogitFeed:
 
     def _make(self, position: int, batch: DeviceBatch, tell: Tell) -> Any:
         assert self._sheet is not None and self._teach is not None
+        tell("running the teacher" if self._has_taught else "compiling the teacher")
+        self._has_taught = True
         logits = self._teach(batch["image"])
         self._sheet.add(position, logits)
         if position == self._batches.steps_per_epoch - 1:

@@ -3,12 +3,16 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 _muted = False
+_NARROW = 60  # columns
+_TICK_SECONDS = 1.0
 
 
 def mute() -> None:
@@ -43,20 +47,80 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 class ProgressBar:
-    """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal."""
+    """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal.
 
-    def __init__(self, start: int, total: int, name: str, unit: str = "step"):
+    What takes longer than a second is named with its seconds, which a thread counts, until the next `update`. There is
+    no colour. On a terminal of fewer than 60 columns the name of what is done takes the place of the bar.
+
+    Args:
+      start, total: steps done, and those of the run; None shows nothing but what is done.
+      name: of the run.
+      unit: the name of a step.
+    """
+
+    def __init__(self, start: int, total: int | None, name: str, unit: str = "step"):
         hidden = True if _muted or sys.stderr is None else None  # None: unless it is a terminal
-        self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
+        self._name, self._doing = name, (time.monotonic(), "starting")
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=name,
+            unit=unit,
+            disable=hidden,
+            dynamic_ncols=True,
+            leave=total is not None,
+            bar_format="{desc}" if total is None else None,
+        )
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        if not self._bar.disable:
+            self._thread.start()
+
+    def at(self, doing: str) -> None:
+        """Notes what the run does from now on, such as "compiling the train step"; the same again goes on counting."""
+        if doing != self._doing[1]:
+            self._doing = (time.monotonic(), doing)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         with self._hidden_once_it_fails():
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            self._describe()
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
         with self._hidden_once_it_fails():
+            self._describe()
             self._bar.close()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_TICK_SECONDS):
+            self._tick()
+
+    def _tick(self) -> None:
+        since, doing = self._doing
+        seconds = int(time.monotonic() - since)
+        if seconds:
+            with self._hidden_once_it_fails():
+                self._describe(doing, f", {seconds} s")
+                self._bar.refresh()
+
+    def _describe(self, doing: str = "", seconds: str = "") -> None:
+        """Sets the bar's text: what is done and for how long, or "" for the progress."""
+        bar = self._bar
+        if bar.disable:
+            return
+        columns = bar.format_dict["ncols"] or _NARROW
+        if bar.total is not None and columns >= _NARROW:
+            bar.bar_format, bar.desc = None, f"{self._name}, {doing}{seconds}" if doing else self._name
+        elif doing or bar.total is None:
+            done = "" if bar.total is None else f"{bar.n}/{bar.total} "
+            room = columns - len(done) - len(seconds)
+            bar.bar_format, bar.desc = "{desc}", f"{done}{doing[:room]}{seconds}"
+        else:
+            bar.bar_format, bar.desc = "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}", self._name
 
     @contextlib.contextmanager
     def _hidden_once_it_fails(self) -> Iterator[None]:
@@ -64,6 +128,24 @@ class ProgressBar:
             yield
         except OSError:  # the terminal has gone
             self._bar.disable = True
+
+
+@contextlib.contextmanager
+def waiting(doing: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is done and the seconds it takes, if standard error is a terminal and it takes more than one.
+
+    Yields a function that changes the text.
+
+    Example:
+      >>> with waiting("compiling the evaluation") as at:
+      ...     at("evaluating")
+    """
+    bar = ProgressBar(0, None, "")
+    bar.at(doing)
+    try:
+        yield bar.at
+    finally:
+        bar.close()
 
 
 def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, float], best: float) -> str:
@@ -80,13 +162,29 @@ def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, f
 
 
 def summary_table(summary: Mapping[str, Any], workdir: str) -> str:
-    """Formats the table at the end of a run: the scores, and the workdir."""
-    rows = [("", "top-1 %", "top-5 %")]
-    if summary["teacher_top1"] is not None:
-        rows.append((f"teacher {summary['teacher']}", f"{summary['teacher_top1']:.2f}", ""))
+    """Formats the table at the end of a run, in 40 columns, and a line with what the run was.
+
+    Example:
+      >>> scores = {"best_epoch": 3.0, "best_top1": 98.0, "best_top5": 99.5}
+      >>> scores |= {"last_epoch": 4.0, "last_top1": 97.25, "last_top5": 99.75, "teacher_top1": 98.5}
+      >>> run = {"student": "resnet8", "teacher": "resnet20", "method": "kd", "seed": 0, "steps": 92}
+      >>> print(summary_table(scores | run, "runs/digits"))
+      epoch      top-1 %  top-5 %  vs teacher
+      teacher      98.50
+      3, best      98.00    99.50       -0.50
+      4, last      97.25    99.75       -1.25
+      <BLANKLINE>
+      resnet8 from resnet20 by kd, seed 0, 92 steps: runs/digits
+    """
+    teacher = summary["teacher_top1"]
+    rows = [("epoch", "top-1 %", "top-5 %", "vs teacher" if teacher is not None else "")]
+    if teacher is not None:
+        rows.append(("teacher", f"{teacher:.2f}", "", ""))
     for when in ("best", "last"):
-        name = f"student {summary['student']}, {when} (epoch {summary[f'{when}_epoch']:g})"
-        rows.append((name, f"{summary[f'{when}_top1']:.2f}", f"{summary[f'{when}_top5']:.2f}"))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{name:<{width}}  {top1:>7}  {top5:>7}".rstrip() for name, top1, top5 in rows]
-    return "\n".join([*lines, "", f"{summary['method']}, seed {summary['seed']}, {summary['steps']} steps: {workdir}"])
+        top1, top5 = (summary[f"{when}_{name}"] for name in ("top1", "top5"))
+        delta = "" if teacher is None else f"{top1 - teacher:+.2f}"
+        rows.append((f"{summary[f'{when}_epoch']:g}, {when}", f"{top1:.2f}", f"{top5:.2f}", delta))
+    lines = [f"{name:<9} {top1:>8} {top5:>8} {delta:>11}".rstrip() for name, top1, top5, delta in rows]
+    from_teacher = f" from {summary['teacher']}" if summary["teacher"] else ""
+    what = f"{summary['student']}{from_teacher} by {summary['method']}, seed {summary['seed']}"
+    return "\n".join([*lines, "", f"{what}, {summary['steps']} steps: {workdir}"])

@@ -63,6 +63,10 @@ class Recorder:
             self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=tensorboard, others=writers)
         self._bar = ProgressBar(start, steps, f"{role} {config.student.model}")
 
+    def at(self, doing: str) -> None:
+        """Notes what the run does, for whoever watches the bar."""
+        self._bar.at(doing)
+
     def to_json(self) -> dict[str, Any]:
         window = {name: list(mean) for name, mean in self._window.items()}
         kept = {"best": self.best, "last": self.last, "skipped": self.skipped}

@@ -10,20 +10,28 @@ from ldrld_jax.record.console import printable
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
 from ldrld_jax.report.groups import Comparison, compare
-from ldrld_jax.report.table import markdown, results
+from ldrld_jax.report.table import fitting, markdown, results
+
+_PROG = "python -m ldrld_jax.report"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
+def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m ldrld_jax.report",
-        description="Compares runs, finished or not: a Markdown table, and one HTML page with the pictures.",
+        prog=prog, description="Compares runs, finished or not, in a Markdown table and on one HTML page with pictures."
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run's workdir, or a folder of them")
-    parser.add_argument("--out", metavar="DIR", help="where report.html and report.md go; the first DIR that is there")
-    parser.add_argument("--analyse", action="store_true", help="run students and teachers for the pictures of logits")
-    parser.add_argument("--data_dir", metavar="DIR", help="with --analyse: where the data lie, if they have moved")
-    args = parser.parse_args(argv)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="read the runs in and below this folder")
+    parser.add_argument(
+        "--out", metavar="DIR", help="write report.html and report.md here (default: the first DIR that exists)"
+    )
+    parser.add_argument("--analyse", action="store_true", help="run students and teachers for pictures of their logits")
+    parser.add_argument("--data_dir", metavar="DIR", help="read the data here for --analyse, if they have moved")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
+    """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
+    args = make_parser(prog).parse_args(argv)
     report, out = collect(args.folders), epath.Path(args.out or _first_there(args.folders))
     comparisons = compare(report.summaries, report.running)
     if args.analyse:
@@ -32,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.notes += outputs.analyse(comparisons, out, args.data_dir)
     cells = results(comparisons)
     if cells.rows:
-        print(printable(markdown(cells)))
+        print(printable(fitting(cells)))
     for note in report.notes:
         print(printable(note), file=sys.stderr)
     if not comparisons:

@@ -1,6 +1,8 @@
 """The table of the report: a line per experiment, mean and deviation over its seeds."""
 
+import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -89,6 +91,34 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def fitting(cells: Table, columns: int | None = None) -> str:
+    """Formats a table as Markdown; on a terminal that is too narrow for it, as a block of lines per row.
+
+    Args:
+      cells: the table.
+      columns: of the terminal; None for those of standard output, which has no limit if it is no terminal.
+
+    Example:
+      >>> cells = Table(["method", "seeds", "last top-1 %"], [["kd", "2", "96.50 ± 0.71"], ["ce", "1", "95.00"]])
+      >>> print(fitting(cells, 30))
+      method        kd
+      seeds         2
+      last top-1 %  96.50 ± 0.71
+      <BLANKLINE>
+      method        ce
+      seeds         1
+      last top-1 %  95.00
+    """
+    text = markdown(cells)
+    if columns is None:
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    if all(len(line) <= columns for line in text.splitlines()):
+        return text
+    width = max(map(len, cells.header))
+    pairs = [zip(cells.header, row, strict=True) for row in cells.rows]
+    return "\n\n".join("\n".join(f"{name:{width}}  {cell}" for name, cell in row if cell) for row in pairs)
 
 
 def markdown(cells: Table) -> str:

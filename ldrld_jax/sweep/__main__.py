@@ -12,10 +12,13 @@ from etils import epath
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_local, split_argument
 from ldrld_jax.main import overrides_in, split_overrides
-from ldrld_jax.report import collect, table
+from ldrld_jax.report import collect
+from ldrld_jax.report.groups import compare
+from ldrld_jax.report.table import fitting, results
 from ldrld_jax.sweep.plan import Job, load, parse_grid, plan
 from ldrld_jax.sweep.schedule import Sweep
 
+_PROG = "python -m ldrld_jax.sweep"
 _FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--dry_run", "--help")
 
 
@@ -48,28 +51,46 @@ def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
     return [line[: columns - 1] for line in lines]
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
+    """Returns the parser of the flags."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [FILE[:ARG]] [FLAG...] [--config.KEY=VALUE...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+        description="Runs a config with many values of its keys, and resumes.",
+    )
+    parser.add_argument(
+        "sweep",
+        metavar="FILE[:ARG]",
+        nargs="?",
+        help="take the runs from get_sweep() of this file: experiments/methods.py",
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="use this config instead of the sweep's own")
+    parser.add_argument(
+        "--grid", metavar="KEY=V,V", action="append", default=[], help="run every combination of these values"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="keep the runs in this folder (default: runs/NAME-sweep)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="run N at a time, each on its share of the cores (default: 1)"
+    )
+    parser.add_argument("--gpus", metavar="I,J", help="run one at a time on each of these GPUs")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="run every N-th from the I-th, for a Slurm array")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the commands of the missing runs, and run nothing"
+    )
+    return parser
+
+
+def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, list[str]]:
     """Parses the command line into flags and the overrides of every run.
 
     Raises:
       UserError: if a flag is unknown or lacks its value.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m ldrld_jax.sweep", allow_abbrev=False, exit_on_error=False, description="Many runs of a config."
-    )
-    parser.add_argument("sweep", metavar="FILE[:ARG]", nargs="?", help="defines get_sweep(): experiments/methods.py")
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="used instead of the sweep's own config")
-    parser.add_argument("--grid", metavar="KEY=V,V", action="append", default=[], help="run every combination of these")
-    parser.add_argument("--workdir", metavar="DIR", help="parent of the runs' workdirs (default: runs/<name>-sweep)")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time, each on its share of the cores"
-    )
-    parser.add_argument("--gpus", metavar="I,J", help="one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th run from the I-th, for a Slurm array")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs; run nothing")
     try:
         flags, given = split_overrides(argv)
-        args, rest = parser.parse_known_args(flags)
+        args, rest = make_parser(prog).parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if not args.sweep and not args.config:
@@ -88,10 +109,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides_in([*rest, *given], _FLAGS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Runs the command line; returns 0 if every run is complete, 1 if one failed, 2 for invalid input."""
     try:
-        return run(*parse(sys.argv[1:] if argv is None else argv))
+        return run(*parse(sys.argv[1:] if argv is None else argv, prog))
     except (UserError, OSError) as error:
         print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
         return 2
@@ -129,7 +150,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gpus = args.gpus.split(",") if args.gpus else []
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}] * args.jobs
     Sweep(jobs, slots, logs, _Screen()).run()
-    print(f"\n{table(collect([workdir]).summaries)}")
+    print(f"\n{fitting(results(compare(collect([workdir]).summaries)))}")
     for job in jobs:
         if job.state == "failed":
             print(f"failed: {job.name}: {logs / job.name}.txt", file=sys.stderr)

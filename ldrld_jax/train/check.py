@@ -59,12 +59,6 @@ _MOST_SHOWN = 10  # broken images of a split
 _TIMED_SECONDS = 3.0
 
 
-class ProblemsError(RuntimeError):
-    """A run that was checked would fail; the message says for how many reasons."""
-
-    exit_code = 1
-
-
 def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> list[str]:
     """Checks what a run needs and says what it finds; trains nothing, and writes nothing to the workdir.
 

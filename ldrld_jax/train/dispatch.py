@@ -77,7 +77,7 @@ class Dispatcher:
         count = count_steps(self._run, step)
         self._tell(f"waiting for the input of step {step + 1}")
         inputs = self._inputs(step, count)
-        self._tell(f"{'' if count in self._compiled else 'compiling and '}running step {step + 1}")
+        self._tell(f"running step {step + 1}" if count in self._compiled else "compiling the train step")
         self._compiled.add(count)
         return step + count, *(self._several if count > 1 else self.one)(state, teacher, *inputs)
 

@@ -27,6 +27,7 @@ class Evaluator:
     Attributes:
       step: the program of one batch, `step(variables, batch)`.
       split: the program of a whole split, `split(variables, batches)`, `[batches, rows, ...]` each.
+      doing: what the next dispatch takes the time of, for whoever waits: "compiling the evaluation" or "evaluating".
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Evaluator:
             out_shardings=replicated(mesh),
         )
         self._stored: dict[str, jax.Array] | None = None
+        self.doing = "compiling the evaluation"
 
     def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Returns the cross-entropy in nats, and top-1 and top-5 in percent.
@@ -61,6 +63,7 @@ class Evaluator:
         total: Means = {}
         each()
         for dispatched in self._dispatches(variables):
+            self.doing = "evaluating"
             each()
             for means in by_step(dispatched):
                 total = add(total, means)

@@ -91,7 +91,12 @@ def _train(
         writers = run.given.all_writers(config, run.workdir) if first() else []
         recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, writers, **span)))
         evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
-        pause = _Pause(run, evaluate, recorder, checkpoints, signals, watchdog)
+
+        def at(doing: str) -> None:
+            watchdog.at(doing)
+            recorder.at(doing)
+
+        pause = _Pause(run, evaluate, recorder, checkpoints, signals, at)
         if restored:
             state = TrainState.from_trees(restored.trees)
             say(f"resuming the {role} at step {start} of {run.steps}")
@@ -99,7 +104,7 @@ def _train(
                 pause(start, state)
         elif (top1 := top1_of(teacher)) is not None:
             recorder.write(0, "teacher_eval", {"top1": top1})
-        frozen, advance = weights_of(teacher), dispatcher(run, step_fn, state, teacher, start, watchdog.at)
+        frozen, advance = weights_of(teacher), dispatcher(run, step_fn, state, teacher, start, at)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
         while step < run.steps:
@@ -126,7 +131,7 @@ class _Pause:
     recorder: Recorder
     checkpoints: Checkpoints
     signals: Signals
-    watchdog: Watchdog
+    at: Callable[[str], None]
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Evaluates if that is due, saves, and raises Interrupted if a signal came before the last step."""
@@ -145,7 +150,7 @@ class _Pause:
 
     def _call_back(self, step: int, state: TrainState, *, rated: bool) -> None:
         for callback in self.run.given.callbacks:
-            self.watchdog.at(f"a callback after step {step}")
+            self.at(f"a callback after step {step}")
             if rated and callback.after_evaluation is not None:
                 callback.after_evaluation(step, dict(self.recorder.last), state.evaluated)
             if callback.after_save is not None:
@@ -153,7 +158,7 @@ class _Pause:
 
     def _save(self, step: int, state: TrainState, top1: float | None) -> None:
         self.signals.in_time = True
-        self.watchdog.at(f"saving after step {step}")
+        self.at(f"saving after step {step}")
         self.recorder.flush()
         self.checkpoints.save(step, state.to_trees(), self.recorder.to_json(), top1)
 
@@ -169,7 +174,7 @@ class _Pause:
         return values["top1"]
 
     def _each_batch(self, step: int) -> None:
-        self.watchdog.at(f"evaluating after step {step}")
+        self.at(f"{self.evaluate.doing} after step {step}")
         self.signals.check()
 
 

@@ -15,7 +15,7 @@ from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, make_key
-from ldrld_jax.record.console import say
+from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
@@ -130,7 +130,13 @@ def obtain_teacher(
     if top1 is None:
         evaluate = Evaluator(teacher.network, run.eval_source, run.config, run.mesh)
         try:
-            top1 = evaluate(teacher.variables, signals.check)["top1"]
+            with waiting("evaluating the teacher") as at:
+
+                def each() -> None:
+                    signals.check()
+                    at(f"teacher: {evaluate.doing}")
+
+                top1 = evaluate(teacher.variables, each)["top1"]
         except NonFiniteError as error:
             raise UserError(f"the teacher {origin} is refused: {error}") from error
     _introduce(run, origin, top1)
@@ -156,11 +162,12 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     missing = missing_epochs(store, run.batches, config.epochs) if store else None
     if top1 is None:
         right = count = 0
-        for batch in eval_batches(run.eval_source, config.eval_batch_size, threads=config.data.threads):
-            signals.check()
-            best = np.argmax(function.of_batch(batch, classes=classes), axis=-1)
-            right += int(np.sum((best == batch["label"]) & batch["mask"]))
-            count += int(np.sum(batch["mask"]))
+        with waiting("evaluating the teacher"):
+            for batch in eval_batches(run.eval_source, config.eval_batch_size, threads=config.data.threads):
+                signals.check()
+                best = np.argmax(function.of_batch(batch, classes=classes), axis=-1)
+                right += int(np.sum((best == batch["label"]) & batch["mask"]))
+                count += int(np.sum(batch["mask"]))
         top1 = 100 * right / max(count, 1)
     _introduce(run, "on the host", top1)
     if store is None:

@@ -17,7 +17,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.data.views import View
 from ldrld_jax.files import LockedError, is_locked
-from ldrld_jax.record.console import say, summary_table
+from ldrld_jax.record.console import say, summary_table, waiting
 from ldrld_jax.record.reader import check_classes, read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.hosts import catch_signals_of_all, in_turn
@@ -300,7 +300,9 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         best = _best(config, workdir, given)
         evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
-        return evaluator(Placement(mesh, config.mesh.fsdp).put_variables(best.variables))
+        variables = Placement(mesh, config.mesh.fsdp).put_variables(best.variables)
+        with waiting(evaluator.doing) as at:
+            return evaluator(variables, lambda: at(evaluator.doing))
 
 
 def _train(
@@ -322,7 +324,8 @@ def _train(
     else:
         say(opening(run, role))
         _warn(run, [*remarks, *warnings(run)])
-        student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
+        with waiting(f"making the {role}"):
+            student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
         run.look()
         train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
         teacher = obtain_teacher(run, student[0], signals, train_teacher)

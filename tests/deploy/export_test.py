@@ -216,14 +216,17 @@ def test_any_picture_is_predicted_and_a_pattern_names_many(run, images, tmp_path
 
 # what is asked for, in a folder with a text and a copy of the export; the line
 WRONG = {
-    "nothing": ([], "--mode predict needs images: --mode predict --workdir DIR IMAGE..."),
+    "nothing": ([], "predict needs images: --workdir DIR IMAGE..."),
     "a missing file": (["{place}/x.png"], "there is no image {place}/x.png"),
-    "a folder": (["{place}"], "{place} is a folder. Name its images: {place}/*.png"),
+    "a folder": (["{place}"], "there is no image in {place}. Supported are .bmp, .gif,"),
     "a text": (["{place}/a.txt"], "{place}/a.txt is broken or no image that is known: not an image (5 bytes)"),
     "no run": (["--workdir={place}/nothing", "{place}/a.txt"], "there is no checkpoint of a run in {place}/nothing"),
     "a config": (["--config.seed=1", "{place}/a.txt"], "holds an exported student, which no config changes"),
     "another flag": (["--top=3", "{place}/a.txt"], "there is no flag '--top=3'"),
-    "processes": (["--distributed", "{place}/a.txt"], "--mode predict is one process"),
+    "processes": (
+        ["--distributed", "{place}/a.txt"],
+        "--distributed is a flag of train, eval, export",
+    ),
     "a torn program": (
         ["--workdir={place}/torn", "{place}/a.txt"],
         "student.stablehlo has changed since it was exported: its SHA-256 is not",

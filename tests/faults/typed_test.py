@@ -183,6 +183,6 @@ def test_help_says_which_config_each_mode_takes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main_lib.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--config FILE[:ARG] configs/digits.py; eval, predict, export: the workdir's own" in said
+    assert "from this Python file (default: configs/digits.py; eval, predict and export: that of the run)" in said
     with pytest.raises(UserError, match="there is no checkpoint of a run"):
         main_lib.run(*main_lib.parse(["--mode", "eval", "--workdir", str(tmp_path)]))
