@@ -127,4 +127,4 @@ def test_the_installed_script_is_this_program():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("ldrld_jax: there is no command 'xyz'. Known: train, eval, predict,")
+    assert done.stderr.startswith("ldrld_jax: there is no command 'xyz'. Known: train, check, eval,")
