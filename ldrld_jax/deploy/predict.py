@@ -63,8 +63,16 @@ def predict(
       student: from `export.student_of` or `export.read_student`.
       paths: image files in any format of `decode.FORMATS`, grey or colour.
       top: number of classes, or all if there are fewer.
+
+    Raises:
+      UserError: if the student takes no images, or tells several labels an image.
     """
     view = view_of(student.preprocessing)
+    if len(labels := student.program.out_avals[0].shape[1:-1]):
+        raise UserError(
+            f"the student tells {' x '.join(map(str, labels))} labels an image, and a prediction has one. Call its "
+            "program, as the README.md of its export shows."
+        )
     probabilities_of = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
