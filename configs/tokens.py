@@ -19,5 +19,14 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"name": f"{MODULE}:texts"})
     config.student = ConfigDict({"model": f"{MODULE}:small"})
     config.teacher = ConfigDict({"model": f"{MODULE}:large", "epochs": 4})
-    config.optim = ConfigDict({"name": "adamw", "learning_rate": 5e-3, "weight_decay": 0.01, "schedule": "cosine", "warmup": "linear", "warmup_epochs": 1})
+    config.optim = ConfigDict(
+        {
+            "name": "adamw",
+            "learning_rate": 5e-3,
+            "weight_decay": 0.01,
+            "schedule": "cosine",
+            "warmup": "linear",
+            "warmup_epochs": 1,
+        }
+    )
     return config

@@ -2,9 +2,9 @@
 
 Nothing of ldrld_jax is used here: a config names these functions as it names a user's own, `module:function`.
 
-The texts are those that Python's `help("assert")` shows, about 400,000 characters that ship with it (pydoc_data). Each
-record is a piece of one: the title as a prompt, the text after it, and padding if it ends early. The model predicts each
-next character, and the labels of prompt and padding are -1, which leaves them out of loss and metrics.
+The texts are those that Python's `help("assert")` shows, about 400,000 characters that ship with it (pydoc_data).
+Each record is a piece of one: the title as a prompt, the text after it, and padding if it ends early. The model
+predicts each next character. The labels of prompt and padding are -1, which leaves them out of loss and metrics.
 """
 
 from pydoc_data.topics import topics
