@@ -97,13 +97,13 @@ class Transformer(nnx.Module):
 
     def __init__(self, vocabulary: int, width: int, depth: int, **common):
         self.token = nnx.Embed(vocabulary, width, **common)
-        self.position = nnx.Embed(LENGTH, width, **common)
+        self.near = nnx.Conv(width, width, 4, padding="CAUSAL", **common)
         self.blocks = nnx.List(Block(width, **common) for _ in range(depth))
         self.norm = nnx.LayerNorm(width, **common)
         self.head = nnx.Linear(width, vocabulary, **common)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.token(tokens) + self.position(jnp.arange(tokens.shape[1])[None, :])
+        x = self.near(self.token(tokens))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
