@@ -28,14 +28,14 @@ Means = dict[str, Mean]
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
-    """Returns the mean of `values` `[n]` over rows where `where` `[n]` is True, in float32 (float64 for float64)."""
+    """Returns the mean of `values` `[...]` where `where` `[...]` is True, in float32 (float64 for float64)."""
     values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
     kept = jnp.ones(values.shape, bool) if where is None else where
     return Mean(jnp.sum(jnp.where(kept, values, 0)), jnp.sum(kept, dtype=values.dtype))
 
 
 def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
-    """Returns the mean of `[n]` shares or booleans, in percent; float64 under x64."""
+    """Returns the mean of `[...]` shares or booleans, in percent; float64 under x64."""
     return mean_of(100 * shares.astype(float), where)
 
 
@@ -95,18 +95,18 @@ def by_step(metrics: Packed) -> list[Means]:
 
 
 def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the value of each row at its label, `[n, C]` floats to `[n]`; NaN for a label out of range.
+    """Returns the value of each row at its label, `[..., C]` floats to `[...]`; NaN for a label out of range.
 
     Example:
       >>> at_labels(jnp.array([[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]), jnp.array([1, -1, 2])).tolist()
       [0.75, nan, nan]
     """
     labels = jnp.where(labels < 0, values.shape[-1], labels)  # negative indices would count from the end
-    return jnp.take_along_axis(values, labels[:, None], axis=-1, mode="fill")[:, 0]
+    return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="fill")[..., 0]
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Returns whether each label is among the k largest logits, `[n]` bool; ties go to the lower class.
+    """Returns whether each label `[...]` is among the k largest logits `[..., C]`; ties go to the lower class.
 
     A row with a NaN, a label out of range or a logit of the label that is not finite is never right. It counts
     the logits above the label's, which needs no sort.
@@ -115,14 +115,27 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
       >>> in_top(jnp.array([[0.1, 0.7, 0.2]]), jnp.array([2]), 2).tolist()
       [True]
     """
-    own = at_labels(logits, labels)[:, None]
-    before = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[-1])[None, :] < labels[:, None]))
-    comparable = jnp.isfinite(own[:, 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    own = at_labels(logits, labels)[..., None]
+    classes = jnp.arange(logits.shape[-1]).reshape(*(1,) * labels.ndim, -1)
+    before = (logits > own) | ((logits == own) & (classes < labels[..., None]))
+    comparable = jnp.isfinite(own[..., 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
     return (jnp.sum(before, axis=-1) < k) & comparable
 
 
 def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None = None) -> Means:
-    """Computes the cross-entropy in nats, and top-1 and top-5 in percent."""
+    """Computes the cross-entropy in nats, and top-1 and top-5 in percent, over the rows that a mask keeps.
+
+    Args:
+      logits: `[..., C]`.
+      labels: `[...]`.
+      where: `[...]` bool.
+
+    Example:
+      >>> logits = jnp.zeros((1, 3, 8)).at[0, :, 2].set(1.0)  # of a text of three tokens
+      >>> found = classification(logits, jnp.array([[2, 3, 0]]), jnp.array([[True, True, False]]))
+      >>> found["top1"].value, found["top1"].count.item()
+      (50.0, 2.0)
+    """
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     nll = -at_labels(log_p, labels)
@@ -145,10 +158,10 @@ def agreement(
     classes that are among the teacher's. `label_in_top_d`: the label is among the student's d largest.
 
     Args:
-      teacher, student: logits `[n, C]`.
-      labels: `[n]`.
-      teacher_top, student_top: `[n, C]` bool, each side's d largest classes.
-      where: `[n]` bool; rows where it is False are ignored.
+      teacher, student: logits `[..., C]`.
+      labels: `[...]`.
+      teacher_top, student_top: `[..., C]` bool, each side's d largest classes.
+      where: `[...]` bool; rows where it is False are ignored.
     """
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
     size, both = (jnp.sum(mask, axis=-1, dtype=float) for mask in (student_top, teacher_top & student_top))

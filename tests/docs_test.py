@@ -18,6 +18,7 @@ import ldrld_jax
 from ldrld_jax import cli, losses
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
+from ldrld_jax.code import is_code, load_object
 from ldrld_jax.config import describe
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
@@ -123,7 +124,8 @@ def _check_main(flags, mode=None):
     args, overrides = main_lib.parse(flags, mode)
     config = config_lib.resolve(config_lib.load(args.config or main_lib.DEFAULT_CONFIG, overrides))
     teachers = config_lib.teacher_models(config) if config_lib.method_names(config) else []
-    assert {config.student.model, *teachers} <= {*MODELS, "ema"}
+    named = {config.student.model, *teachers} - {*MODELS, "ema"}
+    assert all(is_code(name) and callable(load_object(name)) for name in named)
 
 
 class Parsed(Exception):

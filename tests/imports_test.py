@@ -17,6 +17,7 @@ ALLOWED = {
     "code": {"errors"},
     "identity": set(),
     "metrics": set(),
+    "examples": set(),
     "files": {"errors"},
     "losses": {"errors"},
     "models": {"code", "errors"},

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "experiments" / "notebooks"
-NAMES = ["the_loss", "distil_on_colab", "your_own_loop", "pytorch_teacher"]
+NAMES = ["the_loss", "distil_on_colab", "your_own_loop", "pytorch_teacher", "language_model"]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -191,3 +191,13 @@ def test_a_pytorch_teacher_comes_in_and_the_student_goes_back_with_equal_logits(
     assert max(differences) < 1e-4
     assert scores[0] > 90
     assert scores[1] == scores[2] > 80
+
+
+@pytest.mark.xdist_group("notebooks_that_train")
+def test_a_language_model_learns_from_the_texts_and_from_its_teacher(tmp_path):
+    scores = "{name: [values['ce'], values['top1']] for name, values in scores.items()}"
+    scores, text = run("language_model", f"[{scores}, written(teacher.student, 'if: ', 3)]", tmp_path)
+    assert scores.keys() == {"teacher", "kd"}
+    assert max(ce for ce, _ in scores.values()) < 4  # guessing gives 4.85
+    assert min(top1 for _, top1 in scores.values()) > 10
+    assert (text[:4], len(text)) == ("if: ", 7)

@@ -104,11 +104,11 @@ def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
     evaluator = Evaluator(network, run.eval_source, run.config, run.mesh)
     devices = run.mesh.shape["data"]
     rows = -(-run.config.eval_batch_size // devices) * devices
-    shape = (rows, *run.eval_source.image_shape)
+    shape, labels = (rows, *run.eval_source.image_shape), (rows, *run.eval_source.label_shape)
     batch = {
         "image": _struct(shape, run.eval_source.dtype, run, "data"),
-        "label": _struct(shape[:1], jnp.int32, run, "data"),
-        "mask": _struct(shape[:1], jnp.bool_, run, "data"),
+        "label": _struct(labels, jnp.int32, run, "data"),
+        "mask": _struct(labels, jnp.bool_, run, "data"),
     }
     arguments = {"variables": variables, "batch": batch}
     one = make_eval_step(network), arguments
@@ -134,22 +134,23 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     batches = run.batches
     rows = -(-batches.batch_size // batches.divisor) * batches.divisor
     views = (batches.views,) if batches.views > 1 else ()
+    labels = (rows, *batches.source.label_shape)
     batch = {
         "image": _struct((rows, *views, *batches.source.image_shape), batches.source.dtype, run, "data"),
-        "label": _struct((rows,), jnp.int32, run, "data"),
+        "label": _struct(labels, jnp.int32, run, "data"),
     }
     if batches.masked or rows != batches.batch_size:
-        batch["mask"] = _struct((rows,), jnp.bool_, run, "data")
+        batch["mask"] = _struct(labels, jnp.bool_, run, "data")
     return batch
 
 
 def _logits(run: Run) -> jax.ShapeDtypeStruct | TopLogits:
     """Returns a batch of the teacher's logits as stored, or as a teacher outside of JAX gives them."""
-    rows, classes = _batch(run)["label"].shape[0], len(run.batches.source.class_names)
+    shape = (*_batch(run)["label"].shape, len(run.batches.source.class_names))
     dtype, top_k = jnp.dtype(run.config.logits.get("dtype", "float32")), run.config.logits.get("top_k")
     if top_k is None:
-        return _struct((rows, classes), dtype, run, "data")
-    kinds = jax.eval_shape(lambda z: top_logits(z, top_k, dtype), jax.ShapeDtypeStruct((rows, classes), jnp.float32))
+        return _struct(shape, dtype, run, "data")
+    kinds = jax.eval_shape(lambda z: top_logits(z, top_k, dtype), jax.ShapeDtypeStruct(shape, jnp.float32))
     return jax.tree.map(lambda x: _struct(x.shape, x.dtype, run, "data"), kinds)
 
 

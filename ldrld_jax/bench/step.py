@@ -148,8 +148,9 @@ class _Measurement:
         parts = {"student": self._time(_Stepping(step, state, None, batch))}
         if self._teacher is not None:
             network, variables = self._teacher.network, self._variables if self._frozen is None else self._frozen
-            images = batch["image"].reshape(-1, *batch["image"].shape[-3:])  # one row per view, as in the step
-            labels = jnp.repeat(batch["label"], len(images) // len(batch["label"]))
+            shape = self._run.batches.source.image_shape
+            images = batch["image"].reshape(-1, *shape)  # one row per view, as in the step
+            labels = jnp.repeat(batch["label"], len(images) // len(batch["label"]), axis=0)
             forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
             loss, logits = jax.jit(_loss_and_gradient(self._run)), forward(variables, images)
             parts["teacher"] = self._time(lambda: forward(variables, images))

@@ -95,9 +95,9 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
         config.method, config.teacher.model = "ce", None
     for key, value in (("student.model", config.student.model), ("data.name", config.data.name)):
         if _is_own(value) and key not in named:
-            again = f"Name it again, if you trust it: --config.{key}={value}"
+            again = f"It is code of a module. Name it again, if you trust it: --config.{key}={value}"
             raise UserError(
-                f"the run in {workdir} has {key}={value}, which is not of this package. "
+                f"the run in {workdir} has {key}={value}. "
                 f"{again if is_code(value) else 'It was given in Python: use ldrld_jax.Trainer'}."
             )
 

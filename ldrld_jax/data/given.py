@@ -1,8 +1,8 @@
 """Data that are given as objects: arrays, and data sets with one example an index, of any library.
 
 An object is a data set here if it has `len(it)` and `it[i]`, which is a pair `(image, label)` or a dict with
-`image` and `label`. An image is an array, a Pillow image or an encoded file's bytes. Further attributes, all
-optional:
+`image` and `label`. An image is an array, a Pillow image or an encoded file's bytes. A label is a class, or an array of
+classes, one a token, in which -1 is left out. Further attributes, all optional:
 
 - `class_names` (or `classes`), the name of each label, or `num_classes`, their number;
 - `raw`: True if inputs go to the model as they are: token ids, spectrograms, images that are normalised already.
@@ -32,7 +32,7 @@ class ArrayRecords:
 
     Attributes:
       images: `[n, ...]`.
-      targets: `[n]` int32.
+      targets: `[n]`, or `[n, ...]` for several labels each, int32.
       title: the name in error messages.
     """
 
@@ -44,7 +44,7 @@ class ArrayRecords:
         return len(self.targets)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"image": np.asarray(self.images[i]), "label": int(self.targets[i])} for i in indices]
+        return [{"image": np.asarray(self.images[i]), "label": self.targets[i]} for i in indices]
 
     def name(self, index: int) -> str:
         return f"example {index} of the {self.title}"
@@ -96,7 +96,10 @@ class ItemRecords:
         if (own := getattr(self.items, "_fingerprint", None)) is not None:
             yield own
         else:
-            yield " ".join(str(record["label"]) for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT)))
+            yield " ".join(
+                str(np.asarray(record["label"]).tolist())
+                for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT))
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,8 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
       >>> source = as_source((np.zeros((5, 8, 8, 1), np.uint8), np.arange(5)), num_classes=10)
       >>> len(source), source.image_shape, len(source.class_names)
       (5, (8, 8, 1), 10)
+      >>> as_source((np.zeros((5, 6), np.int32), np.zeros((5, 6), int)), num_classes=50).label_shape
+      (6,)
     """
     if isinstance(data, Source):
         return data
@@ -155,14 +160,14 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
 def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str) -> Source:
     images = np.asanyarray(images)  # a memory map stays one
     labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+    if not labels.ndim or labels.dtype.kind not in "iu" or _is_one_hot(labels):
         raise UserError(
-            f"the labels of the {title} must be whole numbers [n], got {labels.dtype} {labels.shape}. One-hot labels "
-            "become such by argmax(-1)."
+            f"the labels of the {title} must be whole numbers [n], or [n, length] for one a token, got {labels.dtype} "
+            f"{labels.shape}{', one-hot' * (labels.dtype.kind in 'iu')}. One-hot labels become such by argmax(-1)."
         )
     if len(images) != len(labels) or not len(labels):
         raise UserError(f"the {title} must have a label an image, got {len(images)} images and {len(labels)} labels.")
-    if images.dtype == np.uint8 and images.ndim != 4:
+    if images.dtype == np.uint8 and images.ndim != 4 and labels.ndim == 1:
         raise UserError(
             f"the images of the {title} must be [n, height, width, channels], got {images.shape}. Add the axis that is "
             "missing: images[..., None]."
@@ -171,31 +176,43 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
         raise UserError(f"the images of the {title} must be numbers [n, ...], got {images.dtype} {images.shape}.")
     if images.dtype.kind == "f" and not all(np.isfinite(images[i]).all() for i in _spaced(len(images))):
         raise UserError(f"the images of the {title} hold numbers that are not finite. Remove those images.")
-    labels = labels.astype(np.int64)
+    several = labels.ndim > 1
+    if several and not (labels >= 0).any():
+        raise UserError(f"every label of the {title} is below 0, so that none is left. Give the classes from 0.")
     names = _class_names(None, int(labels.max()) + 1 if num_classes is None else num_classes)
-    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    bad = np.argwhere((labels < (-1 if several else 0)) | (labels >= len(names)))
     if len(bad):
         raise UserError(
-            f"label {labels[bad[0]]} of example {bad[0]} of the {title} is out of range: there are {len(names)} "
-            f"classes, from 0. Correct it and {len(bad) - 1} others, or num_classes."
+            f"label {labels[tuple(bad[0])]} of example {bad[0][0]} of the {title} is out of range: there are "
+            f"{len(names)} classes, from 0{', and -1 for a label that is left out' * several}. Correct it and "
+            f"{len(bad) - 1} others, or num_classes."
         )
     records = ArrayRecords(images, labels.astype(np.int32), title)
-    return Source(records, names, images.shape[1:], dtype=_stored_as(images.dtype))
+    raw = several and images.ndim != 4  # bytes of a text
+    dtype = _stored_as(images.dtype)
+    return Source(records, names, images.shape[1:], dtype=dtype, raw=raw, label_shape=labels.shape[1:])
+
+
+def _is_one_hot(labels: np.ndarray) -> bool:
+    """Returns whether labels `[n, C]` have a single 1 in each row, and zeros."""
+    return labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
 def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     if not len(data):
         raise UserError(f"the {title} have no examples.")
-    first = _record(data[0], f"{title}[0]")["image"]
+    first, label = (_record(data[0], f"{title}[0]")[key] for key in ("image", "label"))
     names = getattr(data, "class_names", None) or getattr(data, "classes", None)
     count = getattr(data, "num_classes", num_classes)
     if names is None and count is None:
         raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
     records = ItemRecords(data, title)
+    shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
-        return Source(records, _class_names(names, count), (None, None, 3))
+        return Source(records, _class_names(names, count), (None, None, 3), label_shape=shape)
     raw = bool(getattr(data, "raw", False))
-    return Source(records, _class_names(names, count), first.shape, dtype=_stored_as(first.dtype), raw=raw)
+    dtype = _stored_as(first.dtype)
+    return Source(records, _class_names(names, count), first.shape, dtype=dtype, raw=raw, label_shape=shape)
 
 
 def _of_hugging_face(data: Any, title: str) -> Source:
@@ -203,7 +220,7 @@ def _of_hugging_face(data: Any, title: str) -> Source:
     if not {"Image", "ClassLabel"} <= set(columns):
         raise UserError(
             f"the {title} have the columns {', '.join(data.features)}, and an Image and a ClassLabel are needed. Cast "
-            "them: dataset.cast_column(name, datasets.ClassLabel(names=...))."
+            "them: dataset.cast_column(name, datasets.ClassLabel(names=...)), or give texts as arrays (inputs, labels)."
         )
     image, label = columns["Image"], columns["ClassLabel"]
     encoded = data.cast_column(image, type(data.features[image])(decode=False))
@@ -218,9 +235,18 @@ def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, .
 def _record(item: Any, name: str) -> dict[str, Any]:
     try:
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
-        return {"image": image if isinstance(image, bytes) else _array(image), "label": int(label)}
+        return {"image": image if isinstance(image, bytes) else _array(image), "label": _label(label)}
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} must be (image, label) or a dict with both, got {type(item).__name__}.") from error
+
+
+def _label(label: Any) -> int | np.ndarray:
+    """Returns a class, or an array of them, int32."""
+    if np.ndim(label) == 0:
+        return int(label)
+    if (array := np.asarray(label)).dtype.kind not in "iu":
+        raise TypeError("labels are whole numbers")
+    return array.astype(np.int32)
 
 
 def _array(image: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
     """Selects the training records that the config's `data` block requests.
 
     First, `held_out` of each class is put aside unchanged. Of the rest, `fraction` is kept, then the tail
-    is thinned by `imbalance`, then labels are changed at `label_noise_rate`.
+    is thinned by `imbalance`, then labels are changed at `label_noise_rate`. Records with several labels each, as texts
+    have, count as one class.
 
     Args:
       records: the whole training split.
@@ -23,12 +24,20 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
       held_out: return the records put aside instead.
 
     Raises:
-      UserError: if no record is left.
+      UserError: if no record is left, or records with several labels each cannot be selected so.
     """
     noisy = data.label_noise != "none"
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
         return records  # without reading the labels
     labels = records.labels()
+    if labels.ndim > 1:
+        for key, unset in (("imbalance", 1), ("label_noise", "none")):
+            if data[key] != unset:
+                raise UserError(
+                    f"data.{key}={data[key]} goes by the one label of an image, and these records have labels of "
+                    f"shape {labels.shape[1:]}. Unset it."
+                )
+        labels, classes = np.zeros(len(labels), np.int32), 1
     aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
     if held_out:
         return Selected(records, aside)

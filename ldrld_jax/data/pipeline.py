@@ -47,8 +47,8 @@ def make_train_batches(
       UserError: if the block or the data are invalid; names the first problem.
     """
     source = open_source(data.name, data.train_split, data.data_dir, **_as_asked(data))
-    if source.raw:
-        _check_raw(source, data)
+    if source.raw or source.label_shape:
+        _check_unchanged(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
     if data.rand_augment:
@@ -64,7 +64,9 @@ def make_train_batches(
         host=host,
         hosts=hosts,
         # One program for all batches of a run: the last one of an epoch may have padding.
-        masked=data.on_error == "skip" or (data.remainder == "keep" and len(source) % batch_size != 0),
+        masked=data.on_error == "skip"
+        or bool(source.label_shape)
+        or (data.remainder == "keep" and len(source) % batch_size != 0),
         views=views,
         augment_seed=data.augment_seed,
         cycle=cycle,
@@ -102,8 +104,8 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
 
 
-def _check_raw(source: Source, data: ConfigDict) -> None:
-    """Raises a UserError if the config asks for what is done to pixels alone."""
+def _check_unchanged(source: Source, data: ConfigDict) -> None:
+    """Raises a UserError if the config asks for what is done to pixels with one label alone."""
     unset = {
         "loader": "stream",
         "augment": "pad_crop",
@@ -112,13 +114,18 @@ def _check_raw(source: Source, data: ConfigDict) -> None:
         "image_size": None,
         "mixup": 0.0,
     }
-    if len(source.image_shape) != 3:
+    if len(source.image_shape) != 3 or source.label_shape:
         unset |= {"pad": 0, "flip": False}
     for key, value in unset.items():
-        if data[key] != value:
+        if data[key] != value and source.raw:
             raise UserError(
                 f"data.{key}={data[key]} is for pixels, and the data are raw: {np.dtype(source.dtype)} of shape "
                 f"{source.image_shape}. Unset it, or give images [n, height, width, channels] uint8."
+            )
+        if data[key] != value:
+            raise UserError(
+                f"data.{key}={data[key]} is for images with one label each, and these have labels of shape "
+                f"{source.label_shape}. Unset it."
             )
 
 

@@ -1,4 +1,9 @@
-"""Sources of records: random access to images, encoded or as arrays, and their labels."""
+"""Sources of records: random access to images, encoded or as arrays, and their labels.
+
+A record has one label, or an array of them: a class for each token of a text, or for each pixel. In an array, -1 marks
+a label that is left out of loss and metrics, such as a prompt's or padding's. The loader makes the batch's mask of it,
+as it does of the -1 of a record that is skipped, so that no source needs a mask of its own beside its labels.
+"""
 
 import dataclasses
 import hashlib
@@ -19,7 +24,7 @@ logger = logging.getLogger("ldrld_jax")
 
 class Record(TypedDict):
     image: bytes | np.ndarray  # encoded, or pixels
-    label: int
+    label: int | np.ndarray
 
 
 class Records(Protocol):
@@ -34,7 +39,7 @@ class Records(Protocol):
         ...
 
     def labels(self) -> np.ndarray:
-        """Returns the labels `[n]` int32, without decoding any image."""
+        """Returns the labels `[n, ...]` int32, without decoding any image."""
         ...
 
     def listing(self) -> Iterator[str]:
@@ -58,6 +63,7 @@ class Source:
         always be skipped, unless there is nothing else.
       dtype: of an image; what is not uint8 is raw.
       raw: whether inputs go to the model as they are, and no view but the default can be taken of them.
+      label_shape: of a record's labels: () for one, `(length,)` for one a token.
     """
 
     records: Any
@@ -68,6 +74,7 @@ class Source:
     max_skipped: float = 0.05
     dtype: Any = np.uint8
     raw: bool = False
+    label_shape: tuple[int, ...] = ()
     broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
 
     def __post_init__(self) -> None:
@@ -84,19 +91,19 @@ class Source:
         return dataclasses.replace(self, records=records, view=view, image_shape=view.shape, broken=set())
 
     def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the images `[n, *image_shape]` of the source's dtype and labels `[n]` int32 at `indices`.
+        """Reads images `[n, *image_shape]` of the source's dtype and labels `[n, *label_shape]` int32 at `indices`.
 
         Args:
           indices: `[n]`.
           key: seed and epoch; together with an image's index they determine the draws of a random view.
 
         Raises:
-          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0 and its label -1.
+          UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0 and its labels are -1.
         """
         view = self.view
         records = self.records.__getitems__(indices.tolist())
         images = np.zeros((len(records), *view.shape), self.dtype)
-        labels = np.full(len(records), -1, np.int32)
+        labels = np.full((len(records), *self.label_shape), -1, np.int32)
         for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
             try:
                 label = self._checked(record["label"])
@@ -106,9 +113,17 @@ class Source:
                 self._report(index, error)
         return images, labels
 
-    def _checked(self, label: int) -> int:
-        if not 0 <= label < len(self.class_names):
-            raise BrokenImageError(f"its label is {label}, and there are {len(self.class_names)} classes")
+    def _checked(self, label: Any) -> Any:
+        classes = len(self.class_names)
+        if not self.label_shape:
+            if not 0 <= label < classes:
+                raise BrokenImageError(f"its label is {label}, and there are {classes} classes")
+            return label
+        if np.shape(label) != self.label_shape:
+            raise BrokenImageError(f"its labels have shape {np.shape(label)}, and the others {self.label_shape}")
+        bad = label[(label < -1) | (label >= classes)]
+        if bad.size:
+            raise BrokenImageError(f"a label is {bad[0]}, and there are {classes} classes, and -1 for none")
         return label
 
     def _report(self, index: int, error: BrokenImageError) -> None:
@@ -142,9 +157,9 @@ class InMemory:
     def __init__(self, source: Source):
         self.uncached = source
         self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
-        self.dtype, self.raw = source.dtype, source.raw
+        self.dtype, self.raw, self.label_shape = source.dtype, source.raw, source.label_shape
         self._images = np.zeros((len(source), *source.image_shape), source.dtype)  # pages are allocated as they fill
-        self._labels = np.zeros(len(source), np.int32)
+        self._labels = np.zeros((len(source), *source.label_shape), np.int32)
         self._known = np.zeros(len(source), bool)
         self._lock = threading.Lock()
 

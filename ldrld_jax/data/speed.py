@@ -30,7 +30,7 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
 
     Returns:
       A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read
-      and fully decoded; `augment`: read and transformed as in training, which may decode less. Then
+      and fully decoded, but for raw inputs; `augment`: read and transformed as in training, which may decode less. Then
       `pipeline`: batches as in a run, with `data.threads` threads, or from the devices.
 
     Raises:
@@ -49,8 +49,10 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
     def augment(at: np.ndarray) -> Any:
         return pad_crop_flip(source.read(at)[0], draws.at(at), pad=batches.pad)
 
-    rates = {}
-    for name, work in (("read", read), ("decode", decode), ("augment", augment)):
+    rates, works = {}, {"read": read, "decode": decode, "augment": augment}
+    if source.raw:
+        del works["decode"]
+    for name, work in works.items():
         spans = (np.take(draws.order, range(i, i + count), mode="wrap") for i in itertools.count(0, count))
         rates[name] = count * rate(lambda spans=spans, work=work: work(next(spans)), seconds)  # type: ignore[misc]
     iterator = batches.iterate(threads=data.threads)

@@ -32,6 +32,9 @@ class Readable(Protocol):
     @property
     def raw(self) -> bool: ...
 
+    @property
+    def label_shape(self) -> tuple[int, ...]: ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]: ...
@@ -52,7 +55,7 @@ class TrainBatches:
       drop_remainder: drop an epoch's last partial batch.
       divisor: batches are padded to a multiple of this, the number of devices that share them.
       host, hosts: this host's number and the number of hosts, which select the share of each batch.
-      masked: give every batch a mask, because some have padding or examples may be skipped.
+      masked: give every batch a mask, because some have padding, or examples or labels may be left out.
       views: number of augmentations of each image; if above 1, `image` is `[rows, views, ...]`.
       augment_seed: seed of crops, flips and random views, so that runs with different orders see the same images.
       cycle: number of epochs after which the augmentations repeat; None for new ones in each epoch.
@@ -148,16 +151,17 @@ class Share:
     masked: bool
 
     def batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
-        """Returns `image`, `label` and, if the whole batch may have padding, `mask`: True for real examples.
+        """Returns `image`, `label` and, if the whole batch may have padding, `mask`: True for labels that count.
 
-        A label of -1 marks a skipped example, which becomes padding.
+        A label of -1 marks a skipped example, which becomes padding, or a label of several that is left out.
         """
         missing = self.rows - len(labels)
-        batch = {
-            "image": np.pad(images, ((0, missing), *((0, 0),) * (images.ndim - 1))) if missing else images,
-            "label": np.pad(np.maximum(labels, 0), (0, missing)),
-        }
-        return batch | {"mask": np.pad(labels >= 0, (0, missing))} if self.masked else batch
+
+        def padded(x: np.ndarray) -> np.ndarray:
+            return np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
+
+        batch = {"image": padded(images), "label": padded(np.maximum(labels, 0))}
+        return batch | {"mask": padded(labels >= 0)} if self.masked else batch
 
 
 def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int, *, masked: bool = False) -> Share:

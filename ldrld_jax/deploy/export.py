@@ -40,7 +40,8 @@ class Student:
     """A student ready for deployment.
 
     Attributes:
-      program: `program.call(images)` maps images `[n, height, width, channels]` uint8 to logits `[n, C]` float32.
+      program: `program.call(images)` maps images `[n, height, width, channels]` uint8 to logits `[n, C]` float32, and
+        raw inputs `[n, ...]` in their dtype to `[n, ..., C]`.
       preprocessing: how to turn any image into such an input, see `preprocessing.describe`.
       labels: names of the C classes.
     """
@@ -83,8 +84,7 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     card = model_card(
         saved,
         read_summary(workdir, numbers=("best_top1",)),
-        shape=student.preprocessing["input"]["shape"][1:],
-        classes=len(student.labels),
+        described=student.preprocessing,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
     )
     replace_text(folder / "README.md", card)
@@ -114,7 +114,8 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
                 f"{config.student.model} cannot be traced for batches of any size: {reason}. In the model, write "
                 "x.shape[0] in place of len(x), and compare no size of a batch."
             ) from error
-    described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names))
+    shapes: dict[str, Any] = dict(dtype=source.dtype, label_shape=source.label_shape)
+    described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names), **shapes)
     return Student(program, described, tuple(source.class_names)), variables
 
 
@@ -161,10 +162,11 @@ def read_student(folder: epath.PathLike) -> Student:
             f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
             "Export it again with --mode export."
         ) from error
-    preprocessing.view_of(described)
+    if described["before"] is not None:
+        preprocessing.view_of(described)
     if described["input"]["shape"][1:] != list(shape):
         raise UserError(
-            f"{folder / _PREPROCESSING} is of another student: its images are not {shape}. Export it again."
+            f"{folder / _PREPROCESSING} is of another student: its inputs are not {shape}. Export it again."
         )
     labels, classes = described["labels"], program.out_avals[0].shape[-1]
     if not isinstance(labels, list) or len(labels) != classes:

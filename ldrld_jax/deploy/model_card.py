@@ -1,7 +1,6 @@
 """Writes the model card of an exported student: its data, training and accuracy."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -22,17 +21,18 @@ _UNKNOWN = "not known to this software"
 
 
 def model_card(
-    config: dict[str, Any], summary: dict[str, Any] | None, *, shape: Sequence[int], classes: int, parameters: int
+    config: dict[str, Any], summary: dict[str, Any] | None, *, described: dict[str, Any], parameters: int
 ) -> str:
     """Returns the model card in Markdown, with the YAML header that model hubs read.
 
     Args:
       config: the run's resolved config, as in its config.json.
       summary: the content of its summary.json; None for a run that has not ended.
-      shape: height, width and channels of an image.
-      classes: number of classes.
+      described: the content of preprocessing.json.
       parameters: number of trained parameters of the student.
     """
+    shape, (*labels, classes) = described["input"]["shape"][1:], described["output"]["shape"][1:]
+    raw, dtype = described["before"] is None, described["input"]["dtype"]
     title = f"{config['student']['model']} on {config['data']['name']}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
@@ -48,9 +48,11 @@ def model_card(
         "made by": ", ".join(f"{package.__name__} {package.__version__}" for package in (ldrld_jax, jax, flax)),
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
-    height, width, channels = shape
+    task, each = ("other", "label") if raw or labels else ("image-classification", "image, whatever it shows")
+    takes = "inputs as they are" if raw else "images and normalises the pixels itself"
+    predict = "\n`python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps."
     return f"""---
-{_header(config, summary, title)}
+{_header(config, summary, title, task)}
 ---
 
 # {title}
@@ -61,7 +63,7 @@ def model_card(
 
 The files hold the epoch with the best top-1 of all evaluated epochs. That epoch was selected on the same images that
 its accuracy is measured on; the last epoch's accuracy has no such selection. The student names one of the {classes}
-classes for every image, whatever it shows.
+classes for every {each}.
 
 ## Use
 
@@ -72,12 +74,12 @@ from jax import export
 
 student = export.deserialize(bytearray(Path("student.stablehlo").read_bytes()))
 labels = Path("labels.txt").read_text().splitlines()
-images = np.zeros((1, {height}, {width}, {channels}), np.uint8)  # yours, made as preprocessing.json says
-print([labels[i] for i in np.asarray(student.call(images)).argmax(axis=-1)])
+images = np.zeros((1, {", ".join(map(str, shape))}), np.{dtype})  # yours, made as preprocessing.json says
+print([labels[i] for i in np.asarray(student.call(images)).argmax(axis=-1).ravel()])
 ```
 
-The program needs jax, numpy and flatbuffers. It takes any number of images, normalises the pixels itself, and runs on
-a CPU, a CUDA GPU or a TPU. `python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps.
+The program needs jax, numpy and flatbuffers. It takes any number of {takes}, and runs on a CPU, a CUDA GPU or a
+TPU.{"" if task == "other" else predict}
 
 `student.stablehlo` is a program: run it only if you trust its source. JAX promises to run it with versions up to six
 months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently, as a
@@ -85,11 +87,11 @@ PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` 
 """
 
 
-def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str) -> str:
+def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str, task: str) -> str:
     """Returns the YAML header; its values are written as JSON, which is valid YAML."""
     header: dict[str, Any] = {
         "library_name": "jax",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": task,
         "license": "unknown",
         "datasets": [config["data"]["name"]],
         "metrics": ["accuracy"],
@@ -102,7 +104,7 @@ def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str) 
             for name in ("top1", "top5")
         ]
         data = {"type": config["data"]["name"], "name": config["data"]["name"], "split": _evaluated_on(config["data"])}
-        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": metrics}
+        result = {"task": {"type": task}, "dataset": data, "metrics": metrics}
         header["model-index"] = [{"name": title, "results": [result]}]
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
 

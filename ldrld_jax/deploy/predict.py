@@ -99,8 +99,16 @@ def predict(student: Student, paths: Sequence[str], top: int = 5) -> Iterator[tu
       student: from `export.student_of` or `export.read_student`.
       paths: image files in any format of `decode.FORMATS`, grey or colour; at least one.
       top: number of classes, or all if there are fewer.
+
+    Raises:
+      UserError: if the student takes no images, or tells several labels an image.
     """
     view, rows = view_of(student.preprocessing), min(_BATCH, len(paths))
+    if len(labels := student.program.out_avals[0].shape[1:-1]):
+        raise UserError(
+            f"the student tells {' x '.join(map(str, labels))} labels an image, and a prediction has one. Call its "
+            "program, as the README.md of its export shows."
+        )
     probabilities = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
     pending = None
     with ThreadPoolExecutor() as pool:

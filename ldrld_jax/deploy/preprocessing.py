@@ -2,30 +2,40 @@
 
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from ldrld_jax.data.views import CentreCrop, Fitted, Shape, View
+from ldrld_jax.data.views import CentreCrop, Fitted, View
 from ldrld_jax.errors import UserError
 from ldrld_jax.train.step import Network
 
 
-def describe(network: Network, data: ConfigDict, shape: Shape, classes: int) -> dict[str, Any]:
+def describe(
+    network: Network, data: ConfigDict, shape: Any, classes: int, *, dtype: Any = np.uint8, label_shape: Any = ()
+) -> dict[str, Any]:
     """Returns the content of preprocessing.json.
 
     Args:
       network: the student, whose normalisation and resize are part of the exported function.
       data: the `data` block of the run's config, which defines the evaluation view of an image.
-      shape: height, width and channels of the function's input images.
+      shape: of the function's inputs: height, width and channels of an image.
       classes: number of classes.
+      dtype: of the inputs.
+      label_shape: of an input's labels, see `data.source.Source`.
 
     Returns:
       A dict. `input` and `output` are the function's signature, `before` lists in order the operations that turn
-      an image into an input, and `inside` lists the operations that the function itself applies first.
+      an image into an input, and `inside` lists the operations that the function itself applies first. Both are None
+      for raw inputs.
     """
+    output = {"dtype": "float32", "shape": ["batch", *label_shape, classes], "values": "logits"}
+    if network.raw:
+        described = {"dtype": np.dtype(dtype).name, "shape": ["batch", *shape]}
+        return {"input": described, "output": output, "before": None, "inside": None}
     height, width, channels = shape
     return {
         "input": {"dtype": "uint8", "shape": ["batch", *shape], "colours": {1: "grey", 3: "RGB"}[channels]},
-        "output": {"dtype": "float32", "shape": ["batch", classes], "values": "logits"},
+        "output": output,
         "before": {
             "turn_as_exif_says": data.exif,
             "transparent_on": "white",
@@ -47,7 +57,7 @@ def view_of(preprocessing: dict[str, Any]) -> View:
     """Returns the view that applies the operations of `before`.
 
     Raises:
-      UserError: if they are no such operations.
+      UserError: if they are no such operations, or the student takes raw inputs.
 
     Example:
       >>> before = {"turn_as_exif_says": True, "resize_shorter_side": 256}
@@ -55,8 +65,13 @@ def view_of(preprocessing: dict[str, Any]) -> View:
       CentreCrop(resize=256, size=224, channels=3, exif=True)
     """
     try:
-        _, height, width, channels = preprocessing["input"]["shape"]
-        before = preprocessing["before"]
+        before, shape = preprocessing["before"], preprocessing["input"]["shape"]
+        if before is None:
+            raise UserError(
+                f"the student takes {preprocessing['input']['dtype']} inputs [{', '.join(map(str, shape))}] as they "
+                "are, and no image files. Call its program, as the README.md of its export shows."
+            )
+        _, height, width, channels = shape
         side, exif = before["resize_shorter_side"], before["turn_as_exif_says"]
         sizes = [height, width, channels, *([] if side is None else [side])]
         if not all(type(size) is int and 0 < size < 2**16 for size in sizes) or type(exif) is not bool:

@@ -18,9 +18,10 @@ class HostTeacher:
     """A teacher in any framework: a function that runs on the host, a batch ahead of the train step.
 
     Attributes:
-      function: `function(images)` returns logits `[n, C]`, an array or whatever NumPy converts (a CPU tensor of
-        PyTorch). Images are the augmented batch as the student sees it before normalisation: the source's dtype, uint8
-        for pixels, `[n, height, width, channels]`; padding is left out. It is called in one thread at a time.
+      function: `function(images)` returns logits `[n, C]`, or `[n, ..., C]` for data with several labels an example, as
+        an array or whatever NumPy converts (a CPU tensor of PyTorch). Images are the augmented batch as the student
+        sees it before normalisation: the source's dtype, uint8 for pixels, `[n, height, width, channels]`; padding is
+        left out. It is called in one thread at a time.
       name: for a logit store, in which other logits must have another name; also shown in a run's record.
       mean, std: if given, images are float32 and normalised with them: pixels scaled to 0..1, minus `mean`, divided by
         `std`, per channel.
@@ -36,8 +37,8 @@ class HostTeacher:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def __call__(self, images: np.ndarray, *, classes: int) -> np.ndarray:
-        """Returns logits `[n, classes]` float32.
+    def __call__(self, images: np.ndarray, *, classes: int, label_shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Returns logits `[n, *label_shape, classes]` float32.
 
         Raises:
           UserError: if the function returns another shape, or a number that is not finite.
@@ -46,10 +47,11 @@ class HostTeacher:
             mean, std = (np.asarray(values, np.float32) for values in (self.mean or (0.0,), self.std or (1.0,)))
             images = (images.astype(np.float32) / 255 - mean) / std
         logits = np.asarray(self.function(images), np.float32)
-        if logits.shape != (len(images), classes):
+        wanted = (len(images), *label_shape, classes)
+        if logits.shape != wanted:
             raise UserError(
                 f"the teacher {self.shown} returns {logits.shape} for {len(images)} images of {classes} classes, and "
-                f"must return logits {(len(images), classes)}."
+                f"must return logits {wanted}."
             )
         if not np.isfinite(logits).all():
             raise UserError(f"a logit of the teacher {self.shown} is not finite. Look at its weights and its images.")
@@ -61,19 +63,19 @@ class HostTeacher:
         name = str(self.name or getattr(self.function, "__name__", type(self.function).__name__))
         return "function" if name == "<lambda>" else name
 
-    def of_batch(self, batch: Batch, *, classes: int, views: int = 1) -> np.ndarray:
-        """Returns the logits of a batch, `[rows, C]` or `[rows, views, C]` if there are several, 0 for padding."""
+    def of_batch(self, batch: Batch, *, classes: int, views: int = 1, label_shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Returns the logits of a batch, `[rows, *label_shape, C]`, 0 for padding; of several `[rows, views, ...]`."""
         images = batch["image"]
         lead = images.shape[: 2 if views > 1 else 1]
-        logits = np.zeros((*lead, classes), np.float32)
-        kept = batch["mask"] if "mask" in batch else np.ones(len(images), bool)
+        logits = np.zeros((*lead, *label_shape, classes), np.float32)
+        counted = batch["mask"] if "mask" in batch else np.ones(len(images), bool)
+        kept = np.any(counted, axis=tuple(range(1, counted.ndim)))
         if kept.any():
-            rows = images[kept]
-            flat = rows.reshape(-1, *images.shape[len(lead) :])
-            logits[kept] = self(flat, classes=classes).reshape(*rows.shape[: len(lead)], classes)
+            flat = images[kept].reshape(-1, *images.shape[len(lead) :])
+            logits[kept] = self(flat, classes=classes, label_shape=label_shape).reshape(-1, *logits.shape[1:])
         return logits
 
-    def beside(self, batches: Iterable[Batch], **shape: int) -> Iterator[Batch]:
+    def beside(self, batches: Iterable[Batch], **shape: Any) -> Iterator[Batch]:
         """Yields the batches with their `teacher_logits`, see `of_batch`, computed by a thread one batch ahead."""
         with concurrent.futures.ThreadPoolExecutor(1, "teacher") as thread:
             ahead = None
@@ -91,7 +93,7 @@ class LogitsFile:
     """Logits that were computed elsewhere, in the order of the training images; it reads like a logit store.
 
     Attributes:
-      logits: `[views, n, C]`; epoch e takes view e % views.
+      logits: `[views, n, C]`, or `[views, n, ..., C]` for several labels an example; epoch e takes view e % views.
       path: of the file, for messages.
     """
 
@@ -99,18 +101,25 @@ class LogitsFile:
     path: str
 
     @classmethod
-    def open(cls, path: str, *, images: int, classes: int) -> "LogitsFile":
-        """Opens a file of logits `[n, C]` or `[views, n, C]`: .npy, .safetensors with one array, or a zarr folder.
+    def open(cls, path: str, *, images: int, classes: int, label_shape: tuple[int, ...] = ()) -> "LogitsFile":
+        """Opens a file of logits `[n, *label_shape, C]`, or of `[views, n, *label_shape, C]`.
+
+        Args:
+          path: .npy, .safetensors with one array, or a zarr folder.
+          images: n.
+          classes: C.
+          label_shape: see `data.source.Source`.
 
         Raises:
           UserError: if it cannot be read, or is of other images or classes.
         """
-        logits = _read(path)
-        logits = logits[None] if logits.ndim == 2 else logits
-        if logits.ndim != 3 or logits.shape[1:] != (images, classes) or logits.dtype.kind not in "fV":
+        logits, wanted = _read(path), (images, *label_shape, classes)
+        logits = logits[None] if logits.ndim == len(wanted) else logits
+        if logits.shape[1:] != wanted or logits.dtype.kind not in "fV":
+            shown = ", ".join(map(str, wanted))
             raise UserError(
-                f"{path} holds {logits.dtype} {logits.shape}, and the training images need logits [{images}, "
-                f"{classes}] or [views, {images}, {classes}], in the order of the data set."
+                f"{path} holds {logits.dtype} {logits.shape}, and the training images need logits [{shown}] or "
+                f"[views, {shown}], in the order of the data set."
             )
         return cls(logits, path)
 
@@ -122,7 +131,7 @@ class LogitsFile:
         return True
 
     def read(self, epoch: int) -> np.ndarray:
-        """Returns the logits `[n, C]` float32 of an epoch.
+        """Returns the logits `[n, *label_shape, C]` float32 of an epoch.
 
         Raises:
           UserError: if one is not finite.

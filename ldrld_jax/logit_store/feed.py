@@ -53,7 +53,7 @@ def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int
 
 
 class LogitFeed:
-    """Source of the `teacher_logits` for the batches of a run: `[n, C]` in the store's dtype, or `TopLogits`.
+    """Source of the `teacher_logits` for the batches of a run: `[n, ..., C]` in the store's dtype, or `TopLogits`.
 
     The teacher runs in its own program, so that runs that write a store and runs that read it train with the same
     step: their losses are bitwise equal.

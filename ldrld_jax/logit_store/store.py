@@ -1,13 +1,15 @@
 """Stores a teacher's logits on disk for every image and augmentation epoch, with a key that identifies them.
 
-`DIR/key.json` is the key. `DIR/00007` is a zarr array `[examples, classes]` for the images as augmented in epoch 7,
-and `DIR/00007/whole` appears once the array is complete. With `logits.top_k` there are three arrays in its place,
-`values`, `classes` and `rest`, see `TopLogits`. Any zarr reader opens the arrays.
+`DIR/key.json` is the key. `DIR/00007` is a zarr array `[examples, classes]` for the images as augmented in epoch 7, or
+`[examples, ..., classes]` for several labels an example, and `DIR/00007/whole` appears once the array is complete. With
+`logits.top_k` there are three arrays in its place, `values`, `classes` and `rest`, see `TopLogits`. Any zarr reader
+opens the arrays.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -100,6 +102,7 @@ def make_key(
     classes: int,
     records: Any,
     augment_seed: int,
+    label_shape: tuple[int, ...] = (),
     networks: Sequence[Any] = (),
     weights: Sequence[Any] = (),
     name: str | None = None,
@@ -111,6 +114,7 @@ def make_key(
       classes: number of classes.
       records: the training set, see `data.source.Records`.
       augment_seed: seed of the crops, mirrors and random views.
+      label_shape: of an example's labels, see `data.source.Source`.
       networks: the teacher's networks, several for an ensemble.
       weights: the weights of each network.
       name: of a teacher that is no network of ours.
@@ -128,6 +132,8 @@ def make_key(
     data |= {"records": len(records), "images": checksum_of_images(records)}
     key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
     key["top_k"] = config.logits.top_k
+    if label_shape:
+        key["label_shape"] = label_shape
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
@@ -190,13 +196,13 @@ class LogitStore:
 
     def empty(self) -> Logits:
         """Returns zeros in the form in which an epoch is stored."""
-        examples, classes = self.key["data"]["records"], self.key["classes"]
+        classes, rows = self.key["classes"], (self.key["data"]["records"], *self.key.get("label_shape", ()))
         if self.top_k is None:
-            return np.zeros((examples, classes), self.dtype)
+            return np.zeros((*rows, classes), self.dtype)
         return TopLogits(
-            np.zeros((examples, self.top_k), self.dtype),
-            np.zeros((examples, self.top_k), class_dtype(classes)),
-            np.zeros(examples, np.float32),
+            np.zeros((*rows, self.top_k), self.dtype),
+            np.zeros((*rows, self.top_k), class_dtype(classes)),
+            np.zeros(rows, np.float32),
             classes,
         )
 
@@ -207,7 +213,9 @@ class LogitStore:
     def describe(self, epochs: int) -> str:
         """Returns the size of `epochs` epochs as readable text."""
         examples, classes, size = self.key["data"]["records"], self.key["classes"], self.bytes_per_epoch
-        each = f"{classes:,} classes x {self.dtype.itemsize} bytes"
+        shape = self.key.get("label_shape", ())
+        labels = f"{math.prod(shape):,} labels x " if shape else ""
+        each = f"{labels}{classes:,} classes x {self.dtype.itemsize} bytes"
         if self.top_k is not None:
             each = f"{size // examples:,} bytes (the {self.top_k:,} largest of {classes:,} classes)"
         return f"{human_bytes(size * epochs)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {each}"

@@ -29,7 +29,7 @@ class TopLogits:
     total: int = dataclasses.field(metadata={"static": True})
 
     def dense(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        r"""Returns rows `[n, C]`: the K logits in their places, and in the others the rest spread evenly.
+        r"""Returns rows `[..., C]`: the K logits in their places, and in the others the rest spread evenly.
 
         .. math:: z_c = \mathrm{rest} - \log(C - K)
 
@@ -45,9 +45,9 @@ class TopLogits:
           ['0.167', '0.500', '0.167', '0.167']
         """
         each = self.rest.astype(dtype) - np.asarray(np.log(self.total - self.values.shape[-1]), dtype)
-        rows = jnp.broadcast_to(each[:, None], (len(each), self.total))
+        rows = jnp.broadcast_to(each[..., None], (*each.shape, self.total))
         # Under vmap, so that no row of a batch that is split over devices is gathered.
-        put = jax.vmap(lambda row, classes, values: row.at[classes].set(values))
+        put = jnp.vectorize(lambda row, classes, values: row.at[classes].set(values), signature="(c),(k),(k)->(c)")
         return put(rows, self.classes.astype(jnp.int32), self.values.astype(dtype))
 
 
@@ -57,14 +57,15 @@ def class_dtype(classes: int) -> np.dtype:
 
 
 def top_logits(logits: jax.Array, count: int, dtype: jax.typing.DTypeLike) -> TopLogits:
-    """Selects the `count` largest of each row of logits `[n, C]`, rounded to `dtype`; `count` < C.
+    """Selects the `count` largest of each row of logits `[..., C]`, rounded to `dtype`; `count` < C.
 
     The rest is the log-sum-exp of the other logits as rounded to `dtype`, so that rows with and without the
     selection have the same softmax up to the spread of the rest.
     """
     logits = logits.astype(dtype)
     values, classes = jax.lax.top_k(logits, count)
-    others = jax.vmap(lambda row, classes: row.at[classes].set(-jnp.inf, unique_indices=True))(logits, classes)
+    ruled_out = lambda row, classes: row.at[classes].set(-jnp.inf, unique_indices=True)  # noqa: E731
+    others = jnp.vectorize(ruled_out, signature="(c),(k)->(c)")(logits, classes)
     rest = jax.nn.logsumexp(others.astype(jnp.float32), axis=-1)
     total = logits.shape[-1]
     return TopLogits(values, classes.astype(class_dtype(total)), rest, total)

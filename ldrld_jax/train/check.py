@@ -178,13 +178,13 @@ class _Check:
         broken = list[str]()
 
         def read(start: int) -> np.ndarray:
-            labels = []
+            labels = [np.zeros(0, int)]
             for index in range(start, min(start + _AT_ONCE, len(sample))):
                 try:
-                    labels += sample.read(np.array([index]), (self._run.config.seed, 0))[1].tolist()
+                    labels.append(sample.read(np.array([index]), (self._run.config.seed, 0))[1].ravel())
                 except UserError as error:
                     broken.append(str(error))
-            return np.array(labels, int)
+            return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]
         bar, pool = ProgressBar(0, len(sample), f"{split} images", unit="image"), ThreadPoolExecutor(data.threads)
@@ -196,13 +196,14 @@ class _Check:
         finally:
             pool.shutdown(cancel_futures=True)
             bar.close()
-        counts = np.bincount(np.concatenate(labels), minlength=len(names))
+        told = np.concatenate(labels)
+        counts = np.bincount(told[told >= 0], minlength=len(names))  # a token whose label is -1 is left out
         left_out = "".join(f", {count:,} left out by the data block" for count in _left_out(source))
         say(
             f"images    {split}: {len(sample):,} of {whole:,} decoded{left_out}; {counts.min():,} to {counts.max():,} "
             f"of each of {len(names)} classes; {len(broken)} broken"
         )
-        if len(sample) == whole and (missing := np.flatnonzero(counts == 0).tolist()):
+        if len(sample) == whole and not sample.label_shape and (missing := np.flatnonzero(counts == 0).tolist()):
             self._warnings[no_images("to evaluate on" if split == "evaluation" else "to train on", missing, names)] = (
                 None
             )

@@ -63,8 +63,9 @@ class Dispatcher:
             endless = run.batches.iterate(start, threads=run.config.data.threads)
             made: Iterator[Any] = itertools.islice(endless, run.steps - start)
             if host_teacher is not None:
-                classes = len(run.batches.source.class_names)
-                made = host_teacher.beside(made, classes=classes, views=run.batches.views)
+                source = run.batches.source
+                shape = dict(classes=len(source.class_names), label_shape=source.label_shape)
+                made = host_teacher.beside(made, views=run.batches.views, **shape)
             batches = to_devices(watched(made), run.mesh)
             self._batch = lambda step: next(batches)
 

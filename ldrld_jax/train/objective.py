@@ -96,11 +96,11 @@ class Objective:
         `ce_term`: smoothed and blended, it is not the `ce` of an evaluation.
 
         Args:
-          teacher_logits: `[n, C]`; None without methods.
-          student_logits: `[n, C]`.
-          labels: `[n]`.
+          teacher_logits: `[n, ..., C]`; None without methods.
+          student_logits: `[n, ..., C]`.
+          labels: `[n, ...]`.
           epoch: from 1.
-          where: `[n]` bool; rows left out count in nothing.
+          where: `[n, ...]` bool; rows left out count in nothing.
           second: for blended images, the labels `[n]` of the other image and its share, a scalar. The
             cross-entropy is blended with the same share; the methods use `labels` alone.
           method_params: the parameters that methods learn, by method.
@@ -152,10 +152,10 @@ def cross_entropy(
     .. math:: -(1 - s) \log p_y - \frac{s}{C} \sum_c \log p_c
 
     Args:
-      logits: `[n, C]`, any float dtype; computed in float32 at least.
-      labels: `[n]` integers; one out of range that `where` keeps makes the mean NaN.
+      logits: `[..., C]`, any float dtype; computed in float32 at least.
+      labels: `[...]` integers; one out of range that `where` keeps makes the mean NaN.
       smoothing: s, 0 <= s < 1.
-      where: `[n]` bool; the mean is taken over the rows it keeps.
+      where: `[...]` bool; the mean is taken over the rows it keeps.
 
     Example:
       >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))), 4)
@@ -216,16 +216,19 @@ def _schedules(config: ConfigDict, methods: Mapping[str, Term]) -> dict[str, Sch
     return schedules
 
 
-def check_classes(objective: Objective, classes: int, *, padded: bool = False) -> None:
+def check_classes(
+    objective: Objective, classes: int, *, label_shape: tuple[int, ...] = (), padded: bool = False
+) -> None:
     """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth.
 
     Args:
       objective: of the run.
       classes: C.
+      label_shape: of an example's labels, see `Source`.
       padded: whether batches have padding, which a user's own loss may not know to leave out.
     """
-    rows = 2 * objective.views
-    logits, labels = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    rows = 2 * objective.views, *label_shape
+    logits, labels = jax.ShapeDtypeStruct((*rows, classes), jnp.float32), jax.ShapeDtypeStruct(rows, jnp.int32)
     try:
         jax.eval_shape(
             lambda z, y: objective(

@@ -26,11 +26,11 @@ def opening(run: Run, role: str) -> str:
     config, source, data = run.config, run.batches.source, run.config.data
     evaluated = f"{data.held_out:g} of {data.train_split}" if data.held_out else data.eval_split
     shape = " x ".join(map(str, source.image_shape))
-    devices = run.mesh.devices
+    devices, kind = run.mesh.devices, _kind(source)
     origin = "given in Python" if run.given.train is not None else f"from {data.data_dir or 'the default folder'}"
     rate = "a learning rate of its own" if run.given.optimizer is not None else f"learning rate {_rate(config.optim)}"
     facts = {
-        "data": f"{data.name} {origin}: {len(source):,} training images "
+        "data": f"{data.name} {origin}: {len(source):,} training {kind}s "
         f"({data.train_split}), {len(run.eval_source):,} to evaluate on ({evaluated}), {len(source.class_names)} "
         f"classes, {shape}",
         "models": "; ".join(
@@ -56,7 +56,11 @@ def _cost(run: Run, role: str, model: str, data: ConfigDict) -> str:
     source = run.batches.source
     count = _count if model in run.given.models else _counted
     parameters, forward = count(run.networks, model, tuple(source.image_shape), source.dtype, data.image_size)
-    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs an image"
+    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs an {_kind(source)}"
+
+
+def _kind(source: Any) -> str:
+    return "example" if source.raw else "image"
 
 
 def _count(networks: Networks, model: str, shape: tuple[int, ...], dtype: Any, size: int | None) -> tuple[int, int]:
@@ -103,8 +107,13 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
 
 
 def _not_evaluated(run: Run) -> list[int]:
-    """Returns the classes without an image in the evaluation split, if that is known without reading many of them."""
+    """Returns the classes without an image in the evaluation split, if that is known without reading many of them.
+
+    Of several labels an example, as tokens of a vocabulary, many may be rare.
+    """
     source: Any = run.eval_source
+    if source.label_shape:
+        return []
     records: Any = getattr(getattr(source, "uncached", source), "records", None)
     if not isinstance(source, InMemory) and not isinstance(records, FolderRecords):
         return []

@@ -86,12 +86,13 @@ class Run:
         given.check_writers(config)
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         padded = batches.masked or config.batch_size % batches.divisor != 0
-        check_classes(objective, len(batches.source.class_names), padded=padded)
-        logit_store.check_classes(config, len(batches.source.class_names))
+        source = batches.source
+        check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=padded)
+        logit_store.check_classes(config, len(source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
         run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
-        if config.student.model in given.models or is_code(config.student.model):
+        if config.student.model in given.models or is_code(config.student.model) or source.label_shape:
             run.check_model(config.student.model, network, variables)
         return run
 
@@ -113,10 +114,10 @@ class Run:
         return Networks.of(self.batches.source, self.config.precision, self.given.models)
 
     def check_model(self, name: str, network: Network, variables: Variables) -> None:
-        """Traces a model of a user on the shape of the data.
+        """Traces a model on the shape of the data.
 
         Raises:
-          UserError: if it fails there, or returns anything but logits `[n, C]`.
+          UserError: if it fails there, or returns anything but logits `[n, C]`, `[n, ..., C]` for several labels each.
         """
         source = self.batches.source
         images = jax.ShapeDtypeStruct((2, *source.image_shape), source.dtype)
@@ -126,10 +127,12 @@ class Run:
             raise UserError(
                 f"the model {name} fails on images {images.shape} {images.dtype}: {' '.join(str(error).split())}"
             ) from error
-        if getattr(logits, "shape", None) != (2, len(source.class_names)):
+        classes, labels = len(source.class_names), f" and labels [n, {', '.join(map(str, source.label_shape))}]"
+        if getattr(logits, "shape", None) != (2, *source.label_shape, classes):
             raise UserError(
                 f"the model {name} returns {getattr(logits, 'shape', type(logits).__name__)} for 2 images, and must "
-                f"return logits {(2, len(source.class_names))}: the data have {len(source.class_names)} classes."
+                f"return logits {(2, *source.label_shape, classes)}: the data have {classes} classes"
+                f"{labels if source.label_shape else ''}."
             )
 
     @functools.cached_property

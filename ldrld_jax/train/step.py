@@ -19,7 +19,7 @@ from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
 Batch = Mapping[str, jax.Array]
 Metric = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
-"""`metric(logits, labels, where)` returns a number for each row, `[n]`; the mean is taken over the rows kept."""
+"""`metric(logits, labels, where)` returns a number for each label, `[n, ...]`; the mean is taken over those kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Network:
         where: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Tree]:
-        """Returns logits `[n, C]` of images `[n, height, width, channels]` in 0..255, and the new batch statistics."""
+        """Returns logits `[n, C]` of images `[n, height, width, channels]` in 0..255, and the new batch statistics.
+
+        Raw inputs are `[n, ...]`, and logits of several labels an example `[n, ..., C]`.
+        """
         x = images if self.raw else self._normalised(images)
         return self.apply(variables.params, variables.batch_stats, x, train=train, where=where, key=key)
 
@@ -79,7 +82,7 @@ class Ensemble:
     def __call__(
         self, variables: tuple[Variables, ...], images: jax.Array, *, train: bool, where: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
-        """Returns logits `[n, C]`, float32 at least, and no statistics."""
+        """Returns logits as `Network` does, float32 at least, and no statistics."""
         outputs = [n(v, images, train=train, where=where)[0] for n, v in zip(self.networks, variables, strict=True)]
         logits = jnp.stack([at_least_float32(output) for output in outputs])
         if self.average == "probabilities":
@@ -145,6 +148,10 @@ def make_train_step(
     variables of None stand for the moving average of the student's. A batch may bring `teacher_logits`
     `[n, C]`, or the largest of them, `TopLogits`; then no teacher is run.
 
+    With several labels an example, `label` and `mask` are `[n, ...]` and logits `[n, ..., C]`. Loss, gradient and
+    metrics are means over the labels kept of the whole batch, however they are spread over its examples, devices and
+    microbatches. The model gets the mask `[n]` of the examples with a label that is kept.
+
     Args:
       student: the network to train.
       teacher: evaluated only; None for plain training.
@@ -181,6 +188,7 @@ def make_train_step(
         def gradients_of(batch: Batch, key: jax.Array | None) -> tuple[Tree, Tree, Means]:
             rows = _rows(batch, objective.views)
             images, labels, where = rows["image"], rows["label"], rows.get("mask")
+            examples = None if where is None else jnp.any(where, axis=tuple(range(1, where.ndim)))
             teacher_logits: Any = rows.get("teacher_logits")
             if teacher_logits is not None:
                 dtype = jnp.float64 if student.dtype == jnp.float64 else jnp.float32
@@ -191,7 +199,7 @@ def make_train_step(
 
             def loss_of(params):
                 params, method_params = params
-                logits, batch_stats = forward(params, state.student.batch_stats, images, where, key)
+                logits, batch_stats = forward(params, state.student.batch_stats, images, examples, key)
                 loss, terms = objective(
                     teacher_logits,
                     logits,
@@ -250,18 +258,18 @@ def _accumulated(
     accumulate: int,
     unroll: bool,
 ) -> tuple[Tree, Tree, Means]:
-    """Runs `gradients_of` on each microbatch; returns means over all examples, and the sums of the metrics."""
+    """Runs `gradients_of` on each microbatch; returns means over all labels kept, and the sums of the metrics."""
     # Strided, not in blocks: a batch that is split over devices is then split alike in each microbatch.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
     keys = None if key is None else jax.random.split(key, accumulate)
     rows = batch["label"].shape[0]
-    examples = rows if "mask" not in batch else jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.int32), 1)
+    kept = rows if "mask" not in batch else jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.int32), 1)
 
     def body(total: Tree, microbatch: tuple[Batch, jax.Array | None]) -> tuple[Tree, Means]:
         batch, key = microbatch
         gradients, batch_stats, metrics = gradients_of(batch, key)
         own = rows // accumulate if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
-        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / examples)  # noqa: E731
+        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / kept)  # noqa: E731
         return jax.tree.map(add, total, (gradients, batch_stats)), metrics
 
     shapes = jax.eval_shape(gradients_of, *jax.tree.map(lambda x: x[0], (micro, keys)))[:2]

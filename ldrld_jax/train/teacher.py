@@ -156,7 +156,8 @@ def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
 
 def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
     """Returns a teacher that runs on the host, or the store of its logits, after measuring it."""
-    config, classes = run.config, len(run.batches.source.class_names)
+    config, source = run.config, run.batches.source
+    shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
     store = open_store(run, function) if config.logits else None
     top1 = store.teacher_top1(config.data.eval_split) if store else None
     missing = missing_epochs(store, run.batches, config.epochs) if store else None
@@ -165,7 +166,7 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
         with waiting("evaluating the teacher"):
             for batch in eval_batches(run.eval_source, config.eval_batch_size, threads=config.data.threads):
                 signals.check()
-                best = np.argmax(function.of_batch(batch, classes=classes), axis=-1)
+                best = np.argmax(function.of_batch(batch, **shape), axis=-1)
                 right += int(np.sum((best == batch["label"]) & batch["mask"]))
                 count += int(np.sum(batch["mask"]))
         top1 = 100 * right / max(count, 1)
@@ -175,7 +176,7 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     program = teacher_program(lambda _, logits, train: (logits, ()), store.dtype, run.mesh, store.top_k)
 
     def teach(images: jax.Array) -> Any:
-        logits = function.of_batch({"image": np.asarray(images)}, classes=classes)
+        logits = function.of_batch({"image": np.asarray(images)}, **shape)
         return program(None, jax.device_put(logits, batch_sharding(run.mesh)))
 
     return _stored(run, store, top1, teach if missing else None)
@@ -189,7 +190,8 @@ def _from_file(run: Run) -> StoredTeacher:
     """
     config, batches = run.config, run.batches
     path, source = config.teacher.checkpoint, batches.source
-    file = LogitsFile.open(path, images=len(source), classes=len(source.class_names))
+    shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
+    file = LogitsFile.open(path, images=len(source), **shape)
     views, view = config.logits.get("views"), getattr(source, "view", None)
     if views is None and (batches.pad or batches.flip or (view is not None and view.random)):
         raise UserError(
@@ -207,7 +209,7 @@ def _from_file(run: Run) -> StoredTeacher:
         )
     stored: Any = getattr(source, "uncached", source)
     labels = stored.records.labels()
-    right = 100 * float(np.mean(np.argmax(file.read(0), axis=-1) == labels))
+    right = 100 * float(np.mean((np.argmax(file.read(0), axis=-1) == labels)[labels >= 0]))
     say(f"teacher logits from {path}  top-1 {right:.2f} on the training images")
     return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, threads=config.data.threads), None)
 
@@ -346,6 +348,7 @@ def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
     key = make_key(
         run.config,
         classes=len(source.class_names),
+        label_shape=source.label_shape,
         records=source.records,
         augment_seed=run.batches.augmented_by,
         **parts,

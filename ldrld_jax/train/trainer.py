@@ -77,7 +77,8 @@ class Trainer:
         `HostTeacher`; None with method "ce".
       method: a name of `METHODS`, several as "ldrld+kd"; a method's config such as `LDRLDConfig(depth=5)`; a function
         `(teacher_logits, student_logits, labels)` that returns a loss an example; or a list of these, which are added.
-      train: `(images, labels)`, a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
+      train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one a token, of which those
+        of -1 are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
       evaluation: the same; for a builder, a folder or a name, that of a split, and None for the usual one.
       num_classes: C; known to all but arrays.
@@ -191,7 +192,7 @@ class Trainer:
             return best.networks.pure(best.config.student.model).own(*best.variables)
 
     def predict(self, images: Any) -> np.ndarray:
-        """Returns the logits `[n, C]` float32 of images by the best checkpoint.
+        """Returns the logits `[n, C]` float32 of images by the best checkpoint, `[n, length, C]` of texts.
 
         Args:
           images: `[n, ...]` as in the training data, before normalisation; or a list of images or of encoded files'
@@ -207,7 +208,8 @@ class Trainer:
                 rows = np.stack([best.view(image) for image in images[start : start + size]]).astype(best.source.dtype)
                 padded = np.pad(rows, ((0, min(size, len(images)) - len(rows)), *((0, 0),) * (rows.ndim - 1)))
                 logits.append(np.asarray(program(padded), np.float32)[: len(rows)])
-            return np.concatenate(logits) if logits else np.zeros((0, len(best.source.class_names)), np.float32)
+            empty = np.zeros((0, *best.source.label_shape, len(best.source.class_names)), np.float32)
+            return np.concatenate([*logits, empty])
 
     @contextlib.contextmanager
     def _best(self) -> Iterator["_Best"]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from ml_collections import ConfigDict
 from PIL import Image
 
 from ldrld_jax import config as config_lib
@@ -160,7 +161,8 @@ def test_the_models_card_says_what_the_run_was(run):
 def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(tiny):
     overrides = ["method=ldrld+kd", "teacher.model=resnet20", "teacher.checkpoint=/home/me/r20.pth", "seed=3"]
     config = config_lib.resolve(tiny(*overrides, "data.name=someones")).to_dict()
-    card = model_card(config, None, shape=(8, 8, 1), classes=10, parameters=1234)
+    described = describe(Network(lambda: None, mean=(0.5,), std=(0.5,)), ConfigDict(config["data"]), (8, 8, 1), 10)
+    card = model_card(config, None, described=described, parameters=1234)
     assert "# tiny_net on someones, distilled from resnet20" in card
     assert "| teacher | resnet20, from r20.pth |" in card
     assert "| student | tiny_net, 1,234 parameters, 10 classes, float32 |" in card
