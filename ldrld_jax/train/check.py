@@ -139,6 +139,7 @@ class _Check:
     def __init__(self, run: Run, role: str, problems: _Problems, signals: Signals):
         self._run, self._role, self._problems, self._signals = run, role, problems, signals
         self._warnings: dict[str, None] = {}
+        self._data = run.data_note  # of the whole splits
 
     def all(self, decoded: Any = None) -> float:
         """Checks everything and returns the seconds that the run will take, 0 where that is not known.
@@ -150,7 +151,7 @@ class _Check:
         say(opening(run, self._role))
         self._warnings |= dict.fromkeys(warnings(run))
         problems.from_(RunFolder(run).check)
-        if run.data_note != decoded:
+        if self._data != decoded:
             self._look_at_images("training", run.batches.source)
             self._look_at_images("evaluation", run.eval_source)
         if run.config.check.images is not None:  # from here on, only the sample is evaluated
@@ -226,7 +227,7 @@ class _Check:
             if RunFolder(planned).finished() is None:
                 untrained.append(_Check(planned, "teacher", self._problems, self._signals))
         if untrained:
-            seconds = sum(check.all(run.data_note) for check in untrained)
+            seconds = sum(check.all(self._data) for check in untrained)
             say(f"teacher {config.teacher.model} is not trained yet: random weights stand in for its own")
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)
