@@ -232,7 +232,8 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
-        rate = _hyperparameter(state.opt_state) if schedule is None else schedule(state.step)
+        taken = _steps_taken(state) if skip_non_finite else state.step
+        rate = _hyperparameter(state.opt_state) if schedule is None else schedule(taken)
         if rate is not None:
             metrics["learning_rate"] = Mean(rate, jnp.ones(()))  # of a step, however many its examples
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
@@ -308,6 +309,12 @@ def _hyperparameter(opt_state: Tree) -> jax.Array | None:
     is_injected = lambda x: isinstance(getattr(x, "hyperparams", None), dict)  # noqa: E731
     found = [x.hyperparams for x in jax.tree.leaves(opt_state, is_leaf=is_injected) if is_injected(x)]
     return found[0].get("learning_rate") if found else None
+
+
+def _steps_taken(state: TrainState) -> jax.Array:
+    """Returns the number of steps that the optimizer has taken, which sets its learning rate: a skipped one is none."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    return counts[-1][1] if counts else state.step
 
 
 def all_finite(tree: Tree) -> jax.Array:

@@ -206,3 +206,30 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(network, x64):
     moved, metrics = stepped(network, Objective({}), good, teacher=False, skip_non_finite=True)
     assert float(metrics["skipped"].total) == 0
     chex.assert_trees_all_close(moved, stepped(network, Objective({}), good, teacher=False)[0], rtol=1e-12)
+
+
+def test_the_rate_that_is_logged_is_the_one_that_is_applied_after_a_skipped_step_too(network, x64):
+    """The optimizer's schedule counts the steps that it takes."""
+    good = batch_of(np.random.default_rng(4), 6)
+    bad = {**good, "image": good["image"].astype(jnp.float64).at[2].set(jnp.nan)}
+    net, variables = network
+    schedule = lambda step: 0.1 * 0.5 ** jnp.asarray(step, jnp.float64)  # noqa: E731
+    optimizer = optax.sgd(schedule)
+    options = dict(schedule=schedule, steps_per_epoch=10, skip_non_finite=True)
+    step = jax.jit(make_train_step(net, None, Objective({}), optimizer, **options))
+    first = TrainState.first(variables, optimizer, method_params={}, averaged=False)
+    logged, states = [], [first]
+    for batch in (bad, {**good, "image": good["image"].astype(jnp.float64)}) * 2:
+        state, metrics = step(states[-1], None, batch)
+        states.append(state)
+        logged.append(float(metrics["learning_rate"].total))
+    assert logged == [0.0, 0.1, 0.0, 0.05]  # a skipped step has none
+
+    def weight(state):
+        return state.student.params["fc"]["bias"]
+
+    plain = jax.jit(make_train_step(net, None, Objective({}), optax.sgd(1.0), schedule=schedule, steps_per_epoch=10))
+    for before, after, rate in ((states[1], states[2], 0.1), (states[3], states[4], 0.05)):
+        fresh = before._replace(opt_state=optax.sgd(1.0).init(before.student.params))
+        whole = weight(plain(fresh, None, {**good, "image": good["image"].astype(jnp.float64)})[0]) - weight(before)
+        np.testing.assert_allclose(weight(after) - weight(before), rate * whole, rtol=1e-9)
