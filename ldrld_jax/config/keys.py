@@ -261,7 +261,7 @@ class Config:
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
     compile: Compile = Compile()  # facts that --mode compile takes about data that are neither here nor described
-    check: Check = Check()  # what --mode check looks at
+    check: Check = Check()  # settings of --mode check
     mesh: Mesh = Mesh()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()

@@ -1,4 +1,4 @@
-"""What other libraries bring, where they are installed: PyTorch's and ONNX Runtime's teachers, Hugging Face's data."""
+"""Teachers of PyTorch and ONNX Runtime, data of Hugging Face, a writer to Weights & Biases, where they are installed."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ MEAN, STD = 0.25, 0.5
 
 @pytest.fixture(scope="module")
 def weights():
-    """Of a linear teacher: `[64, 10]`."""
+    """Weights `[64, 10]` of a linear teacher."""
     return np.random.default_rng(1).normal(size=(64, 10)).astype(np.float32)
 
 
