@@ -1,4 +1,4 @@
-"""Teachers of PyTorch and ONNX Runtime, data of Hugging Face, a writer to Weights & Biases, where they are installed."""
+"""Teachers of PyTorch and ONNX Runtime, data of Hugging Face and a writer to Weights & Biases, where installed."""
 
 import dataclasses
 import io
