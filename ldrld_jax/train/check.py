@@ -86,8 +86,8 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
         run = problems.from_(lambda: Run.plan(config, epath.Path(workdir), given=given))
         if run is None:
             _check_parts(config, given, problems)
-        else:
-            _Check(run, "student", problems, signals).all()
+        elif seconds := _Check(run, "student", problems, signals).all():
+            say(f"in all    {_duration(seconds)}")
     return list(problems)
 
 

@@ -25,6 +25,7 @@ def test_a_run_that_can_start_has_no_problem_and_leaves_no_file(tiny, tmp_path, 
     assert "teacher tiny_net is not trained yet: random weights stand in for its own" in said
     assert re.search(r"time      .* for the teacher: 3 steps of .* ms, 1 evaluations of .* s", said)
     assert re.search(r"time      .* for the student: 6 steps of .* ms, 2 evaluations of .* s", said)
+    assert re.search(r"^in all    \d+ s$", said, re.MULTILINE)
     # 16 * 9 + 2 * 16 weights and statistics, 170 of the head; beside the weights their momentum and the step.
     parameters, statistics = 16 * 9 + 2 * 16 + 16 * 10 + 10, 2 * 16
     size = 4 * (2 * parameters + statistics)
