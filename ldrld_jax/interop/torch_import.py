@@ -184,15 +184,18 @@ def _torch_key(path: tuple[str, ...]) -> str:
 
 
 def _to_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
+    """Moves the axes of a kernel, of a linear layer or of a convolution in any number of dimensions."""
+    if path[-1] != "kernel" or value.ndim < 2:
         return value
-    return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+    *space, inputs, outputs = range(value.ndim)
+    return value.transpose(outputs, inputs, *space)
 
 
 def _from_torch_layout(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
+    if path[-1] != "kernel" or value.ndim < 2:
         return value
-    return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+    outputs, inputs, *space = range(value.ndim)
+    return value.transpose(*space, inputs, outputs)
 
 
 def _with_torch_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

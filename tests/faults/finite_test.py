@@ -79,5 +79,5 @@ def test_a_file_with_a_number_that_is_not_finite_is_refused_by_its_name(tiny, tm
     with pytest.raises(UserError, match=rf"not finite: 1 of \d+ numbers of .*{name}"):
         load_torch_checkpoint(path, "resnet8", 10, in_channels=1)
     with pytest.raises(UserError, match="not finite"):
-        trainer.train(tiny("method=kd", f"teacher.checkpoint={path}"), tmp_path / "run")
+        trainer.train(tiny("method=kd", "teacher.model=resnet8", f"teacher.checkpoint={path}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

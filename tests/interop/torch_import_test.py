@@ -342,3 +342,22 @@ def test_a_torch_file_without_torch_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04" + bytes(range(128, 255)))
     with pytest.raises(UserError, match=r"pip install 'ldrld_jax\[torch\]'"):
         load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("dimensions", [0, 1, 2, 3])
+def test_a_kernel_has_pytorchs_layout_in_any_number_of_dimensions(dimensions, rng):
+    """A linear layer has none; PyTorch's own convolution of that layout gives Flax's output."""
+    torch = pytest.importorskip("torch")
+    kernel = rng.normal(size=(*(3,) * dimensions, 2, 5))
+    tensor = to_state_dict({"layer": {"kernel": kernel}}, {})["layer.weight"]
+    x = rng.normal(size=(4, *(6,) * dimensions, 2))
+    if dimensions == 0:
+        ours, theirs = x @ kernel, torch.nn.functional.linear(torch.from_numpy(x), torch.from_numpy(tensor)).numpy()
+    else:
+        letters = "DHW"[:dimensions]
+        names = f"N{letters}C", f"{letters}IO", f"N{letters}C"
+        with jax.enable_x64(True):
+            ours = jax.lax.conv_general_dilated(x, kernel, (1,) * dimensions, "VALID", dimension_numbers=names)
+        conv = getattr(torch.nn.functional, f"conv{dimensions}d")
+        theirs = np.moveaxis(conv(torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(tensor)).numpy(), 1, -1)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
