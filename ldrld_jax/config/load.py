@@ -60,8 +60,8 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Loads the config of the run in `workdir`, then sets `overrides`.
 
     Nothing that a workdir names is executed unless an override names it again. A method, an optimizer, a writer or a
-    teacher of the user's own is left out, and the method becomes `ce`: evaluation, export and prediction take the
-    student alone.
+    teacher of the user's own is left out, and the method becomes `ce`, without the schedules of its loss: evaluation,
+    export and prediction take the student alone. Nothing is written to Weights & Biases.
 
     Raises:
       UserError: if there is no run, a key or value is not allowed, or the student or the data are of the user's own
@@ -76,6 +76,7 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
         say(f"the method {'+'.join(strange)} of the run in {workdir} is not of this package: its loss is left out.")
         saved["method"] = "ce"
     left_out = tuple(f"{block}.{name}." for block in ("loss", "loss_weight") for name in strange)
+    left_out += ("loss_schedule.",) if strange else ()
     for key, value in leaves(ConfigDict(saved)):
         # compile_cache is of this machine, whoever made the run: what lies there is executed.
         if key == "compile_cache" or f"{key}.".startswith(left_out):
@@ -89,10 +90,10 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
     """Takes a user's own parts out of the config of a run, but for those that are named again."""
     if _is_own(config.optim.name):
         config.optim.name = default().optim.name
-    config.log.writers = None
+    config.log.writers = config.log.wandb.project = None
     if config.teacher.model is not None and any(map(_is_own, config.teacher.model.split(","))):
         say(f"the teacher {config.teacher.model} of the run in {workdir} is not of this package: it is left out.")
-        config.method, config.teacher.model = "ce", None
+        config.method, config.teacher.model, config.loss_schedule = "ce", None, default().loss_schedule
     for key, value in (("student.model", config.student.model), ("data.name", config.data.name)):
         if _is_own(value) and key not in named:
             again = f"It is code of a module. Name it again, if you trust it: --config.{key}={value}"

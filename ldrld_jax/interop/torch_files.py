@@ -148,8 +148,7 @@ def _check_zip(name: str, data: bytes) -> list[str]:
             names = archive.namelist()
     except zipfile.BadZipFile:
         return []
-    # By zipfile: NotImplementedError is a compression that it does not know, RuntimeError a password.
-    except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zlib.error, EOFError, OSError, RuntimeError) as error:  # the last by a password or an unknown compression
         damaged = f"a file ({error})"
     if damaged is not None:
         raise UserError(f"{name} is damaged: {damaged} in it differs from its checksum. Download it again.")

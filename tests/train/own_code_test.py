@@ -5,11 +5,13 @@ import re
 import sys
 
 import pytest
+from etils import epath
 from PIL import Image
 
 from ldrld_jax import main as main_lib
-from ldrld_jax.config import load_run
+from ldrld_jax.config import load, load_run, resolve
 from ldrld_jax.errors import UserError
+from ldrld_jax.train.plan import Run
 
 OWN = """
 import json, pathlib
@@ -108,6 +110,20 @@ def test_a_student_that_asks_for_the_size_of_a_batch_is_not_exported_and_told_wh
     assert re.search(
         r"own:make_net cannot be traced .* write x\.shape\[0\] in place of len\(x\)", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("changes", [{"method": "kd"}, {"teacher.model": "own:Net", "teacher.epochs": 1}])
+def test_what_only_training_uses_is_left_out_of_a_run_that_is_loaded_again(own, changes, monkeypatch):
+    """Its schedules are of a loss that is left out, and Weights & Biases need not be installed there."""
+    config = load("configs/digits.py", [f"{key}={value}" for key, value in {**FLAGS, **changes}.items()])
+    config.loss_schedule.temperature, config.log.wandb.project = "linear:4@1:2@2", "digits"
+    (own / "run").mkdir()
+    (own / "run" / "config.json").write_text(config.to_json())
+    again = [f"{key}={FLAGS[key]}" for key in ("student.model", "data.name")]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    loaded = load_run("run", again)
+    assert (loaded.method, loaded.loss_schedule.temperature, loaded.log.wandb.project) == ("ce", None, None)
+    assert Run.plan(resolve(loaded), epath.Path("run")).objective.schedules == {}
 
 
 def test_a_report_shows_a_run_of_own_parts_and_executes_none(own, capsys):
