@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ldrld_jax_compiled_"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # a small program compiles in two fifths of the time
 
 import jax
 import numpy as np
@@ -23,6 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+# Tests of the last digits, or of the text that XLA compiles: they see what users run.
+OPTIMISED = ("losses/ldrld_fast_test.py", "losses/ldrld_kernel_test.py", "aot", "compiled", "train/scale_test.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimised(request):
+    """Compiles the programs of some modules with all of XLA's optimisations."""
+    needed = any(request.path.is_relative_to(ROOT / "tests" / path) for path in OPTIMISED)
+    jax.config.update("jax_disable_most_optimizations", not needed)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +142,16 @@ def run_main(
     command = [sys.executable, "-m", "ldrld_jax.main", *map(str, args)]
     env = {**os.environ, **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=env)
+
+
+def killed_copy(workdir: pathlib.Path, copy: pathlib.Path, step: int) -> pathlib.Path:
+    """Copies a run as it would be if it had died before the first save after `step`; the record is ahead of it."""
+    shutil.copytree(workdir, copy)
+    (copy / "summary.json").unlink()
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name.isdigit() and int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    return copy
 
 
 def comparable_lines(workdir: pathlib.Path | str) -> list[dict]:
