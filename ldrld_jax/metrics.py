@@ -143,30 +143,27 @@ def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None
     return {"ce": mean_of(nll, where), **tops}
 
 
-def agreement(
-    teacher: jax.Array,
-    student: jax.Array,
-    labels: jax.Array,
-    *,
-    teacher_top: jax.Array,
-    student_top: jax.Array,
-    where: jax.Array | None = None,
-) -> Means:
+def agreement(labels: jax.Array, classes: jax.Array, ranks: jax.Array, where: jax.Array | None = None) -> Means:
     """Compares student and teacher, in percent.
 
     `agreement`: both have the same largest class. `top_d_overlap`: the share of the student's d largest
     classes that are among the teacher's. `label_in_top_d`: the label is among the student's d largest.
 
     Args:
-      teacher, student: logits `[..., C]`.
       labels: `[...]`.
-      teacher_top, student_top: `[..., C]` bool, each side's d largest classes.
+      classes: `[..., d]` floats, the student's d largest classes in descending order.
+      ranks: `[..., d]`, the rank of each of them in the teacher's logits, 0 for the largest.
       where: `[...]` bool; rows where it is False are ignored.
+
+    Example:
+      >>> found = agreement(jnp.array([2]), classes=jnp.array([[1.0, 0.0]]), ranks=jnp.array([[0, 2]]))
+      >>> {name: mean.value for name, mean in found.items()}
+      {'agreement': 100.0, 'top_d_overlap': 50.0, 'label_in_top_d': 0.0}
     """
-    same = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
-    size, both = (jnp.sum(mask, axis=-1, dtype=float) for mask in (student_top, teacher_top & student_top))
+    depth = classes.shape[-1]
+    shared = jnp.sum(ranks < depth, axis=-1, dtype=float)
     return {
-        "agreement": _percent(same, where),
-        "top_d_overlap": _percent(both / size, where),
-        "label_in_top_d": _percent(at_labels(student_top.astype(float), labels), where),
+        "agreement": _percent(ranks[..., 0] == 0, where),
+        "top_d_overlap": _percent(shared / depth, where),
+        "label_in_top_d": _percent(jnp.any(classes == labels[..., None].astype(classes.dtype), axis=-1), where),
     }

@@ -55,13 +55,16 @@ def test_classification_by_hand_leaves_out_masked_rows():
 
 
 def test_agreement_by_hand():
-    teacher = jnp.array([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
-    student = jnp.array([[4.0, 1.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    tops = {f"{name}_top": z >= jnp.sort(z)[:, 2:3] for name, z in (("teacher", teacher), ("student", student))}
-    means = agreement(teacher, student, jnp.array([2, 3]), **tops)
+    classes = jnp.array([[0.0, 2.0], [0.0, 1.0]])  # of the student
+    ranks = jnp.array([[0, 2], [3, 2]])  # in the teacher: 0, 1, 2, 3 and 3, 2, 1, 0
+    means = agreement(jnp.array([2, 3]), classes, ranks)
     assert means["agreement"].value == 50.0  # 0 = 0, 3 != 0
     assert means["top_d_overlap"].value == 25.0  # {0, 1} and {0, 2} share one of two, {3, 2} and {0, 1} none
     assert means["label_in_top_d"].value == 50.0
+    alone = agreement(jnp.array([2, -1]), classes, ranks, where=jnp.array([True, False]))
+    assert {name: mean.value for name, mean in alone.items()} == dict(
+        agreement=100.0, top_d_overlap=50.0, label_in_top_d=100.0
+    )
 
 
 def test_the_metrics_of_a_step_come_to_the_host_as_one_array(x64):

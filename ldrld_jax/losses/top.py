@@ -65,6 +65,24 @@ def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.A
     return (raised < last) | ((raised == last) & (classes > last_class))
 
 
+def ranks_of(logits: jax.Array, top: Top) -> jax.Array:
+    """Counts the `logits` `[C]` that rank before each class of `top`, `[k]` int32; ties go to the lower class.
+
+    `top` is of other logits of the same classes. One pass over `logits` says which of its classes are among
+    the largest here, without a second selection.
+
+    Example:
+      >>> top = top_classes(jnp.array([1.0, 3.0, 3.0, 2.0]), 2)  # classes 1 and 2
+      >>> ranks_of(jnp.array([0.0, 4.0, -1.0, 0.0]), top).tolist()
+      [0, 3]
+    """
+    lowest = jnp.asarray(RULED_OUT, logits.dtype)
+    own = jnp.maximum(take(logits, top), lowest)[:, None]
+    raised, classes = jnp.maximum(logits, lowest)[None], jnp.arange(logits.size, dtype=logits.dtype)[None]
+    before = (raised > own) | ((raised == own) & (classes < top.classes[:, None]))
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def take(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
     """Returns the entries of `logits` `[C]` at `top`, `[k]`, across all shards.

@@ -40,12 +40,14 @@ class Evaluator:
     ):
         self._source, self._config, self._mesh = source, config, mesh
         means = make_eval_step(network, extra_metrics)
-        step = lambda variables, batch: pack(means(variables, batch))  # noqa: E731
-        self.step = jax.jit(step, out_shardings=replicated(mesh))
-        self.split = jax.jit(
-            lambda variables, batches: jax.lax.map(lambda batch: step(variables, batch), batches),
-            out_shardings=replicated(mesh),
-        )
+
+        def evaluate_batch(variables: Any, batch: Mapping[str, jax.Array]) -> Packed:
+            return pack(means(variables, batch))
+
+        def evaluate_split(variables: Any, batches: Mapping[str, jax.Array]) -> Packed:
+            return jax.lax.map(lambda batch: evaluate_batch(variables, batch), batches)
+
+        self.step, self.split = (jax.jit(f, out_shardings=replicated(mesh)) for f in (evaluate_batch, evaluate_split))
         self._stored: dict[str, jax.Array] | None = None
         self.doing = "compiling the evaluation"
 

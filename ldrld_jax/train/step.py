@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from ldrld_jax.logit_store.top import TopLogits
-from ldrld_jax.losses.top import top_mask
+from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
 from ldrld_jax.models.purify import last_layer_path
 from ldrld_jax.train.objective import Objective, at_least_float32
@@ -290,13 +290,24 @@ def _metrics(
     """Returns the terms of the loss as means over the unmasked rows, with accuracies and agreement."""
     metrics = classification(logits, labels, where)
     if teacher_logits is not None:
-        depth = min(depth, logits.shape[-1])
-        teacher_top, student_top = (top_mask(at_least_float32(z), depth) for z in (teacher_logits, logits))
-        tops = {"teacher_top": teacher_top, "student_top": student_top}
-        metrics |= agreement(teacher_logits, logits, labels, **tops, where=where)
+        classes, ranks = compared(at_least_float32(teacher_logits), at_least_float32(logits), depth)
+        metrics |= agreement(labels, classes=classes, ranks=ranks, where=where)
     count = metrics["top1"].count
     # In float64 runs the losses are compared to 1e-9: they keep their dtype.
     return metrics | {name: Mean(value * count.astype(value.dtype), count) for name, value in terms.items()}
+
+
+def compared(teacher: jax.Array, student: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the student's `depth` largest classes and their ranks in the teacher, `[..., depth]`, from `[..., C]`."""
+    size = student.shape[-1]
+
+    def of_row(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # One more than needed: it is LDRLD's selection, which XLA then computes once for both.
+        top = jax.tree.map(lambda x: x[:depth], top_classes(student, min(depth + 1, size)))
+        return top.classes, ranks_of(teacher, top)
+
+    found = jax.vmap(of_row)(teacher.reshape(-1, size), student.reshape(-1, size))
+    return jax.tree.map(lambda x: x.reshape(*student.shape[:-1], -1), found)
 
 
 def _extra(metrics: Mapping[str, Metric], logits: jax.Array, labels: jax.Array, where: jax.Array | None) -> Means:

@@ -38,8 +38,9 @@ def test_no_metric_takes_a_label_out_of_range_for_another_class(label):
     np.testing.assert_allclose(ce, np.log(1 + 2 * np.exp(-4)), rtol=1e-5)
     np.testing.assert_allclose(cross_entropy(logits, labels, where=kept), ce, rtol=1e-6)
     assert np.isnan(cross_entropy(logits, labels))
-    top = dict(teacher_top=logits > 3, student_top=logits > 3)
-    assert agreement(logits, logits, labels, where=kept, **top)["label_in_top_d"].value == 100.0
+    classes, ranks = jnp.array([[2.0], [0.0]]), jnp.zeros((2, 1))
+    assert agreement(labels, classes, ranks)["label_in_top_d"].value == 50.0
+    assert agreement(labels, classes, ranks, kept)["label_in_top_d"].value == 100.0
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ldrld"])

@@ -9,7 +9,7 @@ import pytest
 from ldrld_jax import LDRLDConfig
 from ldrld_jax.losses import ldrld, ldrld_parts
 from ldrld_jax.losses import top as top_lib
-from ldrld_jax.losses.top import not_in_top, take, top_classes
+from ldrld_jax.losses.top import not_in_top, ranks_of, take, top_classes
 from tests.losses.ldrld_test import CASES, golden, logits, relative
 
 
@@ -28,6 +28,7 @@ def form(request, monkeypatch):
 
 @pytest.mark.parametrize(("classes", "depth"), [(1, 1), (2, 2), (7, 7), (37, 4), (1003, 3), (1003, 8)])
 def test_the_largest_classes_are_found_in_order(form, classes, depth, rng):
+    ranks_in = jax.jit(lambda z, top: ranks_of(z, top))  # traced anew for each form
     ruled_out = np.where(rng.random(classes) < 0.5, -np.inf, rng.normal(size=classes))
     for row in (rng.normal(size=classes), np.round(rng.normal(size=classes)), np.zeros(classes), ruled_out):
         row = np.asarray(row, np.float32)
@@ -37,6 +38,10 @@ def test_the_largest_classes_are_found_in_order(form, classes, depth, rng):
         np.testing.assert_array_equal(top.values, np.maximum(row, -1e30)[expected[:depth]])
         np.testing.assert_array_equal(take(jnp.asarray(row), top), row[expected[:depth]])
         np.testing.assert_array_equal(np.flatnonzero(not_in_top(jnp.asarray(row), top)), np.sort(expected[depth:]))
+        np.testing.assert_array_equal(ranks_in(jnp.asarray(row), top), np.arange(depth))
+        other = np.where(ruled_out == -np.inf, -np.inf, np.round(row[::-1])).astype(np.float32)
+        ranks = np.argsort(np.argsort(-other, kind="stable"))
+        np.testing.assert_array_equal(ranks_in(jnp.asarray(other), top), ranks[expected[:depth]])
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

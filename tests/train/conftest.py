@@ -1,5 +1,9 @@
-"""Runs of `ldrld_jax.Trainer` that compile at once."""
+"""Runs of `ldrld_jax.Trainer` that compile at once, and a count of what they compile."""
 
+import collections
+from collections.abc import Callable, Iterator
+
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +22,31 @@ QUICK = {
 def linear(variables, images, train):
     del train
     return images.reshape(len(images), -1) @ variables["w"]
+
+
+@pytest.fixture
+def programs() -> Iterator[Callable[[], dict[str, tuple[int, int]]]]:
+    """`programs()`: how often a run's programs were traced, and compiled or loaded from the cache, since the last call.
+
+    A run has `stepped`, one train step; `steps`, several in one dispatch; and `evaluate_batch` or `evaluate_split`.
+    """
+    counts = collections.Counter[tuple[str, str]]()
+
+    def count(event: str, seconds: float, *, fun_name: str = "", **about: object) -> None:
+        del seconds, about
+        counts[event.rpartition("/")[2], fun_name.removeprefix("jit(").removesuffix(")")] += 1
+
+    def since() -> dict[str, tuple[int, int]]:
+        found = {}
+        for name in ("stepped", "steps", "evaluate_batch", "evaluate_split"):
+            traced, compiled = (counts[f"{event}_duration", name] for event in ("jaxpr_trace", "backend_compile"))
+            found |= {name: (traced, compiled)} if traced or compiled else {}
+        counts.clear()
+        return found
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield since
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture(scope="session")

@@ -37,10 +37,11 @@ def test_several_steps_in_one_dispatch_are_the_single_steps(resident, tmp_path):
     chex.assert_trees_all_close(run_of(tmp_path / "5"), run_of(tmp_path / "1"), rtol=1e-12, atol=1e-12)
 
 
-def test_they_resume_bitwise_from_any_step(resident, tmp_path, monkeypatch):
+def test_they_resume_bitwise_from_any_step(resident, tmp_path, monkeypatch, programs):
     """On eight devices; a signal after the fourth dispatch: after steps 4, 5, 6 and 7, of which 6 is a checkpoint's."""
     flags = ["mesh.data=8", "steps_per_dispatch=4", "checkpoint.every_steps=6"]
     trainer.train(resident(*flags), tmp_path / "straight")
+    assert programs() == {"stepped": (1, 1), "steps": (1, 1), "evaluate_split": (1, 1)}
 
     class AfterSeven(Signals):
         def stop_at(self, step):
@@ -51,7 +52,9 @@ def test_they_resume_bitwise_from_any_step(resident, tmp_path, monkeypatch):
         patch.setattr(trainer, "catch_signals", lambda _: contextlib.nullcontext(AfterSeven()))
         with pytest.raises(Interrupted, match="after step 7 is saved"):
             trainer.train(resident(*flags), tmp_path / "resumed")
+    programs()
     trainer.train(resident(*flags), tmp_path / "resumed")
+    assert programs() == {"stepped": (1, 1), "evaluate_split": (1, 1)}  # the rest has no four steps together
     assert comparable_lines(tmp_path / "resumed") == comparable_lines(tmp_path / "straight")
     chex.assert_trees_all_equal(saved(tmp_path / "resumed", 22), saved(tmp_path / "straight", 22))
     trainer.train(resident("mesh.data=8"), tmp_path / "single")

@@ -56,8 +56,9 @@ def terminate():
 # 50 images in batches of 24: three batches, and a call before them.
 @pytest.mark.parametrize(("call", "step"), [(2, 3), (7, 6)], ids=["first", "last"])
 def test_an_evaluation_that_a_signal_cuts_short_is_made_by_the_run_that_resumes(
-    tiny, tmp_path, straight, monkeypatch, call, step
+    tiny, tmp_path, monkeypatch, programs, straight, call, step
 ):
+    assert programs() == {"stepped": (1, 1), "evaluate_batch": (1, 1)}  # a remainder each, and no second program
     with monkeypatch.context() as patch:
         at_call(patch, loop._Pause, "_each_batch", call, terminate)
         with pytest.raises(Interrupted, match=f"SIGTERM: the state after step {step} is saved"):
@@ -69,7 +70,9 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_by_the_run_that_resumes(
         patch.setattr(loop.Recorder, "to_json", die)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(tiny(*FLAGS), tmp_path / "run")
+    programs()
     trainer.train(tiny(*FLAGS), tmp_path / "run")
+    assert programs() == {"evaluate_batch": (1, 1)} | ({"stepped": (1, 1)} if step == 3 else {})
     assert_same(tmp_path / "run", straight)
 
 

@@ -1,5 +1,7 @@
 """The steps by themselves: padding counts in nothing, the objective's weights, what the diagnostics mean."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from flax import nnx
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, SLDConfig, wkd_cost
+from ldrld_jax.losses.top import top_mask
+from ldrld_jax.metrics import mean_of
 from ldrld_jax.models import MODELS
 from ldrld_jax.models.purify import purify
 from ldrld_jax.train.objective import Objective, Term, cross_entropy
@@ -146,6 +150,39 @@ def test_the_diagnostics_of_a_student_that_is_the_teacher(network, x64):
     assert all(0 <= value <= 100 for value in logits.values())
     shared = logits["top_d_overlap"] * 8 * 7 / 100  # of eight times seven classes
     assert shared == pytest.approx(round(shared), abs=1e-4)
+
+
+@pytest.mark.parametrize(("classes", "depth"), [(5, 2), (5, 5), (30, 7)])
+def test_student_and_teacher_are_compared_as_two_selections_would(classes, depth, rng):
+    """By masks of each side's largest classes, to the last bit: ties, ruled-out classes and masked rows included."""
+    teacher, student = np.round(rng.normal(size=(2, 60, classes)), 1).astype(np.float32)
+    teacher[rng.random(teacher.shape) < 0.3] = student[rng.random(student.shape) < 0.3] = -np.inf
+    teacher[30:50] = student[30:50]
+    teacher[:2], student[1:3], where = np.nan, np.nan, jnp.arange(60) > 2
+    labels = jnp.asarray(rng.integers(0, classes, 60), jnp.int32)
+    given = lambda params, stats, images, train, where, key: (params["z"], stats)  # noqa: E731
+    network = Network(given, mean=(0.0,), std=(1.0,), raw=True)
+    step = make_train_step(
+        network, network, Objective({}, 1.0), optax.sgd(0.0), schedule=None, steps_per_epoch=1, compared_depth=depth
+    )
+    variables = [Variables({"z": jnp.asarray(z)}, {}) for z in (student, teacher)]
+    state = TrainState.first(variables[0], optax.sgd(0.0), method_params={}, averaged=False)
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    found = quick(step)(state, variables[1], {"image": jnp.zeros(60), "label": labels, "mask": where})[1]
+
+    @quick
+    def defined(teacher, student):
+        largest, own = top_mask(teacher, depth), top_mask(student, depth)
+        shares = {
+            "agreement": jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1),
+            "top_d_overlap": jnp.sum(largest & own, axis=-1, dtype=float) / depth,
+            "label_in_top_d": own[jnp.arange(60), labels],
+        }
+        return {name: mean_of(100 * share.astype(float), where) for name, share in shares.items()}
+
+    want = defined(teacher, student)
+    assert all(20 < mean.value < 90 for name, mean in want.items() if name == "agreement" or depth < classes)
+    chex.assert_trees_all_equal({name: found[name] for name in want}, want)
 
 
 def test_an_ensemble_averages_logits_or_probabilities(rng):

@@ -31,9 +31,10 @@ def values(workdir, split: str, name: str) -> list[float]:
     return [line["values"][name] for line in comparable_lines(workdir) if line["split"] == split]
 
 
-def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path, capsys):
+def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path, capsys, programs):
     config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "log.tensorboard=True")
     summary = trainer.train(config, tmp_path, profile=str(tmp_path / "trace"))
+    assert programs() == {"stepped": (1, 1), "evaluate_split": (2, 2)}  # the latter once for each network
     assert "the trace of steps 4 to 6 lies in" in capsys.readouterr().out
     assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
     assert summary == json.loads((tmp_path / "summary.json").read_text())
