@@ -127,8 +127,8 @@ class Pool:
         """Ends all workers, and returns the first failure for whoever waits for one."""
         with _lock:
             self._failure = self._failure or failure
-            if _pools.get(len(self)) is self:
-                del _pools[len(self)]
+            for key in [key for key, opened in _pools.items() if opened is self]:
+                del _pools[key]
         for worker in self._workers:
             worker.kill()
         return self._failure
@@ -136,22 +136,24 @@ class Pool:
 
 _ids = itertools.count()
 _lock = threading.Lock()
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, int], Pool] = {}  # by process and number: a fork must not use its parent's, nor end them
 
 
 def pool(count: int) -> Pool:
     """Returns the pool of `count` workers, which is started at the first call and ends with `close_all`."""
+    key = (os.getpid(), count)
     with _lock:
-        if count not in _pools:
-            _pools[count] = Pool(count)
-        return _pools[count]
+        if key not in _pools:
+            _pools[key] = Pool(count)
+        return _pools[key]
 
 
 @atexit.register
 def close_all() -> None:
     """Ends all workers of this process."""
-    for opened in list(_pools.values()):
-        opened.close(UserError("the workers of this run have ended with it."))
+    for (process, _), opened in list(_pools.items()):
+        if process == os.getpid():
+            opened.close(UserError("the workers of this run have ended with it."))
 
 
 @contextlib.contextmanager
@@ -297,15 +299,17 @@ class _Worker:
         if not (since := self._since):
             return ""
         seconds, pid = time.monotonic() - since, self.pid
-        stat = pathlib.Path(f"/proc/{pid}/stat")  # Linux alone has it
-        stopped = stat.exists() and stat.read_text().rpartition(")")[2].split()[0] in "Tt"
+        try:
+            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended just now, or the system is not Linux
+            state = ""
         return f"worker {self._number} (process {pid}) has made its batch for {seconds:.0f} s" + (
-            f"; it is stopped, and `kill -CONT {pid}` lets it go on." if stopped else "."
+            f"; it is stopped, and `kill -CONT {pid}` lets it go on." if state == "T" else "."
         )
 
 
 class _Pickler(cloudpickle.Pickler):
-    """A pickler by value of what a script or a notebook defines, and by name of a file of what is mapped from one."""
+    """A pickler that pickles the code of scripts and notebooks by value, and a mapped file by its name."""
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is not np.memmap:
@@ -384,7 +388,14 @@ class _Task:
     def _loaded(self) -> Callable[..., Batch]:
         if self._make is None:
             first, *buffers = self._memory.parts(self._sizes)
-            self._make, source = pickle.loads(first.tobytes(), buffers=buffers)
+            try:
+                self._make, source = pickle.loads(first.tobytes(), buffers=buffers)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UserError(
+                    f"a worker process cannot make the data set again: {reason}. Put its code where `import` finds it, "
+                    "or set data.workers=0."
+                ) from error
             # The parent counts broken images, because each worker sees only some.
             object.__setattr__(source, "skip", lambda *skipped: self._skipped.append(skipped))
         assert self._make is not None

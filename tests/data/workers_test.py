@@ -98,7 +98,7 @@ def test_too_many_broken_images_end_the_run(broken):
         path.write_bytes(b"a login page")
     batches = make_train_batches(block(broken, on_error="skip"), batch_size=4, seed=0)
     with pytest.raises(UserError, match="6 of 6 images are broken"):
-        first(batches.iterate(workers=2), 4)
+        first(batches.iterate(workers=2), 40)  # whichever batch was the last to find one
 
 
 def make_probe():
@@ -111,16 +111,16 @@ def make_probe():
             return 4
 
         def __getitem__(self, index):
-            cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
-            return np.array([os.getpid(), "jax" in sys.modules, cpu]), index % 2
+            return np.array([os.getpid(), "jax" in sys.modules]), index % 2
 
     return Probe()
 
 
 def test_a_worker_loads_no_jax_and_classes_of_a_script_are_pickled_by_value():
     batches = TrainBatches(as_source(make_probe()), batch_size=4, seed=0)
-    pid, jax, cpu = next(batches.iterate(workers=2))["image"][0].tolist()
-    assert (pid != os.getpid(), jax, cpu) == (True, 0, 1)
+    pid, jax = next(batches.iterate(workers=2))["image"][0].tolist()
+    assert pid in workers.pool(2).pids
+    assert jax == 0
 
 
 def test_arrays_are_shared_and_files_mapped_again(tmp_path, rng):
@@ -142,6 +142,13 @@ def test_what_cannot_be_pickled_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"workers=2 .* cannot be pickled: .*lock.* set data.workers=0\.$") as error:
         TrainBatches(as_source(probe), batch_size=4, seed=0).iterate(workers=2)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_worker_cannot_unpickle_is_said_in_one_line():
+    probe = make_probe()
+    type(probe).__reduce__ = lambda self: (int, ("no number",))
+    with pytest.raises(UserError, match=r"cannot make the data set again: ValueError: .* set data\.workers=0"):
+        next(TrainBatches(as_source(probe), batch_size=4, seed=0).iterate(workers=2))
 
 
 def test_an_error_of_the_users_code_arrives_with_its_traceback():
@@ -170,10 +177,10 @@ def test_a_stopped_worker_is_named_and_a_killed_one_ends_the_run_in_one_line(fol
 
 
 RUN = """
-import time
+import os, time
 from ldrld_jax.data import workers
 class Source: pass
-def make(): print("making", flush=True); time.sleep(60)
+def make(): print("making, JAX on", os.environ["JAX_PLATFORMS"], flush=True); time.sleep(60)
 job = workers.Job(workers.pool(1), make, Source())  # at the top level, behind no guard
 print(*workers.pool(1).pids, flush=True)
 job()
@@ -182,11 +189,10 @@ job()
 
 @pytest.mark.parametrize("ending", ["kill", "interrupt", "interrupt, the worker stopped", "terminate"])
 def test_no_worker_outlives_its_run(ending):
-    run = subprocess.Popen(
-        [sys.executable, "-c", RUN], cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True
-    )
+    options = dict(cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", RUN], env={**os.environ, "JAX_PLATFORMS": "cuda"}, **options)
     pid = int(run.stdout.readline())
-    assert run.stdout.readline() == "making\n"
+    assert run.stdout.readline() == "making, JAX on cpu\n"
     if "stopped" in ending:
         os.kill(pid, signal.SIGSTOP)
     if "interrupt" in ending:
