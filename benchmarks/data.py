@@ -13,8 +13,8 @@ deliver uint8 and leave scaling and normalisation to the device, where XLA fuses
 equally; the median over the turns is reported. Batches of 64.
 
 --scale also prints the processor time an image that the run's own process spends, and the largest share of the time in
-which its interpreter lock can be held: with threads, all of that time but decoding and resizing, which release the
-lock; with workers, all of it.
+which its interpreter lock can be held: all of that time but decoding and resizing, with threads, or but copying the
+batch, with workers; those release the lock.
 """
 
 import argparse
@@ -224,6 +224,14 @@ def without_lock(root: pathlib.Path) -> float:
     return 1e3 * spent / 8 / BATCH
 
 
+def copying() -> float:
+    """Returns the milliseconds of processor time an image of copying a batch from a worker."""
+    batch, start = np.ones((BATCH, 224, 224, 3), np.uint8), time.thread_time()
+    for _ in range(50):
+        batch.copy()
+    return 1e3 * (time.thread_time() - start) / 50 / BATCH
+
+
 def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
     """Prints the speed of threads and of workers, by their number, and what they cost this process."""
     cores = len(os.sched_getaffinity(0))
@@ -234,12 +242,12 @@ def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
         contestants[f"{count} workers"] = stream(1, count, **photos(root))
     spent: dict[str, list[float]] = {}
     rates = take_turns(contestants, turns, seconds, spent)
-    free = without_lock(root)
-    print(f"{cores} cores; of an image, {free:.2f} ms are decoding and resizing, which need no lock")
+    free = {"threads": without_lock(root), "workers": copying()}
+    print(f"{cores} cores; ms an image without the lock: {free['threads']:.2f} threads, {free['workers']:.3f} workers")
     print(f"{'':12}images/s   min..max     ms here  lock held at most")
     for name, values in rates.items():
         here, rate = statistics.median(spent[name]), statistics.median(values)
-        held = max(here - free, 0.0) if name.endswith("threads") else here
+        held = max(here - free[name.split()[1]], 0.0)
         print(f"{name:12}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f} {here:8.3f}{held * rate / 10:12.1f} %")
 
 
