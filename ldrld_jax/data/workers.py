@@ -265,7 +265,7 @@ class _Worker:
         self._since = time.monotonic()
         unused = self._jobs - used
         sizes = None if job.id in self._jobs else job.memory.sizes
-        self._connection.send((job.id, sizes, unused, item))
+        _send(self._connection, (job.id, sizes, unused, item))
         if sizes is not None:
             send_handle(self._connection, job.memory.descriptor, self.pid)
         self._jobs = self._jobs - unused | {job.id}
@@ -306,6 +306,11 @@ class _Worker:
         return f"worker {self._number} (process {pid}) has made its batch for {seconds:.0f} s" + (
             f"; it is stopped, and `kill -CONT {pid}` lets it go on." if state == "T" else "."
         )
+
+
+def _send(connection: Connection, message: Any) -> None:
+    """Does what `connection.send` does, which leaves a buffer in use where the other end is gone."""
+    connection.send_bytes(pickle.dumps(message))
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -354,7 +359,7 @@ def work(descriptor: int, parent: int) -> None:
         for key, view in memory.arrays(reply.sizes).items():
             view[...] = batch[key]
         try:
-            connection.send(dataclasses.replace(reply, memory=needed if grown else 0))
+            _send(connection, dataclasses.replace(reply, memory=needed if grown else 0))
             if grown:
                 send_handle(connection, memory.descriptor, parent)
         except OSError:
