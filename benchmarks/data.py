@@ -3,6 +3,7 @@
 python benchmarks/data.py --cifar_dir DIR     # the table of docs/data_speed.md; DIR holds cifar100 as TFDS prepares it
 python benchmarks/data.py --memory 5000       # the process's memory while streaming batches of 16 crops
 python benchmarks/data.py --threads 1 2 4     # the stream with 1, 2 and 4 threads
+python benchmarks/data.py --scale             # threads beside worker processes, 1, 2, 4, ... up to the cores
 
 ImageNet-style: 500x375 JPEGs in a folder, made from the two photographs that scikit-learn ships; random resized crop
 to 224, flip. CIFAR-style: images decoded in memory, padded by 4, cropped and flipped. The PyTorch side reproduces
@@ -10,17 +11,23 @@ torchvision's transforms without needing torchvision: Pillow decode, crop, flip,
 deliver uint8 and leave scaling and normalisation to the device, where XLA fuses them into the first layer;
 "normalised" performs them on the host. Contestants take turns, so that other load on the machine affects all of them
 equally; the median over the turns is reported. Batches of 64.
+
+--scale also prints the processor time an image that the run's own process spends, and the largest share of the time in
+which its interpreter lock can be held: all of that time but decoding and resizing, with threads, or but copying the
+batch, with workers; those release the lock.
 """
 
 import argparse
 import io
 import itertools
+import os
 import pathlib
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import numpy as np
@@ -115,9 +122,9 @@ def config_data(**changes):
     return data
 
 
-def stream(threads: int, **changes) -> Iterator:
+def stream(threads: int, workers: int = 0, **changes) -> Iterator:
     batches = make_train_batches(config_data(**changes), batch_size=BATCH, seed=0)
-    iterator = batches.iterate(threads=threads)
+    iterator = batches.iterate(threads=threads, workers=workers)
     warm_up(iterator, batches)
     return iterator
 
@@ -129,19 +136,26 @@ def resident(**changes) -> Iterator:
     return (jax.block_until_ready(batch) for batch in batches)
 
 
-def take_turns(contestants: dict[str, Iterator], turns: int, seconds: float) -> dict[str, list[float]]:
-    """Returns each contestant's images per second in each turn, without batches prefetched between turns."""
+def take_turns(
+    contestants: dict[str, Iterator], turns: int, seconds: float, spent: dict[str, list[float]] | None = None
+) -> dict[str, list[float]]:
+    """Returns each contestant's images per second in each turn, without batches prefetched between turns.
+
+    `spent` gets the milliseconds of processor time an image in this process.
+    """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(turns):
         for name, batches in contestants.items():
             # Drain the buffers first; afterwards batches arrive as fast as they are produced.
             for _ in range(24):
                 next(batches)
-            count, start = 0, time.perf_counter()
+            count, start, spent_before = 0, time.perf_counter(), time.process_time()
             while (elapsed := time.perf_counter() - start) < seconds:
                 next(batches)
                 count += 1
             rates[name].append(count * BATCH / elapsed)
+            if spent is not None:
+                spent.setdefault(name, []).append(1e3 * (time.process_time() - spent_before) / count / BATCH)
     return rates
 
 
@@ -181,6 +195,62 @@ def decode_share(root: pathlib.Path) -> None:
     print(f"{sizes}: decode {split[0]:.2f} ms, crop and resize {split[1]:.2f} ms")
 
 
+def without_lock(root: pathlib.Path) -> float:
+    """Returns the milliseconds of processor time an image in which a thread holds no lock: decoding and resizing."""
+    batches, spent = make_train_batches(config_data(**photos(root)), batch_size=BATCH, seed=0), 0.0
+    make_decoder, resize = Image._getdecoder, Image.Image.resize
+
+    def timed(function):
+        def call(*args, **kwargs):
+            nonlocal spent
+            start = time.thread_time()
+            result = function(*args, **kwargs)
+            spent += time.thread_time() - start
+            return result
+
+        return call
+
+    class Decoder:
+        def __init__(self, *args):
+            self.inner = make_decoder(*args)
+            self.decode = timed(self.inner.decode)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    with mock.patch.object(Image, "_getdecoder", Decoder), mock.patch.object(Image.Image, "resize", timed(resize)):
+        for step in range(8):
+            batches[step]
+    return 1e3 * spent / 8 / BATCH
+
+
+def copying() -> float:
+    """Returns the milliseconds of processor time an image of copying a batch from a worker."""
+    batch, start = np.ones((BATCH, 224, 224, 3), np.uint8), time.thread_time()
+    for _ in range(50):
+        batch.copy()
+    return 1e3 * (time.thread_time() - start) / 50 / BATCH
+
+
+def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
+    """Prints the speed of threads and of workers, by their number, and what they cost this process."""
+    cores = len(os.sched_getaffinity(0))
+    counts = sorted({2**k for k in range(cores.bit_length())} | {cores})
+    contestants: dict[str, Iterator] = {}
+    for count in counts:
+        contestants[f"{count} threads"] = stream(count, **photos(root))
+        contestants[f"{count} workers"] = stream(1, count, **photos(root))
+    spent: dict[str, list[float]] = {}
+    rates = take_turns(contestants, turns, seconds, spent)
+    free = {"threads": without_lock(root), "workers": copying()}
+    print(f"{cores} cores; ms an image without the lock: {free['threads']:.2f} threads, {free['workers']:.3f} workers")
+    print(f"{'':12}images/s   min..max     ms here  lock held at most")
+    for name, values in rates.items():
+        here, rate = statistics.median(spent[name]), statistics.median(values)
+        held = max(here - free[name.split()[1]], 0.0)
+        print(f"{name:12}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f} {here:8.3f}{held * rate / 10:12.1f} %")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar_dir", help="the folder of TFDS's cifar100")
@@ -189,6 +259,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--threads", type=int, nargs="*", default=[2])
+    parser.add_argument("--scale", action="store_true", help="threads beside worker processes, by their number")
     parser.add_argument("--memory", type=int, metavar="BATCHES", help="measure memory instead of speed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +267,9 @@ def main() -> None:
         make_folder(root, args.images, args.quality)
         if args.memory:
             memory(root, args.memory)
+            return
+        if args.scale:
+            scale(root, args.turns, args.seconds)
             return
         if torch is None:
             print("torch is missing: only our loaders are measured (pip install 'ldrld_jax[torch]')")

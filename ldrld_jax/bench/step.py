@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.bench.result import PARTS, Bench
+from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.metrics import by_step
 from ldrld_jax.runtime.devices import peak_flops
@@ -101,7 +102,7 @@ class _Measurement:
     def _time_input(self) -> tuple[dict[str, float], Any]:
         """Times the loader; also returns an epoch's first batch, which is full if any is."""
         run = self._run
-        batches = to_devices(run.batches.iterate(threads=run.config.data.threads), run.mesh)
+        batches = to_devices(run.batches.iterate(**made_by(run.config.data)), run.mesh)
         first = next(batches)
         warm_up(batches, run.batches)
         return {"input": self._time(lambda: next(batches))}, first

@@ -85,6 +85,7 @@ class Data:
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
     threads: Count = 4  # threads that prepare batches ahead of the step
+    workers: Whole = 0  # processes that do so instead, of images that are not kept in memory; 0: none
     cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # keep or drop the last partial batch of an epoch
     # raise an error at an image that does not decode or a label out of range, or skip it

@@ -32,7 +32,7 @@ class FolderRecords:
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        return [{"image": epath.Path(self.paths[i]).read_bytes(), "label": int(self.targets[i])} for i in indices]
+        return [{"image": _read(self.paths[i]), "label": int(self.targets[i])} for i in indices]
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -46,6 +46,14 @@ class FolderRecords:
         for path, label in zip(self.paths, self.targets.tolist(), strict=True):
             size = os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
             yield f"{path.removeprefix(root)} {label} {size}"
+
+
+def _read(path: str) -> bytes:
+    """Returns the content of a file; a Path takes twice the time of `open`, under the interpreter lock."""
+    if "://" in path:
+        return epath.Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return file.read()
 
 
 def open_folder(

@@ -104,6 +104,11 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     return _remembered(source.of(records, _eval_view(source.image_shape, data)), data)
 
 
+def made_by(data: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of a loader that say who makes its batches, from a `data` block."""
+    return {"threads": data.threads, "workers": data.workers}
+
+
 def _check_unchanged(source: Source, data: ConfigDict) -> None:
     """Raises a UserError if the config asks for what is done to pixels with one label alone."""
     unset = {

@@ -40,8 +40,8 @@ class ResidentBatches(TrainBatches):
                 f"data.loader=resident makes one view of an image, not {self.views}. Set data.loader=stream."
             )
 
-    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[DeviceBatch]:  # type: ignore[override]
-        """Yields the batches from step `start` on, dispatched one at a time; `threads` is unused."""
+    def iterate(self, start: int = 0, *, threads: int = 4, workers: int = 0) -> Iterator[DeviceBatch]:  # type: ignore[override]
+        """Yields the batches from step `start` on, dispatched one at a time; without threads or workers."""
         return map(self.on_devices().batch, itertools.count(start))
 
     def on_devices(self) -> "Images":

@@ -130,15 +130,24 @@ class Source:
         name = self.records.name(index)
         if self.on_error == "raise":
             raise UserError(f"{name} is broken: {error}. Repair or remove it, or set data.on_error=skip.") from error
-        if index not in self.broken:
-            self.broken.add(index)
-            logger.warning("skipped %s: %s (%d skipped so far)", name, error, len(self.broken))
-            count = len(self.broken)
-            if too_many(count, len(self), self.max_skipped):
-                raise UserError(
-                    f"{count} of {len(self)} images are broken, the last of them {name} ({error}), and a share of "
-                    f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
-                ) from error
+        self.skip(index, name, str(error))
+
+    def skip(self, index: int, name: str, why: str) -> None:
+        """Counts and logs a broken image the first time that it is skipped.
+
+        Raises:
+          UserError: if there are more of them than `max_skipped` allows.
+        """
+        if index in self.broken:
+            return
+        self.broken.add(index)
+        count = len(self.broken)
+        logger.warning("skipped %s: %s (%d skipped so far)", name, why, count)
+        if too_many(count, len(self), self.max_skipped):
+            raise UserError(
+                f"{count} of {len(self)} images are broken, the last of them {name} ({why}), and a share of "
+                f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
+            )
 
 
 def too_many(broken: int, images: int, max_skipped: float) -> bool:

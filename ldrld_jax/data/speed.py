@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.augment import pad_crop_flip
 from ldrld_jax.data.decode import open_image, pixels
-from ldrld_jax.data.pipeline import make_train_batches
+from ldrld_jax.data.pipeline import made_by, make_train_batches
 from ldrld_jax.data.stream import TrainBatches
 
 logger = logging.getLogger("ldrld_jax")
@@ -31,7 +31,7 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
     Returns:
       A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read
       and fully decoded, but for raw inputs; `augment`: read and transformed as in training, which may decode less. Then
-      `pipeline`: batches as in a run, with `data.threads` threads, or from the devices.
+      `pipeline`: batches as in a run, with `data.threads` threads or `data.workers`, or from the devices.
 
     Raises:
       UserError: if the data differ from the block.
@@ -55,7 +55,7 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
     for name, work in works.items():
         spans = (np.take(draws.order, range(i, i + count), mode="wrap") for i in itertools.count(0, count))
         rates[name] = count * rate(lambda spans=spans, work=work: work(next(spans)), seconds)  # type: ignore[misc]
-    iterator = batches.iterate(threads=data.threads)
+    iterator = batches.iterate(**made_by(data))
     warm_up(iterator, batches)
     rates["pipeline"] = count * rate(lambda: jax.block_until_ready(next(iterator)), seconds)
     return rates
@@ -69,10 +69,14 @@ def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
         "decode": "read and fully decoded, one thread",
         "augment": "read, cropped, resized, flipped, one thread",
         "pipeline": f"batches of {batch_size}, loader {data.loader}"
-        + (f", {data.threads} threads" if data.loader == "stream" else ""),
+        + (f", {_maker(data)}" if data.loader == "stream" else ""),
     }
     rows = [f"{name:10}{rates[name]:12.0f}  {how[name]}" for name in rates]
     return "\n".join([f"{data.name}, {data.train_split}: images per second", *rows])
+
+
+def _maker(data: ConfigDict) -> str:
+    return f"{data.workers} workers" if data.workers else f"{data.threads} threads"
 
 
 def warm_up(iterator: Iterator[Any], batches: TrainBatches) -> None:
@@ -117,7 +121,8 @@ def watched(
             if waited > share * total and not told:
                 told = True
                 logger.warning(
-                    "the run waits for its input %.0f %% of the time. Raise data.threads, or see --mode bench_data.",
+                    "the run waits for its input %.0f %% of the time. Raise data.threads, set data.workers, or see "
+                    "--mode bench_data.",
                     100 * waited / total,
                 )
             waited, since, taken = 0.0, clock(), 0

@@ -1,15 +1,16 @@
-"""The streaming loader: threads read, decode and augment batches ahead of the step."""
+"""The streaming loader: threads or worker processes read, decode and augment batches ahead of the step."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
+from ldrld_jax.data.source import InMemory
+from ldrld_jax.data.workers import Job, pool
 
 Batch = dict[str, np.ndarray]
 
@@ -121,20 +122,38 @@ class TrainBatches:
         shown = _draws(self.augmented_by, self.shown(epoch), examples, self.pad, self.flip)
         return shown._replace(order=_draws(self.seed, epoch, examples, self.pad, self.flip).order)
 
-    def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4) -> Iterator[Batch]:
-        """Yields `part(epoch, position)` for each position, prepared by `threads` threads."""
-        dataset = grain.MapDataset.source(positions).map(lambda position: self.part(epoch, position))
-        return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
+    def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
+        """Yields `part(epoch, position)` for each position, made as by `iterate`."""
+        return _ahead(functools.partial(self.part, epoch), positions, self, threads, workers)
 
-    def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
-        """Yields the batches from step `start` on, prepared by `threads` threads ahead of their use."""
-        dataset = grain.MapDataset.source(self)[start:]
-        return iter(dataset.to_iter_dataset(_read_options(threads, self.batch_size, self.source.image_shape)))
+    def iterate(self, start: int = 0, *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
+        """Yields the batches from step `start` on, made ahead of their use.
+
+        Args:
+          start: the first step.
+          threads: the threads that make them, without workers.
+          workers: the processes that make them, see `workers`. Images that are kept in memory need none.
+        """
+        return _ahead(self.__getitem__, range(start, len(self)), self, threads, workers)
 
 
-def _read_options(threads: int, batch_size: int, image_shape: tuple[int, ...]) -> grain.ReadOptions:
-    fit = _AHEAD_BYTES // (batch_size * math.prod(image_shape))
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
+def _ahead(
+    make: Callable[[int], Batch],
+    items: Sequence[int],
+    batches: "TrainBatches | _EvalBatches",
+    threads: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Yields `make(item)` for each item, in order, made ahead by threads or worker processes."""
+    import grain  # it imports JAX, and a worker imports this module
+
+    source = batches.source
+    if workers and not isinstance(source, InMemory):
+        # A thread waits for each worker, and one more has its request ready when a worker is done.
+        make, threads = Job(pool(workers), make, source), workers + 1
+    fit = _AHEAD_BYTES // (batches.batch_size * math.prod(source.image_shape))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
+    return iter(grain.MapDataset.source(items).map(make).to_iter_dataset(options))
 
 
 @functools.lru_cache(maxsize=8)  # this epoch and the next: order, augmentation, a second view
@@ -174,16 +193,32 @@ def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: 
     return Share(indices[host * rows : (host + 1) * rows], rows, masked or len(indices) < total)
 
 
+@dataclasses.dataclass(frozen=True)
+class _EvalBatches:
+    """The batches of an evaluation, called with the index of their first example."""
+
+    source: Readable
+    batch_size: int
+    divisor: int
+    host: int
+    hosts: int
+
+    def __call__(self, start: int) -> Batch:
+        indices = np.arange(start, min(start + self.batch_size, len(self.source)))
+        kept = share(indices, self.batch_size, self.divisor, self.host, self.hosts, masked=True)
+        return kept.batch(*self.source.read(kept.indices))
+
+
 def eval_batches(
-    source: Readable, batch_size: int, *, divisor: int = 1, host: int = 0, hosts: int = 1, threads: int = 4
+    source: Readable,
+    batch_size: int,
+    *,
+    divisor: int = 1,
+    host: int = 0,
+    hosts: int = 1,
+    threads: int = 4,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields every example once, in order, always with a `mask`, so that the step is traced once."""
-
-    def batch(start: int) -> Batch:
-        kept = share(
-            np.arange(start, min(start + batch_size, len(source))), batch_size, divisor, host, hosts, masked=True
-        )
-        return kept.batch(*source.read(kept.indices))
-
-    dataset = grain.MapDataset.source(range(0, len(source), batch_size)).map(batch)
-    return iter(dataset.to_iter_dataset(_read_options(threads, batch_size, source.image_shape)))
+    batches = _EvalBatches(source, batch_size, divisor, host, hosts)
+    return _ahead(batches, range(0, len(source), batch_size), batches, threads, workers)

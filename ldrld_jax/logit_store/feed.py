@@ -65,7 +65,7 @@ class LogitFeed:
       mesh: the run's devices.
       epochs: number of epochs of the run.
       teach: maps images `[n, ...]` to logits as stored; None if the store has every epoch that the run needs.
-      threads: number of threads that prepare the batches that no step of this process trained on.
+      threads, workers: threads and processes that prepare the batches that no step of this process trained on.
     """
 
     def __init__(
@@ -77,9 +77,11 @@ class LogitFeed:
         teach: Callable[[jax.Array], Any] | None = None,
         *,
         threads: int = 4,
+        workers: int = 0,
     ):
         self._store, self._batches, self._mesh = store, batches, mesh
-        self._epochs, self._threads, self._teach = epochs, threads, teach
+        self._epochs, self._teach = epochs, teach
+        self._made_by = dict(threads=threads, workers=workers)
         self._ahead = _ReadAhead(store)
         self._epoch = -1
         self._stored: Logits | None = None  # the current epoch's logits
@@ -164,7 +166,7 @@ class LogitFeed:
         """Computes the batches that no step of this process saw: those before a resume, and the dropped remainder."""
         places = -(-len(self._batches.source) // self._batches.batch_size)
         missing = [position for position in range(places) if position not in sheet.positions]
-        images = ({"image": part["image"]} for part in self._batches.parts(epoch, missing, threads=self._threads))
+        images = ({"image": part["image"]} for part in self._batches.parts(epoch, missing, **self._made_by))
         for position, batch in zip(missing, to_devices(images, self._mesh), strict=True):
             tell(f"running the teacher on batch {position} of epoch {epoch}, which this process has not trained on")
             sheet.add(position, teach(batch["image"]))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import UserError
 from ldrld_jax.report import analysis, cache
@@ -119,7 +120,7 @@ def outputs(run: Run, network: Any, variables: Any, *, features: bool) -> Output
     """Runs a network over the evaluation split of a run, and over the chosen images once more for its features."""
     source, size = run.eval_source, run.config.eval_batch_size
     forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0].astype(jnp.float32))
-    batches = eval_batches(source, size, threads=run.config.data.threads, **shares(run.mesh))
+    batches = eval_batches(source, size, **made_by(run.config.data), **shares(run.mesh))
     logits, labels = [], []
     for start, batch in zip(range(0, len(source), size), to_devices(batches, run.mesh), strict=True):
         rows = min(size, len(source) - start)  # the others are padding

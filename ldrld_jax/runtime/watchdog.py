@@ -4,6 +4,7 @@ import faulthandler
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import IO
 
 
@@ -17,14 +18,15 @@ class Watchdog:
     Args:
       seconds: the time without progress; 0 turns the watchdog off.
       file: with a file descriptor; None for standard error.
+      others: returns lines on what other processes of the run are doing.
 
     Example:
       >>> with Watchdog(300.0) as watchdog:
       ...     watchdog.at("running step 1")
     """
 
-    def __init__(self, seconds: float, file: IO[str] | None = None):
-        self._seconds, self._file = seconds, file
+    def __init__(self, seconds: float, file: IO[str] | None = None, others: Callable[[], list[str]] = list):
+        self._seconds, self._file, self._others = seconds, file, others
         self._doing: tuple[float, str] = (time.monotonic(), "starting")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -62,6 +64,7 @@ class Watchdog:
 
     def _tell(self, seconds: float, doing: str) -> None:
         file = self._file or sys.stderr
-        print(f"\nldrld_jax: no progress for {seconds:.0f} s while {doing}. The stacks of all threads:", file=file)
+        lines = [*self._others(), f"no progress for {seconds:.0f} s while {doing}. The stacks of all threads:"]
+        print("", *(f"ldrld_jax: {line}" for line in lines), sep="\n", file=file)
         file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
 from ldrld_jax.interop.host_teacher import HostTeacher
@@ -60,7 +61,7 @@ class Dispatcher:
             self._batch, self._at = images.batch, images.at
             self._several = jit(several_steps(one, images.whole, run.config.steps_per_dispatch))
         else:
-            endless = run.batches.iterate(start, threads=run.config.data.threads)
+            endless = run.batches.iterate(start, **made_by(run.config.data))
             made: Iterator[Any] = itertools.islice(endless, run.steps - start)
             if host_teacher is not None:
                 source = run.batches.source

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.source import InMemory
 from ldrld_jax.data.stream import Batch, Readable, eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
@@ -97,7 +98,7 @@ class Evaluator:
 
     def _batches(self) -> Iterator[Batch]:
         config = self._config
-        return eval_batches(self._source, config.eval_batch_size, threads=config.data.threads, **shares(self._mesh))
+        return eval_batches(self._source, config.eval_batch_size, **made_by(config.data), **shares(self._mesh))
 
     def _to_devices(self) -> dict[str, jax.Array]:
         """Returns all batches, `[batches, rows, ...]`, with their rows split over the devices."""

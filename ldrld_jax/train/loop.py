@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.data import workers
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.losses import LDRLDConfig
@@ -81,7 +82,7 @@ def _train(
 ) -> Recorder:
     run, config = folder.run, folder.run.config
     with contextlib.ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds))
+        watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds, others=workers.describe))
         checkpoints = stack.enter_context(contextlib.closing(folder.checkpoints()))
         restored = checkpoints.resume(state.to_trees())
         if first():

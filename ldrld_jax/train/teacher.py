@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
@@ -164,7 +165,7 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     if top1 is None:
         right = count = 0
         with waiting("evaluating the teacher"):
-            for batch in eval_batches(run.eval_source, config.eval_batch_size, threads=config.data.threads):
+            for batch in eval_batches(run.eval_source, config.eval_batch_size, **made_by(config.data)):
                 signals.check()
                 best = np.argmax(function.of_batch(batch, **shape), axis=-1)
                 right += int(np.sum((best == batch["label"]) & batch["mask"]))
@@ -211,7 +212,7 @@ def _from_file(run: Run) -> StoredTeacher:
     labels = stored.records.labels()
     right = 100 * float(np.mean((np.argmax(file.read(0), axis=-1) == labels)[labels >= 0]))
     say(f"teacher logits from {path}  top-1 {right:.2f} on the training images")
-    return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, threads=config.data.threads), None)
+    return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, **made_by(config.data)), None)
 
 
 def _origin(run: Run) -> str:
@@ -240,7 +241,7 @@ def check_top1(run: Run, top1: float, origin: str = "") -> None:
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
     """Returns the teacher in a store; `teach` computes the logits that it lacks."""
     store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
-    feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, threads=run.config.data.threads)
+    feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, **made_by(run.config.data))
     return StoredTeacher(feed, top1)
 
 

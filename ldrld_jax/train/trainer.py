@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data import workers
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.data.views import View
 from ldrld_jax.files import LockedError, is_locked
@@ -281,7 +282,7 @@ def train(
     config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
-    with precision_scope(config.precision, config.matmul_precision), catching as signals:
+    with precision_scope(config.precision, config.matmul_precision), workers.scope(), catching as signals:
         return _train(config, epath.Path(workdir), signals, "student", given, profile, remarks)
 
 
@@ -298,7 +299,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
     """
     config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
-    with precision_scope(config.precision, config.matmul_precision):
+    with precision_scope(config.precision, config.matmul_precision), workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         best = _best(config, workdir, given)
         evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
