@@ -1,6 +1,7 @@
 """Finds runs in folders, whatever else is there."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,6 +47,12 @@ class FoundRun:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def ended(self) -> str:
+        """The end of the run, ISO 8601 in UTC; "" if its summary has none."""
+        text = (self.summary or {}).get("ended")
+        return text if isinstance(text, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", text) else ""
 
     @property
     def student(self) -> str:

@@ -1,6 +1,9 @@
 """HTML and SVG as strings that are safe by construction: all text is escaped."""
 
+import base64
 import html
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +35,20 @@ def _text(value: Any) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def figure(picture: Markup, caption: str, *beside: Markup) -> Markup:
-    """Formats a picture with its caption."""
-    return tag("figure", picture, *beside, tag("figcaption", caption))
+def figure(picture: Markup, caption: str, *beside: Markup, name: str, data: Any) -> Markup:
+    """Formats a picture with its caption and a link that saves its data as a JSON file, which the page contains.
+
+    Args:
+      picture: drawn from `data`.
+      caption: below it.
+      beside: between the two, such as a legend.
+      name: of the figure, for the file and for the link's name.
+      data: what JSON can hold.
+    """
+    text = base64.b64encode(json.dumps(data).encode()).decode()
+    link = tag("a", "JSON", href=f"data:application/json;base64,{text}", aria_label=f"JSON of {name}",
+               download=re.sub(r"\W+", "-", name).strip("-") + ".json")  # fmt: skip
+    return tag("figure", picture, *beside, tag("figcaption", caption, " ", link))
 
 
 def grid(items: Sequence[Markup], *, wide: bool = False) -> Markup | None:
@@ -65,4 +79,4 @@ def html_table(
 
 
 def _is_number(text: str) -> bool:
-    return text[:1] in tuple("0123456789+-")
+    return re.fullmatch(r"[+-]?[\d.]+( (±|to) [\d.]+)?", text) is not None

@@ -17,7 +17,8 @@ def matrix(values: Sequence[Sequence[float]], title: str) -> Markup:
     size, cell, most = len(values), 44, max(map(max, values))
     pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
     cells = [_cell(values[i][j], i, j - 1, cell, most, written=size <= 10) for i, j in pairs]
-    ranks = [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
+    ranks = [tag("text", "rank", x=4, y=16, class_="axis")]
+    ranks += [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
     ranks += [tag("text", j + 1, x=(j + 0.3) * cell - 1, y=16, text_anchor="middle") for j in range(1, size)]
     told = ", ".join(f"ranks {i + 1} and {j + 1}: {values[i][j]:.3f}" for i, j in pairs[:40])
     picture = svg((size - 0.1) * cell, (size - 0.3) * cell, title, f"Weights of pairs: {told}", *ranks, *cells)
@@ -101,10 +102,10 @@ def reliability(found: dict[str, Any], title: str) -> Markup:
         parts.append(tag("rect", x=x + 1, width=width - 2, class_="over" if sure > right else "under", **gap))
     parts.append(tag("path", d=f"M{left} {bottom}L{left + size} 10", class_="diagonal"))
     for share in (0.0, 0.5, 1.0):
-        parts.append(tag("text", f"{share:g}", x=left + size * share, y=bottom + 16, text_anchor="middle"))
-        parts.append(tag("text", f"{share:g}", x=left - 6, y=bottom - size * share + 4, text_anchor="end"))
-    parts.append(tag("text", "confidence", x=left + size / 2, y=bottom + 32, text_anchor="middle", class_="axis"))
-    parts.append(tag("text", "accuracy", transform=f"translate(11 {bottom - size / 2}) rotate(-90)",
+        parts.append(tag("text", f"{100 * share:g}", x=left + size * share, y=bottom + 16, text_anchor="middle"))
+        parts.append(tag("text", f"{100 * share:g}", x=left - 6, y=bottom - size * share + 4, text_anchor="end"))
+    parts.append(tag("text", "confidence %", x=left + size / 2, y=bottom + 32, text_anchor="middle", class_="axis"))
+    parts.append(tag("text", "accuracy %", transform=f"translate(11 {bottom - size / 2}) rotate(-90)",
                      text_anchor="middle", class_="axis"))  # fmt: skip
     told = ", ".join(f"{s:.2f}: {a:.2f}" for s, a, n in
                      zip(found["confidence"], found["accuracy"], found["examples"], strict=True) if n)  # fmt: skip

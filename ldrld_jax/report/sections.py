@@ -1,12 +1,14 @@
 """The parts of a comparison's page: each a heading, a line on how to read it, and its figures; None without data."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ldrld_jax.report import charts, curves, pictures
-from ldrld_jax.report.groups import Comparison
+from ldrld_jax.report.groups import Comparison, Group
 from ldrld_jax.report.markup import Markup, figure, grid, html_table, join, tag
-from ldrld_jax.report.table import spread
+from ldrld_jax.report.published import EPOCHS, PAPERS, data_set, figures, name_of, protocol
+from ldrld_jax.report.table import counted, spread
 
 Analyses = dict[str, dict[str, Any]]  # by folder
 Known = list[tuple[str, list[dict[str, Any]]]]  # the label of each group that has analyses, and those of its seeds
@@ -42,34 +44,72 @@ def _overview(comparison: Comparison, known: Known) -> Markup | None:
     chart = charts.dot_chart(rows, f"Last-epoch accuracy, {comparison.title}", "top-1 % after the last epoch")
     notes = ["A diamond is the mean over seeds, with its deviation; a circle is a seed"]
     notes += ["a triangle is the published figure"] * any(row.published is not None for row in rows)
-    return figure(chart, "; ".join(notes) + ".")
+    data = [row._asdict() for row in rows]
+    return figure(chart, "; ".join(notes) + ".", name=f"last-epoch accuracy, {comparison.title}", data=data)
 
 
 def _learning(comparison: Comparison, known: Known) -> Markup | None:
     lines = curves.learning(comparison)
     if not lines:
         return None
-    chart = charts.line_chart(lines, f"Learning curves, {comparison.title}", "epoch", "top-1 %")
-    return figure(chart, "Top-1 on the evaluation split, mean over seeds; the band is one deviation.", _legend(lines))
+    told = "Top-1 on the evaluation split, mean over seeds; the band is one deviation."
+    return _lines(lines, f"Learning curves, {comparison.title}", "epoch", "top-1 %", told)
+
+
+def _papers(comparison: Comparison, known: Known) -> Markup | None:
+    """Returns the papers' table of each teacher, beside our best group of the method, whatever its recipe."""
+    teachers: dict[str, list[Group]] = defaultdict(list)
+    for group in comparison.groups:
+        if group.method != "ce" and figures(group.first.config):
+            teachers[str(group.first.teacher)].append(group)
+    tables = []
+    for teacher, groups in teachers.items():
+        config, rows = groups[0].first.config, []
+        ours = groups + [group for group in comparison.groups if group.method == "ce"]
+        for name, figure_of in figures(config).items():
+            mine = next((group for group in ours if name_of(group.first.config) == name), None)  # the best is first
+            source, what = PAPERS[name]
+            rows.append([name, figure_of, _joined(source, f"{EPOCHS[data_set(config)]} epochs", what), *_ours(mine)])
+        header = ["method", "published %", "by", "ours %, last epoch", "by"]
+        tables.append(html_table(header, rows, f"{comparison.student} from {teacher}"))
+    return join(tables) if tables else None
+
+
+def _ours(group: Group | None) -> list[str]:
+    if group is None:
+        return ["", "not trained"]
+    runs = counted(len(group.runs), "run")
+    return [spread(group.values("last_top1")), _joined(protocol(group.first.config), runs)]
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _sweeps(comparison: Comparison, known: Known) -> Markup | None:
-    figures = []
-    for key, lines in curves.sweeps(comparison.groups):
-        chart = charts.line_chart(lines, f"Accuracy by {key}", key, "last top-1 %")
-        figures.append(figure(chart, f"By {key}, all else the same.", _legend(lines)))
+    figures = [
+        _lines(lines, f"Accuracy by {key}", key, "last top-1 %", f"By {key}, all else the same.")
+        for key, lines in curves.sweeps(comparison.groups)
+    ]
     return grid(figures, wide=True)
 
 
-def _legend(lines: Sequence[charts.Series]) -> Markup:
-    return charts.legend([(line.label, line.style) for line in lines])
+def _lines(lines: Sequence[charts.Series], title: str, x_label: str, y_label: str, caption: str) -> Markup:
+    """Draws a chart with its legend, the line that ends highest first."""
+    ordered = sorted(lines, key=lambda line: -line.points[-1].y)
+    legend = charts.legend([(line.label, line.style) for line in ordered])
+    data = {line.label: [point._asdict() for point in line.points] for line in ordered}
+    return figure(charts.line_chart(ordered, title, x_label, y_label), caption, legend, name=title, data=data)
 
 
 def _ranks(comparison: Comparison, known: Known) -> Markup | None:
     names = ("IRW: near ranks weigh more", "ERD: high ranks weigh more", "Their product, the weight of a pair")
     blocks = []
     for labels, weights in curves.rank_matrices(comparison.groups):
-        drawn = [figure(pictures.matrix(values, name), name) for values, name in zip(weights, names, strict=True)]
+        drawn = [
+            figure(pictures.matrix(values, name), name, name=f"{name}, {labels}", data=values)
+            for values, name in zip(weights, names, strict=True)
+        ]
         blocks.append((labels, grid(drawn)))
     if len(blocks) < 2:
         return blocks[0][1] if blocks else None
@@ -97,7 +137,8 @@ def _correlation(comparison: Comparison, known: Known) -> Markup | None:
     for label, one in taught:
         told = f"Mean {one['correlation_mean']:.4f} over {one['classes']} x {one['classes']} classes."
         picture = pictures.heat_map(one["correlation"], f"|corr(teacher) - corr(student)|, {label}", told, most=most)
-        figures.append(figure(picture, f"{label}: mean {one['correlation_mean']:.4f}"))
+        caption = f"{label}: mean {one['correlation_mean']:.4f}"
+        figures.append(figure(picture, caption, name=f"difference of correlations, {label}", data=one["correlation"]))
     bar = tag("div", pictures.colour_bar(most, "Colours of the heat maps"), class_="bar-of-colours")
     return join([bar, grid(figures)])
 
@@ -113,7 +154,7 @@ def _pairs(comparison: Comparison, known: Known) -> Markup | None:
             for pair in pairs
         ]  # fmt: skip
         shares = [pair["kl"] / most if most else 0 for pair in pairs]
-        tables.append(html_table(["pair", "KL", "teacher %", "student %"], rows, label, shares))
+        tables.append(html_table(["pair", "KL, nats", "teacher %", "student %"], rows, label, shares))
     return grid(tables)
 
 
@@ -125,8 +166,10 @@ def _features(comparison: Comparison, known: Known) -> Markup | None:
     embedded += [("teacher", one, one["teacher"]["embedding"]) for one in taught[:1]]
     figures = []
     for label, one, embedding in embedded:
-        picture = pictures.scatter(embedding, one["embedded"], f"t-SNE of features, {label}")
-        figures.append(figure(picture, f"{label}: silhouette {embedding['silhouette']:.3f}"))
+        title = f"t-SNE of features, {label}"
+        picture = pictures.scatter(embedding, one["embedded"], title)
+        data = {**embedding, "classes": one["embedded"]}
+        figures.append(figure(picture, f"{label}: silhouette {embedding['silhouette']:.3f}", name=title, data=data))
     names = dict.fromkeys(embedded[0][1]["embedded"])
     labels = [(name.replace("_", " "), i) for i, name in enumerate(names)]
     return join([grid(figures), charts.legend(labels, lines=False)])
@@ -136,12 +179,24 @@ def _calibration(comparison: Comparison, known: Known) -> Markup | None:
     drawn = [(f"{label}: ECE {spread([one['calibration']['ece'] for one in of])} %", of[0]) for label, of in known]
     teachers = [one["teacher"] for _, one in drawn if one["teacher"]][:1]
     drawn += [(f"teacher: ECE {one['calibration']['ece']:.2f} %", one) for one in teachers]
-    return grid([figure(pictures.reliability(one["calibration"], title), title) for title, one in drawn])
+    return grid(
+        [
+            figure(pictures.reliability(one["calibration"], title), title, name=f"calibration, {title}",
+                   data=one["calibration"])
+            for title, one in drawn
+        ]
+    )  # fmt: skip
 
 
 _PARTS: tuple[tuple[str, str, str, Callable[[Comparison, Known], Markup | None]], ...] = (
     ("overview", "Accuracy at a glance", "", _overview),
     ("curves", "Learning curves", "", _learning),
+    (
+        "papers",
+        "The papers' figures beside ours",
+        "Compare figures of the same protocol only: all epochs and all data. The papers' were never measured here.",
+        _papers,
+    ),
     ("sweeps", "What one number changes", "Top-1 after the last epoch, mean over seeds.", _sweeps),
     (
         "ranks",

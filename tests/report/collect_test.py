@@ -70,6 +70,47 @@ def test_a_running_run_alone_has_a_page(tmp_path, capsys):
     assert "a (not finished)" in (tmp_path / "report.html").read_text()
 
 
+def test_a_page_that_is_watched_is_written_again_until_it_is_interrupted(tmp_path, capsys, monkeypatch):
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+        write(tmp_path, f"run{len(waits)}", 90.0 + len(waits), seed=len(waits))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main([str(tmp_path), "--watch", "5"]) == 0
+    assert waits == [5.0, 5.0, 5.0]
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, *written = err.splitlines()
+    assert "no run here" in first
+    assert [line.rpartition("(")[2] for line in written] == [
+        "1 finished, 0 not finished)",
+        "2 finished, 0 not finished)",
+    ]
+    assert "91.50 ± 0.71" in (tmp_path / "report.html").read_text()
+    for wrong in ("0", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--watch", wrong])
+
+
+def test_the_table_and_the_page_say_when_runs_ended_and_how_long_they_took(tmp_path, capsys):
+    times = {"train_seconds": 7200, "ended": "2026-11-20T10:00:00+00:00"}, {"train_seconds": 7800, "ended": "<b>"}, {}
+    for seed, more in enumerate(times):
+        path = write(tmp_path, f"a{seed}", seed=seed) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert main([str(tmp_path)]) == 0
+    header, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["time"], cells["ended"]) == ("2 h 05 min", "2026-11-20")
+    page = (tmp_path / "report.html").read_text()
+    assert "ended 2026-11-20 (UTC), 4 h 10 min of training in all" in page
+    assert "3 runs finished, 0 not finished, 0 notes" in page
+    assert "<b>" not in page
+
+
 def test_collecting_and_the_table_load_no_big_library(tmp_path):
     write(tmp_path, "a")
     code = "import sys; from ldrld_jax import report; print(report.table(report.collect(sys.argv[1:]).summaries)); "
