@@ -77,9 +77,15 @@ def _first_there(folders: Sequence[str]) -> str:
 def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text: str) -> int:
     from ldrld_jax.files import replace_text
     from ldrld_jax.report.page import page
+    from ldrld_jax.report.sections import drawable
 
-    runs = [run.folder for run in report.summaries]
-    analyses = {folder: found for folder in runs if (found := cache.read(folder, out)) is not None}
+    analyses = {}
+    for run in report.summaries:
+        if (found := cache.read(run.folder, out)) is not None:
+            if drawable(run, found):
+                analyses[run.folder] = found
+            else:
+                report.notes.append(f"{run.folder}: its analysis.json cannot be drawn. Remove it, and analyse again.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.md", f"{text}\n")

@@ -1,11 +1,13 @@
 """The parts of a comparison's page: each a heading, a line on how to read it, and its figures; None without data."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ldrld_jax.report import charts, curves, pictures
-from ldrld_jax.report.groups import Comparison, Group
+from ldrld_jax.report.collect import FoundRun
+from ldrld_jax.report.groups import Comparison, Group, compare
 from ldrld_jax.report.markup import Markup, figure, grid, html_table, join, tag
 from ldrld_jax.report.published import EPOCHS, PAPERS, data_set, figures, name_of, protocol
 from ldrld_jax.report.table import counted, spread
@@ -35,6 +37,15 @@ def sections(comparison: Comparison, analyses: Analyses, number: int) -> list[Se
     known = [(label, seeds) for label, seeds in found if seeds]
     made = ((name, heading, told, make(comparison, known)) for name, heading, told, make in _PARTS)
     return [Section(f"c{number}-{name}", heading, told, content) for name, heading, told, content in made if content]
+
+
+def drawable(run: FoundRun, analysis: dict[str, Any]) -> bool:
+    """Returns whether every part can be drawn of an analysis, which may be anybody's file."""
+    try:
+        sections(compare([run])[0], {run.folder: analysis}, 0)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _overview(comparison: Comparison, known: Known) -> Markup | None:
@@ -111,10 +122,85 @@ def _ranks(comparison: Comparison, known: Known) -> Markup | None:
             for values, name in zip(weights, names, strict=True)
         ]
         blocks.append((labels, grid(drawn)))
+    return _folded(blocks)
+
+
+def _folded(blocks: Sequence[tuple[str, Markup | None]]) -> Markup | None:
+    """Shows the first block, and the others behind their labels; None without blocks."""
     if len(blocks) < 2:
         return blocks[0][1] if blocks else None
-    (labels, first), *others = blocks
-    return join([tag("p", labels), first, *(tag("details", tag("summary", name), block) for name, block in others)])
+    (label, first), *others = blocks
+    return join([tag("p", label), first, *(tag("details", tag("summary", name), block) for name, block in others)])
+
+
+def _classes(comparison: Comparison, known: Known) -> Markup | None:
+    """Returns the accuracies by class, those first in which the best group is furthest behind its teacher."""
+    told = [(label, [one for one in seeds if one.get("names")]) for label, seeds in known]
+    told = [(label, seeds) for label, seeds in told if seeds and seeds[0]["names"] == told[0][1][0]["names"]]
+    if not told:
+        return None
+    first = told[0][1][0]
+    names, images = first["names"], first["class_images"]
+    columns = {
+        label: [statistics.fmean(tops) for tops in zip(*(one["class_top1"] for one in seeds), strict=True)]
+        for label, seeds in told
+    }
+    best = next(iter(columns.values()))
+    taught = [one["teacher"]["class_top1"] for _, seeds in told for one in seeds[:1] if one["teacher"]][:1]
+    shown = [*taught, *columns.values()]
+    order = sorted(
+        (i for i, count in enumerate(images) if count), key=lambda i: best[i] - (taught[0][i] if taught else 0)
+    )
+    rows = [[_said(names[i]), str(images[i]), *(f"{column[i]:.1f}" for column in shown)] for i in order[:_MOST_CLASSES]]
+    header = ["class", "images", *["teacher %"] * len(taught), *(f"{label} %" for label in columns)]
+    caption = f"Top-1 by class, {len(rows)} of {len(order)}, mean over seeds"
+    data = {"names": names, "images": images, "teacher": taught[0] if taught else None, "students": columns}
+    order_told = "The classes in which the first method is furthest behind its teacher come first."
+    return figure(html_table(header, rows, caption), order_told, name="accuracy by class", data=data)
+
+
+def _confusion(comparison: Comparison, known: Known) -> Markup | None:
+    blocks = []
+    for label, one in [(label, seeds[0]) for label, seeds in known if seeds[0].get("confusion")]:
+        found = [(label, one["confusion"])]
+        found += [(f"teacher of {label}", one["teacher"]["confusion"])] if one["teacher"] else []
+        blocks.append((label, grid([_class_figure(who, part, "confusion", most=100, digits=0) for who, part in found])))
+    return _folded(blocks)
+
+
+def _class_figure(who: str, found: dict[str, Any], what: str, *, most: float, digits: int) -> Markup:
+    return figure(pictures.class_table(found, who, most=most, digits=digits), "", name=f"{what}, {who}", data=found)
+
+
+def _images(comparison: Comparison, known: Known) -> Markup | None:
+    found = [(label, one["images_shown"]) for label, seeds in known for one in seeds if one.get("images_shown")]
+    told = {"differing": "teacher and student differ most", "uncertain": "the student is least certain"}
+    return _folded(
+        [
+            (label, grid([_sheet(label, shown[kind], text) for kind, text in told.items() if kind in shown], wide=True))
+            for label, shown in found
+        ]
+    )
+
+
+def _sheet(label: str, images: Sequence[dict[str, Any]], told: str) -> Markup:
+    items = []
+    for image in images:
+        lines = [f"true: {_said(image['label'])}"]
+        lines += [
+            f"{who}: {_said(image[who][0])}, {image[who][1]:.0f} %" for who in ("teacher", "student") if who in image
+        ]
+        picture = pictures.photograph(image["png"], f"image {image['index']}, {'; '.join(lines)}")
+        items.append(tag("li", picture, *(tag("span", line) for line in lines)))
+    sheet = tag("ul", *items, class_="sheet")
+    return figure(sheet, f"{label}: where {told}.", name=f"images, {label}, where {told}", data=list(images))
+
+
+def _said(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+_MOST_CLASSES = 100
 
 
 def _closeness(comparison: Comparison, known: Known) -> Markup | None:
@@ -135,12 +221,18 @@ def _correlation(comparison: Comparison, known: Known) -> Markup | None:
     most = max(max(map(max, one["correlation"])) for _, one in taught)
     figures = []
     for label, one in taught:
-        told = f"Mean {one['correlation_mean']:.4f} over {one['classes']} x {one['classes']} classes."
-        picture = pictures.heat_map(one["correlation"], f"|corr(teacher) - corr(student)|, {label}", told, most=most)
-        caption = f"{label}: mean {one['correlation_mean']:.4f}"
-        figures.append(figure(picture, caption, name=f"difference of correlations, {label}", data=one["correlation"]))
+        values, names, title = one["correlation"], one.get("names", []), f"|corr(teacher) - corr(student)|, {label}"
+        if 0 < len(names) <= _NAMED:
+            picture = pictures.class_table({"names": names, "values": values}, title, most=most, digits=2)
+        else:
+            told = f"Mean {one['correlation_mean']:.4f} over {one['classes']} x {one['classes']} classes."
+            picture = pictures.heat_map(values, title, told, most=most)
+        figures.append(figure(picture, f"{label}: mean {one['correlation_mean']:.4f}", name=title, data=values))
     bar = tag("div", pictures.colour_bar(most, "Colours of the heat maps"), class_="bar-of-colours")
     return join([bar, grid(figures)])
+
+
+_NAMED = 12  # a matrix of more classes has no room for names and numbers
 
 
 def _pairs(comparison: Comparison, known: Known) -> Markup | None:
@@ -149,13 +241,16 @@ def _pairs(comparison: Comparison, known: Known) -> Markup | None:
     tables = []
     for label, pairs in taught:
         rows = [
-            [f"{pair['first']} / {pair['second']}".replace("_", " "), f"{pair['kl']:.3f}",
+            [_said(f"{pair['first']} / {pair['second']}"), f"{pair['kl']:.3f}",
              *(f"{100 * pair[who]:.0f}" for who in ("teacher", "student"))]
             for pair in pairs
         ]  # fmt: skip
         shares = [pair["kl"] / most if most else 0 for pair in pairs]
         tables.append(html_table(["pair", "KL, nats", "teacher %", "student %"], rows, label, shares))
-    return grid(tables)
+    maps = [(label, seeds[0]["pair_map"]) for label, seeds in known if seeds[0].get("pair_map")]
+    most = max((value for _, found in maps for row in found["values"] for value in row), default=0)
+    drawn = [_class_figure(label, found, "KL of pairs", most=most, digits=2) for label, found in maps]
+    return join([grid(tables), grid(drawn)]) if taught else None
 
 
 def _features(comparison: Comparison, known: Known) -> Markup | None:
@@ -222,8 +317,27 @@ _PARTS: tuple[tuple[str, str, str, Callable[[Comparison, Known], Markup | None]]
         "pairs",
         "The pairs of classes they disagree on",
         "Over the images of the two classes, first seed: the KL divergence of the teacher's and the student's choice "
-        "between these two, in nats, and what each gives the true one.",
+        "between these two, in nats, and what each gives the true one. Then the KL of all pairs of the worst classes.",
         _pairs,
+    ),
+    (
+        "classes",
+        "Accuracy by class",
+        "Top-1 in percent of each class's images in the evaluation split, best checkpoints.",
+        _classes,
+    ),
+    (
+        "confusion",
+        "What is taken for what",
+        "Rows are true classes, columns what the network says, in percent of the row's images; first seed. Of many "
+        "classes, those that the student confuses most.",
+        _confusion,
+    ),
+    (
+        "images",
+        "The images behind it",
+        "From the evaluation split, first seed: by KL(teacher || student), and by the student's largest probability.",
+        _images,
     ),
     (
         "features",

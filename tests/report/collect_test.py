@@ -122,6 +122,32 @@ def test_collecting_and_the_table_load_no_big_library(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": None},
+        {"calibration": {"ece": 1, "examples": [1, 2], "confidence": [0.5], "accuracy": [0.5]}},
+        {"embedding": {"xy": [[0, "1"]], "silhouette": 0}, "embedded": ["a"]},
+        {"teacher": 3},
+        {"images_shown": {"uncertain": [[]]}},
+        {"names": ["a"], "class_images": {"a": 1}, "class_top1": [1]},
+        {"confusion": {"names": ["a"], "values": [["<b>"]]}},
+    ],
+)
+def test_an_analysis_that_is_none_is_left_out_and_named(tmp_path, capsys, changes):
+    calibration = {"ece": 1.0, "examples": [1], "confidence": [0.5], "accuracy": [0.5]}
+    whole = {"version": 1, "step": 1, "features": True, "calibration": calibration, "embedding": None, "embedded": []}
+    for name, more in (("good", {}), ("bad", changes)):
+        run = write(tmp_path, name, method="ce" if name == "bad" else "kd")
+        (run / "analysis.json").write_text(json.dumps(whole | {"teacher": None} | more))
+    assert main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    page = (tmp_path / "report.html").read_text()
+    assert "bad</code> its analysis.json cannot be drawn" in page
+    assert "kd: ECE 1.00 %" in page
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize(
     ("file", "content"),
     [
         ("config.json", "[" * 100_000),

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldrld_jax.data.given import as_source
 from ldrld_jax.report import Report, pictures
 from ldrld_jax.report.groups import compare
-from ldrld_jax.report.outputs import Outputs, described
+from ldrld_jax.report.outputs import Outputs, described, shown_images
 from ldrld_jax.report.page import page
 from tests.report.folders import found
 
@@ -41,9 +42,17 @@ def document() -> str:
     for run in runs:
         student = Outputs(teacher.logits + rng.normal(size=(120, 10)), labels, xy)
         names = tuple(f"class {i} {HOSTILE}" for i in range(10))
-        analyses[run.folder] = described(student, None if run.method == "ce" else teacher, names)
+        taught = None if run.method == "ce" else teacher
+        analyses[run.folder] = described(student, taught, names)
+        analyses[run.folder]["images_shown"] = shown_images(student, taught, names, photographs())
     report = Report(runs, [found("folder/running", curve=curve, seed=9)], [f"{HOSTILE}: no run here"])
     return page(report, compare(report.summaries, report.running), analyses)
+
+
+def photographs():
+    """A source of 120 pictures of one colour each."""
+    pixels = np.broadcast_to(np.arange(120, dtype=np.uint8)[:, None, None, None], (120, 8, 8, 3))
+    return as_source((pixels, np.arange(120) % 10), title="photographs")
 
 
 class Reader(html.parser.HTMLParser):
@@ -106,6 +115,9 @@ def test_every_picture_is_there(document):
         "closeness",
         "correlation",
         "pairs",
+        "classes",
+        "confusion",
+        "images",
         "features",
         "calibration",
     ):
@@ -113,6 +125,15 @@ def test_every_picture_is_there(document):
     assert "ldrld depth=7: 94.75 at 4" not in document
     assert "kd: 96.00 at 4" in document
     assert "running (not finished)" in document
+
+
+def test_classes_are_ordered_by_what_the_best_method_lost(document):
+    table = document.partition('id="c0-classes"')[2].partition("</table>")[0]
+    rows = [re.findall(r'"number">([\d.]+)<', row) for row in table.split("<tr>")[2:]]
+    lost = [float(teacher) - float(best) for _, teacher, best, *_ in rows]
+    assert len(lost) == 10
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > lost[-1]
 
 
 def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
@@ -124,18 +145,26 @@ def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
     np.testing.assert_allclose(found, expected, atol=2)  # a step of 256 is at most 4 of a channel
 
 
+def test_the_numbers_in_coloured_cells_are_legible():
+    for share in np.linspace(0, 1, 101):
+        text, cell = (luminance(pixel) for pixel in (pictures.ink(share), pictures.hex_colour(share)))
+        assert (max(text, cell) + 0.05) / (min(text, cell) + 0.05) >= 4.5
+
+
+def luminance(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    channels = np.frombuffer(bytes.fromhex(digits), np.uint8) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
     block = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[scheme]
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
 
-    def luminance(name):
-        channels = np.frombuffer(bytes.fromhex(colours[name][1:]), np.uint8) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
     def contrast(*names):
-        low, high = sorted(map(luminance, names))
+        low, high = sorted(luminance(colours[name]) for name in names)
         return (high + 0.05) / (low + 0.05)
 
     for paper in ("paper", "card"):
