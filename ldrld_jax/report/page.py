@@ -1,10 +1,10 @@
 """The page: one HTML file that loads nothing, for phones and desktops, in light and dark."""
 
+import datetime
 import pathlib
 from collections.abc import Sequence
 
-from ldrld_jax.record.reader import is_number
-from ldrld_jax.report.collect import Report
+from ldrld_jax.report.collect import Report, plausible
 from ldrld_jax.report.groups import Comparison
 from ldrld_jax.report.markup import Markup, html_table, tag
 from ldrld_jax.report.sections import Analyses, Section, sections
@@ -22,7 +22,7 @@ def page(report: Report, comparisons: Sequence[Comparison], analyses: Analyses) 
       analyses: what `outputs.analyse` kept, by folder.
     """
     parts = [(c, sections(c, analyses, i)) for i, c in enumerate(comparisons)]
-    title = "Distillation report"
+    title, made = "Distillation report", datetime.datetime.now(datetime.UTC)
     counts = f"{counted(len(report.summaries), 'run')} finished, {len(report.running)} not finished"
     counts += f", {counted(len(report.notes), 'note')}"
     links = [("results", "Results")] * bool(report.summaries)
@@ -42,7 +42,9 @@ def page(report: Report, comparisons: Sequence[Comparison], analyses: Analyses) 
         tag(
             "main", _results(comparisons), *map(_comparison, range(len(parts)), parts), _notes(report.notes), id="main"
         ),
-        tag("footer", tag("p", "Made by python -m ldrld_jax.report; this page loads nothing from anywhere.")),
+        tag(
+            "footer", tag("p", f"Made on {made:%Y-%m-%d at %H:%M} UTC by python -m ldrld_jax.report; it loads nothing.")
+        ),
     ]
     head = [
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -60,7 +62,7 @@ def _when(report: Report) -> Markup | None:
     if not ends:
         return None
     span = f"ended {' to '.join(dict.fromkeys((ends[0], ends[-1])))} (UTC)"
-    return tag("p", f"{span}, {duration(sum(filter(is_number, times)))} of training in all")
+    return tag("p", f"{span}, {duration(sum(filter(plausible, times)))} of training in all")
 
 
 def _results(comparisons: Sequence[Comparison]) -> Markup | None:

@@ -9,7 +9,7 @@ import pytest
 from ldrld_jax import report
 from ldrld_jax.report.__main__ import main
 from tests.conftest import ROOT
-from tests.report.folders import config, line, write
+from tests.report.folders import config, line, summary, write
 
 
 def names(notes):
@@ -156,6 +156,7 @@ def test_an_analysis_that_is_none_is_left_out_and_named(tmp_path, capsys, change
         ("config.json", json.dumps(config(student__model={"a": 1}))),
         ("summary.json", '{"best_top1": NaN, "last_top1": "96", "examples_per_second": true}'),
         ("summary.json", "null"),
+        ("summary.json", json.dumps(summary(last_top1=1e308, best_top1=-1e308))),
         ("metrics.jsonl", '[]\n"eval"\n{"epoch": "1"}\n{"epoch": 1, "split": "eval", "values": 3}\n' + "[" * 100_000),
     ],
 )
