@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -137,7 +137,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
 
 
-def plausible(value: Any) -> bool:
+def plausible(value: Any) -> TypeGuard[float]:
     """Returns whether a value is a number that a run may have; sums and squares of such numbers are finite."""
     return is_number(value) and abs(value) < 1e12
 

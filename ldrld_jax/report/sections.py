@@ -135,12 +135,12 @@ def _folded(blocks: Sequence[tuple[str, Markup | None]]) -> Markup | None:
 
 def _classes(comparison: Comparison, known: Known) -> Markup | None:
     """Returns the accuracies by class, those first in which the best group is furthest behind its teacher."""
-    told = [(label, [one for one in seeds if one.get("names")]) for label, seeds in known]
-    told = [(label, seeds) for label, seeds in told if seeds and seeds[0]["names"] == told[0][1][0]["names"]]
-    if not told:
+    first = next((one for _, seeds in known for one in seeds if one.get("names")), None)  # earlier versions had none
+    if first is None:
         return None
-    first = told[0][1][0]
     names, images = first["names"], first["class_images"]
+    same = [(label, [one for one in seeds if one.get("names") == names]) for label, seeds in known]
+    told = [(label, seeds) for label, seeds in same if seeds]
     columns = {
         label: [statistics.fmean(tops) for tops in zip(*(one["class_top1"] for one in seeds), strict=True)]
         for label, seeds in told
@@ -155,8 +155,13 @@ def _classes(comparison: Comparison, known: Known) -> Markup | None:
     header = ["class", "images", *["teacher %"] * len(taught), *(f"{label} %" for label in columns)]
     caption = f"Top-1 by class, {len(rows)} of {len(order)}, mean over seeds"
     data = {"names": names, "images": images, "teacher": taught[0] if taught else None, "students": columns}
-    order_told = "The classes in which the first method is furthest behind its teacher come first."
-    return figure(html_table(header, rows, caption), order_told, name="accuracy by class", data=data)
+    lost = "is furthest behind the teacher" if taught else "is least accurate"
+    return figure(
+        html_table(header, rows, caption),
+        f"The classes in which {told[0][0]} {lost} come first.",
+        name="accuracy by class",
+        data=data,
+    )
 
 
 def _confusion(comparison: Comparison, known: Known) -> Markup | None:
@@ -328,14 +333,14 @@ _PARTS: tuple[tuple[str, str, str, Callable[[Comparison, Known], Markup | None]]
     ),
     (
         "confusion",
-        "What is taken for what",
-        "Rows are true classes, columns what the network says, in percent of the row's images; first seed. Of many "
+        "Confusion of the classes",
+        "Rows are true classes, columns the network's answers, in percent of the row's images; first seed. Of many "
         "classes, those that the student confuses most.",
         _confusion,
     ),
     (
         "images",
-        "The images behind it",
+        "Images: most different, least certain",
         "From the evaluation split, first seed: by KL(teacher || student), and by the student's largest probability.",
         _images,
     ),

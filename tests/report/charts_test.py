@@ -57,3 +57,16 @@ def test_the_papers_table_stands_beside_ours_with_both_protocols():
     assert cells["ce"][2:] == ["60.00", "15 epochs, fraction=0.2, 1 run"]
     assert cells["dkd"][2:] == ["", "not trained"]
     assert "c0-papers" not in {part.anchor for part in sections(compare([found()])[0], {}, 0)}
+
+
+def test_groups_whose_analysis_is_of_an_earlier_version_or_of_other_classes_are_left_out_of_the_classes():
+    calibration = {"ece": 1.0, "examples": [1], "confidence": [0.5], "accuracy": [0.5]}
+    old = {"calibration": calibration, "embedding": None, "embedded": [], "teacher": None}
+    new = old | {"names": ["cat", "dog", "eel"], "class_images": [3, 2, 0], "class_top1": [90.0, 10.0, 0.0]}
+    runs = [found(m, last, method=m) for m, last in (("kd", 97.0), ("dkd", 96.0), ("ce", 95.0))]
+    analyses = {"kd": old, "dkd": new, "ce": new | {"names": ["a", "b", "c"]}}
+    parts = {part.anchor: part.content for part in sections(compare(runs)[0], analyses, 0)}
+    assert re.findall(r"<t[hd](?: [^>]*)?>([^<]*)", parts["c0-classes"]) == [
+        *("class", "images", "dkd %", "dog", "2", "10.0", "cat", "3", "90.0"),
+    ]
+    assert "The classes in which dkd is least accurate come first." in parts["c0-classes"]
