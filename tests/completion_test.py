@@ -57,7 +57,7 @@ CASES = {
     "flags": (["predict", "--"], ["--help", *main_lib.flags_of("predict"), "--config."]),
     "a flag after others": (["predict", "--workdir", "x", "--to"], ["--top_k"]),
     "flags of the sweep": (["sweep", "--gr"], ["--grid"]),
-    "flags of the report": (["report", "--"], ["--help", "--out", "--analyse", "--data_dir"]),
+    "flags of the report": (["report", "--"], ["--help", "--out", "--analyse", "--watch", "--data_dir"]),
     "where keys begin": (["train", "--config"], ["--config", "--config."]),
     "keys": (["train", "--config.data.m"], MEANS),
     "keys of the sweep": (["sweep", "--config.data.m"], MEANS),

@@ -57,6 +57,7 @@ class Recorder:
         self._window: Means = {name: Mean(*pair) for name, pair in host["window"].items()}
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=200)
         self._clock: float | None = None
+        self._begun = time.perf_counter() - host.get("seconds", 0.0)  # older checkpoints have none
         self._writer = None
         if jax.process_index() == 0:
             tensorboard = config.log.tensorboard
@@ -69,8 +70,13 @@ class Recorder:
 
     def to_json(self) -> dict[str, Any]:
         window = {name: list(mean) for name, mean in self._window.items()}
-        kept = {"best": self.best, "last": self.last, "skipped": self.skipped}
+        kept = {"best": self.best, "last": self.last, "skipped": self.skipped, "seconds": self.seconds}
         return {**kept, "window": window, "lines": self._writer.lines if self._writer else 0}
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first step on, evaluations included; of a resumed run without pauses and repeated steps."""
+        return time.perf_counter() - self._begun
 
     @property
     def examples_per_second(self) -> float:

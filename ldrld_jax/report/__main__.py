@@ -1,7 +1,9 @@
-"""The command line: python -m ldrld_jax.report DIR... [--out DIR] [--analyse] [--data_dir DIR]."""
+"""The command line: python -m ldrld_jax.report DIR... [--out DIR] [--analyse] [--data_dir DIR] [--watch]."""
 
 import argparse
+import contextlib
 import sys
+import time
 from collections.abc import Sequence
 
 from etils import epath
@@ -25,13 +27,33 @@ def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="write report.html and report.md here (default: the first DIR that exists)"
     )
     parser.add_argument("--analyse", action="store_true", help="run students and teachers for pictures of their logits")
+    parser.add_argument(
+        "--watch", nargs="?", const=30.0, type=_seconds, metavar="SECONDS",
+        help="write both files again and again until Ctrl-C, every 30 s or every SECONDS",
+    )  # fmt: skip
     parser.add_argument("--data_dir", metavar="DIR", help="read the data here for --analyse, if they have moved")
     return parser
+
+
+def _seconds(text: str) -> float:
+    if not 1 <= (seconds := float(text)) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 86400 seconds")
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
     args = make_parser(prog).parse_args(argv)
+    if args.watch is None:
+        return _report(args)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            _report(args)
+            time.sleep(args.watch)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
     report, out = collect(args.folders), epath.Path(args.out or _first_there(args.folders))
     comparisons = compare(report.summaries, report.running)
     if args.analyse:
@@ -39,10 +61,10 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
         report.notes += outputs.analyse(comparisons, out, args.data_dir)
     cells = results(comparisons)
-    if cells.rows:
-        print(printable(fitting(cells)))
-    for note in report.notes:
-        print(printable(note), file=sys.stderr)
+    if args.watch is None or not comparisons:
+        print(printable(fitting(cells)), end="\n" * bool(cells.rows))
+        for note in report.notes:
+            print(printable(note), file=sys.stderr)
     if not comparisons:
         return 2
     return _write(out, report, comparisons, markdown(cells))
@@ -55,9 +77,15 @@ def _first_there(folders: Sequence[str]) -> str:
 def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text: str) -> int:
     from ldrld_jax.files import replace_text
     from ldrld_jax.report.page import page
+    from ldrld_jax.report.sections import drawable
 
-    runs = [run.folder for run in report.summaries]
-    analyses = {folder: found for folder in runs if (found := cache.read(folder, out)) is not None}
+    analyses = {}
+    for run in report.summaries:
+        if (found := cache.read(run.folder, out)) is not None:
+            if drawable(run, found):
+                analyses[run.folder] = found
+            else:
+                report.notes.append(f"{run.folder}: its analysis.json cannot be drawn. Remove it, and analyse again.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.md", f"{text}\n")
@@ -65,7 +93,8 @@ def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text:
     except OSError as error:
         print(f"report.html cannot be written to {out} ({error.strerror or error}). Set --out.", file=sys.stderr)
         return 2
-    print(printable(f"written: {out / 'report.html'} and report.md"), file=sys.stderr)
+    counts = f"{len(report.summaries)} finished, {len(report.running)} not finished"
+    print(printable(f"written: {out / 'report.html'} and report.md ({counts})"), file=sys.stderr)
     return 0
 
 

@@ -34,7 +34,7 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Cal
     References:
       Guo et al., "On Calibration of Modern Neural Networks", ICML 2017: 15 bins.
     """
-    sure = np.exp(-np.logaddexp.reduce(logits - logits.max(axis=1, keepdims=True), axis=1))
+    sure = np.exp(log_softmax(logits).max(axis=1))
     right = logits.argmax(axis=1) == labels
     bin_of = np.minimum((sure * bins).astype(int), bins - 1)
     count, confidence, accuracy = (np.bincount(bin_of, w, bins) for w in (None, sure, right))
@@ -77,10 +77,21 @@ def shrunk(matrix: np.ndarray, largest: int = _LARGEST) -> np.ndarray:
     return sums / (sizes[:, None] * sizes[None, :])
 
 
-def disagreeing_pairs(
-    teacher: np.ndarray, student: np.ndarray, labels: np.ndarray, names: Sequence[str], most: int = 10
-) -> list[dict[str, Any]]:
-    r"""Returns the pairs of classes that teacher and student tell apart most differently, the worst first.
+class PairMeans(NamedTuple):
+    """Means over the images of two classes i and j, at `[i, j]`, all `[C, C]` and symmetric.
+
+    Attributes:
+      kl: of the teacher's and the student's choice between the two, in nats.
+      teacher, student: what each gives the true one of the two, 0 to 1.
+    """
+
+    kl: np.ndarray
+    teacher: np.ndarray
+    student: np.ndarray
+
+
+def pair_means(teacher: np.ndarray, student: np.ndarray, labels: np.ndarray) -> PairMeans:
+    r"""Computes how differently teacher and student tell every two classes apart.
 
     Over the images of the two classes i and j alone, the mean of
 
@@ -91,11 +102,6 @@ def disagreeing_pairs(
     Args:
       teacher, student: logits `[n, C]`.
       labels: `[n]`.
-      names: of the C classes.
-      most: how many pairs are given.
-
-    Returns:
-      `first`, `second`, `kl`, and what `teacher` and `student` give the true one of the two, 0 to 1, on average.
     """
     classes = teacher.shape[1]
     count = np.bincount(labels, minlength=classes)
@@ -107,14 +113,54 @@ def disagreeing_pairs(
         p = np.exp(log_p)
         kl = p * (log_p - log_q) + np.exp(log_p_not) * (log_p_not - log_q_not)
         sums[:, label] = kl.sum(axis=0), p.sum(axis=0), np.exp(log_q).sum(axis=0)
-    kl, p, q = (sums + sums.swapaxes(1, 2)) / np.maximum(count[:, None] + count[None, :], 1)
-    i, j = np.triu_indices(classes, k=1)
-    worst = np.argsort(-kl[i, j], kind="stable")[:most]
+    return PairMeans(*(sums + sums.swapaxes(1, 2)) / np.maximum(count[:, None] + count[None, :], 1))
+
+
+def disagreeing_pairs(means: PairMeans, names: Sequence[str], most: int = 10) -> list[dict[str, Any]]:
+    """Returns the pairs of classes that both tell apart most differently, the worst first, with their means."""
+    i, j = np.triu_indices(len(means.kl), k=1)
+    worst = np.argsort(-means.kl[i, j], kind="stable")[:most]
     return [
         {"first": names[a], "second": names[b]}
-        | {key: round(float(m[a, b]), 4) for key, m in (("kl", kl), ("teacher", p), ("student", q))}
+        | {key: round(float(matrix[a, b]), 4) for key, matrix in means._asdict().items()}
         for a, b in zip(i[worst], j[worst], strict=True)
     ]
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns in percent how many images of each class (row) are taken for which (column), `[C, C]`.
+
+    Example:
+      >>> confusion(np.eye(2)[[0, 1, 1]], np.array([0, 0, 1])).tolist()
+      [[50.0, 50.0], [0.0, 100.0]]
+    """
+    counts = np.zeros((logits.shape[1], logits.shape[1]))
+    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
+    return 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def striking(matrix: np.ndarray, most: int = 12) -> np.ndarray:
+    """Returns the classes of the largest entries off the diagonal of `[C, C]`, in order: all of them if they are few.
+
+    Example:
+      >>> striking(np.array([[9, 0, 1], [0, 9, 0], [0, 0, 9]]), most=2).tolist()
+      [0, 2]
+    """
+    pairs = np.argwhere(~np.eye(len(matrix), dtype=bool))
+    worst = pairs[np.argsort(-matrix[tuple(pairs.T)], kind="stable")].ravel()
+    return np.sort(np.array(list(dict.fromkeys(worst.tolist()))[:most], int))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the logarithms of the probabilities, `[n, C]`."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.logaddexp.reduce(shifted, axis=1)[:, None]
+
+
+def divergence(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """Returns KL(teacher || student) of each row of logits `[n, C]`, in nats, at temperature 1."""
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
 
 
 def chosen(labels: np.ndarray, *, classes: int = 20, each: int = 25) -> np.ndarray:

@@ -8,7 +8,7 @@ from etils import epath
 
 from ldrld_jax.files import replace_text
 
-_VERSION = 1  # of what is kept: another one is computed again
+_VERSION = 2  # of what is kept: version 1, which has less, is shown, and computed again where the run is at hand
 _KEYS = {"step", "features", "calibration", "embedding", "embedded", "teacher"}
 
 
@@ -17,11 +17,16 @@ def read(folder: str, out: epath.Path) -> dict[str, Any] | None:
     for path in _places(folder, out):
         try:
             found = json.loads(path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and found.get("version") == _VERSION and set(found) >= _KEYS:
+        if isinstance(found, dict) and found.get("version") in (1, _VERSION) and set(found) >= _KEYS:
             return found
     return None
+
+
+def newest(analysis: dict[str, Any]) -> bool:
+    """Returns whether an analysis has all that one has today."""
+    return analysis["version"] == _VERSION
 
 
 def write(folder: str, out: epath.Path, analysis: dict[str, Any]) -> None:

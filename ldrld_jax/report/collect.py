@@ -1,15 +1,16 @@
 """Finds runs in folders, whatever else is there."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import flat, identity
-from ldrld_jax.record.reader import read_config, read_lines, read_summary
+from ldrld_jax.record.reader import is_number, read_config, read_lines, read_summary
 
 _DEPTH = 3  # how far below a folder runs are looked for
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints")  # one of them says that this is a run's folder
@@ -46,6 +47,12 @@ class FoundRun:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    @property
+    def ended(self) -> str:
+        """The end of the run, ISO 8601 in UTC; "" if its summary has none."""
+        text = (self.summary or {}).get("ended")
+        return text if isinstance(text, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", text) else ""
 
     @property
     def student(self) -> str:
@@ -120,12 +127,19 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
     run = FoundRun(str(workdir), flat(config), read_summary(workdir, numbers=_NUMBERS), tuple(curve))
+    if run.summary is not None and not all(plausible(run.summary[name]) for name in _NUMBERS):
+        raise UserError("its summary.json has a number that no run reaches")
     if run.summary is not None:
         report.summaries.append(run)
         report.notes += [f"{workdir}: warning: {text}" for text in run.summary["warnings"]]
     else:
         report.running.append(run)
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
+
+
+def plausible(value: Any) -> TypeGuard[float]:
+    """Returns whether a value is a number that a run may have; sums and squares of such numbers are finite."""
+    return is_number(value) and abs(value) < 1e12
 
 
 def _progress(run: FoundRun, lines: list[dict[str, Any]], path: epath.Path) -> str:

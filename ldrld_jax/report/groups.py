@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ldrld_jax.report.collect import FoundRun
+from ldrld_jax.report.collect import FoundRun, plausible
 
 # What makes a method what it is; all else is what methods are compared under.
 _OF_METHOD = ("method", "loss.", "loss_weight.", "ce_weight", "kd_weight", "kd_warmup_epochs")
@@ -47,10 +47,16 @@ class Group:
 
     def values(self, field: str) -> list[float]:
         """Returns a number of the summaries, from the runs that have it."""
-        return [run.summary[field] for run in self.runs if run.summary and run.summary[field] is not None]
+        found = [run.summary.get(field) for run in self.runs if run.summary]
+        return [value for value in found if plausible(value)]
 
     def mean(self, field: str) -> float:
         return statistics.fmean(self.values(field))
+
+    @property
+    def ended(self) -> str:
+        """Returns the day (UTC) on which the last of the runs ended; "" for runs that do not say."""
+        return max(run.ended for run in self.runs)[:10]
 
 
 @dataclasses.dataclass

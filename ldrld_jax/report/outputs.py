@@ -1,6 +1,7 @@
 """Runs students and teachers over their evaluation split, and keeps the data of the report's pictures."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,9 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data.pipeline import made_by
-from ldrld_jax.data.stream import eval_batches
+from ldrld_jax.data.stream import Readable, eval_batches
 from ldrld_jax.errors import UserError
-from ldrld_jax.report import analysis, cache
+from ldrld_jax.report import analysis, cache, pictures
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison
 from ldrld_jax.runtime.compile_cache import keep_compiled
@@ -75,7 +76,7 @@ def _analyse(
 ) -> None:
     step = Checkpoints(epath.Path(found.folder) / "checkpoints").best_step
     known = cache.read(found.folder, out)
-    if known and known["step"] == step and (known["features"] or not features):
+    if known and cache.newest(known) and known["step"] == step and (known["features"] or not features):
         return
     print(f"analysing {found.folder}", file=sys.stderr)
     config = _config(found.folder, data_dir)
@@ -90,8 +91,10 @@ def _analyse(
                 teacher = _teacher(run, network, teachers)
             except UserError as error:
                 notes.append(f"{found.folder}: analysed without its teacher: {error}")
-    names = run.batches.source.class_names
-    cache.write(found.folder, out, {"step": step, "features": features, **described(student, teacher, names)})
+    result = described(student, teacher, run.batches.source.class_names)
+    if features:
+        result["images_shown"] = shown_images(student, teacher, run.batches.source.class_names, run.eval_source)
+    cache.write(found.folder, out, {"step": step, "features": features, **result})
 
 
 def _config(folder: str, data_dir: str | None) -> ConfigDict:
@@ -150,30 +153,87 @@ def headless(variables: Variables) -> Variables | None:
     return variables._replace(params={**variables.params, name: jax.tree.map(identity, head)})
 
 
-def described(student: Outputs, teacher: Outputs | None, names: tuple[str, ...]) -> dict[str, Any]:
+def described(student: Outputs, teacher: Outputs | None, names: Sequence[str]) -> dict[str, Any]:
     """Returns the content of an analysis, over the images that were not skipped."""
     kept = student.labels >= 0
     logits, labels = student.logits[kept], student.labels[kept]
     chosen = analysis.chosen(student.labels)
+    said = analysis.confusion(logits, labels)
+    taught = teacher.logits[kept] if teacher else None
     result: dict[str, Any] = {
         "images": len(labels),
         "classes": len(names),
         "calibration": analysis.calibration(logits, labels)._asdict(),
         "embedding": student.embedding,
         "embedded": [names[label] for label in student.labels[chosen]] if student.embedding else [],
+        "names": names,
+        "class_images": np.bincount(labels, minlength=len(names)).tolist(),
+        "class_top1": said.diagonal().round(2).tolist(),
+        "confusion": _part(said, names),
         "teacher": None,
     }
-    if teacher is None:
+    if teacher is None or taught is None:
         return result
-    taught = teacher.logits[kept]
-    difference = analysis.correlation_difference(taught, logits)
+    means, difference = analysis.pair_means(taught, logits, labels), analysis.correlation_difference(taught, logits)
+    taught_said = analysis.confusion(taught, labels)
     return result | {
         "agreement": analysis.agreement(taught, logits),
         "correlation": analysis.shrunk(difference).round(3).tolist(),
         "correlation_mean": round(float(difference.mean()), 5),
-        "pairs": analysis.disagreeing_pairs(taught, logits, labels, names),
+        "pairs": analysis.disagreeing_pairs(means, names),
+        "pair_map": _part(means.kl, names, digits=4),
         "teacher": {
             "calibration": analysis.calibration(taught, labels)._asdict(),
             "embedding": teacher.embedding,
+            "class_top1": taught_said.diagonal().round(2).tolist(),
+            "confusion": _part(taught_said, names, analysis.striking(said)),  # of the same classes
         },
     }
+
+
+def _part(matrix: np.ndarray, names: Sequence[str], kept: np.ndarray | None = None, digits: int = 1) -> dict[str, Any]:
+    """Returns the rows and columns of the striking classes, or of those that are `kept`, with their names."""
+    kept = analysis.striking(matrix) if kept is None else kept
+    return {"names": [names[i] for i in kept], "values": matrix[np.ix_(kept, kept)].round(digits).tolist()}
+
+
+def shown_images(
+    student: Outputs, teacher: Outputs | None, names: Sequence[str], source: Readable, most: int = 12
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the images on which the student is least certain, and those on which it differs most from its teacher.
+
+    Args:
+      student, teacher: their outputs over `source`.
+      names: of the classes.
+      source: the evaluation split; without pictures, such as of text, nothing is returned.
+      most: images of each kind.
+
+    Returns:
+      `uncertain` and `differing`, each a list of images, the most striking first: its `index` in the split, its
+      `label`, the class and the percentage of `student` and `teacher`, and `png`, at most 64 pixels a side.
+    """
+    if source.raw or student.labels.ndim != 1 or len(source.image_shape) != 3 or source.image_shape[2] not in (1, 3):
+        return {}
+    kept = np.flatnonzero(student.labels >= 0)
+    ranks = {"uncertain": analysis.log_softmax(student.logits[kept]).max(axis=1)}
+    if teacher:
+        ranks["differing"] = -analysis.divergence(teacher.logits[kept], student.logits[kept])
+    found = {}
+    for name, rank in ranks.items():
+        indices = kept[np.argsort(rank, kind="stable")[:most]]
+        found[name] = [
+            {
+                "index": int(i),
+                "label": names[student.labels[i]],
+                **{who: _said(of.logits[i], names) for who, of in (("student", student), ("teacher", teacher)) if of},
+                "png": pictures.thumbnail(image),
+            }
+            for i, image in zip(indices, source.read(indices)[0], strict=True)
+        ]
+    return found
+
+
+def _said(logits: np.ndarray, names: Sequence[str]) -> list[Any]:
+    """Returns the first class and its percentage."""
+    shares = analysis.log_softmax(logits[None])[0]
+    return [names[shares.argmax()], round(100 * float(np.exp(shares.max())), 1)]

@@ -1,14 +1,14 @@
 """The page: one HTML file that loads nothing, for phones and desktops, in light and dark."""
 
+import datetime
 import pathlib
 from collections.abc import Sequence
 
-from ldrld_jax.report.collect import Report
+from ldrld_jax.report.collect import Report, plausible
 from ldrld_jax.report.groups import Comparison
 from ldrld_jax.report.markup import Markup, html_table, tag
-from ldrld_jax.report.published import SOURCES
 from ldrld_jax.report.sections import Analyses, Section, sections
-from ldrld_jax.report.table import for_phones, results, spread
+from ldrld_jax.report.table import counted, duration, for_phones, results, spread
 
 _STYLE = pathlib.Path(__file__).parent / "style.css"
 
@@ -22,20 +22,29 @@ def page(report: Report, comparisons: Sequence[Comparison], analyses: Analyses) 
       analyses: what `outputs.analyse` kept, by folder.
     """
     parts = [(c, sections(c, analyses, i)) for i, c in enumerate(comparisons)]
-    title = "Distillation report"
-    counts = f"{len(report.summaries)} finished, {len(report.running)} not finished, {len(report.notes)} notes"
+    title, made = "Distillation report", datetime.datetime.now(datetime.UTC)
+    counts = f"{counted(len(report.summaries), 'run')} finished, {len(report.running)} not finished"
+    counts += f", {counted(len(report.notes), 'note')}"
     links = [("results", "Results")] * bool(report.summaries)
     links += [(part.anchor, part.heading) for _, found in parts[:1] for part in found]
     links += [(f"c{i}", c.title) for i, (c, _) in enumerate(parts)][1:]
     links += [("notes", "Notes")] * bool(report.notes)
     body = [
         tag("a", "Skip to the results", href="#main", class_="skip"),
-        tag("header", tag("h1", title), tag("p", "; ".join(c.title for c in comparisons)), tag("p", counts)),
+        tag(
+            "header",
+            tag("h1", title),
+            tag("p", "; ".join(c.title for c in comparisons)),
+            tag("p", counts),
+            _when(report),
+        ),
         tag("nav", tag("ul", *(tag("li", tag("a", text, href=f"#{to}")) for to, text in links)), aria_label="Contents"),
         tag(
             "main", _results(comparisons), *map(_comparison, range(len(parts)), parts), _notes(report.notes), id="main"
         ),
-        tag("footer", tag("p", "Made by python -m ldrld_jax.report; this page loads nothing from anywhere.")),
+        tag(
+            "footer", tag("p", f"Made on {made:%Y-%m-%d at %H:%M} UTC by python -m ldrld_jax.report; it loads nothing.")
+        ),
     ]
     head = [
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -46,13 +55,22 @@ def page(report: Report, comparisons: Sequence[Comparison], analyses: Analyses) 
     return "<!doctype html>\n" + tag("html", tag("head", *head), "\n", tag("body", *body), lang="en") + "\n"
 
 
+def _when(report: Report) -> Markup | None:
+    """Returns when the runs ended and how long they took; None for runs that do not say."""
+    ends = sorted({run.ended[:10] for run in report.summaries if run.ended})
+    times = [run.summary["train_seconds"] for run in report.summaries if run.summary and "train_seconds" in run.summary]
+    if not ends:
+        return None
+    span = f"ended {' to '.join(dict.fromkeys((ends[0], ends[-1])))} (UTC)"
+    return tag("p", f"{span}, {duration(sum(filter(plausible, times)))} of training in all")
+
+
 def _results(comparisons: Sequence[Comparison]) -> Markup | None:
     cells = results(comparisons)
     if not cells.rows:
         return None
     caption = "Top-1 on the evaluation split, mean ± deviation over seeds; best epoch and last epoch"
     told = ["Against our kd: the difference of the last-epoch means, to our own KD under the same conditions."]
-    told += [SOURCES] if "published" in cells.header else []
     cards = [card for comparison in comparisons[:1] for card in _cards(comparison)]
     for comparison in comparisons:
         if comparison.usual:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldrld_jax.report.charts import marker, svg
-from ldrld_jax.report.markup import Markup, join, tag
+from ldrld_jax.report.markup import Markup, join, scrolling, tag
 
 # Dark to light, and evenly so: it reads in grey as well.
 _COLOURS = ((13, 8, 35), (87, 16, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164))
+_PNG = "data:image/png;base64,"
 
 
 def matrix(values: Sequence[Sequence[float]], title: str) -> Markup:
@@ -17,7 +18,8 @@ def matrix(values: Sequence[Sequence[float]], title: str) -> Markup:
     size, cell, most = len(values), 44, max(map(max, values))
     pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
     cells = [_cell(values[i][j], i, j - 1, cell, most, written=size <= 10) for i, j in pairs]
-    ranks = [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
+    ranks = [tag("text", "rank", x=4, y=16, class_="axis")]
+    ranks += [tag("text", i + 1, x=22, y=(i + 1.1) * cell, text_anchor="middle") for i in range(size - 1)]
     ranks += [tag("text", j + 1, x=(j + 0.3) * cell - 1, y=16, text_anchor="middle") for j in range(1, size)]
     told = ", ".join(f"ranks {i + 1} and {j + 1}: {values[i][j]:.3f}" for i, j in pairs[:40])
     picture = svg((size - 0.1) * cell, (size - 0.3) * cell, title, f"Weights of pairs: {told}", *ranks, *cells)
@@ -28,7 +30,7 @@ def _cell(value: float, row: int, column: int, cell: int, most: float, *, writte
     x, y = (column + 0.8) * cell, (row + 0.6) * cell
     share = value / most if most else 0.0
     text = tag("text", f"{value:.2f}".removeprefix("0"), x=x + cell / 2, y=y + cell / 2 + 5, text_anchor="middle",
-               style=f"fill:{'#111' if share > 0.55 else '#fff'}")  # fmt: skip
+               style=f"fill:{ink(share)}")  # fmt: skip
     box = tag("rect", x=x, y=y, width=cell - 2, height=cell - 2, rx=3, fill=hex_colour(share))
     return join([box, text if written else None])
 
@@ -55,10 +57,65 @@ def _pixels(shares: Sequence[float], width: int, **attributes: Any) -> Markup:
     numbers = bytes(round(255 * min(max(share, 0.0), 1.0)) for share in shares)
     image = Image.frombytes("P", (width, len(shares) // width), numbers)
     image.putpalette([part for i in range(256) for part in colour(i / 255)])
+    return tag(
+        "image", href=f"{_PNG}{_encoded(image)}", width=width, height=image.height, class_="pixels", **attributes
+    )
+
+
+def thumbnail(image: Any, largest: int = 64) -> str:
+    """Encodes an image `[height, width, 1 or 3]` uint8 as a PNG of at most so many pixels a side, in base64."""
+    from PIL import Image
+
+    small = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    small.thumbnail((largest, largest))
+    return _encoded(small)
+
+
+def photograph(png: str, name: str) -> Markup:
+    """Draws a `thumbnail`, with a name for those who do not see it."""
+    picture = tag("image", href=f"{_PNG}{png}", width=64, height=64, class_="pixels")
+    return tag("svg", picture, viewBox="0 0 64 64", role="img", aria_label=name)
+
+
+def _encoded(image: Any) -> str:
     file = io.BytesIO()
     image.save(file, format="png", optimize=True)
-    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return tag("image", href=data, width=width, height=image.height, class_="pixels", **attributes)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def class_table(found: dict[str, Any], caption: str, *, most: float, digits: int) -> Markup:
+    """Draws a matrix of classes as a table of coloured numbers, from 0 to `most`; rows and columns have names.
+
+    Args:
+      found: `names` of n classes, and `values` `[n, n]`.
+      caption: of the table.
+      most: the number with the lightest colour.
+      digits: of each number.
+    """
+    names = [str(name).replace("_", " ") for name in found["names"]]
+    head = tag("tr", tag("td"), *(tag("th", tag("span", name), scope="col") for name in names))
+    rows = [
+        tag("tr", tag("th", name, scope="row"), *(_shade(value, most, digits) for value in row))
+        for name, row in zip(names, found["values"], strict=True)
+    ]
+    table = tag("table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *rows), class_="heat")
+    return scrolling(table, caption)
+
+
+def _shade(value: float, most: float, digits: int) -> Markup:
+    share = value / most if most else 0.0
+    return tag("td", f"{value:.{digits}f}", style=f"background:{hex_colour(share)};color:{ink(share)}")
+
+
+def ink(share: float) -> str:
+    """Returns black or white, whichever is easier to read on the colour of a number from 0 to 1.
+
+    References:
+      WCAG 2.2, relative luminance; the contrast with the two is the same at .179.
+    """
+    channels = [part / 255 for part in colour(share)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return "#000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#fff"
 
 
 def colour(share: float) -> tuple[int, int, int]:
@@ -101,10 +158,10 @@ def reliability(found: dict[str, Any], title: str) -> Markup:
         parts.append(tag("rect", x=x + 1, width=width - 2, class_="over" if sure > right else "under", **gap))
     parts.append(tag("path", d=f"M{left} {bottom}L{left + size} 10", class_="diagonal"))
     for share in (0.0, 0.5, 1.0):
-        parts.append(tag("text", f"{share:g}", x=left + size * share, y=bottom + 16, text_anchor="middle"))
-        parts.append(tag("text", f"{share:g}", x=left - 6, y=bottom - size * share + 4, text_anchor="end"))
-    parts.append(tag("text", "confidence", x=left + size / 2, y=bottom + 32, text_anchor="middle", class_="axis"))
-    parts.append(tag("text", "accuracy", transform=f"translate(11 {bottom - size / 2}) rotate(-90)",
+        parts.append(tag("text", f"{100 * share:g}", x=left + size * share, y=bottom + 16, text_anchor="middle"))
+        parts.append(tag("text", f"{100 * share:g}", x=left - 6, y=bottom - size * share + 4, text_anchor="end"))
+    parts.append(tag("text", "confidence %", x=left + size / 2, y=bottom + 32, text_anchor="middle", class_="axis"))
+    parts.append(tag("text", "accuracy %", transform=f"translate(11 {bottom - size / 2}) rotate(-90)",
                      text_anchor="middle", class_="axis"))  # fmt: skip
     told = ", ".join(f"{s:.2f}: {a:.2f}" for s, a, n in
                      zip(found["confidence"], found["accuracy"], found["examples"], strict=True) if n)  # fmt: skip

@@ -4,13 +4,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-SOURCES = (
-    "Published top-1: ce and kd as the papers tabulate them (most often the last epoch); dkd CVPR 2022 (best epoch, "
-    "mean of five runs); nkd ICCV 2023; dist NeurIPS 2022; kd of standardised logits CVPR 2024; wttm ICLR 2024; ldrld "
-    "ICCV 2025 (best or last epoch not stated)."
-)
+# method: where its figures are from, and what they are
+PAPERS = {
+    "ce": ("as later papers tabulate it", "most often the last epoch"),
+    "kd": ("as later papers tabulate it", "most often the last epoch"),
+    "kd standardised": ("CVPR 2024", ""),
+    "dkd": ("CVPR 2022", "best epoch, mean of 5 runs"),
+    "nkd": ("ICCV 2023", ""),
+    "dist": ("NeurIPS 2022", ""),
+    "wttm": ("ICLR 2024", ""),
+    "ldrld": ("ICCV 2025", "best or last epoch not stated"),
+}
 
-_EPOCHS = {"cifar100": 240, "imagenet2012": 100}
+EPOCHS = {"cifar100": 240, "imagenet2012": 100}
 _UNCHANGED = {"data.fraction": 1, "data.imbalance": 1, "data.label_noise_rate": 0, "data.held_out": 0}
 
 _COLUMNS = ("ce", "kd", "dkd", "dist", "kd standardised", "wttm", "ldrld")
@@ -52,13 +58,38 @@ def published(config: Mapping[str, Any]) -> str:
       ...            "teacher.model": "resnet32x4"})
       '77.20'
     """
-    data = re.split("[:/]", config["data.name"])[0]
+    data = data_set(config)
     ablated = any(value is False for key, value in config.items() if re.match(r"loss\.\w+\.use_", key))
     changed = any(config.get(key, value) != value for key, value in _UNCHANGED.items())
-    if config["epochs"] != _EPOCHS.get(data) or changed or ablated:
+    if config["epochs"] != EPOCHS.get(data) or changed or ablated:
         return ""
-    method = config["method"] + " standardised" * bool(config.get("standardize"))
-    pairs = [pair for pair in PUBLISHED if pair[0] == data and pair[2] == config["student.model"]]
-    if method != "ce":
+    return figures(config).get(name_of(config), "")
+
+
+def figures(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the published top-1 of each method for a run's data set, teacher and student, whatever its recipe."""
+    pairs = [pair for pair in PUBLISHED if (pair[0], pair[2]) == (data_set(config), config["student.model"])]
+    if config["method"] != "ce":
         pairs = [pair for pair in pairs if pair[1] == config.get("teacher.model")]
-    return PUBLISHED[pairs[0]].get(method, "").strip("-") if pairs else ""
+    return {name: value for name, value in PUBLISHED[pairs[0]].items() if value != "-"} if pairs else {}
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """Returns the name of a run's method in the tables."""
+    return config["method"] + " standardised" * bool(config.get("standardize"))
+
+
+def protocol(config: Mapping[str, Any]) -> str:
+    """Describes under what a run trained, in the terms of the papers: epochs, and the data if not all as they are.
+
+    Example:
+      >>> protocol({"epochs": 15, "data.fraction": 0.2})
+      '15 epochs, fraction=0.2'
+    """
+    changed = [f"{key.removeprefix('data.')}={config[key]}" for key, v in _UNCHANGED.items() if config.get(key, v) != v]
+    return ", ".join([f"{config['epochs']} epochs", *changed])
+
+
+def data_set(config: Mapping[str, Any]) -> str:
+    """Returns the name of a run's data set in the tables."""
+    return re.split("[:/]", config["data.name"])[0]

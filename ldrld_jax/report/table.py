@@ -47,7 +47,7 @@ def results(comparisons: Sequence[Comparison]) -> Table:
     return Table(shown, [[row[name] for name in shown] for row in rows])
 
 
-_OPTIONAL = ("setting", "against our kd", "published")
+_OPTIONAL = ("setting", "against our kd", "published", "time", "ended")
 
 
 def _row(comparison: Comparison, group: Group) -> dict[str, str]:
@@ -65,6 +65,8 @@ def _row(comparison: Comparison, group: Group) -> dict[str, str]:
         "published": published(group.first.config),
         "teacher top-1 %": spread(group.values("teacher_top1")),
         "examples/s": f"{group.mean('examples_per_second'):.0f}",
+        "time": duration(group.mean("train_seconds")) if group.values("train_seconds") else "",
+        "ended": group.ended,
     }
 
 
@@ -72,10 +74,13 @@ _FIRST = ("method", "last top-1 %", "best top-1 %", "against our kd", "published
 
 
 def for_phones(cells: Table) -> Table:
-    """Returns the table for a narrow screen: method and setting in one cell, then the main columns."""
+    """Returns the table for the page: method and setting in one cell, main columns first, no student that all share."""
     rows = [dict(zip(cells.header, row, strict=True)) for row in cells.rows]
+    one_student = len({row["student"] for row in rows}) == 1
     for row in rows:
         row["method"] = f"{row['method']} {row.pop('setting', '')}".strip()
+        if one_student:
+            del row["student"]
     header = sorted(rows[0] if rows else (), key=lambda name: (*_FIRST, name).index(name))
     return Table(header, [[row[name] for name in header] for row in rows])
 
@@ -91,6 +96,28 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def duration(seconds: float) -> str:
+    """Formats a time in its two largest units.
+
+    Example:
+      >>> duration(3.9), duration(247), duration(7500)
+      ('3 s', '4 min 07 s', '2 h 05 min')
+    """
+    minutes, left = divmod(int(seconds), 60)
+    hours, over = divmod(minutes, 60)
+    return f"{hours} h {over:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """Formats a number of things.
+
+    Example:
+      >>> counted(1, "note"), counted(2, "note")
+      ('1 note', '2 notes')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def fitting(cells: Table, columns: int | None = None) -> str:

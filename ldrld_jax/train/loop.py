@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -234,5 +235,7 @@ def _summary(run: Run, teacher: Teacher | None, recorder: Recorder) -> dict[str,
         "steps": run.steps,
         "skipped_steps": recorder.skipped,
         "examples_per_second": recorder.examples_per_second,
+        "train_seconds": recorder.seconds,
+        "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "warnings": run.warnings,
     }

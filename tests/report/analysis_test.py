@@ -31,7 +31,7 @@ def test_the_pair_that_teacher_and_student_tell_apart_differently_comes_first(rn
     teacher = 4 * np.eye(4)[labels]
     student = teacher.copy()
     student[labels == 1, 3] = 4.0  # of two images of four the student cannot tell 3 from 1
-    first, second = analysis.disagreeing_pairs(teacher, student, labels, "abcd", most=2)
+    first, second = analysis.disagreeing_pairs(analysis.pair_means(teacher, student, labels), "abcd", most=2)
     assert (first["first"], first["second"]) == ("b", "d")
     p = 1 / (1 + np.exp(-4))
     kl = p * np.log(p / 0.5) + (1 - p) * np.log((1 - p) / 0.5)
@@ -46,7 +46,7 @@ def test_extreme_logits_give_finite_figures():
     labels = np.array([0, 0, 2])
     assert analysis.calibration(teacher, labels).ece == pytest.approx(100 / 3, abs=1e-3)
     assert analysis.agreement(teacher, student) == 0.0
-    pairs = analysis.disagreeing_pairs(teacher, student, labels, "abc")
+    pairs = analysis.disagreeing_pairs(analysis.pair_means(teacher, student, labels), "abc")
     assert all(np.isfinite(pair["kl"]) for pair in pairs)
 
 
@@ -60,3 +60,19 @@ def test_classes_that_lie_apart_stay_apart_in_the_embedding(rng):
     nearest = np.linalg.norm(xy[:, None] - centres[None], axis=2).argmin(axis=1)
     assert (nearest == labels).all()
     assert found["silhouette"] > 0.9
+
+
+def test_the_divergence_of_rows_is_that_of_their_probabilities(rng):
+    teacher, student = rng.normal(size=(2, 5, 4))
+    p, q = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) for logits in (teacher, student))
+    np.testing.assert_allclose(analysis.divergence(teacher, student), (p * np.log(p / q)).sum(axis=1), rtol=1e-12)
+
+
+def test_the_classes_that_are_confused_most_are_kept():
+    labels = np.repeat(np.arange(30), 4)
+    said = labels.copy()
+    said[4 * 17], said[4 * 3 : 4 * 3 + 2] = 2, 28  # 17 for 2 once, 3 for 28 twice
+    matrix = analysis.confusion(np.eye(30)[said], labels)
+    assert (matrix[17, 2], matrix[3, 28], matrix[3, 3], matrix[0, 0]) == (25, 50, 50, 100)
+    assert analysis.striking(matrix, most=4).tolist() == [2, 3, 17, 28]
+    assert analysis.striking(matrix[:5, :5]).tolist() == [0, 1, 2, 3, 4]

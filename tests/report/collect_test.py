@@ -9,7 +9,7 @@ import pytest
 from ldrld_jax import report
 from ldrld_jax.report.__main__ import main
 from tests.conftest import ROOT
-from tests.report.folders import config, line, write
+from tests.report.folders import config, line, summary, write
 
 
 def names(notes):
@@ -70,6 +70,47 @@ def test_a_running_run_alone_has_a_page(tmp_path, capsys):
     assert "a (not finished)" in (tmp_path / "report.html").read_text()
 
 
+def test_a_page_that_is_watched_is_written_again_until_it_is_interrupted(tmp_path, capsys, monkeypatch):
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+        write(tmp_path, f"run{len(waits)}", 90.0 + len(waits), seed=len(waits))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main([str(tmp_path), "--watch", "5"]) == 0
+    assert waits == [5.0, 5.0, 5.0]
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, *written = err.splitlines()
+    assert "no run here" in first
+    assert [line.rpartition("(")[2] for line in written] == [
+        "1 finished, 0 not finished)",
+        "2 finished, 0 not finished)",
+    ]
+    assert "91.50 ± 0.71" in (tmp_path / "report.html").read_text()
+    for wrong in ("0", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--watch", wrong])
+
+
+def test_the_table_and_the_page_say_when_runs_ended_and_how_long_they_took(tmp_path, capsys):
+    times = {"train_seconds": 7200, "ended": "2026-11-20T10:00:00+00:00"}, {"train_seconds": 7800, "ended": "<b>"}, {}
+    for seed, more in enumerate(times):
+        path = write(tmp_path, f"a{seed}", seed=seed) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    assert main([str(tmp_path)]) == 0
+    header, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["time"], cells["ended"]) == ("2 h 05 min", "2026-11-20")
+    page = (tmp_path / "report.html").read_text()
+    assert "ended 2026-11-20 (UTC), 4 h 10 min of training in all" in page
+    assert "3 runs finished, 0 not finished, 0 notes" in page
+    assert "<b>" not in page
+
+
 def test_collecting_and_the_table_load_no_big_library(tmp_path):
     write(tmp_path, "a")
     code = "import sys; from ldrld_jax import report; print(report.table(report.collect(sys.argv[1:]).summaries)); "
@@ -81,6 +122,32 @@ def test_collecting_and_the_table_load_no_big_library(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": None},
+        {"calibration": {"ece": 1, "examples": [1, 2], "confidence": [0.5], "accuracy": [0.5]}},
+        {"embedding": {"xy": [[0, "1"]], "silhouette": 0}, "embedded": ["a"]},
+        {"teacher": 3},
+        {"images_shown": {"uncertain": [[]]}},
+        {"names": ["a"], "class_images": {"a": 1}, "class_top1": [1]},
+        {"confusion": {"names": ["a"], "values": [["<b>"]]}},
+    ],
+)
+def test_an_analysis_that_is_none_is_left_out_and_named(tmp_path, capsys, changes):
+    calibration = {"ece": 1.0, "examples": [1], "confidence": [0.5], "accuracy": [0.5]}
+    whole = {"version": 1, "step": 1, "features": True, "calibration": calibration, "embedding": None, "embedded": []}
+    for name, more in (("good", {}), ("bad", changes)):
+        run = write(tmp_path, name, method="ce" if name == "bad" else "kd")
+        (run / "analysis.json").write_text(json.dumps(whole | {"teacher": None} | more))
+    assert main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    page = (tmp_path / "report.html").read_text()
+    assert "bad</code> its analysis.json cannot be drawn" in page
+    assert "kd: ECE 1.00 %" in page
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize(
     ("file", "content"),
     [
         ("config.json", "[" * 100_000),
@@ -89,6 +156,7 @@ def test_collecting_and_the_table_load_no_big_library(tmp_path):
         ("config.json", json.dumps(config(student__model={"a": 1}))),
         ("summary.json", '{"best_top1": NaN, "last_top1": "96", "examples_per_second": true}'),
         ("summary.json", "null"),
+        ("summary.json", json.dumps(summary(last_top1=1e308, best_top1=-1e308))),
         ("metrics.jsonl", '[]\n"eval"\n{"epoch": "1"}\n{"epoch": 1, "split": "eval", "values": 3}\n' + "[" * 100_000),
     ],
 )

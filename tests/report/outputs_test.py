@@ -1,6 +1,8 @@
 """The pictures of logits are of the run's best checkpoint and of its teacher, and are computed once."""
 
+import base64
 import contextlib
+import io
 import json
 import pathlib
 import shutil
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from PIL import Image
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.given import as_source
 from ldrld_jax.models.purify import purify
 from ldrld_jax.report import collect, outputs
 from ldrld_jax.report.__main__ import main
@@ -56,7 +60,13 @@ def test_an_analysis_is_of_the_best_checkpoint_and_its_teacher_and_made_once(tin
     assert np.shape(found["correlation"]) == (10, 10)
     assert found["correlation_mean"] > 0
     assert {pair["first"] for pair in found["pairs"]} <= set("0123456789")
+    counts = np.array(found["class_images"])
+    assert counts.sum() == 50
+    for expected, of in ((top1, found), (taught, found["teacher"])):
+        assert counts @ of["class_top1"] / 50 == pytest.approx(expected, abs=0.01)
+    assert len(found["images_shown"]["uncertain"]) == len(found["images_shown"]["differing"]) == 12
     page = (out / "report.html").read_text()
+    assert page.count('<ul class="sheet">') == 2
     assert all(part in page for part in ("t-SNE of features, kd", "corr(student)|, kd", "teacher: ECE"))
 
     assert analyse(workdir, out) == []
@@ -74,6 +84,25 @@ def test_an_analysis_is_of_the_best_checkpoint_and_its_teacher_and_made_once(tin
     kept.unlink()
     [note] = analyse(workdir, out)
     assert "no analysis: there is no checkpoint" in note
+
+
+def test_the_images_shown_are_the_least_certain_and_those_that_differ_most():
+    pixels = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 80, 40, 3), np.uint8)
+    labels = np.array([0, 1, 0, 1, -1, 0])
+    student = np.array([[9.0, 0], [0, 0.5], [9, 0], [0, 3], [0, 0], [0, 2]])
+    teacher = np.array([[9.0, 0], [0, 0.5], [0, 9], [0, 3], [0, 9], [9, 0]])
+    source = as_source((pixels, np.maximum(labels, 0)), title="pictures")
+    both = outputs.Outputs(student, labels, None), outputs.Outputs(teacher, labels, None)
+    shown = outputs.shown_images(*both, ("cat", "dog"), source, most=2)
+    assert [image["index"] for image in shown["uncertain"]] == [1, 5]  # not 4, which was skipped
+    assert [image["index"] for image in shown["differing"]] == [2, 5]
+    first = shown["differing"][0]
+    assert (first["label"], first["student"], first["teacher"]) == ("cat", ["cat", 100.0], ["dog", 100.0])
+    with Image.open(io.BytesIO(base64.b64decode(first["png"]))) as image:
+        assert (image.size, image.getpixel((0, 0))) == ((32, 64), (2, 2, 2))
+    assert set(outputs.shown_images(both[0], None, ("cat", "dog"), source)) == {"uncertain"}
+    tokens = as_source((np.zeros((6, 4), np.int32), np.maximum(labels, 0)), title="tokens")
+    assert outputs.shown_images(*both, ("cat", "dog"), tokens) == {}
 
 
 def test_features_are_what_the_last_layer_reads(rng):

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldrld_jax.data.given import as_source
 from ldrld_jax.report import Report, pictures
 from ldrld_jax.report.groups import compare
-from ldrld_jax.report.outputs import Outputs, described
+from ldrld_jax.report.outputs import Outputs, described, shown_images
 from ldrld_jax.report.page import page
 from tests.report.folders import found
 
@@ -41,9 +42,17 @@ def document() -> str:
     for run in runs:
         student = Outputs(teacher.logits + rng.normal(size=(120, 10)), labels, xy)
         names = tuple(f"class {i} {HOSTILE}" for i in range(10))
-        analyses[run.folder] = described(student, None if run.method == "ce" else teacher, names)
+        taught = None if run.method == "ce" else teacher
+        analyses[run.folder] = described(student, taught, names)
+        analyses[run.folder]["images_shown"] = shown_images(student, taught, names, photographs())
     report = Report(runs, [found("folder/running", curve=curve, seed=9)], [f"{HOSTILE}: no run here"])
     return page(report, compare(report.summaries, report.running), analyses)
+
+
+def photographs():
+    """A source of 120 pictures of one colour each."""
+    pixels = np.broadcast_to(np.arange(120, dtype=np.uint8)[:, None, None, None], (120, 8, 8, 3))
+    return as_source((pixels, np.arange(120) % 10), title="photographs")
 
 
 class Reader(html.parser.HTMLParser):
@@ -71,9 +80,10 @@ def test_nothing_is_loaded_and_nothing_of_the_runs_becomes_markup(document):
     assert not re.search(r"https?:|@import|url\(", document)
     reader = Reader(document)
     assert reader.all("script", "link", "img", "iframe", "object") == []
-    for attributes in (attributes for _, attributes in reader.tags):
+    for tag, attributes in reader.tags:
         places = [attributes.get(name, "#") for name in ("href", "src", "srcset", "action")]
-        assert all(place.startswith(("#", "data:image/png;base64,")) for place in places)
+        saved = "data:application/json;base64," if tag == "a" and attributes.get("download") else "#"
+        assert all(place.startswith(("#", "data:image/png;base64,", saved)) for place in places)
     assert HOSTILE not in document
 
 
@@ -92,7 +102,7 @@ def test_it_can_be_read_by_ear_and_by_keyboard(document):
     scrolling = [attributes for attributes in reader.all("div") if attributes.get("class") == "scroll"]
     assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in scrolling)
     anchors = {attributes["id"] for _, attributes in reader.tags if "id" in attributes}
-    assert {attributes["href"][1:] for attributes in reader.all("a")} <= anchors
+    assert {link["href"][1:] for link in reader.all("a") if "download" not in link} <= anchors
     assert ":focus-visible" in STYLE
 
 
@@ -105,6 +115,9 @@ def test_every_picture_is_there(document):
         "closeness",
         "correlation",
         "pairs",
+        "classes",
+        "confusion",
+        "images",
         "features",
         "calibration",
     ):
@@ -112,6 +125,15 @@ def test_every_picture_is_there(document):
     assert "ldrld depth=7: 94.75 at 4" not in document
     assert "kd: 96.00 at 4" in document
     assert "running (not finished)" in document
+
+
+def test_classes_are_ordered_by_what_the_best_method_lost(document):
+    table = document.partition('id="c0-classes"')[2].partition("</table>")[0]
+    rows = [re.findall(r'"number">([\d.]+)<', row) for row in table.split("<tr>")[2:]]
+    lost = [float(teacher) - float(best) for _, teacher, best, *_ in rows]
+    assert len(lost) == 10
+    assert lost == sorted(lost, reverse=True)
+    assert lost[0] > lost[-1]
 
 
 def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
@@ -123,18 +145,26 @@ def test_a_pixel_of_a_heat_map_has_the_colour_of_its_number():
     np.testing.assert_allclose(found, expected, atol=2)  # a step of 256 is at most 4 of a channel
 
 
+def test_the_numbers_in_coloured_cells_are_legible():
+    for share in np.linspace(0, 1, 101):
+        text, cell = (luminance(pixel) for pixel in (pictures.ink(share), pictures.hex_colour(share)))
+        assert (max(text, cell) + 0.05) / (min(text, cell) + 0.05) >= 4.5
+
+
+def luminance(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    channels = np.frombuffer(bytes.fromhex(digits), np.uint8) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
     block = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[scheme]
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
 
-    def luminance(name):
-        channels = np.frombuffer(bytes.fromhex(colours[name][1:]), np.uint8) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
     def contrast(*names):
-        low, high = sorted(map(luminance, names))
+        low, high = sorted(luminance(colours[name]) for name in names)
         return (high + 0.05) / (low + 0.05)
 
     for paper in ("paper", "card"):
@@ -145,21 +175,46 @@ def test_colours_have_the_contrast_that_wcag_asks_for(scheme):
 MEASURE = """
 <body style="margin:0;display:flex;background:#888"><script>
 const text = %s, told = [];
-for (const width of [390, 1280]) {
+const dark = text.replace("@media (prefers-color-scheme: dark)", "@media all");
+const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgba = (colour) => {
+  paint.clearRect(0, 0, 1, 1); paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1);
+  return [...paint.getImageData(0, 0, 1, 1).data];
+};
+const light = (colour) => {
+  const [r, g, b] = rgba(colour).map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+for (const [width, shown] of [[390, text], [1400, text], [390, dark], [1400, dark]]) {
   const frame = document.createElement("iframe");
-  frame.style = `width:${width}px;height:2000px;border:0;margin-right:10px`;
-  frame.srcdoc = text;
+  frame.style = `flex:none;width:${width}px;height:2000px;border:0;margin-right:10px`;
+  frame.srcdoc = shown;
   frame.onload = () => {
     const root = frame.contentDocument.documentElement, view = frame.contentWindow;
-    const boxes = (what) => [...root.querySelectorAll(what)].filter(e => !e.closest(".scroll"))
-                            .map(e => e.getBoundingClientRect());
+    const all = (what) => [...root.querySelectorAll(what)];
+    const boxes = (what) => all(what).filter(e => !e.closest(".scroll")).map(e => e.getBoundingClientRect());
     const loaded = view.performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
-    const faded = [...root.querySelectorAll("main *:not(svg *)")]
-                  .filter(e => view.getComputedStyle(e).opacity < 1).length;
-    told.push({width, loaded, faded, scroll: root.scrollWidth,
+    const faded = all("main *:not(svg *)").filter(e => view.getComputedStyle(e).opacity < 1).length;
+    const behind = (e) => {
+      const colour = view.getComputedStyle(e).backgroundColor;
+      return rgba(colour)[3] == 255 || e == root ? colour : behind(e.parentElement);
+    };
+    const read = all("body *").filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+      .filter(e => !e.closest("svg title, svg desc") && !e.style.fill);  // the cells of a matrix have their own test
+    const contrasts = read.map(e => {
+      const style = view.getComputedStyle(e);
+      const [low, high] = [light(behind(e)), light(e.closest("svg") ? style.fill : style.color)].sort((a, b) => a - b);
+      return (high + .05) / (low + .05);
+    });
+    all("details").forEach(e => e.open = true);
+    const scrolling = all("*").filter(e => e != root && /auto|scroll/.test(view.getComputedStyle(e).overflowX)
+                                      && e.scrollWidth > e.clientWidth);
+    told.push({width, loaded, faded, scroll: root.scrollWidth, contrast: Math.min(...contrasts), read: read.length,
+               scrolling: scrolling.length, unreachable: scrolling.filter(e => e.tabIndex < 0).length,
+               paper: rgba(view.getComputedStyle(frame.contentDocument.body).backgroundColor)[0],
                right: Math.max(...boxes("main *").map(box => box.right)),
                small: Math.min(...boxes("details[open] svg text, .comparison > * svg text").map(box => box.height))});
-    if (told.length == 2) console.log("MEASURED " + JSON.stringify(told).replaceAll('"', "'"));
+    if (told.length == 4) console.log("MEASURED " + JSON.stringify(told).replaceAll('"', "'"));
   };
   document.body.append(frame);
 }
@@ -168,22 +223,30 @@ for (const width of [390, 1280]) {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: apt-get install chromium")
-def test_chromium_shows_it_whole_on_a_phone_and_on_a_desk(document, tmp_path):
-    (tmp_path / "both.html").write_text(MEASURE % json.dumps(document).replace("</", "<\\/"))
+def test_chromium_shows_it_whole_and_legibly_on_a_phone_and_on_a_desk_in_light_and_dark(document, tmp_path):
+    (tmp_path / "all.html").write_text(MEASURE % json.dumps(document).replace("</", "<\\/"))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
-    flags += ["--window-size=1690,2000", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += [f"--screenshot={tmp_path / 'both.png'}", (tmp_path / "both.html").as_uri()]
+    flags += ["--window-size=3620,2000", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += [f"--screenshot={tmp_path / 'all.png'}", (tmp_path / "all.html").as_uri()]
     done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120)
     [measured] = re.findall(r"MEASURED (\[.*?\])", done.stderr)
-    for view in json.loads(measured.replace("'", '"')):
+    views = json.loads(measured.replace("'", '"'))
+    assert sorted((view["width"], view["paper"] > 128) for view in views) == [
+        (width, light) for width in (390, 1400) for light in (False, True)
+    ]
+    for view in views:
         assert view["scroll"] == view["width"]
         assert view["right"] <= view["width"]
         assert view["loaded"] == 0
         assert view["faded"] == 0  # parts of the page that a rule for parts of a chart has caught
         assert view["small"] >= 8  # pixels of a line of text in a chart
-    with Image.open(tmp_path / "both.png") as shot:
-        assert shot.size == (1690, 2000)
-        for left, right in ((0, 390), (400, 1680)):
+        assert view["contrast"] >= 4.5
+        assert view["read"] > 300
+        assert view["unreachable"] == 0  # by the keyboard
+        assert view["scrolling"] > 0 or view["width"] > 390  # the tables, within themselves
+    with Image.open(tmp_path / "all.png") as shot:
+        assert shot.size == (3620, 2000)
+        for left, right in ((0, 390), (400, 1800)):
             pixels = np.asarray(shot.convert("L").crop((left, 0, right, 2000)), float)
             assert np.median(pixels) > 200  # paper
             assert 0.01 < np.mean(pixels < 128) < 0.5  # ink

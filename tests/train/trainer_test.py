@@ -1,5 +1,6 @@
 """Whole runs, in process and small: what they leave behind, and that the same comes out however they are run."""
 
+import datetime
 import functools
 import json
 import math
@@ -40,6 +41,8 @@ def test_a_distillation_leaves_a_complete_record(tiny, teacher_dir, tmp_path, ca
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["method"], summary["seed"], summary["steps"]) == ("ldrld", 0, 6)
     assert summary["examples_per_second"] > 0
+    assert summary["train_seconds"] > 0
+    assert datetime.datetime.fromisoformat(summary["ended"]).utcoffset() == datetime.timedelta(0)
     lines = comparable_lines(tmp_path)
     assert lines[0] == {"step": 0, "epoch": 0.0, "split": "teacher_eval", "values": {"top1": summary["teacher_top1"]}}
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
