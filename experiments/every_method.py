@@ -50,8 +50,8 @@ def runs(epochs: int) -> list[dict]:
         {"method": "skd"},
         {"method": "wkd", "loss_schedule.gamma": f"cosine:600@{late}:0@{epochs}"},
         {"method": "luminet", **warmup},
-        {"method": "crld"},
-        {"method": "sld", "loss.sld.student_swap_epoch": late},
+        {"method": "crld", "data.loader": "stream"},  # the resident loader makes one view of an image
+        {"method": "sld", "data.loader": "stream", "loss.sld.student_swap_epoch": late},
         {"method": "bild"},
         {"method": "topk_tail"},
         {"method": "topk_tail", "loss.topk_tail.top_k": 5, "loss.topk_tail.beta": 0.0},
