@@ -37,7 +37,8 @@ def keep(run: pathlib.Path, to: pathlib.Path) -> None:
 
 def main(source: str, target: str) -> None:
     for summary in sorted(pathlib.Path(source).glob("*/summary.json")):
-        keep(summary.parent, pathlib.Path(target) / summary.parent.name)
+        name = summary.parent.name.replace(":", "_")  # Windows could not check out a colon
+        keep(summary.parent, pathlib.Path(target) / name)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_every_folder_of_logs_has_its_table():
 
 def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
     keep = runpy.run_path(str(ROOT / "experiments/keep.py"))["main"]
-    run = tmp_path / "runs/method=kd"
+    run = tmp_path / "runs/method=kd,loss_schedule.kd_weight=linear:0@1:1@9"
     run.mkdir(parents=True)
     config = {"seed": 3, "compile_cache": "~/x", "data": {"data_dir": "/x"}, "logits": {}}
     (run / "config.json").write_text(json.dumps(config | {"teacher": {"checkpoint": "/x/resnet20.pth"}}))
@@ -37,8 +37,8 @@ def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
     (run / "summary.json").write_text('{"last_top1": 5.0}')
     (tmp_path / "runs/method=ce").mkdir()  # not finished
     keep(str(tmp_path / "runs"), str(tmp_path / "kept"))
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["method=kd"]
-    kept = {path.name: path.read_text() for path in (tmp_path / "kept/method=kd").iterdir()}
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["method=kd,loss_schedule.kd_weight=linear_0@1_1@9"]
+    kept = {path.name: path.read_text() for path in next((tmp_path / "kept").iterdir()).iterdir()}
     assert set(kept) == {"config.json", "metrics.jsonl", "summary.json"}
     expected = {"seed": 3, "compile_cache": None, "data": {"data_dir": None}, "logits": {}}
     assert json.loads(kept["config.json"]) == expected | {"teacher": {"checkpoint": "resnet20.pth"}}

@@ -16,6 +16,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked
+from ldrld_jax.losses import METHODS
 from ldrld_jax.sweep.__main__ import _fitting, main, parse
 from ldrld_jax.sweep.plan import load, plan
 from ldrld_jax.sweep.schedule import Sweep
@@ -91,7 +92,8 @@ def test_wrong_flags_get_one_line(argv, message, capsys, monkeypatch):
 
 def test_every_sweep_of_the_experiments_plans(tmp_path):
     ablations = runpy.run_path(str(ROOT / "experiments/ablations.py"))["ABLATIONS"]
-    for sweep in ["methods.py", "laptop.py", *(f"ablations.py:{name}" for name in ablations)]:
+    every = [f"every_method.py:{name}" for name in ("digits", "laptop")]
+    for sweep in ["methods.py", "laptop.py", *every, *(f"ablations.py:{name}" for name in ablations)]:
         jobs = plan(load(f"{ROOT}/experiments/{sweep}"), epath.Path(tmp_path))
         assert len(jobs) > 1
         # one teacher for all, or one for each bias
@@ -99,6 +101,15 @@ def test_every_sweep_of_the_experiments_plans(tmp_path):
             "noisy_teacher": 4,
             "long_tailed_teacher": 3,
         }.get(sweep.partition(":")[2], 1)
+
+
+def test_the_sweep_of_every_method_leaves_none_out_and_scales_what_depends_on_the_epoch():
+    sweep = load(f"{ROOT}/experiments/every_method.py:digits")
+    assert {name for run in sweep["runs"] for name in run["method"].split("+")} == {"ce", *METHODS}
+    runs = {run["method"]: run for run in sweep["runs"]}
+    assert runs["dkd"]["kd_warmup_epochs"] == 3  # 20 of 240
+    assert runs["sld"]["loss.sld.student_swap_epoch"] == 25  # 150 of 240
+    assert runs["wkd"]["loss_schedule.gamma"] == "cosine:600@25:0@40"
 
 
 class _Instant:
