@@ -17,8 +17,6 @@ PROTOCOLS = {
             "data.loader": "resident",
             "teacher.data.fraction": 1.0,
             "teacher.batch_size": 64,
-            "optim.learning_rate": 0.05,  # the config's, for smaller batches as well
-            "teacher.optim.learning_rate": 0.05,
         },
     },
     # A fifth of CIFAR-100.
