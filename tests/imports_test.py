@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "aot": {"config", "data", "errors", "files", "logit_store", "metrics", "record", "runtime", "train"},
     "bench": {"config", "data", "metrics", "runtime", "train"},
-    "deploy": {"code", "config", "data", "errors", "files", "interop", "record", "runtime", "train"},
+    "deploy": {"code", "config", "data", "errors", "files", "interop", "models", "record", "runtime", "train"},
     "report": {
         *("checkpoint", "config", "data", "errors", "files", "identity", "losses", "record", "runtime", "train"),
     },

@@ -146,9 +146,11 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    # a model; "a,b": an ensemble; "ema": the student's own average; "logits": a file of logits
+    # a model; "a,b": an ensemble; "timm/resnet18.a1_in1k" with its weights; "ema": the student's own average;
+    # "logits": a file of logits
     model: Text | None = None
-    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"; an .npy file for "logits"
+    # a workdir of ours, a PyTorch file or hf://OWNER/NAME[@REVISION]; "x,y" for "a,b"; an .npy file for "logits"
+    checkpoint: Paths | None = None
     epochs: Count | None = None  # epochs for which the run trains the teacher first, if there is no checkpoint
     # folder of the teacher that the run trains first; unset: WORKDIR/teacher; set it to share one teacher
     workdir: Path | None = None
