@@ -216,6 +216,7 @@ class Log:
     tensorboard: bool = True  # write TensorBoard's event files too
     writers: Text | None = None  # further writers, "my_module:make_writer" each, separated by commas
     wandb: Wandb = Wandb()
+    mlflow: Text | None = None  # experiment of MLflow to which metrics go too, with the extra mlflow
     # seconds without progress until the stacks of all threads are printed; 0: never
     watchdog_seconds: NotNegative = 300.0
 
