@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 from etils import epath
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked
 from ldrld_jax.sweep.__main__ import _fitting, main, parse
@@ -252,6 +253,18 @@ def test_a_killed_sweep_runs_only_what_is_missing(data_dir, tmp_path):
     assert first.stat().st_mtime_ns == written
     losses = [comparable_lines(tmp_path / f"seed={seed}")[-2]["values"]["loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
+
+
+def test_a_run_whose_teacher_is_pinned_on_the_hub_is_complete(tmp_path):
+    (job,) = jobs_of(tmp_path, "method=kd", "teacher.checkpoint=hf://me/net", runs=[{"seed": 1}])
+    saved = config_lib.resolve(config_lib.load("configs/digits.py", ["method=kd", "seed=1", "teacher.checkpoint=_"]))
+    job.workdir.mkdir()
+    (job.workdir / "summary.json").write_text(json.dumps({"epochs": 20}))
+    for name, state in (("hf://me/net@" + 40 * "a", "done"), ("hf://me/other@" + 40 * "a", "waiting")):
+        saved.teacher.checkpoint = name
+        (job.workdir / "config.json").write_text(saved.to_json())
+        job.look()
+        assert job.state == state
 
 
 def test_a_slurm_array_has_a_task_for_each_missing_run_that_runs_that_one(tmp_path, monkeypatch, capsys):

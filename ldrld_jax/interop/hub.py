@@ -78,18 +78,36 @@ def download(name: str, file: str | None = None) -> pathlib.Path:
         raise refused(f"{name} cannot be read", error) from None
 
 
-def pinned(name: str) -> str:
-    """Returns a name with the commit that its revision has now, which stays the same file for ever.
+def pinned(path: str) -> str:
+    """Returns a path with the commit that its revision on the Hub has now, so that it stays the same file for ever.
+
+    Args:
+      path: of a checkpoint, `::key` included; one that is not on the Hub is returned as it is.
 
     Raises:
       UserError: see `download`.
     """
+    name, *key = path.split("::")
+    if not is_on_hub(name):
+        return path
     found = parse(name)
-    if is_pinned(found):
-        return name
-    place = download(name)
-    commit = place.parents[len(pathlib.PurePosixPath(found.file).parts) - 1].name  # .../snapshots/COMMIT/FILE
-    return str(found._replace(revision=commit))
+    if found.revision is None or not _COMMIT.fullmatch(found.revision):
+        parts = pathlib.PurePosixPath(found.file).parts
+        found = found._replace(revision=download(name).parents[len(parts) - 1].name)  # .../snapshots/COMMIT/FILE
+    return "::".join([str(found), *key])
+
+
+def remembered(paths: str, before: str) -> str:
+    """Returns paths, separated by commas, in which names on the Hub without a revision have the one in `before`.
+
+    Example:
+      >>> remembered("hf://me/net,a.pth", before="hf://me/net@v1")
+      'hf://me/net@v1,a.pth'
+    """
+    names = [path.partition("::")[0] for path in before.split(",")]
+    known = {str(parse(name)._replace(revision=None)): name for name in names if is_on_hub(name)}
+    split = [path.split("::") for path in paths.split(",")]
+    return ",".join("::".join([known.get(name, name), *key]) for name, *key in split)
 
 
 def normalisation(name: str) -> dict[str, tuple[float, ...]] | None:
@@ -104,11 +122,6 @@ def normalisation(name: str) -> dict[str, tuple[float, ...]] | None:
         return {key: tuple(map(float, said[key])) for key in ("mean", "std")}
     except (UserError, LookupError, TypeError, ValueError):  # there is none, or another kind
         return None
-
-
-def is_pinned(file: HubFile) -> bool:
-    """Returns whether the revision of a file is a commit."""
-    return file.revision is not None and _COMMIT.fullmatch(file.revision) is not None
 
 
 def refused(what: str, error: Exception) -> UserError:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -135,23 +134,12 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     Raises:
       UserError: if a checkpoint cannot be had.
     """
-    pinned = copy.deepcopy(config)
+    pinned, saved = copy.deepcopy(config), read_config(workdir) or {}
     for block in ("student", "teacher"):
         if given := config[block].get("checkpoint"):
-            before = (((read_config(workdir) or {}).get(block) or {}).get("checkpoint") or "").split(",")
-            pinned[block].checkpoint = ",".join(_pinned(name, before) for name in given.split(","))
+            paths = hub.remembered(given, (saved.get(block) or {}).get("checkpoint") or "")
+            pinned[block].checkpoint = ",".join(map(hub.pinned, paths.split(",")))
     return pinned
-
-
-def _pinned(path: str, before: Sequence[str]) -> str:
-    """Returns a path of `teacher.checkpoint` with its commit, which is that of the same path in `before`."""
-    name, *key = path.split("::")
-    if not hub.is_on_hub(name):
-        return path
-    for known in (other.partition("::")[0] for other in before):
-        if hub.is_on_hub(known) and str(hub.parse(known)._replace(revision=None)) == str(hub.parse(name)):
-            return "::".join([known, *key])
-    return "::".join([hub.pinned(name), *key])
 
 
 def _digest(path: str) -> str | None:
