@@ -212,9 +212,9 @@ def _config(args: argparse.Namespace, overrides: list[str]) -> "ConfigDict | Non
     from ldrld_jax import config as config_lib
 
     if args.mode == "predict":
-        from ldrld_jax.deploy import export
+        from ldrld_jax.deploy import export, hub
 
-        if export.is_exported(args.workdir):
+        if hub.is_hub(args.workdir) or export.is_exported(args.workdir):
             if args.config or overrides:
                 raise UserError(f"{args.workdir} holds an exported student, which no config changes. Remove --config.")
             return None
@@ -263,11 +263,14 @@ def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
 
 
 def _predict(args: argparse.Namespace, config: "ConfigDict | None") -> int:
-    from ldrld_jax.deploy import export, predict
+    from ldrld_jax.deploy import export, hub, predict
 
     paths = predict.find(args.images)
     with predict.output(args.output) as write:
-        student = export.read_student(args.workdir) if config is None else export.student_of(config, args.workdir)[0]
+        if config is not None:
+            student = export.student_of(config, args.workdir)[0]
+        else:
+            student = (hub if hub.is_hub(args.workdir) else export).read_student(args.workdir)
         broken = 0
         for path, found in predict.predict(student, paths, args.top_k or 5):
             if not isinstance(found, Exception):
@@ -281,10 +284,10 @@ def _predict(args: argparse.Namespace, config: "ConfigDict | None") -> int:
 
 
 def _export(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax.deploy import export
+    from ldrld_jax.deploy import export, hub
     from ldrld_jax.record.console import say
 
-    say(str(export.export(config, args.workdir)))
+    say(hub.export(config, args.workdir, args.hub) if args.hub else str(export.export(config, args.workdir)))
 
 
 def _compile(args: argparse.Namespace, config: "ConfigDict") -> None:
@@ -345,6 +348,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--profile": dict(metavar="DIR", help="write a trace of ten steps by jax.profiler to this folder"),
     "--top_k": dict(type=_count, metavar="N", help="name the N most likely classes (default: 5)"),
     "--output": dict(metavar="FILE", help="write a table to FILE.csv, .jsonl or .parquet instead of printing lines"),
+    "--hub": dict(metavar="TARGET", help="write for the Hugging Face Hub: to a folder, or upload to hf://OWNER/NAME"),
     "--target": dict(metavar="NAME", help="choose the devices: v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ..."),
     "--json": dict(metavar="FILE", help="write the result to this file as well, as JSON"),
     "--distributed": dict(action="store_true", help="join those that Slurm, Open MPI, GKE or a TPU pod has started"),
@@ -354,7 +358,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 _HOSTS = ("--distributed", "--coordinator", "--processes", "--process")
 _IMAGES = """IMAGE is a file, a pattern such as 'a/**/*.png', a folder (every image in and below
-it), or - for paths on standard input. --workdir is a run's folder or an export."""
+it), or - for paths on standard input. --workdir is a run's folder, an export, or hf://OWNER/NAME."""
 
 MODES = {
     "train": Mode(
@@ -366,7 +370,10 @@ MODES = {
         "Names the most likely classes of images", _predict, ("--workdir", "--top_k", "--output"), of_run=True
     ),
     "export": Mode(
-        "Writes the best student of a run as StableHLO and safetensors", _export, ("--workdir", *_HOSTS), of_run=True
+        "Writes the best student of a run as StableHLO and safetensors",
+        _export,
+        ("--workdir", "--hub", *_HOSTS),
+        of_run=True,
     ),
     "compile": Mode(
         "Compiles for absent devices, and says whether it fits and what limits its speed",

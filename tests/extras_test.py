@@ -13,6 +13,7 @@ from ldrld_jax.deploy.export import read_student
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import LogitsFile
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
+from ldrld_jax.record.mlflow_run import MLflowRun
 from ldrld_jax.record.weights_and_biases import WeightsAndBiases
 from ldrld_jax.train.given import NOTHING
 from tests.conftest import ROOT
@@ -38,7 +39,10 @@ def test_the_losses_run_with_jax_and_numpy_alone():
     assert done.stdout == f"{len(ldrld_jax.METHODS)} losses\n"
 
 
-@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch", "wandb"])
+LOG = {"wandb": {"project": None}, "mlflow": None, "writers": None}
+
+
+@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch", "huggingface_hub", "wandb", "mlflow"])
 def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path, monkeypatch, package):
     path = tmp_path / f"net.{'pth' if package == 'torch' else 'safetensors'}"
     path.write_bytes(b"\x80\x02" if package == "torch" else (2).to_bytes(8, "little") + b"{}")
@@ -51,13 +55,18 @@ def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path,
             lambda: LogitsFile.open(str(path), images=1, classes=1),
         ],
         "flatbuffers": [lambda: read_student(tmp_path)],
+        "huggingface_hub": [lambda: read_tensors("hf://me/net", "resnet8")],
         "torch": [lambda: read_tensors(path, "resnet8")],
         "wandb": [
-            lambda: NOTHING.check_writers(ConfigDict({"log": {"wandb": {"project": "p"}, "writers": None}})),
+            lambda: NOTHING.check_writers(ConfigDict({"log": LOG | {"wandb": {"project": "p"}}})),
             lambda: WeightsAndBiases(tmp_path, "p", {}),
         ],
+        "mlflow": [
+            lambda: NOTHING.check_writers(ConfigDict({"log": LOG | {"mlflow": "e"}})),
+            lambda: MLflowRun(tmp_path, "e", {}),
+        ],
     }[package]
-    extra = "export" if package in ("safetensors", "flatbuffers") else package
+    extra = {"safetensors": "export", "flatbuffers": "export", "huggingface_hub": "hub"}.get(package, package)
     for use in uses:
         with pytest.raises(
             UserError, match=rf"needs {package}(\.numpy)?: pip install 'ldrld_jax\[{extra}\]'\.$"

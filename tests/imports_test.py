@@ -34,12 +34,12 @@ ALLOWED = {
     },
     "aot": {"config", "data", "errors", "files", "logit_store", "metrics", "record", "runtime", "train"},
     "bench": {"config", "data", "metrics", "runtime", "train"},
-    "deploy": {"code", "config", "data", "errors", "files", "interop", "record", "runtime", "train"},
+    "deploy": {"code", "config", "data", "errors", "files", "interop", "models", "record", "runtime", "train"},
     "report": {
         *("checkpoint", "config", "data", "errors", "files", "identity", "losses", "record", "runtime", "train"),
     },
     "main": {"aot", "bench", "config", "data", "deploy", "errors", "files", "record", "runtime", "train"},
-    "sweep": {"config", "errors", "files", "main", "record", "report"},
+    "sweep": {"config", "errors", "files", "interop", "main", "record", "report"},
     "completion": set(),
     "cli": {"completion", "config", "errors", "main", "report", "sweep"},
 }

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from typing import ClassVar
 import pytest
 from etils import epath
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked
 from ldrld_jax.losses import METHODS
 from ldrld_jax.sweep.__main__ import _fitting, main, parse
+from ldrld_jax.sweep.__main__ import jobs_of as jobs_in_shard
 from ldrld_jax.sweep.plan import load, plan
 from ldrld_jax.sweep.schedule import Sweep
 from tests.conftest import ROOT, comparable_lines
@@ -261,3 +264,48 @@ def test_a_killed_sweep_runs_only_what_is_missing(data_dir, tmp_path):
     assert first.stat().st_mtime_ns == written
     losses = [comparable_lines(tmp_path / f"seed={seed}")[-2]["values"]["loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
+
+
+def test_a_run_whose_teacher_is_pinned_on_the_hub_is_complete(tmp_path):
+    (job,) = jobs_of(tmp_path, "method=kd", "teacher.checkpoint=hf://me/net", runs=[{"seed": 1}])
+    saved = config_lib.resolve(config_lib.load("configs/digits.py", ["method=kd", "seed=1", "teacher.checkpoint=_"]))
+    job.workdir.mkdir()
+    (job.workdir / "summary.json").write_text(json.dumps({"epochs": 20}))
+    for name, state in (("hf://me/net@" + 40 * "a", "done"), ("hf://me/other@" + 40 * "a", "waiting")):
+        saved.teacher.checkpoint = name
+        (job.workdir / "config.json").write_text(saved.to_json())
+        job.look()
+        assert job.state == state
+
+
+def test_a_slurm_array_has_a_task_for_each_missing_run_that_runs_that_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ldrld_jax.sweep.plan.Job._complete", lambda job: "seed=1" in job.name)
+    flags = [
+        "--config",
+        "configs/digits.py",
+        "--grid",
+        "method=ce,kd",
+        "--grid",
+        "seed=0,1",
+        "--workdir",
+        f"{tmp_path}/s",
+    ]
+    assert main([*flags, "--jobs=2", "--launcher=slurm", "--config.student.model=resnet8"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --array=0,2%2\n" in text
+    assert f"#SBATCH --output={tmp_path}/s/logs/slurm-%A_%a.txt\n" in text and (tmp_path / "s/logs").is_dir()
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    *_, line = text.splitlines()
+    words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "2"))
+    assert words[:4] == ["exec", sys.executable, "-m", "ldrld_jax.sweep"]
+    (job,) = jobs_in_shard(*parse(words[4:]))
+    assert job.name == "method=kd,seed=0" and "--config.student.model=resnet8" in job.command
+
+
+def test_a_complete_sweep_and_flags_of_this_machine_make_no_slurm_array(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ldrld_jax.sweep.plan.Job._complete", lambda job: True)
+    flags = ["--config", "configs/digits.py", "--workdir", f"{tmp_path}/s", "--launcher=slurm"]
+    assert main(flags) == 2
+    assert "every run of the sweep is complete" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of --gpus, --shard and --dry_run"):
+        parse([*flags, "--shard=0/2"])

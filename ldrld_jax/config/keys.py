@@ -147,9 +147,10 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    # a model; "a,b": an ensemble; "ema": the student's own average; "logits": a file of logits
+    # a model; "a,b": an ensemble; timm/NAME with its weights; "ema": the student's average; "logits": a file of logits
     model: Text | None = None
-    checkpoint: Paths | None = None  # a workdir of ours or a PyTorch file; "x,y" for "a,b"; an .npy file for "logits"
+    # a workdir of ours, a PyTorch file or hf://OWNER/NAME[@REVISION]; "x,y" for "a,b"; an .npy file for "logits"
+    checkpoint: Paths | None = None
     epochs: Count | None = None  # epochs for which the run trains the teacher first, if there is no checkpoint
     # folder of the teacher that the run trains first; unset: WORKDIR/teacher; set it to share one teacher
     workdir: Path | None = None
@@ -215,6 +216,7 @@ class Log:
     tensorboard: bool = True  # write TensorBoard's event files too
     writers: Text | None = None  # further writers, "my_module:make_writer" each, separated by commas
     wandb: Wandb = Wandb()
+    mlflow: Text | None = None  # experiment of MLflow to which metrics go too, with the extra mlflow
     # seconds without progress until the stacks of all threads are printed; 0: never
     watchdog_seconds: NotNegative = 300.0
 

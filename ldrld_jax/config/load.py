@@ -61,7 +61,8 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
     Nothing that a workdir names is executed unless an override names it again. A method, an optimizer, a writer or a
     teacher of the user's own is left out, and the method becomes `ce`, without the schedules of its loss: evaluation,
-    export and prediction take the student alone. Nothing is written to Weights & Biases.
+    export and prediction take the student alone. Nothing is written to Weights & Biases or
+    MLflow.
 
     Raises:
       UserError: if there is no run, a key or value is not allowed, or the student or the data are of the user's own
@@ -90,7 +91,7 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
     """Takes a user's own parts out of the config of a run, but for those that are named again."""
     if _is_own(config.optim.name):
         config.optim.name = default().optim.name
-    config.log.writers = config.log.wandb.project = None
+    config.log.writers = config.log.wandb.project = config.log.mlflow = None
     if config.teacher.model is not None and any(map(_is_own, config.teacher.model.split(","))):
         say(f"the teacher {config.teacher.model} of the run in {workdir} is not of this package: it is left out.")
         config.method, config.teacher.model, config.loss_schedule = "ce", None, default().loss_schedule

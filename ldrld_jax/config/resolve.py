@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,12 @@ NONE: Methods = MappingProxyType({})
 
 _SELF = "ema"  # as teacher.model: the student's own moving average teaches it
 _FILE = "logits"  # as teacher.model: teacher.checkpoint is a file of logits
+
+# timm's architectures whose state_dict has the keys and layouts of a model of ours, which torchvision's have too.
+_TIMM = {
+    **{f"resnet{depth}": f"imagenet_resnet{depth}" for depth in (18, 34, 50, 101)},
+    **{name: name for name in ("vit_tiny_patch16_224", "vit_small_patch16_224")},
+}
 
 
 def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
@@ -82,6 +89,7 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
                 config.teacher[key][name] = config[key][name]
     if config.student.checkpoint is None or config.student.checkpoint_head == "load":
         del config.student.checkpoint_head  # runs from before it do not have it in their identity
+    _resolve_published(config.teacher)
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
     if not names or config.logits.dir is None:
@@ -106,6 +114,34 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
     if config.teacher.checkpoint is not None:
         config.teacher.epochs = None  # weights at hand go before a recipe
     return config
+
+
+def _resolve_published(teacher: ConfigDict) -> None:
+    """Replaces teachers by timm's names, `timm/resnet18.a1_in1k`, by models of ours with the weights on the Hub.
+
+    A checkpoint that is set stays. A revision may follow the name: `timm/resnet18.a1_in1k@COMMIT`.
+
+    Raises:
+      UserError: if there is no such model here, or some teachers are timm's and some are not.
+    """
+    names = (teacher.model or "").split(",")
+    timms = [name.removeprefix("timm/") for name in names if name.startswith("timm/")]
+    if not timms:
+        return
+    if len(timms) < len(names) and teacher.checkpoint is None:
+        raise UserError(f"teacher.model={teacher.model} has weights for timm's alone. Set teacher.checkpoint for each.")
+    if teacher.checkpoint is None:
+        teacher.checkpoint = ",".join(f"hf://timm/{name}" for name in timms)
+    teacher.model = ",".join(_ours(name) for name in names)
+
+
+def _ours(name: str) -> str:
+    if not name.startswith("timm/"):
+        return name
+    architecture = re.split("[.@]", name.removeprefix("timm/"))[0]
+    if architecture not in _TIMM:
+        raise unknown("model of timm here", architecture, _TIMM)
+    return _TIMM[architecture]
 
 
 def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:

@@ -105,7 +105,7 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         try:
-            program = _program(network, variables, source.image_shape, source.dtype)
+            program = make_program(network, variables, source.image_shape, source.dtype)
         except Exception as error:  # JAX raises many types
             if not is_code(config.student.model):
                 raise
@@ -119,7 +119,9 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
     return Student(program, described, tuple(source.class_names)), variables
 
 
-def _program(network: Network, variables: Variables, shape: tuple[int, ...], dtype: Any) -> jax.export.Exported:
+def make_program(network: Network, variables: Variables, shape: tuple[int, ...], dtype: Any) -> jax.export.Exported:
+    """Returns the program that maps any number of inputs of a shape and dtype to logits."""
+
     def student(images: jax.Array) -> jax.Array:
         return network(variables, images, train=False)[0].astype(jnp.float32)
 

@@ -8,6 +8,7 @@ import jax
 
 import ldrld_jax
 from ldrld_jax.config import teaches_itself
+from ldrld_jax.interop.hub import CONFIG, WEIGHTS
 
 # Licences as the publishers of the data state them; not legal advice.
 _LICENCES = {
@@ -21,7 +22,12 @@ _UNKNOWN = "not known to this software"
 
 
 def model_card(
-    config: dict[str, Any], summary: dict[str, Any] | None, *, described: dict[str, Any], parameters: int
+    config: dict[str, Any],
+    summary: dict[str, Any] | None,
+    *,
+    described: dict[str, Any],
+    parameters: int,
+    place: str | None = None,
 ) -> str:
     """Returns the model card in Markdown, with the YAML header that model hubs read.
 
@@ -30,9 +36,9 @@ def model_card(
       summary: the content of its summary.json; None for a run that has not ended.
       described: the content of preprocessing.json.
       parameters: number of trained parameters of the student.
+      place: `hf://OWNER/NAME`, where this package reads the weights; None for an exported program.
     """
-    shape, (*labels, classes) = described["input"]["shape"][1:], described["output"]["shape"][1:]
-    raw, dtype = described["before"] is None, described["input"]["dtype"]
+    (*labels, classes), raw = described["output"]["shape"][1:], described["before"] is None
     title = f"{config['student']['model']} on {config['data']['name']}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
@@ -49,10 +55,10 @@ def model_card(
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     task, each = ("other", "label") if raw or labels else ("image-classification", "image, whatever it shows")
-    takes = "inputs as they are" if raw else "images and normalises the pixels itself"
-    predict = "\n`python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps."
+    use = _use_of_program(described, task) if place is None else _use_of_weights(config, described, task, place)
+    library = ("jax", "stablehlo") if place is None else ("ldrld_jax", "safetensors")
     return f"""---
-{_header(config, summary, title, task)}
+{_header(config, summary, title, task, library)}
 ---
 
 # {title}
@@ -67,7 +73,15 @@ classes for every {each}.
 
 ## Use
 
-```python
+{use}
+"""
+
+
+def _use_of_program(described: dict[str, Any], task: str) -> str:
+    shape, dtype = described["input"]["shape"][1:], described["input"]["dtype"]
+    takes = "inputs as they are" if described["before"] is None else "images and normalises the pixels itself"
+    predict = "\n`python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps."
+    return f"""```python
 from pathlib import Path
 import numpy as np
 from jax import export
@@ -83,19 +97,42 @@ TPU.{"" if task == "other" else predict}
 
 `student.stablehlo` is a program: run it only if you trust its source. JAX promises to run it with versions up to six
 months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently, as a
-PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too.
+PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too."""
+
+
+def _use_of_weights(config: dict[str, Any], described: dict[str, Any], task: str, place: str) -> str:
+    model, classes = config["student"]["model"], described["output"]["shape"][-1]
+    predict = f"""
+The same from the command line, and as the teacher of another student:
+
+```
+ldrld-jax predict --workdir {place} IMAGE...
+ldrld-jax train --config.teacher.model={model} --config.teacher.checkpoint={place} ...
+```
 """
+    return f"""```python
+import ldrld_jax
+
+model = ldrld_jax.load_torch_checkpoint("{place}", "{model}", {classes}, in_channels={described["input"]["shape"][-1]})
+```
+
+This is the network alone. It takes inputs that are made as `preprocessing` in `{CONFIG}` says, by the steps of `before`
+and then of `inside`; `model(inputs, train=False)` returns logits.
+{"" if task == "other" else predict}
+`{WEIGHTS}` is a PyTorch state_dict under the published names, which `safetensors.torch.load_file` reads as well."""
 
 
-def _header(config: dict[str, Any], summary: dict[str, Any] | None, title: str, task: str) -> str:
+def _header(
+    config: dict[str, Any], summary: dict[str, Any] | None, title: str, task: str, library: tuple[str, str]
+) -> str:
     """Returns the YAML header; its values are written as JSON, which is valid YAML."""
     header: dict[str, Any] = {
-        "library_name": "jax",
+        "library_name": library[0],
         "pipeline_tag": task,
         "license": "unknown",
         "datasets": [config["data"]["name"]],
         "metrics": ["accuracy"],
-        "tags": ["jax", "stablehlo", "knowledge-distillation", *_methods(config)],
+        "tags": ["jax", library[1], "knowledge-distillation", *_methods(config)],
     }
     if summary is not None:
         metrics = [

@@ -15,6 +15,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import replace_bytes
+from ldrld_jax.interop.hub import download, is_on_hub
 
 # An archive may unpack to so many bytes, or to so many times its own size: a few kilobytes can claim gigabytes.
 _MOST_BYTES, _MOST_TIMES = 2**28, 20
@@ -38,7 +39,8 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
 
     Args:
       path: path of the file, or `file::key` for what a file holds under a key; `archive::member` or
-        `archive::member::key` for an archive. Nothing is unpacked to disk.
+        `archive::member::key` for an archive. Nothing is unpacked to disk. `hf://OWNER/NAME` is a file of the
+        Hugging Face Hub, see `interop.hub.parse`.
       model_name: selects the member of an archive.
 
     Returns:
@@ -48,7 +50,7 @@ def read_tensors(path: Any, model_name: str) -> dict[str, np.ndarray]:
       UserError: if the file, the member or the key does not exist, or the file cannot be read safely.
     """
     name, *rest = str(path).split("::")
-    file = epath.Path(name)
+    file = epath.Path(download(name) if is_on_hub(name) else name)
     if not file.exists():
         raise UserError(f"there is no checkpoint {name}. Check the path.")
     if file.is_dir():

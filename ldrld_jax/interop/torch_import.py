@@ -45,7 +45,8 @@ def load_torch_checkpoint(
         extra), an `.npz` file, or a tar archive of these. From an archive, the member whose path names the
         model is read (`cifar_teachers/resnet56_vanilla/ckpt.pth` for resnet56), or the one given as
         `path.tar::member`. The format is recognised by content, not by name. Remote paths such as `gs://`
-        work. The tensors may be in nested dicts and have any prefix, such as `module.`, and either PyTorch's
+        work, and `hf://OWNER/NAME[@REVISION][/FILE.safetensors]` of the Hugging Face Hub (needs the `hub` extra).
+        The tensors may be in nested dicts and have any prefix, such as `module.`, and either PyTorch's
         names and layouts or Flax's. From a file with a student and a teacher, the one that fits is loaded,
         the student if both fit; of other networks that fit, `path::key` chooses one.
       model_name: a key of `MODELS`.

@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.errors import NonFiniteError
+from ldrld_jax.identity import identity
 from ldrld_jax.metrics import Mean, Means, Packed, add, by_step
 from ldrld_jax.record.console import ProgressBar, evaluation_line, say
 from ldrld_jax.record.writer import LineWriter, Writer
@@ -60,8 +61,14 @@ class Recorder:
         self._begun = time.perf_counter() - host.get("seconds", 0.0)  # older checkpoints have none
         self._writer = None
         if jax.process_index() == 0:
-            tensorboard = config.log.tensorboard
-            self._writer = Writer(workdir, lines=host["lines"], step=start, tensorboard=tensorboard, others=writers)
+            self._writer = Writer(
+                workdir,
+                lines=host["lines"],
+                step=start,
+                tensorboard=config.log.tensorboard,
+                hparams={key: str(v) if isinstance(v, list) else v for key, v in identity(config).items()},
+                others=writers,
+            )
         self._bar = ProgressBar(start, steps, f"{role} {config.student.model}")
 
     def at(self, doing: str) -> None:

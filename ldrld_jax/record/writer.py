@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from etils import epath
@@ -28,6 +29,7 @@ class Writer:
       lines: the number of lines at the checkpoint that the run resumes from; later lines are cut off.
       step: of that checkpoint.
       tensorboard: False leaves out the events.
+      hparams: of the run, for TensorBoard.
       others: they get each new line as well.
     """
 
@@ -38,6 +40,7 @@ class Writer:
         lines: int = 0,
         step: int = 0,
         tensorboard: bool = True,
+        hparams: Mapping[str, Any] = MappingProxyType({}),
         others: Sequence[LineWriter] = (),
     ):
         self._others = others
@@ -49,7 +52,7 @@ class Writer:
         text = "".join(_dump(line) for line in self._lines)
         if not self._path.exists() or self._path.read_bytes() != text.encode():
             replace_text(self._path, text)
-        self._events = Events(workdir, purge_step=step + 1) if tensorboard else None
+        self._events = Events(workdir, purge_step=step + 1, hparams=hparams) if tensorboard else None
 
     @property
     def lines(self) -> int:

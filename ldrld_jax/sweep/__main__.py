@@ -17,9 +17,10 @@ from ldrld_jax.report.groups import compare
 from ldrld_jax.report.table import fitting, results
 from ldrld_jax.sweep.plan import Job, load, parse_grid, plan
 from ldrld_jax.sweep.schedule import Sweep
+from ldrld_jax.sweep.slurm import script
 
 _PROG = "python -m ldrld_jax.sweep"
-_FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--dry_run", "--help")
+_FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--launcher", "--dry_run", "--help")
 
 
 class _Screen:
@@ -77,6 +78,13 @@ def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
     parser.add_argument("--gpus", metavar="I,J", help="run one at a time on each of these GPUs")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="run every N-th from the I-th, for a Slurm array")
     parser.add_argument(
+        "--launcher",
+        default="local",
+        choices=("local", "slurm"),
+        metavar="local|slurm",
+        help="run here, or print a script for sbatch with a task for each missing run (default: local)",
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="print the commands of the missing runs, and run nothing"
     )
     return parser
@@ -106,6 +114,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
             raise ValueError
     except ValueError:
         raise UserError(f"--shard is I/N with 0 <= I < N, got {args.shard!r}.") from None
+    if args.launcher == "slurm" and (args.gpus or args.dry_run or count > 1 or not is_local(epath.Path(args.workdir))):
+        raise UserError("--launcher slurm takes a local --workdir, and none of --gpus, --shard and --dry_run.")
     return args, overrides_in([*rest, *given], _FLAGS)
 
 
@@ -135,8 +145,16 @@ def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
     return plan(sweep, epath.Path(args.workdir), overrides)[index::count]
 
 
+def _again(args: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """Returns the arguments of the sweep, to run a part of it."""
+    file = [args.sweep] if args.sweep else []
+    config = ["--config", args.config] if args.config else []
+    grid = [word for each in args.grid for word in ("--grid", each)]
+    return [*file, *config, *grid, "--workdir", args.workdir, *(f"--config.{override}" for override in overrides)]
+
+
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs the missing jobs, or prints their commands for a dry run; returns the exit status."""
+    """Runs the missing jobs, or prints their commands or a script for Slurm; returns the exit status."""
     workdir = epath.Path(args.workdir)
     jobs = jobs_of(args, overrides)
     for job in jobs:
@@ -147,6 +165,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     logs = (workdir if is_local(workdir) else epath.Path("runs") / workdir.name) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    if args.launcher == "slurm":
+        print(script(jobs, _again(args, overrides), pathlib.Path(logs).absolute(), args.jobs), end="")
+        return 0
     gpus = args.gpus.split(",") if args.gpus else []
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}] * args.jobs
     Sweep(jobs, slots, logs, _Screen()).run()

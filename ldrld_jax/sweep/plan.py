@@ -16,6 +16,7 @@ from etils import epath
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_locked, split_argument
+from ldrld_jax.interop import hub
 from ldrld_jax.record.reader import last_evaluation, read_config, read_summary
 
 _KEYS = {"config", "overrides", "runs", "grid"}
@@ -89,7 +90,13 @@ class Job:
     def _complete(self) -> bool:
         summary = read_summary(self.workdir, numbers=("epochs",))
         saved = read_config(self.workdir) if summary else None
-        if summary is None or saved is None or config_lib.identity(saved) != self.identity:
+        if summary is None or saved is None:
+            return False
+        theirs, ours = config_lib.identity(saved), dict(self.identity)
+        for key in ("student.checkpoint", "teacher.checkpoint"):
+            if ours.get(key) and theirs.get(key):
+                ours[key] = hub.remembered(ours[key], theirs[key])  # a run pins what it takes from the Hub
+        if ours != theirs:
             return False
         return summary["epochs"] == self.identity["epochs"]
 

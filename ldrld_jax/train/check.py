@@ -28,7 +28,7 @@ from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.evaluator import Evaluator
-from ldrld_jax.train.folder import RunFolder
+from ldrld_jax.train.folder import RunFolder, pinned
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import open_evaluation, opener
 from ldrld_jax.train.loop import dispatcher, make_step
@@ -83,7 +83,8 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
     keep_compiled(config.compile_cache)
     problems = _Problems()
     with precision_scope(config.precision, config.matmul_precision), catch_signals() as signals:
-        run = problems.from_(lambda: Run.plan(config, epath.Path(workdir), given=given))
+        place = epath.Path(workdir)
+        run = problems.from_(lambda: Run.plan(pinned(config, place), place, given=given))
         if run is None:
             _check_parts(config, given, problems)
         elif seconds := _Check(run, "student", problems, signals).all():

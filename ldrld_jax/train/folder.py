@@ -1,17 +1,20 @@
-"""The workdir of a run: whether it belongs to this run, its checkpoints, and whether the run has ended."""
+"""The workdir of a run: whether it belongs to this run, what it pins, its checkpoints, and whether it has ended."""
 
+import copy
 import dataclasses
 import hashlib
 import json
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
 from ldrld_jax.identity import identity
+from ldrld_jax.interop import hub
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
@@ -123,10 +126,26 @@ class RunFolder:
         return summary if summary is not None and summary["steps"] == self.run.steps else None
 
 
+def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """Returns a resolved config whose checkpoints on the Hugging Face Hub name a commit, so that they stay the same.
+
+    It is the commit that the run in `workdir` began with, or else the one that the name has now.
+
+    Raises:
+      UserError: if a checkpoint cannot be had.
+    """
+    pinned, saved = copy.deepcopy(config), read_config(workdir) or {}
+    for block in ("student", "teacher"):
+        if given := config[block].get("checkpoint"):
+            paths = hub.remembered(given, (saved.get(block) or {}).get("checkpoint") or "")
+            pinned[block].checkpoint = ",".join(map(hub.pinned, paths.split(",")))
+    return pinned
+
+
 def _digest(path: str) -> str | None:
     """Returns a digest of the weights of a run's best checkpoint or of a file; None if there is nothing."""
     name, _, member = path.partition("::")
-    place = epath.Path(name)
+    place = epath.Path(hub.download(name) if hub.is_on_hub(name) else name)
     if not place.exists():
         return None
     if not place.is_dir():

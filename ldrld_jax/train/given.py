@@ -13,6 +13,7 @@ from ldrld_jax.data.source import Source
 from ldrld_jax.errors import needs
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import Method
+from ldrld_jax.record.mlflow_run import MLflowRun
 from ldrld_jax.record.weights_and_biases import WeightsAndBiases
 from ldrld_jax.record.writer import LineWriter
 from ldrld_jax.train.state import Variables
@@ -69,8 +70,11 @@ class Given:
 
     def all_writers(self, config: ConfigDict, workdir: epath.Path) -> list[LineWriter]:
         """Returns the writers that are given, and those that `log.writers` names, made for a workdir."""
-        wandb = config.log.wandb.project
-        theirs = [WeightsAndBiases(workdir, wandb, config.to_dict())] if wandb else []
+        theirs: list[LineWriter] = []
+        if project := config.log.wandb.project:
+            theirs.append(WeightsAndBiases(workdir, project, config.to_dict()))
+        if experiment := config.log.mlflow:
+            theirs.append(MLflowRun(workdir, experiment, config.to_dict()))
         return [*self.writers, *theirs, *(call(name, str(workdir)) for name in _named_writers(config))]
 
     def check_writers(self, config: ConfigDict) -> None:
@@ -78,6 +82,9 @@ class Given:
         if config.log.wandb.project:
             with needs("log.wandb.project", "wandb"):
                 import wandb  # noqa: F401
+        if config.log.mlflow:
+            with needs("log.mlflow", "mlflow"):
+                import mlflow  # noqa: F401
         for name in _named_writers(config):
             load_object(name)
 

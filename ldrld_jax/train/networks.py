@@ -15,6 +15,7 @@ from ldrld_jax.checkpoint.folder import load_model
 from ldrld_jax.code import is_code
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
+from ldrld_jax.interop.hub import is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import create_model, own_model
 from ldrld_jax.models.pure import Pure, pure
@@ -23,6 +24,11 @@ from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
+
+
+def is_folder(path: str) -> bool:
+    """Returns whether a checkpoint is a run's workdir, and not a file, `archive.tar::member` or `hf://OWNER/NAME`."""
+    return "::" not in path and not is_on_hub(path) and epath.Path(path).is_dir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Networks:
           UserError: if there is nothing at `path`, or it holds another model.
         """
         place = epath.Path(path)
-        if "::" in path or not place.is_dir():  # archive.tar::member, or a file
+        if not is_folder(path):
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)
             )
@@ -130,7 +136,7 @@ class Networks:
         head = last_layer_path(variables.params, self.num_classes)
         kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
         place = epath.Path(path)
-        if "::" in path or not place.is_dir():
+        if not is_folder(path):
             title = f"{model} without its last layer"
             return Variables(*load_variables(path, model, *variables, title=title, kept=unflatten_dict(kept)))
         if (note := read_data(place)) is None:

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.source import InMemory
+from ldrld_jax.interop import hub
 from ldrld_jax.models.table import flops
 from ldrld_jax.record.reader import read_config, read_data
-from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import is_outside
 
@@ -142,12 +143,28 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
             f"{config.batch_size}: set teacher.optim.learning_rate"
         )
     yield from filter(None, (_leak(run, path) for path in paths))
+    yield from filter(None, (_fed_otherwise(run, path) for path in paths))
+
+
+def _fed_otherwise(run: Run, path: str) -> str | None:
+    """Returns a line if a teacher of the Hugging Face Hub was trained with another normalisation than it gets."""
+    name, ours = path.partition("::")[0], run.config.teacher.data
+    theirs = hub.normalisation(name) if hub.is_on_hub(name) else None
+    if theirs is None or all(_alike(ours[key], theirs[key]) for key in theirs):
+        return None
+    needed = " ".join(f"teacher.data.{key}={','.join(map(str, value))}" for key, value in theirs.items())
+    return f"the teacher in {path} was trained with another normalisation than it gets: set {needed}"
+
+
+def _alike(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Returns whether two means or standard deviations, of each channel or of all, are the same to three decimals."""
+    return (len(ours) == len(theirs) or 1 in (len(ours), len(theirs))) and np.allclose(ours, theirs, atol=1e-3)
 
 
 def _leak(run: Run, path: str) -> str | None:
     """Returns a line if a teacher saw, or may have seen, the images that the student is evaluated on."""
     ours, place = run.config.data, epath.Path(path)
-    if "::" in path or not place.is_dir():
+    if not is_folder(path):
         unknown = f"whether {path} was trained on the images that data.held_out={ours.held_out:g} keeps cannot be told"
         return unknown if ours.held_out else None
     config, note = read_config(place), read_data(place)

@@ -21,6 +21,7 @@ from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
 from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Ensemble, Network
@@ -313,7 +314,7 @@ def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:
             f"{config.model}), got {len(paths)}. Separate them by commas."
         )
     for path in paths:
-        if "::" not in path and epath.Path(path).is_dir():
+        if is_folder(path):
             check_classes(path, run.batches.source.class_names, whose="the teacher")
     return _together(run, [run.networks.restore(path, m, config.data) for path, m in zip(paths, models, strict=True)])
 

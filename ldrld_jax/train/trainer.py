@@ -28,7 +28,7 @@ from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.assemble import assemble, check_observers
 from ldrld_jax.train.check import check
 from ldrld_jax.train.evaluator import Evaluator
-from ldrld_jax.train.folder import RunFolder
+from ldrld_jax.train.folder import RunFolder, pinned
 from ldrld_jax.train.given import NOTHING, Callback, Given, LineWriter
 from ldrld_jax.train.input import open_evaluation
 from ldrld_jax.train.loop import fit
@@ -279,7 +279,7 @@ def train(
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
     remarks = [*remarks, *config_lib.unread(config, given.methods)]
-    config = config_lib.resolve(config, given.methods)
+    config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     with precision_scope(config.precision, config.matmul_precision), workers.scope(), catching as signals:

@@ -119,7 +119,7 @@ def test_a_network_that_resizes_its_images_is_exported_with_the_resizing(run):
     network, variables = Networks(10, 1, "float32").restore(str(run), "tiny_net", config.data)
     network = dataclasses.replace(network, image_size=12)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
-    program = export._program(network, jax.tree.map(np.asarray, variables), (8, 8, 1), np.uint8)
+    program = export.make_program(network, jax.tree.map(np.asarray, variables), (8, 8, 1), np.uint8)
     np.testing.assert_allclose(program.call(images), network(variables, images, train=False)[0], rtol=0, atol=1e-5)
 
 

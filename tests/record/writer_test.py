@@ -1,8 +1,10 @@
 """A metrics file that survives being torn."""
 
 import json
+import struct
 
 from etils import epath
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.record.writer import Writer
@@ -20,3 +22,24 @@ def test_on_resume_later_lines_and_a_torn_one_are_cut_off(tmp_path):
     Writer(epath.Path(tmp_path), lines=2, step=2, tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+def events_of(content):
+    """The records of an event file: a length, its checksum, the record, its checksum."""
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        yield content[12 : 12 + size]
+        content = content[16 + size :]
+
+
+def test_tensorboard_has_the_runs_hyperparameters_and_no_others(tmp_path):
+    hparams = {"method": "ldrld", "seed": 3, "remat": False, "loss.ldrld.alpha": 10.5, "data.image_size": None}
+    Writer(epath.Path(tmp_path), hparams=hparams).close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    found, data = {}, plugin_hparams_pb2.HParamsPluginData()
+    for event in map(event_pb2.Event.FromString, events_of(path.read_bytes())):
+        for value in event.summary.value:
+            data.ParseFromString(value.metadata.plugin_data.content)
+            assert (value.tag, value.metadata.plugin_data.plugin_name) == ("_hparams_/session_start_info", "hparams")
+            found |= {key: getattr(v, v.WhichOneof("kind")) for key, v in data.session_start_info.hparams.items()}
+    assert found == {"method": "ldrld", "seed": 3.0, "remat": False, "loss.ldrld.alpha": 10.5}

@@ -1,4 +1,4 @@
-"""Teachers of PyTorch and ONNX Runtime, data of Hugging Face and a writer to Weights & Biases, where installed."""
+"""Teachers of PyTorch and ONNX Runtime, data of Hugging Face, writers to W&B and MLflow, where installed."""
 
 import dataclasses
 import io
@@ -7,12 +7,14 @@ import struct
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import ldrld_jax
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.errors import UserError
+from ldrld_jax.record.mlflow_run import MLflowRun
 from tests.conftest import comparable_lines
 from tests.pages import PAGES
 
@@ -149,6 +151,30 @@ def test_the_metrics_go_to_weights_and_biases_and_on_there_after_a_resume(make, 
     (again,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert again.name == file.name
     assert {entry["_step"] for entry in history_of(again.read_bytes())} == {4, 5, 6}
+
+
+@pytest.mark.filterwarnings("ignore:.*noload.*loader strategy is deprecated")  # MLflow's, of SQLAlchemy 2.1
+def test_the_metrics_go_to_mlflow_and_on_there_after_a_resume(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config = {"seed": 3, "data": {"mean": (0.5,), "threads": 4}}
+    first = MLflowRun(epath.Path(tmp_path), "digits", config)
+    first.write(1, 0.5, "train", {"loss": 2.0})
+    first.close()
+    again = MLflowRun(epath.Path(tmp_path), "digits", config)
+    again.write(2, 1.0, "eval", {"top1": 50.0, "ce": float("nan")})
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert (run.info.run_name, run.info.status) == (tmp_path.name, "RUNNING")
+    again.close()
+    run = client.get_run(run.info.run_id)
+    assert (tmp_path / "mlflow_id").read_text() == run.info.run_id and run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "3", "data.mean": "[0.5]"}
+    assert run.data.metrics["train/loss"] == 2.0 and run.data.metrics["eval/top1"] == 50.0
+    assert [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "epoch")] == [
+        (1, 0.5),
+        (2, 1.0),
+    ]
 
 
 def test_a_data_set_object_is_told_from_another_by_its_labels(digits):

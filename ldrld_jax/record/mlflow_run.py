@@ -1,0 +1,66 @@
+"""The writer of a run's metrics to MLflow."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ldrld_jax.errors import UserError, needs
+from ldrld_jax.files import named, replace_text
+from ldrld_jax.identity import identity
+
+_PARAMETERS = 100  # of a request
+_LENGTH = 500  # of a parameter's text, which every version takes
+
+
+class MLflowRun:
+    """Writer to a run of MLflow, which a resumed run goes on with.
+
+    That library's environment says where the run is kept, `MLFLOW_TRACKING_URI` above all.
+
+    Args:
+      workdir: of the run; its name is the run's name there, and `mlflow_id` in it the run's id.
+      experiment: the experiment's name, made if there is none.
+      config: of the run; the keys that identify it are the run's parameters there.
+
+    Raises:
+      UserError: if mlflow is not installed, or refuses the run.
+    """
+
+    def __init__(self, workdir: epath.Path, experiment: str, config: Mapping[str, Any]):
+        with needs("log.mlflow", "mlflow"):
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+            from mlflow.exceptions import MlflowException
+
+        place, self._metric = workdir / "mlflow_id", Metric
+        try:
+            with needs("log.mlflow", "mlflow"):
+                self._client = MlflowClient()  # it opens its store, by SQLAlchemy for a local one
+            if place.exists():
+                self._run = place.read_text()
+                self._client.update_run(self._run, status="RUNNING")
+                return
+            found = self._client.get_experiment_by_name(experiment)
+            where = found.experiment_id if found else self._client.create_experiment(experiment)
+            self._run = self._client.create_run(where, run_name=workdir.name).info.run_id
+            params = [Param(key, str(value)[:_LENGTH]) for key, value in identity(dict(config)).items()]
+            for start in range(0, len(params), _PARAMETERS):
+                self._client.log_batch(self._run, params=params[start : start + _PARAMETERS])
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow refuses the run: {' '.join(str(error).split())} Set MLFLOW_TRACKING_URI, or unset log.mlflow."
+            ) from error
+        with named(place):
+            replace_text(place, self._run)
+
+    def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Writes a line of metrics.jsonl, each value as `split/name`."""
+        now = int(1000 * time.time())
+        named_values = {f"{split}/{name}": value for name, value in values.items()} | {"epoch": epoch}
+        metrics = [self._metric(name, value, now, step) for name, value in named_values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
