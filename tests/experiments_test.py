@@ -17,7 +17,7 @@ TABLES = dict(re.findall(r"ldrld_jax\.report experiments/([\w/]+)[^\n]*\n.*?\n((
 @pytest.mark.parametrize("folder", TABLES)
 def test_a_table_is_what_the_report_prints_of_its_folder(folder):
     report = collect([ROOT / "experiments" / folder])
-    assert report.notes == []
+    assert all(": warning: optim." in note or ": warning: the teacher's batches of" in note for note in report.notes)
     assert TABLES[folder].strip() == table(report.summaries)
 
 
