@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from ldrld_jax.report import collect, table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tiny_overrides
 
 README = (ROOT / "experiments/README.md").read_text()
 # A command that reports a folder, and the next table.
@@ -49,3 +49,19 @@ def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
 def test_no_log_names_a_folder_of_a_machine():
     for path in (ROOT / "experiments").rglob("*.json"):
         assert not re.search(r'"/|://|~', path.read_text()), path
+
+
+def test_a_search_goes_on_where_it_was_and_prunes_after_an_epoch(tiny, data_dir, teacher_dir, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    search = runpy.run_path(str(ROOT / "experiments/optuna_digits.py"))["search"]
+    few = [*tiny_overrides(data_dir), "student.model=tiny_net", "method=ldrld", f"teacher.checkpoint={teacher_dir}"]
+    few += ["data.held_out=.4", "eval_every_epochs=1"]
+    (first,) = search(1, tmp_path, few).trials
+    summary = json.loads((tmp_path / "trial-0/summary.json").read_text())
+    assert first.value == summary["last_top1"] and list(first.intermediate_values) == [1, 2]
+    saved = json.loads((tmp_path / "trial-0/config.json").read_text())["loss"]["ldrld"]
+    assert {name: saved[name] for name in first.params} == first.params
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    again, second = search(2, tmp_path, few).trials
+    assert again.value == first.value
+    assert second.state == optuna.trial.TrialState.PRUNED and list(second.intermediate_values) == [1]
