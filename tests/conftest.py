@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ldrld_jax_compiled_"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # a small program compiles in two fifths of the time
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # see OPTIMISED: a small program compiles in two fifths of the time
 
 import jax
 import numpy as np
@@ -26,15 +26,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Tests of the last digits, or of the text that XLA compiles: they see what users run.
-OPTIMISED = ("losses/ldrld_fast_test.py", "losses/ldrld_kernel_test.py", "aot", "compiled", "train/scale_test.py")
+# Tests of the last digits, or of the text that XLA compiles, see what users run; and notebooks
+# compute more than they compile.
+OPTIMISED = (
+    *("losses/ldrld_fast_test.py", "losses/ldrld_kernel_test.py", "losses/methods_test.py", "train/scale_test.py"),
+    *("aot", "compiled", "notebooks_test.py"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimised(request):
-    """Compiles the programs of some modules with all of XLA's optimisations."""
-    needed = any(request.path.is_relative_to(ROOT / "tests" / path) for path in OPTIMISED)
-    jax.config.update("jax_disable_most_optimizations", not needed)
+    """Compiles the programs of some modules, and of their subprocesses, with all of XLA's optimisations."""
+    few = not any(request.path.is_relative_to(ROOT / "tests" / path) for path in OPTIMISED)
+    jax.config.update("jax_disable_most_optimizations", few)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(few))
 
 
 @pytest.fixture(autouse=True, scope="module")
