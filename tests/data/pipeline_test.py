@@ -9,14 +9,6 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import InMemory
-from tests.data.images import make_image_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("folder")
-    make_image_folder(path, ("ant", "bee", "cat"), each=4)
-    return path
 
 
 def block(folder, **changes):

@@ -11,7 +11,6 @@ import chex
 import numpy as np
 import pytest
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.data import workers
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
@@ -20,6 +19,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.runtime.watchdog import Watchdog
 from tests.conftest import ROOT
 from tests.data.images import make_image_folder
+from tests.data.pipeline_test import block as small
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,18 +29,8 @@ def no_worker_is_left():
         yield
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("folder")
-    make_image_folder(path, ("ant", "bee", "cat"), each=4)
-    return path
-
-
 def block(folder, **changes):
-    data = config_lib.load("configs/image_folder.py").data
-    data.update(data_dir=str(folder), crop_size=16, resize_size=18, augment="random_resized_crop", flip=True)
-    data.update(changes)
-    return data
+    return small(folder, **{"augment": "random_resized_crop", "flip": True} | changes)
 
 
 def first(iterator, count):
