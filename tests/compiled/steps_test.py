@@ -14,6 +14,9 @@ from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.plan import Run
 from tests.compiled.compilers import compiled, target
 
+# What another process has compiled is on disk, and cannot be loaded without the device.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+
 RESIDENT = ("data.loader=resident", "steps_per_dispatch=4")
 RECIPES = {
     "everything at once": (*RESIDENT, "ema_decay=.9", "accumulate=2", "remat=True", "mesh.fsdp=True"),
