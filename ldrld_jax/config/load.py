@@ -61,8 +61,7 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
     Nothing that a workdir names is executed unless an override names it again. A method, an optimizer, a writer or a
     teacher of the user's own is left out, and the method becomes `ce`, without the schedules of its loss: evaluation,
-    export and prediction take the student alone. Nothing is written to Weights & Biases or
-    MLflow.
+    export and prediction take the student alone. Nothing is written to Weights & Biases or MLflow.
 
     Raises:
       UserError: if there is no run, a key or value is not allowed, or the student or the data are of the user's own

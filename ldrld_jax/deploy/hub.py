@@ -27,7 +27,8 @@ from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import dtypes, precision_scope
 from ldrld_jax.train.networks import Networks
 
-_CARD = "README.md"
+_CARD, _LIBRARY = "README.md", "ldrld_jax"
+_FILES = (hub.WEIGHTS, hub.CONFIG, _CARD)
 
 
 def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
@@ -40,7 +41,8 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         that does not exist is made, and is private.
 
     Raises:
-      UserError: if there is no such run, an extra is not installed, or the Hub refuses the upload.
+      UserError: if there is no such run, an extra is not installed, the folder has files of something else, or the Hub
+        refuses the upload.
     """
     remote = hub.parse(target) if hub.is_on_hub(target) else None
     if remote is not None and remote.file != hub.WEIGHTS:
@@ -51,18 +53,17 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         with needs(f"--hub {target}", "hub"):
             import huggingface_hub  # noqa: F401
     folder = epath.Path(target) if remote is None else epath.Path(workdir) / "hub"
+    _check_writable(folder)
     student, variables = student_of(config, workdir)
     if not first():
         return target
-    if is_link(folder):
-        raise UserError(f"{folder} is a link, and nothing is written through one. Remove it.")
     saved = read_config(workdir)
     assert saved is not None  # student_of has read it
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_checkpoint(folder / hub.WEIGHTS, *variables)
     content = {
-        "library_name": "ldrld_jax",
+        "library_name": _LIBRARY,
         "library_version": ldrld_jax.__version__,
         "architecture": saved["student"]["model"],
         "num_classes": len(student.labels),
@@ -84,18 +85,28 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
     return str(folder) if remote is None else _upload(folder, remote)
 
 
+def _check_writable(folder: epath.Path) -> None:
+    """Raises a UserError if writing to `folder` would replace files that no earlier export wrote, as a run's config."""
+    if is_link(folder):
+        raise UserError(f"{folder} is a link, and nothing is written through one. Remove it.")
+    there = [name for name in _FILES if (folder / name).exists()]
+    if hub.CONFIG in there and read_json(folder / hub.CONFIG, "A folder for the Hub").get("library_name") == _LIBRARY:
+        return
+    if there:
+        raise UserError(f"{folder} has {' and '.join(there)} of something else. Name another folder for --hub.")
+
+
 def _upload(folder: epath.Path, remote: hub.HubFile) -> str:
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
-    files = [hub.WEIGHTS, hub.CONFIG, _CARD]
     try:
         api.create_repo(remote.repo, private=True, exist_ok=True)
         done = api.upload_folder(
             repo_id=remote.repo,
             folder_path=str(folder),
             revision=remote.revision,
-            allow_patterns=files,
+            allow_patterns=list(_FILES),
             commit_message="Upload a student of ldrld_jax",
         )
     except Exception as error:  # see hub.download

@@ -73,6 +73,25 @@ def test_a_folder_for_the_hub_holds_the_student_and_no_program(written, teacher_
     assert (header["library_name"], header["datasets"]) == ("ldrld_jax", ["digits"])
 
 
+def test_files_of_something_else_are_not_replaced(teacher_dir, tmp_path):
+    """A run's own folder has a config.json too, and a project's a README.md."""
+    (tmp_path / "README.md").write_text("mine")
+    before = (pathlib.Path(teacher_dir) / "config.json").read_bytes()
+    for place, name in ((teacher_dir, "config.json"), (str(tmp_path), "README.md")):
+        with pytest.raises(UserError, match=f"has {name} of something else. Name another folder"):
+            hub.export(config_lib.load_run(teacher_dir), teacher_dir, place)
+    assert (pathlib.Path(teacher_dir) / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"] and (
+        tmp_path / "README.md"
+    ).read_text() == "mine"
+
+
+def test_a_second_export_replaces_the_first(written, teacher_dir):
+    place, images, logits = written
+    hub.export(config_lib.load_run(teacher_dir), teacher_dir, str(place))
+    np.testing.assert_array_equal(hub.read_student(str(place)).program.call(images), logits)
+
+
 def test_an_upload_predicts_by_its_name_as_the_run_does(written, teacher_dir, server, tmp_path, capsys, monkeypatch):
     _, images, logits = written
     assert main_lib.main(["--mode=export", "--workdir", teacher_dir, "--hub", "hf://me/net"]) == 0
