@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
-from ldrld_jax.models import create_model
+from ldrld_jax.models import outline
 from ldrld_jax.models.layers import Dtype
 from ldrld_jax.models.purify import Tree, check_finite, purify, with_variables
 
@@ -64,11 +64,7 @@ def load_torch_checkpoint(
       >>> model(images, train=False).shape  # doctest: +SKIP
       (64, 100)
     """
-    model = nnx.eval_shape(
-        lambda: create_model(
-            model_name, num_classes, in_channels, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype
-        )
-    )
+    model = outline(model_name, num_classes, in_channels, dtype=dtype, param_dtype=param_dtype)
     _, params, batch_stats = purify(model)
     title = f"{model_name} with {num_classes} classes and {in_channels} channels"
     return with_variables(model, *load_variables(path, model_name, params, batch_stats, title=title))

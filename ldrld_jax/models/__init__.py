@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -21,7 +22,7 @@ from ldrld_jax.models.vgg import VGGS
 from ldrld_jax.models.vit import VISION_TRANSFORMERS
 from ldrld_jax.models.wrn import WIDE_RESNETS
 
-__all__ = ["MODELS", "create_model"]
+__all__ = ["MODELS", "create_model", "outline"]
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     **CIFAR_RESNETS,
@@ -76,6 +77,35 @@ def create_model(
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     return MODELS[name](num_classes, in_channels, **options)
+
+
+def outline(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> nnx.Module:
+    """Creates a model of `MODELS` with shapes in place of its weights, without computing anything.
+
+    Args:
+      name, num_classes, in_channels, options: see `create_model`; there are no `rngs`.
+
+    Raises:
+      UserError: if no model has this name.
+
+    Example:
+      >>> outline("resnet8", 10).fc.kernel.shape
+      (64, 10)
+    """
+
+    def create() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        rngs.default.__class__ = _OneKey
+        return create_model(name, num_classes, in_channels, rngs=rngs, **options)
+
+    return nnx.eval_shape(create)
+
+
+class _OneKey(nnx.RngStream):
+    """A stream of one key, which is as good as many for shapes: counting keys takes half the time of an outline."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
 
 
 def own_model(name: str, num_classes: int, in_channels: int, **options: Any) -> Any:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ldrld_jax.models import MODELS, create_model
+from ldrld_jax.models import MODELS, outline
 from ldrld_jax.models.purify import purify
 
 
@@ -46,7 +45,7 @@ def summarize(name: str) -> ModelSummary:
     """
     natives = {"imagenet": (224, 1000), "vit": (224, 1000), "tinyimagenet": (64, 200)}
     image_size, num_classes = natives.get(name.partition("_")[0], (32, 100))
-    apply, params, batch_stats = purify(nnx.eval_shape(lambda: create_model(name, num_classes, rngs=nnx.Rngs(0))))
+    apply, params, batch_stats = purify(outline(name, num_classes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     forward = flops(lambda v, x: apply(*v, x, train=False)[0], (params, batch_stats), (1, image_size, image_size, 3))
     return ModelSummary(name, image_size, num_classes, parameters, forward)

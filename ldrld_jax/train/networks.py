@@ -17,7 +17,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
 from ldrld_jax.interop.hub import is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
-from ldrld_jax.models import create_model, own_model
+from ldrld_jax.models import MODELS, create_model, outline, own_model
 from ldrld_jax.models.pure import Pure, pure
 from ldrld_jax.models.purify import check_finite, last_layer_path
 from ldrld_jax.record.reader import read_config, read_data
@@ -86,10 +86,10 @@ class Networks:
 
     def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
         """Makes a model with shapes in place of its weights; see `random`."""
-        if model in self.given or is_code(model):
+        if model in self.given or model not in MODELS:
             network, variables = self.random(model, data, seed=0, batch_norm_groups=batch_norm_groups)
             return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-        module = nnx.eval_shape(lambda: self._made(model, 0))
+        module = outline(model, self.num_classes, self.channels, **dtypes(self.precision))
         return self._network(pure(module, batch_norm_groups=batch_norm_groups), data)
 
     def restore(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:

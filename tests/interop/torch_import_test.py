@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors import safe_open
 
 import ldrld_jax
 from ldrld_jax import UserError
 from ldrld_jax.interop.torch_files import write_safetensors
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, save_torch_checkpoint, to_state_dict
-from ldrld_jax.models import create_model
+from ldrld_jax.models import outline
 from ldrld_jax.models.purify import purify
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
@@ -25,8 +24,7 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared"
 def state_dict(name="resnet8", num_classes=10, seed=0, **dtypes):
     """Random arrays under PyTorch's keys."""
     rng = np.random.default_rng(seed)
-    shapes = nnx.eval_shape(lambda: create_model(name, num_classes, rngs=nnx.Rngs(0), **dtypes))
-    _, *variables = purify(shapes)
+    _, *variables = purify(outline(name, num_classes, **dtypes))
     filled = jax.tree.map(lambda leaf: rng.random(leaf.shape).astype(leaf.dtype), variables)
     return to_state_dict(*filled)
 

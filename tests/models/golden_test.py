@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from ldrld_jax.interop.torch_import import from_state_dict, to_state_dict
-from ldrld_jax.models import create_model
+from ldrld_jax.models import outline
 from ldrld_jax.models.purify import purify
 from tests.models import torch_zoo
 
@@ -23,10 +22,7 @@ FEW_SHAPES = ("resnet", "wrn", "vgg")
 
 def purified(name: str, dtype: str):
     """The pure function with the prescribed weights."""
-    shapes = nnx.eval_shape(
-        lambda: create_model(name, torch_zoo.num_classes(name), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-    )
-    apply, params, batch_stats = purify(shapes)
+    apply, params, batch_stats = purify(outline(name, torch_zoo.num_classes(name), dtype=dtype, param_dtype=dtype))
     return apply, *from_state_dict(torch_zoo.state_dict(name), params, batch_stats)
 
 

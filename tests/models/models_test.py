@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ldrld_jax import UserError, models
-from ldrld_jax.models import MODELS, create_model, layers
+from ldrld_jax.models import MODELS, create_model, layers, outline
 from ldrld_jax.models.purify import purify
 from ldrld_jax.models.table import summarize
 
@@ -21,7 +21,7 @@ FAMILIES = [file for file in FILES if file.stem not in ANY_MODEL]
 
 
 def abstract(name, num_classes=7, in_channels=3, **dtypes):
-    return purify(nnx.eval_shape(lambda: create_model(name, num_classes, in_channels, rngs=nnx.Rngs(0), **dtypes)))
+    return purify(outline(name, num_classes, in_channels, **dtypes))
 
 
 def images(n, size, channels=3, dtype=jnp.float32):
@@ -66,7 +66,7 @@ def initializers(monkeypatch):
                 make(self, *args, **kwargs)
 
             monkeypatch.setattr(layer, "__init__", record)
-        nnx.eval_shape(lambda: create_model(name, 7, rngs=nnx.Rngs(0)))
+        outline(name, 7)
         (fan_in, *_), head = (found[nnx.Linear] or found[nnx.Conv])[-1]  # the head may be a 1x1 convolution
         return {kwargs["kernel_init"] for _, kwargs in found[nnx.Conv]}, fan_in, head["kernel_init"], head["bias_init"]
 

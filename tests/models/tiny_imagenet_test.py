@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from ldrld_jax.interop.torch_import import from_state_dict, to_state_dict
-from ldrld_jax.models import create_model
+from ldrld_jax.models import outline
 from ldrld_jax.models.layers import BatchNorm
 from ldrld_jax.models.purify import purify
 from ldrld_jax.models.table import summarize
@@ -97,9 +96,7 @@ def ours_and_theirs(name):
     theirs = THEIRS[name]().double()
     state = {key: weight(key, list(value.shape)) for key, value in theirs.state_dict().items()}
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    shapes = nnx.eval_shape(
-        lambda: create_model(name, 200, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
-    )
+    shapes = outline(name, 200, dtype=jnp.float64, param_dtype=jnp.float64)
     apply, *variables = purify(shapes)
     return apply, from_state_dict(state, *variables), theirs, state
 
@@ -141,7 +138,7 @@ def test_the_table_counts_the_parameters_of_the_pytorch_module(name):
 def test_resnet18_keeps_the_resolution_in_its_stem_and_reduces_64_pixels_to_8(monkeypatch):
     shapes = []
     monkeypatch.setattr(BatchNorm, "__call__", lambda self, x, mode: (shapes.append(x.shape), x)[1])
-    apply, *variables = purify(nnx.eval_shape(lambda: create_model("ResNet18", 200, rngs=nnx.Rngs(0))))
+    apply, *variables = purify(outline("ResNet18", 200))
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     jax.eval_shape(lambda *args: apply(*args, train=False), *variables, images)
     assert (shapes[0], shapes[-1]) == ((1, 64, 64, 64), (1, 8, 8, 512))
