@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "experiments" / "notebooks"
 NAMES = ["the_loss", "distil_on_colab", "text_classifier", "your_own_loop", "pytorch_teacher", "language_model"]
-QUICK = {"text_classifier", "language_model"}  # compile longer than they compute: without most optimisations
+# They compile longer than they compute, and are tested without most optimisations.
+QUICK = {"the_loss", "text_classifier", "your_own_loop", "language_model"}
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 
 
