@@ -1,6 +1,6 @@
 """Copies the small JSON files that back a table from runs into the repository, without paths of the machine.
 
-python experiments/keep.py runs/methods experiments/methods
+python experiments/keep.py runs/laptop experiments/laptop
 
 For each run: summary.json, config.json, the evaluations of metrics.jsonl, and analysis.json if the report wrote one.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 import ldrld_jax
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import needs
+from ldrld_jax.errors import UserError, needs
 
 
 def search(trials: int, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Any:
@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=30, help="number of trials in all")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/optuna"), help="keep the study here")
     args = parser.parse_args(argv)
-    best = search(args.trials, args.workdir).best_trial
+    try:
+        best = search(args.trials, args.workdir).best_trial
+    except UserError as error:  # such as an extra that is missing: one line
+        parser.exit(2, f"{error}\n")
     print(f"best top-1 {best.value:.2f} % on the held-out images, in trial {best.number}: {best.params}")
 
 

@@ -27,8 +27,8 @@ gc.set_threshold(50_000, 20, 20)  # see forget_programs
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-# Tests of the last digits, or of the text that XLA compiles, see what users run; and notebooks
-# compute more than they compile.
+# Tests of the last digits, or of the text that XLA compiles, see what users run; and
+# networks in notebooks compute more than they compile.
 OPTIMISED = (
     *("losses/ldrld_fast_test.py", "losses/ldrld_kernel_test.py", "losses/methods_test.py", "train/scale_test.py"),
     *("aot", "compiled", "notebooks_test.py"),

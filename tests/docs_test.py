@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import re
@@ -24,14 +25,15 @@ from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 from ldrld_jax.sweep import __main__ as sweep_lib
 from tests.conftest import ROOT
-from tests.pages import PAGES, SHELL, blocks, commands
+from tests.pages import PAGES, SHELL, blocks, commands, quoted
 from tests.train.methods_test import methods_restored
 
 PYTHON = [name for name, page in PAGES.items() if blocks(page, "python")]
 PYTHON.remove("docs/deploy.md")  # it takes an exported student: tests/deploy/export_test.py runs it
 COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
-# Programs of others: they are named right, and no more can be known without running them.
-OTHERS = {".", ".ci/run", "cd", "curl", "find", "git", "jupyter", "mypy", "ruff", "tfds", "unzip", "xprof"}
+# Programs that no test starts from a page, with the reason, which a reader finds there too.
+NOT_RUN = dict(re.findall(r"^\| `([\w./ -]+)` \| (.+) \|$", PAGES["docs/tests.md"].read_text(), re.MULTILINE))
+OF_REPOSITORY = re.compile(r"(?:benchmarks|configs|docs|experiments|tests)/[^:]+")
 FILES = (".json", ".py", ".npz", ".safetensors", ".stablehlo")
 KEYS = set(config_lib.flat(config_lib.default().to_dict()))
 
@@ -63,14 +65,42 @@ def test_the_commands_of_a_page_are_understood_by_their_programs(name, monkeypat
                 _check(command, monkeypatch)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_in_a_pages_sentences_are_understood_by_their_programs(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in quoted(PAGES[name]):
+        with _named(f"{name}: {' '.join(command)}"):
+            match command:
+                case ["--mode", mode]:
+                    assert mode in main_lib.MODES
+                case ["--mode", *_]:
+                    _check_main(command)
+                case ["ldrld-jax", program]:
+                    assert program in cli.COMMANDS or program == "--help"
+                case ["python", "-m", "ldrld_jax.sweep" | "ldrld_jax.report"]:
+                    pass  # the program is named, and not how it is called
+                case _:
+                    _check(command, monkeypatch)
+
+
+def test_every_command_of_ours_has_a_line_in_the_pages_that_is_understood():
+    """And every reason why a program is not run is that of a program in some page."""
+    found = [command for page in PAGES.values() for block in blocks(page, *SHELL) for command in commands(block.code)]
+    assert {command[1] for command in found if command[0] == "ldrld-jax"} >= {*cli.COMMANDS}
+    found += [command for page in PAGES.values() for command in quoted(page)]
+    assert {*NOT_RUN} <= {" ".join(command[:words]) for command in found for words in (1, 3)}
+
+
 @pytest.mark.parametrize(
-    "path", [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")], ids=lambda path: path.name
+    "path",
+    [path for folder in ("configs", "experiments", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))],
+    ids=lambda path: path.name,
 )
 def test_the_commands_of_a_docstring_are_understood_by_their_programs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ")
     found = [line for line in text.splitlines() if line.startswith("python ")]
-    assert found
+    assert found or path.name == "torch_step.py"  # a part of train.py
     for command in commands("\n".join(found)):
         with _named(f"{path.name}: {' '.join(command)}"):
             _check(command, monkeypatch)
@@ -85,25 +115,29 @@ def _named(where):
 
 
 def _check(command, monkeypatch):
+    """Runs a command if it is quick, or parses it and loads the config that it asks for; fails at any other."""
+    values = [word.partition("=")[2] if word.startswith("-") and "=" in word else word for word in command]
+    assert all((ROOT / path[0]).exists() for path in map(OF_REPOSITORY.match, values) if path)
     match command:
+        case ["python", "-m", "ldrld_jax.main", "--help"] | ["ldrld-jax", _, "--help"]:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                cli.main([*command[1:2], "--help"]) if command[0] == "ldrld-jax" else main_lib.parse(["--help"])
         case ["python", "-m", "ldrld_jax.main", *flags]:
             _check_main(flags)
-        case ["ldrld-jax", mode, *flags] if mode in main_lib.MODES and flags != ["--help"]:
+        case ["ldrld-jax", mode, *flags] if mode in main_lib.MODES:
             _check_main(flags, mode)
-        case ["ldrld-jax", "sweep", *flags]:
-            assert sweep_lib.jobs_of(*sweep_lib.parse(flags))
+        case ["ldrld-jax", "sweep", *flags] | ["python", "-m", "ldrld_jax.sweep", *flags]:
+            assert _runs(*flags)
         case ["ldrld-jax", "report", *flags]:
             _check_program("ldrld_jax/report/__main__.py", flags, monkeypatch)
         case ["ldrld-jax", *words]:
             assert cli.main(words) == 0
-        case ["python", "-c", code]:
+        case ["python", "-c", code] | ["python", "-X", "importtime", "-c", code]:
             compile(code, "-c", "exec")
-        case ["python", "-m", "ldrld_jax.sweep", *flags]:
-            assert sweep_lib.jobs_of(*sweep_lib.parse(flags))
         case ["python", "-m", "pytest", *flags]:
             assert all((ROOT / flag).exists() for flag in flags if "/" in flag)
-        case ["python", "-m", "venv" | "sphinx", *_]:
-            pass
+        case ["python", "-m", "venv" | "sphinx" as module, *_]:
+            assert f"python -m {module}" in NOT_RUN
         case ["python", "-m", module, *flags]:
             path = module.replace(".", "/")
             program = f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py"
@@ -117,7 +151,12 @@ def _check(command, monkeypatch):
             named = [name for part in what for name in re.findall(r"(?:\.|ldrld_jax)\[(.*)\]", part)]
             assert {extra for name in named for extra in name.split(",")} <= set(extras)
         case [program, *_]:
-            assert program in OTHERS
+            assert program in NOT_RUN, "no program of ours, and docs/tests.md gives no reason why no test runs it"
+
+
+@functools.cache  # a page and a docstring show the same sweeps, of up to 78 runs
+def _runs(*flags):
+    return len(sweep_lib.jobs_of(*sweep_lib.parse(flags)))
 
 
 def _check_main(flags, mode=None):

@@ -1,7 +1,10 @@
 """Packages that are extras: the losses need none of them, and whatever needs one names it in one line."""
 
+import re
+import runpy
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -42,7 +45,9 @@ def test_the_losses_run_with_jax_and_numpy_alone():
 LOG = {"wandb": {"project": None}, "mlflow": None, "writers": None}
 
 
-@pytest.mark.parametrize("package", ["safetensors", "flatbuffers", "torch", "huggingface_hub", "wandb", "mlflow"])
+@pytest.mark.parametrize(
+    "package", ["safetensors", "flatbuffers", "torch", "huggingface_hub", "wandb", "mlflow", "optuna"]
+)
 def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path, monkeypatch, package):
     path = tmp_path / f"net.{'pth' if package == 'torch' else 'safetensors'}"
     path.write_bytes(b"\x80\x02" if package == "torch" else (2).to_bytes(8, "little") + b"{}")
@@ -57,6 +62,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra_in_one_line(tmp_path,
         "flatbuffers": [lambda: read_student(tmp_path)],
         "huggingface_hub": [lambda: read_tensors("hf://me/net", "resnet8")],
         "torch": [lambda: read_tensors(path, "resnet8")],
+        "optuna": [lambda: runpy.run_path(str(ROOT / "experiments/optuna_digits.py"))["search"](1, tmp_path)],
         "wandb": [
             lambda: NOTHING.check_writers(ConfigDict({"log": LOG | {"wandb": {"project": "p"}}})),
             lambda: WeightsAndBiases(tmp_path, "p", {}),
@@ -81,3 +87,10 @@ def test_an_export_without_its_extra_is_refused_before_it_begins(tmp_path, monke
     assert main_lib.main(["--mode", "export", "--workdir", str(tmp_path), "--config", "configs/digits.py"]) == 2
     assert capsys.readouterr().err == ("ldrld_jax: --mode export needs flatbuffers: pip install 'ldrld_jax[export]'.\n")
     assert not (tmp_path / "export").exists()
+
+
+def test_every_extra_of_a_user_stands_in_the_installation_page():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installing = (ROOT / "docs" / "start.md").read_text().partition("## A complete distillation")[0]
+    cells = [line.split("|")[1] for line in installing.splitlines() if line.startswith("| `")]
+    assert sorted([*re.findall("`(.+?)`", " ".join(cells)), "docs", "test"]) == sorted(extras)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import sys
 import types
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "experiments" / "notebooks"
-NAMES = ["the_loss", "distil_on_colab", "your_own_loop", "pytorch_teacher", "language_model"]
+NAMES = ["the_loss", "distil_on_colab", "text_classifier", "your_own_loop", "pytorch_teacher", "language_model"]
+# They compile longer than they compute, and are tested without most optimisations.
+QUICK = {"the_loss", "text_classifier", "your_own_loop", "language_model"}
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -41,7 +45,12 @@ def run(name: str, results: str, tmp_path: pathlib.Path) -> dict[str, Any]:
     notebook.cells.append(nbformat.v4.new_code_cell(f"print(json.dumps({results}))"))
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import json"))
     here = {"TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
-    env = {**os.environ, **here, "LDRLD_JAX_NOTEBOOK_SMALL": "1", "XLA_FLAGS": ""}
+    small = {
+        "LDRLD_JAX_NOTEBOOK_SMALL": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(name in QUICK)),
+        "XLA_FLAGS": "",
+    }
+    env = {**os.environ, **here, **small}
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=env)  # raises at a cell's error
     printed = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
@@ -78,6 +87,27 @@ def test_all_begin_with_one_set_up_that_differs_in_its_extras(name):
     assert extras == ("notebooks,torch" if name == "pytorch_teacher" else "notebooks")
 
 
+@pytest.fixture(scope="module")
+def badges():
+    """experiments/notebooks/badges.py."""
+    return types.SimpleNamespace(**runpy.run_path(str(FOLDER / "badges.py")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_badge_and_the_install_line_take_the_repository_of_pyproject(badges, name):
+    """A fork changes one line there, and `badges.py` the rest; no other address stands in a notebook."""
+    link = (
+        f"(https://colab.research.google.com/github/{badges.repository()}/blob/main/experiments/notebooks/{name}.ipynb)"
+    )
+    readme, text = ((FOLDER / file).read_text() for file in ("README.md", f"{name}.ipynb"))
+    assert read(name)["cells"][0]["source"][2] == f"{BADGE}{link}\n"
+    assert readme.count(link) == 1
+    assert f'SOURCE = "git+https://github.com/{badges.repository()}"' in "".join(code_cells(name)[0]["source"])
+    forked = badges.addressed(text, "me/my.fork")
+    assert (forked.count("me/my.fork"), forked.count(badges.repository())) == (2, 0)
+    assert badges.addressed(forked, badges.repository()) == text
+
+
 @pytest.fixture
 def set_up(monkeypatch):
     """Runs the set-up with other versions installed; gives its names, and what it had pip install."""
@@ -105,7 +135,7 @@ def set_up(monkeypatch):
         monkeypatch.setattr(metadata, "version", faked)
         scope: dict[str, Any] = {"get_ipython": lambda: types.SimpleNamespace(run_line_magic=magic)}
         scope["__builtins__"] = __builtins__
-        exec(code.replace('SOURCE = "ldrld_jax"', f"SOURCE = {source!r}"), scope)
+        exec(re.sub('SOURCE = ".*?"', f"SOURCE = {source!r}", code), scope)
         return scope, [re.sub(r"\{(\w+)\}", lambda match: scope[match[1]], line) for line in asked]
 
     return run
@@ -140,6 +170,11 @@ def test_a_jax_replaced_under_a_running_kernel_asks_for_a_restart(set_up):
 
     with pytest.raises(SystemExit, match="Restart the kernel and run this again: jax was in use, and was replaced"):
         set_up({"jax": "0.7.2"}, {"jax": "0.12.99"})
+
+
+def test_nothing_is_installed_from_an_address_that_nobody_has_set(set_up):
+    with pytest.raises(SystemExit, match="Set SOURCE above to the repository of ldrld_jax"):
+        set_up({"ldrld_jax": None}, {"ldrld_jax": "0.1.0"}, "git+https://github.com/OWNER/ldrld_jax")
 
 
 def test_what_pip_does_not_bring_is_named(set_up):
@@ -191,6 +226,15 @@ def test_a_pytorch_teacher_comes_in_and_the_student_goes_back_with_equal_logits(
     assert max(differences) < 1e-4
     assert scores[0] > 90
     assert scores[1] == scores[2] > 80
+
+
+@pytest.mark.xdist_group("notebooks_that_train")
+def test_a_classifier_of_texts_learns_from_its_teacher(tmp_path):
+    scores, named = run("text_classifier", "[scores, [CLASSES[row.argmax()] for row in logits]]", tmp_path)
+    assert scores.keys() == {"teacher", "kd"}
+    assert scores["teacher"] > 70
+    assert scores["kd"] > 40  # one class for all gives 24
+    assert len(named) == 3
 
 
 @pytest.mark.xdist_group("notebooks_that_train")

@@ -18,6 +18,8 @@ PAGES = {
     )
 }
 SHELL = ("", "bash", "sh")
+_OURS = r"(?:python -m ldrld_jax|ldrld-jax )"
+_STAND_INS = {"COMMAND": "eval", "KEY": "seed", "IMAGE...": "image.png", "DIR...": "runs", "NOTEBOOK": "a.ipynb"}
 
 
 class Block(NamedTuple):
@@ -34,6 +36,20 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     fences = re.finditer(r"^( *)```([^\n`]*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
     found = [Block(text.count("\n", 0, fence.start(3)) + 1, fence[2].strip(), fence[3]) for fence in fences]
     return [block for block in found if not languages or block.language in languages]
+
+
+def quoted(page: Path) -> Iterator[list[str]]:
+    """The commands in a page's sentences, with words for their placeholders, and ours in its blocks of `text`."""
+    prose = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"(?<!`)`((?:python|ldrld-jax|pip|--mode|tfds|jupyter|hf)\s[^`]+)`", prose)
+    found = [*spans, *re.findall(rf"^(?:source <\()?({_OURS}[^>)\n]*)", _text(page), re.MULTILINE)]
+    for span in found:
+        for command in commands(" ".join(span.split())):
+            yield [_STAND_INS.get(word, word) for word in command]
+
+
+def _text(page: Path) -> str:
+    return "\n".join(block.code for block in blocks(page, "text"))
 
 
 def commands(code: str) -> Iterator[list[str]]:
