@@ -4,6 +4,7 @@ python benchmarks/data.py --cifar_dir DIR     # the table of docs/data_speed.md;
 python benchmarks/data.py --memory 5000       # the process's memory while streaming batches of 16 crops
 python benchmarks/data.py --threads 1 2 4     # the stream with 1, 2 and 4 threads
 python benchmarks/data.py --scale             # threads beside worker processes, 1, 2, 4, ... up to the cores
+python benchmarks/data.py --decoded           # files beside images that `--mode decode` wrote, as pixels and as JPEGs
 
 ImageNet-style: 500x375 JPEGs in a folder, made from the two photographs that scikit-learn ships; random resized crop
 to 224, flip. CIFAR-style: images decoded in memory, padded by 4, cropped and flipped. The PyTorch side reproduces
@@ -35,6 +36,7 @@ from PIL import Image, ImageOps
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.augment import generator
+from ldrld_jax.data.decoding import Decoding
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.data.views import crop_box
@@ -251,6 +253,28 @@ def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
         print(f"{name:12}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f} {here:8.3f}{held * rate / 10:12.1f} %")
 
 
+def decoded(root: pathlib.Path, turns: int, seconds: float) -> None:
+    """Prints the speed of crops from files, from decoded pixels and from smaller JPEGs, with threads and workers."""
+    from_files, sources = photos(root), {"files": photos(root)}
+    for name, quality in (("pixels", None), ("JPEGs, quality 95", 95)):
+        folder = root / name
+        data = config_data(**from_files, resize_size=256, held_out=0.5, workers=0)  # held_out: there is no split val
+        start = time.perf_counter()
+        for _ in Decoding(data, str(folder), quality=quality).write():
+            pass
+        each = (folder / "train" / "images.bin").stat().st_size / 1024 / len(list(root.glob("train/*/*.jpg")))
+        print(f"{name}: {time.perf_counter() - start:.1f} s to write, {each:.0f} kB an image")
+        sources[name] = {**from_files, "name": "decoded", "data_dir": str(folder)}
+    ways = {"1 thread": (1, 0), "2 threads": (2, 0), "2 workers": (1, 2)}
+    contestants = {f"{name}, {way}": stream(*ways[way], **data) for way in ways for name, data in sources.items()}
+    rates = take_turns(contestants, turns, seconds)
+    print(f"{'':30}images/s   min..max  x of files")
+    for name, values in rates.items():
+        base = statistics.median(rates[f"files, {name.rpartition(', ')[2]}"])
+        rate = statistics.median(values)
+        print(f"{name:30}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f}{rate / base:6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar_dir", help="the folder of TFDS's cifar100")
@@ -260,6 +284,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--threads", type=int, nargs="*", default=[2])
     parser.add_argument("--scale", action="store_true", help="threads beside worker processes, by their number")
+    parser.add_argument("--decoded", action="store_true", help="files beside decoded images")
     parser.add_argument("--memory", type=int, metavar="BATCHES", help="measure memory instead of speed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -267,6 +292,9 @@ def main() -> None:
         make_folder(root, args.images, args.quality)
         if args.memory:
             memory(root, args.memory)
+            return
+        if args.decoded:
+            decoded(root, args.turns, args.seconds)
             return
         if args.scale:
             scale(root, args.turns, args.seconds)
