@@ -65,12 +65,10 @@ def test_images_that_are_no_larger_are_kept_whole_and_so_are_their_crops(folder,
 
 def test_crops_are_close_to_those_from_the_files(folder, place):
     """The same part of the image, resized twice."""
-    files, decoded = (
-        make_train_batches(data, batch_size=12, seed=0)[0] for data in (block(folder), from_decoded(place))
-    )
-    difference = np.abs(files["image"].astype(int) - decoded["image"].astype(int))
-    assert difference.mean() < 6
-    assert difference.mean() < np.abs(files["image"].astype(int) - decoded["image"][::-1].astype(int)).mean() / 5
+    blocks = (block(folder), from_decoded(place))
+    files, decoded = (make_train_batches(data, batch_size=12, seed=0)[0]["image"].astype(int) for data in blocks)
+    difference = np.abs(files - decoded).mean()
+    assert 0 < difference < np.abs(files - decoded[::-1]).mean() / 10  # of images in another order
 
 
 def test_batches_are_a_function_of_the_step_for_every_host_and_worker(place):
