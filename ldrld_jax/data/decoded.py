@@ -68,11 +68,12 @@ class DecodedRecords:
         end = int(self._ends[index])
         data = images[end - size : end]
         if not self._known[index]:
-            if zlib.crc32(data) != checksum:
+            if zlib.crc32(data.data) != checksum:
                 raise _damaged(self.folder, f"image {index} has changed")
             self._known[index] = True
-        as_bytes = self.channels is None or not size
-        return {"image": data.tobytes() if as_bytes else data.reshape(height, width, self.channels), "label": label}
+        if self.channels is None or not size:
+            return {"image": data.tobytes(), "label": label}
+        return {"image": data.reshape(height, width, self.channels), "label": label}
 
     def name(self, index: int) -> str:
         return f"image {index} of {self.folder}"
