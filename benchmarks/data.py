@@ -4,6 +4,8 @@ python benchmarks/data.py --cifar_dir DIR     # the table of docs/data_speed.md;
 python benchmarks/data.py --memory 5000       # the process's memory while streaming batches of 16 crops
 python benchmarks/data.py --threads 1 2 4     # the stream with 1, 2 and 4 threads
 python benchmarks/data.py --scale             # threads beside worker processes, 1, 2, 4, ... up to the cores
+python benchmarks/data.py --grain             # our worker processes beside grain's, two of each
+python benchmarks/data.py --decoded           # files beside images that `--mode decode` wrote, as pixels and as JPEGs
 
 ImageNet-style: 500x375 JPEGs in a folder, made from the two photographs that scikit-learn ships; random resized crop
 to 224, flip. CIFAR-style: images decoded in memory, padded by 4, cropped and flipped. The PyTorch side reproduces
@@ -35,8 +37,10 @@ from PIL import Image, ImageOps
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.augment import generator
+from ldrld_jax.data.decoding import Decoding
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.speed import warm_up
+from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.data.views import crop_box
 from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 
@@ -127,6 +131,44 @@ def stream(threads: int, workers: int = 0, **changes) -> Iterator:
     iterator = batches.iterate(threads=threads, workers=workers)
     warm_up(iterator, batches)
     return iterator
+
+
+def grain_workers(count: int, **changes) -> Iterator:
+    """Returns the batches of `stream`, made by worker processes of grain."""
+    import grain
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # grain's workers are handed them
+    batches = make_train_batches(config_data(**changes), batch_size=BATCH, seed=0)
+    data = grain.MapDataset.source(range(10**7)).map(batches.__getitem__)
+    data = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    return iter(data.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=count)))
+
+
+def processes(root: pathlib.Path, turns: int, seconds: float) -> None:
+    """Prints the time to the first batch and the speed of two workers of ours and of grain's."""
+
+    def batches() -> TrainBatches:
+        return make_train_batches(config_data(**photos(root)), batch_size=BATCH, seed=0)
+
+    makers = {
+        "2 threads": lambda: batches().iterate(threads=2),
+        "2 workers": lambda: batches().iterate(workers=2),
+        "2 workers of grain": lambda: grain_workers(2, **photos(root)),
+    }
+    contestants, first, again = {}, {}, {}
+    for waited in (first, again):  # as a run's second iterator does: an evaluation, or the training after it
+        for name, make in makers.items():
+            start = time.perf_counter()
+            contestants[name] = make()
+            next(contestants[name])
+            waited[name] = time.perf_counter() - start
+    spent: dict[str, list[float]] = {}
+    rates = take_turns(contestants, turns, seconds, spent)
+    print(f"{'':20}images/s   min..max     ms here  s to a first batch, again")
+    for name, values in rates.items():
+        cost = f"{statistics.median(spent[name]):8.3f} {first[name]:8.2f} {again[name]:6.2f}"
+        print(f"{name:20}{statistics.median(values):8.0f} {min(values):7.0f}..{max(values):<6.0f} {cost}")
 
 
 def resident(**changes) -> Iterator:
@@ -251,6 +293,28 @@ def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
         print(f"{name:12}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f} {here:8.3f}{held * rate / 10:12.1f} %")
 
 
+def decoded(root: pathlib.Path, turns: int, seconds: float) -> None:
+    """Prints the speed of crops from files, from decoded pixels and from smaller JPEGs, with threads and workers."""
+    from_files, sources = photos(root), {"files": photos(root)}
+    for name, quality in (("pixels", None), ("JPEGs, quality 95", 95)):
+        folder = root / name
+        data = config_data(**from_files, resize_size=256, held_out=0.5, workers=0)  # held_out: there is no split val
+        start = time.perf_counter()
+        for _ in Decoding(data, str(folder), quality=quality).write():
+            pass
+        each = (folder / "train" / "images.bin").stat().st_size / 1024 / len(list(root.glob("train/*/*.jpg")))
+        print(f"{name}: {time.perf_counter() - start:.1f} s to write, {each:.0f} kB an image")
+        sources[name] = {**from_files, "name": "decoded", "data_dir": str(folder)}
+    ways = {"1 thread": (1, 0), "2 threads": (2, 0), "2 workers": (1, 2)}
+    contestants = {f"{name}, {way}": stream(*ways[way], **data) for way in ways for name, data in sources.items()}
+    rates = take_turns(contestants, turns, seconds)
+    print(f"{'':30}images/s   min..max  x of files")
+    for name, values in rates.items():
+        base = statistics.median(rates[f"files, {name.rpartition(', ')[2]}"])
+        rate = statistics.median(values)
+        print(f"{name:30}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f}{rate / base:6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar_dir", help="the folder of TFDS's cifar100")
@@ -260,6 +324,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a turn")
     parser.add_argument("--threads", type=int, nargs="*", default=[2])
     parser.add_argument("--scale", action="store_true", help="threads beside worker processes, by their number")
+    parser.add_argument("--grain", action="store_true", help="our worker processes beside grain's")
+    parser.add_argument("--decoded", action="store_true", help="files beside decoded images")
     parser.add_argument("--memory", type=int, metavar="BATCHES", help="measure memory instead of speed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -267,6 +333,12 @@ def main() -> None:
         make_folder(root, args.images, args.quality)
         if args.memory:
             memory(root, args.memory)
+            return
+        if args.grain:
+            processes(root, args.turns, args.seconds)
+            return
+        if args.decoded:
+            decoded(root, args.turns, args.seconds)
             return
         if args.scale:
             scale(root, args.turns, args.seconds)
@@ -276,6 +348,7 @@ def main() -> None:
         decode_share(root)
         contestants = {} if torch is None else {"PyTorch, 2 workers": torch_batches(Photos(root))}
         contestants |= {f"stream, {n} threads": stream(n, **photos(root)) for n in args.threads}
+        contestants["stream, 2 workers"] = stream(1, 2, **photos(root))
         contestants["stream, normalised"] = normalised(stream(args.threads[0], **photos(root)))
         show("ImageNet-style: 500x375 JPEG to 224x224", take_turns(contestants, args.turns, args.seconds))
         del contestants

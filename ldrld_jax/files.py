@@ -57,7 +57,7 @@ def replacing(path: epath.Path) -> Iterator[IO[bytes]]:
 
 def append_text(path: epath.Path, text: str) -> None:
     """Writes to the end of a local file, never through a link; a crash may leave half of it there."""
-    with named(path), _appending(path) as file:
+    with named(path), appending(path) as file:
         file.write(text)
 
 
@@ -67,8 +67,9 @@ def flush_to_disk(path: epath.Path) -> None:
         os.fsync(file.fileno())
 
 
-def _appending(path: epath.Path) -> IO[str]:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
+def appending(path: epath.Path, mode: str = "a") -> IO[Any]:
+    """Opens a local file to write to its end ("a", or "ab" for bytes), never through a link."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), mode)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
     if not is_local(folder):
         yield
         return
-    with _appending(folder / ".lock") as file:
+    with appending(folder / ".lock") as file:
         if not _lock(file):
             time.sleep(_LOOK_SECONDS)  # another process may only be checking the lock
             if not _lock(file):
@@ -201,7 +202,7 @@ def is_locked(folder: epath.Path) -> bool:
     """Returns whether any process, including this one, holds the lock on a folder; False if there is no folder."""
     if not folder.is_dir() or not is_local(folder):
         return False
-    with _appending(folder / ".lock") as file:
+    with appending(folder / ".lock") as file:
         return not _lock(file)
 
 

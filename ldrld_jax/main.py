@@ -310,6 +310,23 @@ def _bench_data(args: argparse.Namespace, config: "ConfigDict") -> None:
     say(speed.report(config.data, batch_size=config.batch_size))
 
 
+def _decode(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax.data.decoding import Decoding
+    from ldrld_jax.record.console import ProgressBar, say
+
+    if args.decoded is None:
+        raise UserError("decode needs a folder to write to: --decoded DIR.")
+    decoding = Decoding(config.data, args.decoded, short_side=args.short_side, quality=args.quality)
+    say(decoding.describe())
+    bar = ProgressBar(decoding.done, decoding.total, "decode", unit="image")
+    try:
+        for done in decoding.write():
+            bar.update(done, {})
+    finally:
+        bar.close()
+    say(f"done. To read them: --config.data.name=decoded --config.data.data_dir={args.decoded}")
+
+
 def _check_environment() -> None:
     try:
         import jax  # noqa: F401
@@ -349,6 +366,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--top_k": dict(type=_count, metavar="N", help="name the N most likely classes (default: 5)"),
     "--output": dict(metavar="FILE", help="write a table to FILE.csv, .jsonl or .parquet instead of printing lines"),
     "--hub": dict(metavar="TARGET", help="write for the Hugging Face Hub: to a folder, or upload to hf://OWNER/NAME"),
+    "--decoded": dict(metavar="DIR", help="write the decoded images to this folder"),
+    "--short_side": dict(
+        type=_count, metavar="N", help="make larger images N pixels wide or high (default: data.resize_size, or 256)"
+    ),
+    "--quality": dict(type=_count, metavar="Q", help="write JPEGs of this quality, up to 100, instead of pixels"),
     "--target": dict(metavar="NAME", help="choose the devices: v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ..."),
     "--json": dict(metavar="FILE", help="write the result to this file as well, as JSON"),
     "--distributed": dict(action="store_true", help="join those that Slurm, Open MPI, GKE or a TPU pod has started"),
@@ -382,6 +404,11 @@ MODES = {
     ),
     "bench": Mode("Measures how a step spends its time", _bench, ("--profile", *_HOSTS)),
     "bench_data": Mode("Measures the speed of the input alone", _bench_data, _HOSTS),
+    "decode": Mode(
+        "Writes images decoded and smaller, for runs that read them faster",
+        _decode,
+        ("--decoded", "--short_side", "--quality"),
+    ),
 }
 
 

@@ -76,7 +76,7 @@ Ensembling = Literal["logits", "probabilities"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    # a TFDS dataset, a folder's layout, "arrays:FILE.npz" or "my_module:source" (docs/library.md)
+    # a TFDS dataset, a folder's layout, decoded, "arrays:FILE.npz" or "my_module:source" (docs/library.md)
     name: Text = "digits"
     data_dir: Path | None = None  # folder of the data; unset: TFDS's own default, ~/tensorflow_datasets
     train_split: Text = "train"  # split to train on; "train[:90%]" takes a part

@@ -47,7 +47,8 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
     """Crops and flips the zero-padded images as given by `draws`.
 
     Args:
-      images: `[n, height, width, channels]`, or of any shape if nothing is to be done.
+      images: `[n, height, width, channels]`, or of any shape if nothing is to be done; without padding they are flipped
+        in place.
       draws: `Draws` with `[n]` entries.
       pad: number of zeros on each side.
 
@@ -60,10 +61,12 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
       >>> pad_crop_flip(image, moved, pad=1)[0, ..., 0].tolist()
       [[0, 2], [0, 4]]
     """
-    if not pad and not draws.flip.any():
+    if not pad:
+        for index in np.flatnonzero(draws.flip):
+            _flip(images[index])
         return images
     _, height, width, channels = images.shape
-    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else np.ascontiguousarray(images)
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     out = np.empty_like(padded, shape=images.shape)
     # Slices copy whole rows, and flipping pixels as single items is four times as fast as flipping their channels.
     pixel = np.dtype((np.void, channels * images.itemsize))
@@ -72,3 +75,11 @@ def pad_crop_flip(images: np.ndarray, draws: Draws, *, pad: int) -> np.ndarray:
         crop = image[top : top + height, left : left + width]
         row[...] = crop[:, ::-1] if flip else crop
     return out
+
+
+def _flip(image: np.ndarray) -> None:
+    """Flips `[height, width, channels]` in place; a copy by whole pixels takes 1.6 times as long at 224x224."""
+    height, width, channels = image.shape
+    backwards = image.reshape(height, width * channels)[:, ::-1].copy().reshape(image.shape)
+    for channel in range(channels):
+        image[..., channel] = backwards[..., channels - 1 - channel]

@@ -34,11 +34,16 @@ def open_image(data: Encoded) -> Image.Image:
       ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
     """
     if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] not in (1, 3):
-            raise BrokenImageError(f"not an image ({data.dtype} {data.shape})")
+        check_pixels(data)
         return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
     with _as_broken(f"not an image ({len(data)} bytes)"):
         return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def check_pixels(data: np.ndarray) -> None:
+    """Raises a BrokenImageError if an array is not `[height, width, 1 or 3]` uint8."""
+    if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] not in (1, 3):
+        raise BrokenImageError(f"not an image ({data.dtype} {data.shape})")
 
 
 def upright_size(image: Image.Image, *, exif: bool) -> tuple[int, int]:

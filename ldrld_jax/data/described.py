@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code
-from ldrld_jax.data import folders, tfds_records
+from ldrld_jax.data import decoded, folders, tfds_records
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.sources import ARRAYS, open_source
 from ldrld_jax.errors import UserError
@@ -63,10 +63,11 @@ class Describer:
         Raises:
           UserError: if the data set is unknown, or it is not on this machine and a key of `compile` is missing.
         """
-        listed = name in folders.FOLDERS and data_dir is not None and epath.Path(data_dir).is_dir()
+        files = name in folders.FOLDERS or name == decoded.NAME
+        listed = files and data_dir is not None and epath.Path(data_dir).is_dir()
         if listed or is_code(name) or name.startswith(ARRAYS):  # no description is anywhere else
             return open_source(name, split, data_dir, train_split=train_split, **on_error)
-        classes, shape, count = _folder(name, split) if name in folders.FOLDERS else _tfds(name, split, data_dir)
+        classes, shape, count = _folder(name, split) if files else _tfds(name, split, data_dir)
         classes = self._complete("classes", classes, name)
         shape = self._complete("image_shape", shape, name)
         count = self._complete(self.images, count, name)

@@ -46,7 +46,7 @@ def make_train_batches(
     Raises:
       UserError: if the block or the data are invalid; names the first problem.
     """
-    source = open_source(data.name, data.train_split, data.data_dir, **_as_asked(data))
+    source = open_source(data.name, data.train_split, data.data_dir, **as_asked(data))
     if source.raw or source.label_shape:
         _check_unchanged(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
@@ -95,7 +95,7 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
       UserError: if the block or the data are invalid; names the first problem.
     """
     split = data.train_split if data.held_out else data.eval_split
-    source = open_source(data.name, split, data.data_dir, **_as_asked(data))
+    source = open_source(data.name, split, data.data_dir, **as_asked(data))
     records = source.records
     if data.held_out:
         records = hard.select(records, data, classes=len(source.class_names), held_out=True)
@@ -134,7 +134,8 @@ def _check_unchanged(source: Source, data: ConfigDict) -> None:
             )
 
 
-def _as_asked(data: ConfigDict) -> dict[str, Any]:
+def as_asked(data: ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of `open_source` that do not differ between the splits, from a `data` block."""
     return dict(train_split=data.train_split, on_error=data.on_error, max_skipped=data.max_skipped)
 
 

@@ -110,7 +110,7 @@ class Source:
                 images[row] = view(record["image"], generator(*key, index) if view.random else None)
                 labels[row] = label
             except BrokenImageError as error:
-                self._report(index, error)
+                self.report(index, error)
         return images, labels
 
     def _checked(self, label: Any) -> Any:
@@ -126,7 +126,12 @@ class Source:
             raise BrokenImageError(f"a label is {bad[0]}, and there are {classes} classes, and -1 for none")
         return label
 
-    def _report(self, index: int, error: BrokenImageError) -> None:
+    def report(self, index: int, error: BrokenImageError) -> None:
+        """Skips a broken image, see `skip`.
+
+        Raises:
+          UserError: if `on_error` is "raise", or too many are broken.
+        """
         name = self.records.name(index)
         if self.on_error == "raise":
             raise UserError(f"{name} is broken: {error}. Repair or remove it, or set data.on_error=skip.") from error

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ldrld_jax.code import call, is_code
-from ldrld_jax.data import folders, tfds_records
+from ldrld_jax.data import decoded, folders, tfds_records
 from ldrld_jax.data.given import as_source, load_arrays
 from ldrld_jax.data.source import Source
 from ldrld_jax.files import expand_home
@@ -24,9 +24,9 @@ def open_source(
     """Opens a split of an image classification dataset, without TensorFlow.
 
     Args:
-      name: `tiny_imagenet`, `image_folder` or `file_list` for files; `digits`, which is prepared on first use; any
-        dataset name that TFDS knows; `arrays:FILE.npz`; or `module:function`, of which `function(split)` returns
-        what `given.as_source` takes.
+      name: `tiny_imagenet`, `image_folder` or `file_list` for files; `decoded` for what `--mode decode` wrote;
+        `digits`, which is prepared on first use; any dataset name that TFDS knows; `arrays:FILE.npz`; or
+        `module:function`, of which `function(split)` returns what `given.as_source` takes.
       split: a split of the dataset; for TFDS also a slice such as `train[:90%]`.
       data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
       train_split: the split that names the classes of an image folder, see `folders.open_folder`.
@@ -42,8 +42,10 @@ def open_source(
     if is_code(name):
         source = as_source(call(name, split), title=f"{split} split of {name}")
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
-    if name in folders.FOLDERS:
-        opened: tuple[Any, ...] = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)
+    if name == decoded.NAME:
+        opened: tuple[Any, ...] = decoded.open_decoded(split, data_dir)
+    elif name in folders.FOLDERS:
+        opened = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)
     else:
         opened = tfds_records.open_tfds(name, split, data_dir)
     records, class_names, shape = opened

@@ -124,7 +124,7 @@ class TrainBatches:
 
     def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
         """Yields `part(epoch, position)` for each position, made as by `iterate`."""
-        return _ahead(functools.partial(self.part, epoch), positions, self, threads, workers)
+        return ahead(functools.partial(self.part, epoch), positions, self.source, _bytes(self), threads, workers)
 
     def iterate(self, start: int = 0, *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
         """Yields the batches from step `start` on, made ahead of their use.
@@ -134,24 +134,31 @@ class TrainBatches:
           threads: the threads that make them, without workers.
           workers: the processes that make them, see `workers`. Images that are kept in memory need none.
         """
-        return _ahead(self.__getitem__, range(start, len(self)), self, threads, workers)
+        return ahead(self.__getitem__, range(start, len(self)), self.source, _bytes(self), threads, workers)
 
 
-def _ahead(
-    make: Callable[[int], Batch],
-    items: Sequence[int],
-    batches: "TrainBatches | _EvalBatches",
-    threads: int,
-    workers: int,
+def _bytes(batches: "TrainBatches | _EvalBatches") -> int:
+    return batches.batch_size * math.prod(batches.source.image_shape)
+
+
+def ahead(
+    make: Callable[[int], Batch], items: Sequence[int], source: Any, size: int, threads: int, workers: int
 ) -> Iterator[Batch]:
-    """Yields `make(item)` for each item, in order, made ahead by threads or worker processes."""
+    """Yields `make(item)` for each item, in order, made ahead by threads or worker processes.
+
+    Args:
+      make: makes a batch.
+      items: the arguments of its calls.
+      source: the source that it reads.
+      size: of a batch, in bytes.
+      threads, workers: see `TrainBatches.iterate`.
+    """
     import grain  # it imports JAX, and a worker imports this module
 
-    source = batches.source
     if workers and not isinstance(source, InMemory):
         # A thread waits for each worker, and one more has its request ready when a worker is done.
         make, threads = Job(pool(workers), make, source), workers + 1
-    fit = _AHEAD_BYTES // (batches.batch_size * math.prod(source.image_shape))
+    fit = _AHEAD_BYTES // size
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
     return iter(grain.MapDataset.source(items).map(make).to_iter_dataset(options))
 
@@ -221,4 +228,4 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields every example once, in order, always with a `mask`, so that the step is traced once."""
     batches = _EvalBatches(source, batch_size, divisor, host, hosts)
-    return _ahead(batches, range(0, len(source), batch_size), batches, threads, workers)
+    return ahead(batches, range(0, len(source), batch_size), source, _bytes(batches), threads, workers)

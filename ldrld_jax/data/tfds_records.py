@@ -148,7 +148,7 @@ def _check_name(name: str) -> None:
 
 
 def _unknown(name: str) -> UserError:
-    known = ["digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
+    known = ["decoded", "digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
     return unknown("dataset", name, known)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels, upright_size
+from ldrld_jax.data.decode import BrokenImageError, Encoded, check_pixels, open_image, pixels, upright_size
 
 Shape = tuple[int, int, int]
 BILINEAR = Image.Resampling.BILINEAR
@@ -77,8 +77,8 @@ class CentreCrop:
         image = pixels(open_image(data), channels=self.channels, exif=self.exif)
         width, height = image.size
         short = min(width, height)
-        # The longer side is rounded down and the crop's corner to the nearest even number, as in torchvision.
-        scaled = (self.resize * width // short, self.resize * height // short)
+        scaled = scaled_size(width, height, shorter=self.resize)
+        # The crop's corner is rounded to the nearest even number, as in torchvision.
         left, top = (round((side - self.size) / 2) for side in scaled)
         if max(scaled) > _LONGEST * self.size:  # a thin image, whose resized form would take gigabytes
             side = self.size * short / self.resize
@@ -87,6 +87,17 @@ class CentreCrop:
             return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
         return _as_array(image, self.shape)
+
+
+def scaled_size(width: int, height: int, *, shorter: int) -> tuple[int, int]:
+    """Returns width and height of an image that is resized to a shorter side; the longer one is rounded down.
+
+    Example:
+      >>> scaled_size(500, 375, shorter=256)
+      (341, 256)
+    """
+    short = min(width, height)
+    return shorter * width // short, shorter * height // short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +139,8 @@ class RandomResizedCrop:
 
     def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         assert rng is not None
+        if isinstance(data, np.ndarray):
+            return self._of_pixels(data, rng)
         image = open_image(data)
         width, height = upright_size(image, exif=self.exif)
         left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)
@@ -142,6 +155,15 @@ class RandomResizedCrop:
             # Crop first: with box=, resize would blend in the pixels around the crop.
             image, box = image.crop((left, top, left + wide, top + high)), (0, 0, wide, high)
         return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
+
+    def _of_pixels(self, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Crops before anything is converted: only the crop is read, if the array is a mapped file."""
+        check_pixels(data)
+        height, width = data.shape[:2]
+        left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)
+        crop = np.ascontiguousarray(data[top : top + high, left : left + wide])
+        image = pixels(open_image(crop), channels=self.channels, exif=False)
+        return _as_array(image.resize((self.size, self.size), BILINEAR), self.shape)
 
 
 def crop_box(

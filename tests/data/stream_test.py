@@ -113,9 +113,14 @@ def test_pad_crop_flip_is_a_slice_of_the_padded_image(rng):
     assert set(draws.top) | set(draws.left) == set(range(5))
 
 
-def test_nothing_is_changed_without_pad_and_flip(rng):
-    images = rng.integers(0, 256, (7, 6, 5, 1), np.uint8)
-    np.testing.assert_array_equal(pad_crop_flip(images, draw(1, 2, 7), pad=0), images)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_pad_images_are_flipped_or_unchanged(channels, rng):
+    images = rng.integers(0, 256, (7, 6, 5, channels), np.uint8)
+    np.testing.assert_array_equal(pad_crop_flip(images.copy(), draw(1, 2, 7), pad=0), images)
+    draws = draw(1, 2, 7, flip=True)
+    assert 0 < draws.flip.sum() < 7
+    expected = [image[:, ::-1] if flip else image for image, flip in zip(images, draws.flip, strict=True)]
+    np.testing.assert_array_equal(pad_crop_flip(images.copy(), draws, pad=0), expected)
 
 
 def test_draws_are_those_of_the_seed_and_the_epoch():
