@@ -33,8 +33,9 @@ from ldrld_jax.losses.top import top_classes
 from tests.losses import ldrld_reference
 
 torch: Any = None
+torch_parts: Any = None
 with contextlib.suppress(ImportError):
-    torch = importlib.import_module("torch")
+    torch, torch_parts = map(importlib.import_module, ("torch", "torch_parts"))
 
 CONTESTANTS = ("copy", "kd", "ldrld", "plain", "torch", "torch compiled", "pallas")
 TEMPERATURE, DEPTH, ALPHA, BETA = 4.0, 7, 10.5, 7.0
@@ -85,23 +86,9 @@ def pair_weights() -> list[tuple[int, int, float]]:
 
 
 def torch_loss(teacher, student, pairs: list[tuple[int, int, float]]):
-    """Computes the published form: a masked softmax over all C classes per pair, for all d and for the rest.
-
-    Classes are masked by subtracting 1000 from their logits, as published.
-    """
-
-    def kl(hidden):
-        log_p, log_q = (torch.log_softmax(z / TEMPERATURE - 1000.0 * hidden, dim=1) for z in (teacher, student))
-        loss = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return loss * TEMPERATURE**2
-
-    def hidden_but(indices):
-        return torch.ones_like(student).scatter_(1, indices, 0.0)
-
-    top = torch.topk(student.detach(), DEPTH, dim=1).indices
-    local = sum(weight * kl(hidden_but(top[:, [i, j]])) for i, j, weight in pairs) + kl(hidden_but(top))
-    rest = kl(1 - hidden_but(top))
-    return ALPHA * local / (len(pairs) + 1) + BETA * rest
+    """Computes the published form at this program's settings."""
+    options = dict(temperature=TEMPERATURE, depth=DEPTH, alpha=ALPHA, beta=BETA)
+    return torch_parts.published_loss(teacher, student, pairs, **options)
 
 
 def torch_entry(teacher: np.ndarray, student: np.ndarray, *, compile: bool) -> Entry:

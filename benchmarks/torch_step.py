@@ -1,4 +1,4 @@
-"""The same training step in PyTorch: plain, as in public code, and strong, with PyTorch's optimisations."""
+"""The same training step in PyTorch: plain, as in public code; strong, with its optimisations; compiled."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -6,56 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from loss import pair_weights, torch_loss
-from torch import nn
 from torch.nn import functional
+from torch_parts import MODELS, ResNet
 
 if TYPE_CHECKING:
     from train import Recipe
-
-
-class Block(nn.Module):
-    """Residual block of two 3x3 convolutions."""
-
-    def __init__(self, inputs: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        projection = [nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)]
-        self.shortcut = nn.Sequential(*(projection if stride != 1 or inputs != width else []))
-
-    def forward(self, x):
-        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
-
-
-class ResNet(nn.Module):
-    """ResNet with three stages after a 3x3 stem (CIFAR), or four after a 7x7 stem and a pool (ImageNet)."""
-
-    def __init__(self, widths: tuple[int, ...], counts: tuple[int, ...], classes: int):
-        super().__init__()
-        inputs, imagenet = widths[0], len(counts) == 4
-        stem = nn.Conv2d(3, inputs, *((7, 2, 3) if imagenet else (3, 1, 1)), bias=False)
-        layers = [stem, nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
-        layers += [nn.MaxPool2d(3, 2, 1)] if imagenet else []
-        for stage, (width, count) in enumerate(zip(widths[1:], counts, strict=True)):
-            for block in range(count):
-                layers.append(Block(inputs, width, 2 if stage > 0 and block == 0 else 1))
-                inputs = width
-        self.features, self.fc = nn.Sequential(*layers), nn.Linear(inputs, classes)
-
-    def forward(self, x):
-        return self.fc(self.features(x).mean((2, 3)))
-
-
-_NARROW, _WIDE, _LARGE = (16, 16, 32, 64), (32, 64, 128, 256), (64, 64, 128, 256, 512)
-MODELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    **{f"resnet{depth}": (_NARROW, ((depth - 2) // 6,) * 3) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": (_WIDE, ((depth - 2) // 6,) * 3) for depth in (8, 32)},
-    "imagenet_resnet18": (_LARGE, (2, 2, 2, 2)),
-    "imagenet_resnet34": (_LARGE, (3, 4, 6, 3)),
-}
 
 
 class Scans(torch.utils.data.Dataset):
@@ -82,8 +37,8 @@ class Scans(torch.utils.data.Dataset):
 class Step:
     """Contestant whose `run(count)` trains `count` steps and waits for the last.
 
-    `strong` keeps and crops the images on the device, uses the channels-last layout, uses autocast for bfloat16, and
-    compiles if `compile` is True.
+    `strong` keeps and crops the images on the device, uses the channels-last layout and autocast for bfloat16.
+    `compile` compiles both networks and the loss, with their gradient.
     """
 
     def __init__(self, recipe: "Recipe", images: np.ndarray, labels: np.ndarray, *, strong: bool, compile: bool):
@@ -95,7 +50,7 @@ class Step:
         self.teacher = None if recipe.teacher is None else self._model(recipe.teacher).eval()
         self.pairs = pair_weights()
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        self.loss = torch.compile(self._loss) if strong and compile else self._loss
+        self.loss = torch.compile(self._loss) if compile else self._loss
         self.batches = self._resident(images, labels) if strong else self._loaded(images, labels)
 
     def run(self, count: int) -> float:

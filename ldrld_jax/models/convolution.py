@@ -3,6 +3,7 @@
 XLA for CPU has two kernels, Eigen's and YNNPACK's, and uses the latter for float32. It runs many shapes on one thread
 and is up to eighteen times slower in the gradient with respect to the weights (docs/train_speed.md). XLA does not give
 YNNPACK a convolution whose input is dilated, so the rows of input and kernel are both spaced two apart: the same sum.
+Both kernels are many times slower than a matrix product on images of a few pixels.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 8  # below this, as in a stem for three colours, YNNPACK is faster in the forward pass
+_FEW_PIXELS = 4  # up to this, as in the last stage of a net on 8 x 8 pixels, a matrix product is faster
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -70,12 +72,44 @@ def spread(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> 
     )
 
 
+def product(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
+    """Computes the same convolution as one product of the kernel with the patches of `x` side by side.
+
+    Example:
+      >>> x, kernel = jnp.arange(4.0).reshape(1, 2, 2, 1), jnp.arange(9.0).reshape(3, 3, 1, 1)
+      >>> at = (1, 1), ((1, 1), (1, 1))
+      >>> bool((product(x, kernel, *at) == plain(x, kernel, *at)).all())
+      True
+    """
+    height, width, channels, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        range(size - side + 1)[::stride]
+        for size, side, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
+    )
+    patches = [
+        x[:, i : rows[-1] + i + 1 : strides[0], j : columns[-1] + j + 1 : strides[1]]
+        for i in range(height)
+        for j in range(width)
+    ]
+    flat = kernel.reshape(height * width * channels, features)
+    return lax.dot_general(jnp.concatenate(patches, axis=-1), flat, (((3,), (0,)), ((), ())))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolution(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:
     def forward(conv: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv(x, kernel, strides, padding)
 
-    return _by_platform(forward, x, kernel, spread_on_cpu=x.shape[-1] >= _FEW_CHANNELS)
+    return _by_platform(forward, x, kernel, on_cpu=_on_cpu(x, kernel))
+
+
+def _on_cpu(x: jax.Array, kernel: jax.Array, strides: Pair = (1, 1)) -> Callable:
+    """Returns the form of the forward pass on a CPU, or with `strides` that of the gradient by the input."""
+    if x.shape[1] * x.shape[2] <= _FEW_PIXELS and kernel.shape[:2] != (1, 1):
+        return product
+    # With a stride, the gradient with respect to the input is already a dilated convolution.
+    return spread if strides == (1, 1) and x.shape[-1] >= _FEW_CHANNELS else plain
 
 
 def _forward(x, kernel, strides, padding):
@@ -91,10 +125,8 @@ def _backward(strides, padding, saved, gradient):
             x = _written_down(x, kernel)
         return jax.linear_transpose(lambda kernel: conv(x, kernel, strides, padding), kernel)(gradient)[0]
 
-    # With a stride, the gradient with respect to the input is already a dilated convolution.
-    by_x_spread = strides == (1, 1) and saved[0].shape[-1] >= _FEW_CHANNELS
-    return _by_platform(by_x, *saved, gradient, spread_on_cpu=by_x_spread), _by_platform(
-        by_kernel, *saved, gradient, spread_on_cpu=True
+    return _by_platform(by_x, *saved, gradient, on_cpu=_on_cpu(*saved, strides)), _by_platform(
+        by_kernel, *saved, gradient, on_cpu=spread
     )
 
 
@@ -112,10 +144,10 @@ def _written_down(x: jax.Array, other: jax.Array) -> jax.Array:
 _convolution.defvjp(_forward, _backward)
 
 
-def _by_platform(function: Callable, *arrays: jax.Array, spread_on_cpu: bool) -> jax.Array:
-    """Calls `function(plain or spread, *arrays)`; the choice is made when the program is lowered."""
-    if not spread_on_cpu:
+def _by_platform(function: Callable, *arrays: jax.Array, on_cpu: Callable) -> jax.Array:
+    """Calls `function(on_cpu or plain, *arrays)`; the choice is made when the program is lowered."""
+    if on_cpu is plain:
         return function(plain, *arrays)
     return lax.platform_dependent(
-        *arrays, cpu=functools.partial(function, spread), default=functools.partial(function, plain)
+        *arrays, cpu=functools.partial(function, on_cpu), default=functools.partial(function, plain)
     )

@@ -333,7 +333,13 @@ def all_finite(tree: Tree) -> jax.Array:
 
     Of weights after an update that includes the gradients: no update of a weight is finite whose gradient is not.
     """
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    # Vectors of one length, most of a network's leaves, are looked at together: XLA for CPU takes a fifth of its time
+    # for a program with a reduction a leaf. Leaves of one shape lie alike on the devices, so nothing travels.
+    vectors, others = dict[Any, list[jax.Array]](), list[jax.Array]()
+    for leaf in jax.tree.leaves(tree):
+        (vectors.setdefault((leaf.shape, leaf.dtype), []) if leaf.ndim == 1 else others).append(leaf)
+    together = [jnp.stack(leaves) for leaves in vectors.values()]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in together + others]))
 
 
 def _unless_non_finite(old: TrainState, new: TrainState, finite: jax.Array, metrics: Means) -> tuple[TrainState, Means]:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldrld_jax.models.convolution import _convolution, conv_general_dilated, plain, spread
+from ldrld_jax.models.convolution import _convolution, conv_general_dilated, plain, product, spread
 from ldrld_jax.models.layers import conv
 from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 
@@ -27,6 +27,7 @@ SHAPES = [
     (7, 6, 8, 4, 1, 2, 1),
     (6, 6, 8, 4, 5, 1, 1),
     (9, 9, 3, 8, 7, 2, 1),
+    (2, 2, 8, 4, 3, 2, 1),
     (6, 6, 8, 8, 3, 2, 8),
     (6, 6, 12, 6, 1, 1, 3),
 ]
@@ -53,8 +54,9 @@ def assert_equal(pair, tolerance):
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1] == 1])
-def test_rows_set_apart_give_the_same_convolution_and_gradients(shape, rng, x64):
+def test_rows_set_apart_and_a_product_give_the_same_convolution_and_gradients(shape, rng, x64):
     assert_equal(both_ways(spread, plain, shape, rng, jnp.float64), 1e-12)
+    assert_equal(both_ways(product, plain, shape, rng, jnp.float64), 1e-12)
     assert_equal(both_ways(_convolution, plain, shape, rng, jnp.float64), 1e-12)
 
 
@@ -103,6 +105,13 @@ def test_on_a_cpu_all_three_convolutions_have_dilated_inputs_and_none_goes_to_yn
     windows = re.findall(r" convolution\(.*?window=\{(.*?)\}", compiled)
     assert len(windows) == 3
     assert all("lhs_dilate=2x1" in window for window in windows)
+
+
+@pytest.mark.parametrize(("height", "products"), [(2, 2), (3, 0)])  # output and gradient by the input
+def test_on_a_cpu_images_of_four_pixels_go_through_matrix_products(height, products, rng):
+    kernel, x = operands(rng)
+    lowered = jax.jit(gradient_of(_convolution)).lower(kernel, x[:, :height, :2]).as_text()
+    assert [lowered.count(f"stablehlo.{name}") for name in ("dot_general", "convolution")] == [products, 3 - products]
 
 
 def test_one_export_serves_cpu_and_cuda(rng):

@@ -22,6 +22,7 @@ from ldrld_jax.train.step import (
     Ensemble,
     Mixup,
     Network,
+    all_finite,
     last_layer,
     make_eval_step,
     make_train_step,
@@ -230,6 +231,16 @@ def test_mixup_blends_neighbours_and_their_cross_entropies(rng):
     np.testing.assert_allclose(
         terms["ce_term"], (1 - share) * cross_entropy(logits, labels) + share * cross_entropy(logits, other), rtol=1e-6
     )
+
+
+def test_a_number_that_is_not_finite_is_found_in_every_leaf_by_one_reduction_a_length():
+    tree = {
+        name: jnp.zeros(shape) for name, shape in {"a": 3, "b": 3, "c": (3, 2), "d": 2, "e": (3, 2), "f": ()}.items()
+    }
+    found = jax.jit(all_finite)
+    assert found(tree)
+    assert not any(found(tree | {name: x.at[(0,) * x.ndim].set(jnp.inf)}) for name, x in tree.items())
+    assert found.lower(tree).as_text().count("stablehlo.reduce(") == 6  # of 3, of 2, c, e, f; and of these
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(network, x64):
