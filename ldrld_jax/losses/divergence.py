@@ -26,25 +26,29 @@ def bernoulli_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
       >>> print(f"{bernoulli_kl(jnp.array(2.0), jnp.array(0.0)):.4f}")
       0.3278
     """
-    _, teacher, student = _oriented(teacher, student)
-    return jax.nn.softplus(-student) - jax.nn.softplus(-teacher) - jax.nn.sigmoid(-teacher) * (teacher - student)
+    return bernoulli_kl_and_slope(teacher, student)[0]
 
 
 @bernoulli_kl.defjvp
 def _(primals, tangents):
-    sign, teacher, student = _oriented(*primals)
-    slope = sign * (jax.nn.sigmoid(-teacher) - jax.nn.sigmoid(-student))
-    return bernoulli_kl(*primals), slope * tangents[1]
+    return bernoulli_kl(*primals), bernoulli_kl_and_slope(*primals)[1] * tangents[1]
 
 
-def _oriented(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the sign that makes the teacher's logit positive, and both logits times that sign.
+def bernoulli_kl_and_slope(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes `bernoulli_kl` and its derivative with respect to the student, with one exponential per side.
 
-    The KL is the same for both signs. With this one the formulas subtract small numbers, not
-    numbers near 1, so that saturated pairs keep their precision.
+    The KL is the same with the signs of both logits changed. With the teacher's positive, the formulas subtract
+    small numbers, not numbers near 1, so that saturated pairs keep their precision.
     """
     sign = jnp.where(teacher < 0, -jnp.ones_like(teacher), jnp.ones_like(teacher))
-    return sign, sign * teacher, sign * student
+    teacher, student = sign * teacher, sign * student
+    # Not abs, whose derivative at 0 is 0 and would be that of the slope there.
+    teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(jnp.where(student >= 0, -student, student))
+    teacher_unlikely = teacher_exp / (1 + teacher_exp)
+    student_unlikely = jnp.where(student >= 0, student_exp, jnp.ones_like(student)) / (1 + student_exp)
+    softplus = jnp.maximum(-student, 0.0) + jnp.log1p(student_exp)
+    value = softplus - jnp.log1p(teacher_exp) - teacher_unlikely * (teacher - student)
+    return value, sign * (teacher_unlikely - student_unlikely)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))

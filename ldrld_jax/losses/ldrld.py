@@ -92,9 +92,7 @@ def _takes_kernel(implementation: Implementation, class_axis_name: AxisName) -> 
     if implementation == "pallas" and class_axis_name is not None:
         raise ValueError('implementation="pallas" takes whole rows of classes. Use "xla" with class_axis_name.')
     if implementation is None and class_axis_name is None:
-        proven = any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
-        # XLA cannot partition a kernel, so a program over several devices needs a shard_map around it.
-        return proven and (jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual)
+        return any(jax.devices()[0].device_kind.startswith(kind) for kind in PROVEN_DEVICES)
     return implementation == "pallas"
 
 
@@ -136,9 +134,10 @@ def ldrld_terms(
         unless inside `shard_map`. The Pallas kernel holds no such array and ignores it.
       implementation: "xla", or "pallas" for a kernel that reads the logits once: Mosaic on a TPU, Triton on an NVIDIA
         GPU of compute capability 8.0 or later, interpreted (slowly) on a CPU. The program is lowered with the kernel
-        of its platform. With several devices, call it inside a `shard_map` over the rows, because XLA does not
-        partition a kernel. None selects the kernel on the devices in `PROVEN_DEVICES` (none so far) if there is
-        a single device or the call is inside a `shard_map`, and "xla" otherwise.
+        of its platform. Under `jit` on several devices, each runs it on its share of the rows, and logits that are
+        split by rows stay where they are; logits that are split by classes are exchanged for whole rows, unlike with
+        "xla". None selects the kernel on the devices in `PROVEN_DEVICES` (none so far), and "xla" on others and
+        with `class_axis_name`.
 
     Returns:
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.

@@ -6,14 +6,17 @@ per row, so XLA fuses it into its consumer (the cross-entropy's gradient reads t
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ldrld_jax.losses.common import check_logits, check_rows
 from ldrld_jax.losses.divergence import RULED_OUT
@@ -40,7 +43,7 @@ def _(teacher, student, *, cfg):
     outputs += [((cfg.depth, count), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
     # Inside a shard_map, a type records the axes over which its values differ.
     like = max((teacher, student), key=lambda z: len(z.manual_axis_type.varying))
-    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(None, like.sharding.spec[0]))
+    sharding = NamedSharding(like.sharding.mesh, P(None, like.sharding.spec[0]))
     return [like.update(shape=shape, dtype=jnp.dtype(dtype), sharding=sharding) for shape, dtype in outputs]
 
 
@@ -69,19 +72,47 @@ def _some_gpu() -> contextlib.AbstractContextManager:
     if jax.default_backend() == "gpu" or (described is not None and described.platform == "gpu"):
         return contextlib.nullcontext()
     oldest = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=oldest))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=oldest))
 
 
 def _register(platform: str, kernel: Kernel, context: Callable = contextlib.nullcontext) -> None:
     lower = mlir.lower_fun(lambda teacher, student, cfg: kernel(teacher, student, cfg))
 
-    def lower_on_one_device(ctx, *rows, cfg):
-        # A kernel does not know of the shard_map around it.
+    def lower_for_each_device(ctx, *rows, cfg):
+        mesh = _mesh_to_split(ctx.module_context.axis_context)
+        # Neither a kernel nor the shard_map below knows what is around it.
         ctx = ctx.replace(avals_in=[jax.core.ShapedArray(z.shape, z.dtype) for z in ctx.avals_in])
-        with context():
-            return lower(ctx, *rows, cfg=cfg)
+        if mesh is None:
+            with context():
+                return lower(ctx, *rows, cfg=cfg)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return mlir.lower_fun(functools.partial(_on_own_rows, mesh=mesh))(ctx, *rows, cfg=cfg)
 
-    mlir.register_lowering(_row_sums_p, lower_on_one_device, platform=platform)
+    mlir.register_lowering(_row_sums_p, lower_for_each_device, platform=platform)
+
+
+def _mesh_to_split(context: Any) -> AbstractMesh | None:
+    """Returns the mesh of a program over several devices; None for one device or inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Without `jax.set_mesh` the mesh is not known here, but the number of devices is, and they keep their order.
+    sizes = mesh.shape if not mesh.empty else {"devices": getattr(context, "num_devices", 1)}
+    if mesh.are_all_axes_manual or math.prod(sizes.values()) == 1:
+        return None
+    types = (AxisType.Manual if axis in mesh.manual_axes else AxisType.Auto for axis in sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), tuple(types))
+
+
+def _on_own_rows(teacher: jax.Array, student: jax.Array, *, cfg: LDRLDConfig, mesh: AbstractMesh) -> list[jax.Array]:
+    """Runs the kernel with the rows split over all devices, because XLA would gather all rows on each of them.
+
+    Rows that are split over some of the devices stay there. Devices that share the classes of rows exchange them.
+    """
+    axes = tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+    kernel = functools.partial(_row_sums_p.bind, cfg=cfg)
+    split = jax.shard_map(kernel, mesh=mesh, in_specs=P(axes), out_specs=P(None, axes), axis_names=set(axes))
+    count, devices = student.shape[0], math.prod(mesh.shape[axis] for axis in axes)
+    outputs = split(*(jnp.pad(z, ((0, -count % devices), (0, 0))) for z in (teacher, student)))
+    return [z[:, :count] for z in outputs]
 
 
 _register("cpu", functools.partial(row_sums_tpu, interpret=True))

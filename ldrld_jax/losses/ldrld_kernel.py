@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from ldrld_jax.losses.divergence import RULED_OUT
+from ldrld_jax.losses.divergence import RULED_OUT, bernoulli_kl_and_slope
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
 Entries = Sequence[jax.Array]
@@ -228,7 +228,7 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
         weight = jnp.zeros_like(s)
         for k in range(cfg.depth):
             weight = jnp.where(rank == k, float(weights[k, j]), weight)
-        entropy, slope = _bernoulli_kl(t - teachers[j], s - students[j])
+        entropy, slope = bernoulli_kl_and_slope(t - teachers[j], s - students[j])
         pairs, pair_slopes = pairs + weight * entropy, pair_slopes + weight * slope
 
     t, s = (jnp.where(real, z - _rowwise_max(jnp.where(real, z, -jnp.inf)), RULED_OUT) for z in (t, s))
@@ -240,18 +240,6 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
     sloping = real & (_stack(student) > RULED_OUT)
     slopes = (pair_slopes, q / q_sum - p / p_sum)
     return *values, *(jnp.where(sloping, cfg.temperature * slope, 0.0) for slope in slopes)
-
-
-def _bernoulli_kl(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes `divergence.bernoulli_kl` and its derivative with one exponential per side."""
-    sign = jnp.where(teacher < 0, -1.0, 1.0)
-    teacher, student = sign * teacher, sign * student
-    teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(-jnp.abs(student))
-    teacher_unlikely = teacher_exp / (1 + teacher_exp)
-    student_unlikely = jnp.where(student >= 0, student_exp, 1.0) / (1 + student_exp)
-    softplus = jnp.maximum(-student, 0.0) + jnp.log1p(student_exp)
-    value = softplus - jnp.log1p(teacher_exp) - teacher_unlikely * (teacher - student)
-    return value, sign * (teacher_unlikely - student_unlikely)
 
 
 def row_sums_tpu(

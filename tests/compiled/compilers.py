@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import jax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldrld_jax.aot import hlo
 from ldrld_jax.aot.targets import Target
 from ldrld_jax.errors import UserError
-from ldrld_jax.runtime.mesh import make_mesh
+from ldrld_jax.runtime.mesh import batch_sharding, make_mesh, replicated
 
 TARGETS = "h100", "v5e:2x2"
 # Everything instead of what CI compiles: hours instead of minutes.
@@ -27,14 +26,12 @@ def target(name: str) -> Target:
         pytest.skip(str(error))
 
 
-def mesh(name: str) -> Mesh:
-    """Returns one of a target's devices as a mesh."""
-    return make_mesh(devices=target(name).devices[:1])
-
-
-def compiled(function: Callable, name: str, *shapes: tuple[tuple[int, ...], jax.typing.DTypeLike]) -> hlo.Program:
-    """Compiles a function for one device of a target, for arrays of the shapes and dtypes."""
-    place = NamedSharding(mesh(name), PartitionSpec())
+def compiled(
+    function: Callable, name: str, *shapes: tuple[tuple[int, ...], jax.typing.DTypeLike], split: bool = False
+) -> hlo.Program:
+    """Compiles a function for one device of a target, or for all with the first axis of the arrays split over them."""
+    devices = target(name).devices
+    place = batch_sharding(make_mesh(devices=devices)) if split else replicated(make_mesh(devices=devices[:1]))
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
     options = dict(target(name).options)
     return hlo.Program(jax.jit(function).lower(*arrays).compile(compiler_options=options).as_text())

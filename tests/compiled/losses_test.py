@@ -89,3 +89,17 @@ def test_ldrld_moves_at_most_three_times_what_kd_does_on_a_tpu(rows, classes):
     ours, theirs = (compiled(jax.value_and_grad(loss), "v5e:2x2", *shapes) for loss in (ldrld, kd))
     assert ours.count("gather") == ours.count("scatter") == ours.count("sort") == ours.count("while") == 0
     assert ours.bytes_moved <= 3 * theirs.bytes_moved
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
+@pytest.mark.parametrize("target", ["h100:8", "v5e:2x4"])
+def test_the_kernel_of_a_batch_on_eight_devices_gathers_no_logits(target):
+    """XLA alone gathers all of them on every GPU, and refuses to compile the kernel for a TPU."""
+    shapes = (((1024, 1000), jnp.float32),) * 2
+
+    def kernel(student, teacher):
+        return ldrld_loss(teacher, student, LDRLDConfig(), implementation="pallas")
+
+    program = compiled(jax.value_and_grad(kernel), target, *shapes, split=True)
+    assert [(moved.kind, moved.bytes <= 12) for moved in program.collectives] == [("all-reduce", True)]
+    assert program.bytes_moved <= 5.1 * 4 * 128 * 1000  # two reads of both sides and one write of each device's rows

@@ -128,6 +128,8 @@ def test_the_bernoulli_kl_keeps_its_digits_where_both_sides_are_sure():
     p, q = 1 / (1 + np.exp(20.0)), 1 / (1 + np.exp(18.0))  # of the unlikely outcome
     np.testing.assert_allclose(slope, [p - q, q - p], rtol=1e-5)
     np.testing.assert_allclose(value, p * np.log(p / q) + (1 - p) * (np.log1p(-p) - np.log1p(-q)), rtol=1e-5)
+    # The second derivative, q (1 - q), of equal student logits.
+    assert jax.grad(jax.grad(bernoulli_kl, 1), 1)(1.0, 0.0) == 0.25
 
 
 @pytest.mark.parametrize("modes", [["rev"], ["fwd"]])

@@ -1,5 +1,6 @@
 """The Pallas kernels, interpreted: against the official numbers, the plain version in float64 and the XLA path."""
 
+import contextlib
 import functools
 import pathlib
 
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
+from ldrld_jax.aot import hlo
 from ldrld_jax.losses import ldrld
 from ldrld_jax.losses.ldrld import parts_of_terms
 from ldrld_jax.losses.ldrld_fused import ldrld_terms as fused_terms
@@ -303,7 +305,39 @@ def test_one_program_is_exported_for_three_platforms(rng):
     assert_same(again.call(teacher, student), compiled(jax.value_and_grad(ldrld_loss, 1))(teacher, student, cfg))
 
 
-def test_none_takes_the_kernel_where_it_is_proven_and_need_not_be_partitioned(rng, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "spec", "axis_type", "rows"),
+    [((8,), P("data"), AxisType.Auto, 16), ((4, 2), P("data"), AxisType.Explicit, 16), ((8,), P(), AxisType.Auto, 3)],
+    ids=["by rows", "by rows over some axes, in the types", "copied, and too few rows"],
+)
+def test_under_jit_no_logits_travel(sizes, spec, axis_type, rows, rng):
+    """Each device runs the kernel on its share of the rows; scalars, or numbers of each row, travel."""
+    teacher, student = logits(rng, rows, 100)
+    where, cfg = jnp.asarray(rng.random(rows) < 0.8), LDRLDConfig(depth=2)
+    devices = jax.make_mesh(sizes, ("data", "model")[: len(sizes)], axis_types=(axis_type,) * len(sizes))
+
+    def value_and_gradient(teacher, student, where, implementation):
+        loss = functools.partial(ldrld_loss, teacher, cfg=cfg, where=where, implementation=implementation)
+        return jax.value_and_grad(loss)(student)
+
+    function = compiled(value_and_gradient, static_argnames="implementation")
+    expected = function(teacher, student, where, "xla")
+    with jax.set_mesh(devices) if axis_type == AxisType.Explicit else contextlib.nullcontext():
+        placed = [jax.device_put(z, NamedSharding(devices, spec)) for z in (teacher, student, where)]
+        program = function.lower(*placed, "pallas").compile()
+        loss, gradient = program(*placed)
+    assert error(loss, expected[0]) < 1e-6
+    assert error(gradient, expected[1]) < 1e-6
+    if spec == P():
+        assert all(moved.kind == "all-reduce" for moved in hlo.Program(program.as_text()).collectives)
+    else:
+        most = 0 if len(sizes) == 1 else 4 * rows * (3 * cfg.depth + 3 + 2 + 2)
+        assert gradient.sharding.spec[0] == "data"
+        for moved in hlo.Program(program.as_text()).collectives:
+            assert moved.bytes <= (6 * 4 if moved.kind == "all-reduce" else most)
+
+
+def test_none_takes_the_kernel_where_it_is_proven(rng, monkeypatch):
     teacher, student = logits(rng, 8, 10)
     devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -319,7 +353,7 @@ def test_none_takes_the_kernel_where_it_is_proven_and_need_not_be_partitioned(rn
     assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [False, False, True]
     monkeypatch.setitem(ldrld.PROVEN_DEVICES, jax.devices()[0].device_kind, "the date, the version")
     assert [calls_kernel(name, sharded=True) for name in (None, "xla", "pallas")] == [True, False, True]
-    assert [calls_kernel(name, sharded=False) for name in (None, "xla", "pallas")] == [False, False, True]
+    assert [calls_kernel(name, sharded=False) for name in (None, "xla", "pallas")] == [True, False, True]
 
 
 def test_what_the_kernel_cannot_do_is_said(x64):
