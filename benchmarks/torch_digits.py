@@ -1,6 +1,7 @@
 """The digits' main job in plain PyTorch: a ResNet20 is trained, then distils a ResNet8 by LDRLD in its published form.
 
-python benchmarks/torch_digits.py [--compile] [--epochs 20]
+python benchmarks/torch_digits.py
+python benchmarks/torch_digits.py --compile --epochs 2
 
 Networks, data, crops, batch size, epochs, optimizer, schedule, weight decay and the evaluation after each epoch are
 those of `configs/digits.py`; the best weights are kept in memory and nothing is written. Batches are cropped as a

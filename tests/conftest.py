@@ -47,8 +47,7 @@ def optimised(request):
 def forget_programs():
     """Frees what a module traced and compiled; compiled programs stay on disk.
 
-    Garbage collection takes 4 % of the processor time so, and 13 % with Python's thresholds and without freezing what is
-    imported.
+    Garbage collection takes 4 % of the processor time, and 13 % with Python's thresholds and nothing frozen.
     """
     yield
     jax.clear_caches()
