@@ -368,7 +368,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--hub": dict(metavar="TARGET", help="write for the Hugging Face Hub: to a folder, or upload to hf://OWNER/NAME"),
     "--decoded": dict(metavar="DIR", help="write the decoded images to this folder"),
     "--short_side": dict(
-        type=_count, metavar="N", help="resize larger images to N pixels on the shorter side (default: data.resize_size, or 256)"
+        type=_count,
+        metavar="N",
+        help="resize larger images to N pixels on the shorter side (default: data.resize_size, or 256)",
     ),
     "--quality": dict(type=_count, metavar="Q", help="write JPEGs of this quality, up to 100, instead of pixels"),
     "--target": dict(metavar="NAME", help="choose the devices: v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ..."),
