@@ -31,7 +31,7 @@ SHARED = ROOT.parent / "shared"
 # networks in notebooks compute more than they compile.
 OPTIMISED = (
     *("losses/ldrld_fast_test.py", "losses/ldrld_kernel_test.py", "losses/methods_test.py", "train/scale_test.py"),
-    *("aot", "compiled", "notebooks_test.py"),
+    *("aot/hlo_test.py", "aot/programs_test.py", "compiled", "notebooks_test.py"),
 )
 
 

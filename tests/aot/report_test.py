@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from ldrld_jax import config as config_lib
+from ldrld_jax import main as main_lib
 from ldrld_jax.aot import cost as cost_lib
 from ldrld_jax.aot import report
 from ldrld_jax.aot.programs import programs_of
@@ -192,5 +193,9 @@ def test_the_command_line_compiles_without_data(tmp_path):
     assert "4 x cpu" in done.stdout
     assert "x all-reduce" in done.stdout
     assert not list(tmp_path.iterdir())
-    assert run_main("--mode", "compile").returncode == 2
-    assert "go together" in run_main("--target", "h100").stderr
+
+
+@pytest.mark.parametrize("flags", [["--mode", "compile"], ["--target", "h100"]])
+def test_the_mode_and_its_target_go_together(flags, capsys):
+    assert main_lib.main(flags) == 2
+    assert "go together" in capsys.readouterr().err
