@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split(","))), default=SHAPES)
     parser.add_argument("--cpu", action="store_true", help="processor time, which other load affects least")
     flags = parser.parse_args()
+    if "oneDNN" in flags.ways and not torch:
+        parser.error("oneDNN is called through PyTorch, which is not installed")
     clock = time.process_time if flags.cpu else time.perf_counter
 
     def milliseconds(works: dict[Any, Any]) -> list[float]:

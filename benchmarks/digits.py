@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     args = parser.parse_args()
+    if "warm" in args.contestants and "empty" not in args.contestants:
+        parser.error('"warm" takes the programs that "empty" compiles')
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in args.contestants}
     reached: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:

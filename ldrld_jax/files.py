@@ -177,10 +177,14 @@ class LockedError(UserError):
 
 
 @contextlib.contextmanager
-def locked(folder: epath.Path) -> Iterator[None]:
+def locked(folder: epath.Path, *, other: str = "workdir") -> Iterator[None]:
     """Locks other processes out of a folder with `<folder>/.lock`; the lock ends with the process in any case.
 
     It has no effect on remote paths such as `gs://` and on file systems without locks.
+
+    Args:
+      folder: of the work that two processes must not do at once.
+      other: what the error says to choose another one of.
 
     Raises:
       LockedError: if another process holds the lock.
@@ -193,7 +197,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS)  # another process may only be checking the lock
             if not _lock(file):
                 raise LockedError(
-                    f"another process is running in {folder}. Wait for it to end, or choose another workdir."
+                    f"another process is running in {folder}. Wait for it to end, or choose another {other}."
                 )
         yield
 

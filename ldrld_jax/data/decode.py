@@ -41,8 +41,8 @@ def open_image(data: Encoded) -> Image.Image:
 
 
 def check_pixels(data: np.ndarray) -> None:
-    """Raises a BrokenImageError if an array is not `[height, width, 1 or 3]` uint8."""
-    if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] not in (1, 3):
+    """Raises a BrokenImageError if an array is not `[height, width, 1 or 3]` uint8, with a pixel or more."""
+    if data.dtype != np.uint8 or data.ndim != 3 or data.shape[-1] not in (1, 3) or not data.size:
         raise BrokenImageError(f"not an image ({data.dtype} {data.shape})")
 
 

@@ -39,6 +39,7 @@ class DecodedRecords:
       channels: of an image, 1 or 3; None for JPEGs.
       images: the mapped file of all images `[bytes]` uint8.
       digest: of the index.
+      original: the digest of the source that they were written from.
     """
 
     folder: str
@@ -46,6 +47,7 @@ class DecodedRecords:
     channels: int | None
     images: np.ndarray
     digest: str
+    original: str
 
     def __post_init__(self) -> None:
         # Each process compares an image with its checksum at the first read: that reads it from the disk, too, and
@@ -106,14 +108,15 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
     manifest = read_manifest(folder)
     try:
         rows, digest = read_index(folder)
-        if manifest["index"] is None:
-            raise UserError(
-                f"{folder} is unfinished: {len(rows):,} of {manifest['images']:,} images. Run the command that wrote "
-                "them again: it goes on."
-            )
-        images = np.memmap(str(folder / IMAGES), np.uint8, "r")
+        if finished := manifest["index"] is not None:
+            images = np.memmap(str(folder / IMAGES), np.uint8, "r")
     except (OSError, ValueError) as error:
         raise _damaged(folder, str(error)) from None
+    if not finished:
+        raise UserError(
+            f"{folder} is unfinished: {len(rows):,} of {manifest['images']:,} images. Run the command that wrote "
+            "them again: it goes on."
+        )
     if digest != manifest["index"] or len(rows) != manifest["images"]:
         raise _damaged(folder, f"{INDEX} is not as it was written")
     if (total := int(rows[:, BYTES].sum())) != len(images):
@@ -124,7 +127,7 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
         raise _damaged(folder, f"{INDEX} has sizes that do not fit the images")
     size = whole[0, [HEIGHT, WIDTH]]
     shape = size.tolist() if (whole[:, [HEIGHT, WIDTH]] == size).all() else (None, None)
-    records = DecodedRecords(str(folder), rows, channels, images, digest)
+    records = DecodedRecords(str(folder), rows, channels, images, digest, manifest["digest"])
     return records, tuple(manifest["class_names"]), (*shape, manifest["channels"])
 
 
@@ -145,8 +148,8 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_index(folder: epath.Path) -> tuple[np.ndarray, str]:
-    """Returns the whole rows of an index, `[n, 5]` int64, and its digest."""
-    content = (folder / INDEX).read_bytes()
+    """Returns the whole rows of an index, `[n, 5]` int64, and its digest; none if there is no index yet."""
+    content = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
     rows = np.frombuffer(content, "<i8", len(content) // ROW_BYTES * len(COLUMNS)).reshape(-1, len(COLUMNS))
     return rows, hashlib.sha256(content).hexdigest()[:32]
 

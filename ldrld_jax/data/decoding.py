@@ -1,11 +1,13 @@
 """Writes decoded images to disk, from where `data.name=decoded` reads them; see `decoded` for the files."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -90,7 +92,7 @@ class Decoding:
           OSError: if the disk is full.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with locked(self._folder):
+        with locked(self._folder, other="folder"):
             for split in self._splits:
                 for _ in split.write(**made_by(self._data)):
                     yield self.done
@@ -107,8 +109,11 @@ class _Split:
 
     def __init__(self, data: ConfigDict, name: str, folder: epath.Path, short_side: int, quality: int | None):
         source = open_source(data.name, name, data.data_dir, **as_asked(data))
-        if source.raw or source.label_shape:
-            raise UserError(f"data.name={data.name} has no images with one label each, and only they are decoded.")
+        if source.raw or source.label_shape or source.image_shape[-1] not in (1, 3):
+            raise UserError(
+                f"data.name={data.name} does not qualify: what is decoded are images of 1 or 3 channels with one label "
+                "each. Choose other data."
+            )
         self.maker, self._folder = _Maker(source, short_side, quality, data.exif), folder
         self._made_by = dict(
             format=decoded.FORMAT,
@@ -135,18 +140,15 @@ class _Split:
             return 0, 0, False
         manifest = decoded.read_manifest(folder)
         if differing := [key for key in decoded.MADE_BY if manifest[key] != self._made_by[key]]:
-            shown = ", ".join(
-                f"{key} ({manifest[key]!r:.40} there, {self._made_by[key]!r:.40} here)" for key in differing
-            )
+            shown = ", ".join(_difference(key, manifest[key], self._made_by[key]) for key in differing)
             raise UserError(f"{folder} holds other decoded images: {shown}. Choose another folder, or delete this one.")
         finished = manifest["index"] is not None
         if finished:
             decoded.open_decoded(manifest["split"], str(folder.parent))  # raises an error if they are damaged
-        if not (folder / decoded.INDEX).exists():
-            return 0, 0, False
         ends = np.cumsum(decoded.read_index(folder)[0][:, decoded.BYTES])
         # An image is flushed to the disk before its row is written, which some disks do not keep to.
-        whole = int(np.searchsorted(ends, (folder / decoded.IMAGES).stat().length, side="right"))
+        images = folder / decoded.IMAGES
+        whole = int(np.searchsorted(ends, images.stat().length, side="right")) if images.exists() else 0
         return whole, int(ends[whole - 1]) if whole else 0, finished
 
     def write(self, *, threads: int, workers: int) -> Iterator[None]:
@@ -156,12 +158,11 @@ class _Split:
         if finished:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            full_disk_named(folder, "no space left; the images written stay, and the same command goes on"),
-            appending(folder / decoded.IMAGES, "ab") as images,
-            appending(folder / decoded.INDEX, "ab") as index,
-        ):
-            self._write_manifest(None)
+        with contextlib.ExitStack() as stack:
+            enter = stack.enter_context
+            enter(full_disk_named(folder, "no space left; the images written stay, and the same command goes on"))
+            self._write_manifest(None)  # first: by it the next call knows the folder
+            images, index = (enter(appending(folder / name, "ab")) for name in (decoded.IMAGES, decoded.INDEX))
             images.truncate(size)
             index.truncate(self.done * decoded.ROW_BYTES)
             spans = range(self.done, len(source), _SPAN)
@@ -178,9 +179,15 @@ class _Split:
         replace_text(self._folder / decoded.MANIFEST, json.dumps({**self._made_by, "index": digest}, indent=2) + "\n")
 
 
+def _difference(key: str, there: Any, here: Any) -> str:
+    """Returns a key with its two values, if they are short enough for a line."""
+    shown = f"{key} ({there!r} there, {here!r} here)"
+    return shown if len(shown) <= 100 else key
+
+
 @dataclasses.dataclass(frozen=True)
 class _Maker:
-    """Decodes `_SPAN` images of a source, called with the index of the first."""
+    """Decoder of a source's images; called with an index, it decodes `_SPAN` of them from there on."""
 
     source: Source
     short_side: int
@@ -189,7 +196,7 @@ class _Maker:
 
     @property
     def batch_bytes(self) -> int:
-        """The bytes of a batch, about: of images twice as long as wide."""
+        """The bytes of a batch if images are twice as long as they are wide, as few are."""
         return _SPAN * 2 * self.short_side**2 * self.source.image_shape[-1]
 
     def __call__(self, start: int) -> Batch:

@@ -220,8 +220,12 @@ class Selected:
 
 
 def fingerprint(source: Any) -> dict[str, Any]:
-    """Returns the number of images of a source and a digest of the list of its records, as JSON."""
-    digest = hashlib.sha256()
-    for line in getattr(source, "uncached", source).records.listing():
+    """Returns the number of images of a source and a digest of the list of its records, as JSON.
+
+    Copies, such as decoded images, also have the digest of the source that they are from, `original`.
+    """
+    records, digest = getattr(source, "uncached", source).records, hashlib.sha256()
+    for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")
-    return {"images": len(source), "digest": digest.hexdigest()[:32]}
+    original = {"original": records.original} if hasattr(records, "original") else {}
+    return {"images": len(source), "digest": digest.hexdigest()[:32], **original}

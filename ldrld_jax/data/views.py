@@ -157,7 +157,7 @@ class RandomResizedCrop:
         return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
 
     def _of_pixels(self, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Crops before anything is converted: only the crop is read, if the array is a mapped file."""
+        """Crops before anything is converted, so that of a mapped file only the crop is copied."""
         check_pixels(data)
         height, width = data.shape[:2]
         left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)

@@ -83,14 +83,10 @@ def product(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) ->
     """
     height, width, channels, features = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        range(size - side + 1)[::stride]
-        for size, side, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
-    )
+    # The kernel has so many places; none if it is larger than the image.
+    rows, columns = max(x.shape[1] - height + 1, 0), max(x.shape[2] - width + 1, 0)
     patches = [
-        x[:, i : rows[-1] + i + 1 : strides[0], j : columns[-1] + j + 1 : strides[1]]
-        for i in range(height)
-        for j in range(width)
+        x[:, i : i + rows : strides[0], j : j + columns : strides[1]] for i in range(height) for j in range(width)
     ]
     flat = kernel.reshape(height * width * channels, features)
     return lax.dot_general(jnp.concatenate(patches, axis=-1), flat, (((3,), (0,)), ((), ())))

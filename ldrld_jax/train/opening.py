@@ -1,7 +1,7 @@
 """The lines that a run says of itself at its start, and its warnings, which its summary and the report repeat."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,6 +161,11 @@ def _alike(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return (len(ours) == len(theirs) or 1 in (len(ours), len(theirs))) and np.allclose(ours, theirs, atol=1e-3)
 
 
+def _first(note: Mapping[str, Any]) -> str | None:
+    """Returns the digest of the images that a run read, or of those that they are copies of."""
+    return note.get("original", note.get("digest"))
+
+
 def _leak(run: Run, path: str) -> str | None:
     """Returns a line if a teacher saw, or may have seen, the images that the student is evaluated on."""
     ours, place = run.config.data, epath.Path(path)
@@ -171,7 +176,7 @@ def _leak(run: Run, path: str) -> str | None:
     if config is None or note is None:
         return None
     theirs = config["data"]
-    if note["train"].get("digest") == run.data_note["eval"]["digest"]:
+    if _first(note["train"]) == _first(run.data_note["eval"]):
         seen = not ours.held_out or any(theirs.get(key) != ours[key] for key in ("held_out", "seed"))
     else:  # a part of a TFDS split, such as train[90%:]
         part, _, cut = ours.eval_split.partition("[")

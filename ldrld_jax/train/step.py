@@ -334,7 +334,7 @@ def all_finite(tree: Tree) -> jax.Array:
     Of weights after an update that includes the gradients: no update of a weight is finite whose gradient is not.
     """
     # Vectors of one length, most of a network's leaves, are looked at together: XLA for CPU takes a fifth of its time
-    # for a program with a reduction a leaf. Leaves of one shape lie alike on the devices, so nothing travels.
+    # for a program with a reduction a leaf. Parameters of one shape lie alike on the devices, so none travels.
     vectors, others = dict[Any, list[jax.Array]](), list[jax.Array]()
     for leaf in jax.tree.leaves(tree):
         (vectors.setdefault((leaf.shape, leaf.dtype), []) if leaf.ndim == 1 else others).append(leaf)

@@ -107,7 +107,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_passes_for_whole_and_the_ne
     writing = Decoding(block(folder), str(tmp_path)).write()
     assert [next(writing), next(writing)] == [5, 10]
     writing.close()
-    with pytest.raises(UserError, match=r"train is unfinished: 10 of 12 images\. Run the command .* again"):
+    with pytest.raises(UserError, match=r"^\S+train is unfinished: 10 of 12 images\. Run .* again: it goes on\.$"):
         open_source("decoded", "train", str(tmp_path))
     with (tmp_path / "train" / "images.bin").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 1)  # a row whose image did not reach the disk
@@ -117,6 +117,13 @@ def test_a_writer_that_is_killed_leaves_nothing_that_passes_for_whole_and_the_ne
     assert decoding.done == 9
     assert "24 images, 9 of them already there; about " in decoding.describe()
     assert list(decoding.write())[-1] == 24
+    shutil.rmtree(tmp_path / "val")
+    writing = Decoding(block(folder), str(tmp_path)).write()
+    monkeypatch.setattr(decoding_lib, "appending", lambda *args: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        next(writing)  # before there is a file of images
+    monkeypatch.undo()
+    assert write(block(folder), tmp_path)[-1] == 24
     for split in ("train", "val"):
         for name in ("images.bin", "index.bin"):
             assert (tmp_path / split / name).read_bytes() == (place / split / name).read_bytes()
@@ -182,15 +189,19 @@ def test_the_images_fingerprint_is_that_of_their_content(folder, place, tmp_path
     write(block(folder), tmp_path)
     first, second = (fingerprint(open_source("decoded", "train", str(path))) for path in (place, tmp_path))
     assert first == second
+    files = fingerprint(open_source("image_folder", "train", str(folder)))
+    assert first["original"] == files["digest"] != first["digest"]
     write(block(folder), tmp_path / "smaller", short_side=40)
     assert fingerprint(open_source("decoded", "train", str(tmp_path / "smaller"))) != first
 
 
 def test_a_folder_of_anything_else_is_not_written_to(folder, copy, tmp_path):
+    np.savez(tmp_path / "four.npz", x_train=np.zeros((2, 5, 5, 4), np.uint8), y_train=[0, 1])
     for data, to, options, expected in [
         (block(folder), copy, {"short_side": 40}, r"holds other decoded images: short_side \(80 there, 40 here\)"),
         (block(folder), folder, {}, "train holds other files. Choose another folder"),
         (block(folder), "gs://bucket", {}, "from a local disk"),
+        (block(None, name=f"arrays:{tmp_path / 'four.npz'}"), tmp_path / "new", {}, "are images of 1 or 3 channels"),
         (block(folder), tmp_path / "new", {"quality": 101}, "--quality must be between 1 and 100, got 101"),
     ]:
         with pytest.raises(UserError, match=expected):

@@ -159,6 +159,11 @@ def test_sixteen_bits_are_scaled_not_clipped(picture):
     np.testing.assert_array_equal(rgb(encoded(sixteen, "png"))[..., 0], grey)
 
 
+def test_an_array_without_pixels_is_no_image():
+    with pytest.raises(BrokenImageError, match=r"not an image \(uint8 \(0, 5, 3\)\)"):
+        open_image(np.zeros((0, 5, 3), np.uint8))
+
+
 def test_floats_have_no_range_and_are_refused(picture):
     with pytest.raises(BrokenImageError, match="mode F: only 8-bit and 16-bit"):
         rgb(encoded(picture.convert("F"), "tiff"))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.decoding import Decoding
 from ldrld_jax.record.reader import read_summary
 from ldrld_jax.report.collect import collect
 from ldrld_jax.train import trainer
@@ -111,6 +112,17 @@ def test_a_teacher_that_saw_what_the_student_is_evaluated_on_is_said(tiny, tmp_p
     run = planned(tiny("method=kd", f"teacher.checkpoint={tmp_path}", *of_student), tmp_path / "run")
     found = list(teacher_warnings(run, [str(tmp_path)], 90.0))
     assert ["was trained on images that the student is evaluated on" in text for text in found] == [True] * said
+
+
+def test_a_teacher_of_decoded_images_saw_those_that_they_are_copies_of(tiny, tmp_path):
+    for _ in Decoding(tiny().data, str(tmp_path / "decoded")).write():
+        pass
+    teacher = planned(tiny("data.name=decoded", f"data.data_dir={tmp_path / 'decoded'}"), tmp_path)
+    (tmp_path / "config.json").write_text(teacher.config.to_json())
+    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note))
+    run = planned(tiny("method=kd", f"teacher.checkpoint={tmp_path}", "data.held_out=.2"), tmp_path / "run")
+    (found,) = teacher_warnings(run, [str(tmp_path)], 90.0)
+    assert "was trained on images that the student is evaluated on" in found
 
 
 def test_whether_a_file_saw_the_images_that_are_held_out_cannot_be_told(tiny, tmp_path):

@@ -107,6 +107,12 @@ def test_on_a_cpu_all_three_convolutions_have_dilated_inputs_and_none_goes_to_yn
     assert all("lhs_dilate=2x1" in window for window in windows)
 
 
+def test_a_kernel_larger_than_the_image_leaves_nothing():
+    x, kernel = jnp.ones((2, 1, 1, 8)), jnp.ones((3, 3, 8, 4))
+    at = (1, 1), ((0, 0), (0, 0))
+    assert _convolution(x, kernel, *at).shape == plain(x, kernel, *at).shape == (2, 0, 0, 4)
+
+
 @pytest.mark.parametrize(("height", "products"), [(2, 2), (3, 0)])  # output and gradient by the input
 def test_on_a_cpu_images_of_four_pixels_go_through_matrix_products(height, products, rng):
     kernel, x = operands(rng)
