@@ -38,7 +38,7 @@ def conv_general_dilated(
       feature_group_count: the number of groups.
       options: further keywords of `jax.lax.conv_general_dilated`.
     """
-    if feature_group_count == 1 and x.dtype == jnp.float32:
+    if feature_group_count == 1 and x.dtype == jnp.float32 and x.ndim == 4:  # of others, JAX says what is wrong
         y = _convolution(x, kernel, tuple(strides), tuple(map(tuple, padding)))
     else:
         options["feature_group_count"] = feature_group_count
