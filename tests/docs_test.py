@@ -174,7 +174,7 @@ class Parsed(Exception):
 def _check_program(program, flags, monkeypatch):
     """Starts a program of ours and stops it as soon as it has parsed its flags."""
     if "argparse" not in (ROOT / program).read_text():
-        assert not flags
+        assert not [flag for flag in flags if flag.startswith("-")]
         return
     parse = argparse.ArgumentParser.parse_known_args
 
