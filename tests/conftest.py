@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.device_count() == 8  # JAX starts now, before a test of `--target cpu:4` could start it with four
 gc.set_threshold(50_000, 20, 20)  # see forget_programs
 
 ROOT = pathlib.Path(__file__).parent.parent
