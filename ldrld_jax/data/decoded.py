@@ -39,7 +39,7 @@ class DecodedRecords:
       channels: of an image, 1 or 3; None for JPEGs.
       images: the mapped file of all images `[bytes]` uint8.
       digest: of the index.
-      original: the digest of the source that they were written from.
+      original: the digest of the first source that they are copies of.
     """
 
     folder: str
@@ -127,7 +127,8 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
         raise _damaged(folder, f"{INDEX} has sizes that do not fit the images")
     size = whole[0, [HEIGHT, WIDTH]]
     shape = size.tolist() if (whole[:, [HEIGHT, WIDTH]] == size).all() else (None, None)
-    records = DecodedRecords(str(folder), rows, channels, images, digest, manifest["digest"])
+    original = manifest.get("original", manifest["digest"])  # decoded images may be decoded again, to smaller ones
+    records = DecodedRecords(str(folder), rows, channels, images, digest, original)
     return records, tuple(manifest["class_names"]), (*shape, manifest["channels"])
 
 

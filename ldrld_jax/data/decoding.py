@@ -111,8 +111,8 @@ class _Split:
         source = open_source(data.name, name, data.data_dir, **as_asked(data))
         if source.raw or source.label_shape or source.image_shape[-1] not in (1, 3):
             raise UserError(
-                f"data.name={data.name} does not qualify: what is decoded are images of 1 or 3 channels with one label "
-                "each. Choose other data."
+                f"data.name={data.name} cannot be decoded: only images of 1 or 3 channels with one label each can. "
+                "Choose other data."
             )
         self.maker, self._folder = _Maker(source, short_side, quality, data.exif), folder
         self._made_by = dict(
@@ -196,7 +196,7 @@ class _Maker:
 
     @property
     def batch_bytes(self) -> int:
-        """The bytes of a batch if images are twice as long as they are wide, as few are."""
+        """The bytes of a batch of images that are twice as wide as high; few are larger."""
         return _SPAN * 2 * self.short_side**2 * self.source.image_shape[-1]
 
     def __call__(self, start: int) -> Batch:

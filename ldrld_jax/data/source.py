@@ -218,6 +218,11 @@ class Selected:
         """Yields the listing of all records: a run's config says which of them are selected."""
         return self.records.listing()
 
+    @property
+    def original(self) -> str | None:
+        """The digest of the source that all records are copies of, see `fingerprint`; None if they are no copies."""
+        return getattr(self.records, "original", None)
+
 
 def fingerprint(source: Any) -> dict[str, Any]:
     """Returns the number of images of a source and a digest of the list of its records, as JSON.
@@ -227,5 +232,5 @@ def fingerprint(source: Any) -> dict[str, Any]:
     records, digest = getattr(source, "uncached", source).records, hashlib.sha256()
     for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")
-    original = {"original": records.original} if hasattr(records, "original") else {}
-    return {"images": len(source), "digest": digest.hexdigest()[:32], **original}
+    original = getattr(records, "original", None)
+    return {"images": len(source), "digest": digest.hexdigest()[:32], **({"original": original} if original else {})}

@@ -191,6 +191,8 @@ def test_the_images_fingerprint_is_that_of_their_content(folder, place, tmp_path
     assert first == second
     files = fingerprint(open_source("image_folder", "train", str(folder)))
     assert first["original"] == files["digest"] != first["digest"]
+    write(from_decoded(place), tmp_path / "again", short_side=40)
+    assert fingerprint(open_source("decoded", "train", str(tmp_path / "again")))["original"] == files["digest"]
     write(block(folder), tmp_path / "smaller", short_side=40)
     assert fingerprint(open_source("decoded", "train", str(tmp_path / "smaller"))) != first
 
@@ -201,7 +203,7 @@ def test_a_folder_of_anything_else_is_not_written_to(folder, copy, tmp_path):
         (block(folder), copy, {"short_side": 40}, r"holds other decoded images: short_side \(80 there, 40 here\)"),
         (block(folder), folder, {}, "train holds other files. Choose another folder"),
         (block(folder), "gs://bucket", {}, "from a local disk"),
-        (block(None, name=f"arrays:{tmp_path / 'four.npz'}"), tmp_path / "new", {}, "are images of 1 or 3 channels"),
+        (block(None, name=f"arrays:{tmp_path / 'four.npz'}"), tmp_path / "new", {}, "only images of 1 or 3 channels"),
         (block(folder), tmp_path / "new", {"quality": 101}, "--quality must be between 1 and 100, got 101"),
     ]:
         with pytest.raises(UserError, match=expected):
