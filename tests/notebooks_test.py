@@ -48,7 +48,7 @@ def run(name: str, results: str, tmp_path: pathlib.Path) -> dict[str, Any]:
     small = {
         "LDRLD_JAX_NOTEBOOK_SMALL": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(name in QUICK)),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1" if name in QUICK else "",
     }
     env = {**os.environ, **here, **small}
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})

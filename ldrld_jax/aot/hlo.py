@@ -20,7 +20,7 @@ _SLICES = ("dynamic-slice", "gather", "slice")  # these read only as many bytes 
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation)=\{?(%?[\w.-]+(?:, %?[\w.-]+)*)\}?")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation)=(\{[^}]*\}|%?[\w.-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         found = _CALLED.search(self.rest)
-        return tuple(name.strip().lstrip("%") for name in found.group(1).split(",")) if found else ()
+        return tuple(name.lstrip("%") for name in found.group(1).strip("{}").split(", ")) if found else ()
 
 
 class Program:

@@ -89,7 +89,12 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
-    centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
+    # The result is compared with itself, as in rld's "below the label". XLA may compute it once for each use, with or
+    # without the mean's multiplication contracted into the subtraction, and equal logits would differ. It contracts
+    # nothing that is rounded after the multiplication.
+    float_type = jnp.finfo(logits.dtype)
+    mean = jax.lax.reduce_precision(jnp.mean(logits, axis=-1, keepdims=True), float_type.nexp, float_type.nmant - 1)
+    centred = logits - mean
     variance = jnp.sum(centred**2, axis=-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
     return centred / (numerics.sqrt(variance) + 1e-7)
 

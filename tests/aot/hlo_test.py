@@ -45,6 +45,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %done = pred[] constant(false)
 }
 
+%flat (whole: f32[100,8]) -> f32[800] {
+  %whole = f32[100,8]{1,0} parameter(0)
+  ROOT %bits = f32[800]{0} bitcast(%whole)
+}
+
 ENTRY %main (x: f32[100,8], at.1: s32[]) -> (f32[800], f32[100,8]) {
   %x.1 = f32[100,8]{1,0} parameter(0), metadata={op_name="a(b)"}
   %at.1 = s32[] parameter(1)
@@ -56,8 +61,8 @@ ENTRY %main (x: f32[100,8], at.1: s32[]) -> (f32[800], f32[100,8]) {
   %result = f32[100,8]{1,0} get-tuple-element(%while), index=1
   %gather-start = (f32[100,8]{1,0}, f32[400,8]{1,0}) all-gather-start(%result), replica_groups={}, dimensions={0}
   %gather-done = f32[400,8]{1,0} all-gather-done(%gather-start)
-  %bits = f32[800]{0} bitcast(%result)
-  ROOT %out = (f32[800]{0}, f32[100,8]{1,0}) tuple(%bits, %result)
+  %call = f32[800]{0} call(%result), to_apply=%flat, frontend_attributes={parallel="2"}
+  ROOT %out = (f32[800]{0}, f32[100,8]{1,0}) tuple(%call, %result)
 }
 """
 

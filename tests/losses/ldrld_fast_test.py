@@ -3,6 +3,7 @@
 LDRLD_JAX_EXAMPLES=500 compares on that many shapes, depths and temperatures instead of a few.
 """
 
+import functools
 import os
 import re
 
@@ -19,26 +20,30 @@ from jax.test_util import check_grads
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms
 from ldrld_jax.losses.divergence import bernoulli_kl
+from tests.conftest import AS_USERS
 from tests.losses import ldrld_reference
 
 EXAMPLES = int(os.environ.get("LDRLD_JAX_EXAMPLES", "0"))
 BATCH, BATCH_AND_CLASSES = P("data"), P("data", "model")
 
 
-@jax.jit
+compiled = functools.partial(jax.jit, compiler_options=AS_USERS)
+
+
+@compiled
 def fast(teacher, student, cfg):
     """The terms `[3, ..., N]` and the gradient of the loss."""
     return jnp.stack(ldrld_terms(teacher, student, cfg)), jax.grad(ldrld_loss, 1)(teacher, student, cfg)
 
 
-@jax.jit
+@compiled
 def plain(teacher, student, cfg):
     """The same of the plain version."""
     terms = jnp.stack(ldrld_reference.ldrld_terms(teacher, student, cfg))
     return terms, jax.grad(ldrld_reference.ldrld_loss, 1)(teacher, student, cfg)
 
 
-value_and_grad = jax.jit(jax.value_and_grad(ldrld_loss, 1), static_argnames="block_rows")
+value_and_grad = compiled(jax.value_and_grad(ldrld_loss, 1), static_argnames="block_rows")
 
 
 def logits(rng, *shape, scale=3.0, dtype=np.float32):

@@ -9,12 +9,15 @@ from ldrld_jax.runtime.compile_cache import keep_compiled
 
 @pytest.fixture
 def nowhere():
-    """A process that keeps nothing yet."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
+    """A process that keeps nothing yet, and will keep programs however soon they compile."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (None, 0), strict=True):
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

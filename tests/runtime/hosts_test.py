@@ -32,7 +32,8 @@ def start(processes: int, devices: int, workdir, overrides: list[str]) -> list[s
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator=localhost:{port}"]
     flags += [f"--processes={processes}", *(f"--config.{override}" for override in overrides)]
     command = [sys.executable, "-m", "ldrld_jax.main", *flags]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last of two counts
+    environment = {**os.environ, "XLA_FLAGS": xla}
     pipes = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return [subprocess.Popen([*command, f"--process={i}"], **pipes) for i in range(processes)]
 
