@@ -321,7 +321,7 @@ def rld_terms(
     best = label_mask(jnp.argmax(teacher, axis=-1), teacher)
     confidence = pick(log_ratio(teacher / cfg.alpha_temperature, ~best), best)
     student_odds = pick(log_ratio(student / cfg.alpha_temperature, ~target), target)
-    # XLA may compute logits anew for each use, and round them otherwise: the label must not be below itself.
+    # XLA may compute logits anew for each use and round them differently: the label must not be below itself.
     below = ~target & (teacher < pick(teacher, target)[..., None])
     masked = kl(teacher / cfg.temperature, student / cfg.temperature, keep=below)
     return {

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -55,14 +56,15 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
 def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
     """Returns a mask `[C]` of the `logits` `[C]` that rank after the last of `top`.
 
-    A class ranks after it if it is smaller, or equal with a higher index: two comparisons instead of a scatter.
+    A class ranks after it if it is smaller, or equal with a higher index: three comparisons instead of a scatter.
     """
     last, last_class = top.values[-1], top.classes[-1]
     classes = jnp.arange(logits.size, dtype=logits.dtype)
     if axis_name is not None:
         classes = classes + _first_class(logits, axis_name)
     raised = jnp.maximum(logits, jnp.asarray(RULED_OUT, logits.dtype))
-    return (raised < last) | ((raised == last) & (classes > last_class))
+    # Where XLA computes the logits anew, the last class may come out smaller than its value: see `_by_rounds`.
+    return ((raised < last) & (classes != last_class)) | ((raised == last) & (classes > last_class))
 
 
 def ranks_of(logits: jax.Array, top: Top) -> jax.Array:
@@ -135,17 +137,24 @@ def _by_rounds(logits: jax.Array, depth: int) -> Top:
     logits = jnp.maximum(logits, jnp.asarray(RULED_OUT, logits.dtype))
     lowest, highest = jnp.asarray(-jnp.inf, logits.dtype), jnp.asarray(jnp.inf, logits.dtype)
     nothing = jnp.broadcast_to(lowest, logits.shape), jnp.broadcast_to(highest, logits.shape)
-    value, after, found = highest, jnp.ones(logits.shape, bool), list[tuple[jax.Array, jax.Array]]()
+    value, found = highest, list[tuple[jax.Array, jax.Array]]()
     while len(found) < depth:
+        # By class and not by value: a program may compute its logits on the way, by scaling and shifting others, and
+        # XLA does so anew in each pass. Where it contracts one into the other they round differently.
+        remain = ~_is_one_of(classes, [c for _, c in found])
         # The minimum is -inf, or NaN after a NaN was found, which makes all later values NaN.
-        candidates = jnp.where(after, logits, jnp.minimum(value, lowest))
+        candidates = jnp.where(remain, logits, jnp.minimum(value, lowest))
         first, first_class, value, c = jax.lax.reduce(
             (candidates, classes, *nothing), (lowest, highest) * 2, _two_best, (0,)
         )
         value = jnp.where(jnp.isnan(first), first, value)
         found += (first, first_class), (value, c)
-        after = (logits < value) | ((logits == value) & (classes > c))
     return Top(*(jnp.stack(column) for column in zip(*found[:depth], strict=True)))
+
+
+def _is_one_of(classes: jax.Array, some: Iterable[jax.Array]) -> jax.Array:
+    """Returns which of `classes` `[C]` are one of `some`, by a comparison with each; XLA fuses them."""
+    return functools.reduce(jnp.logical_or, (classes == c for c in some), jnp.zeros(classes.shape, bool))
 
 
 def _two_best(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
