@@ -174,9 +174,9 @@ def test_the_teacher_gets_no_gradient_and_the_student_one_that_sums_to_0(name, r
 @pytest.mark.parametrize("name", ["kd", "dkd", "ctkd", "mlkd", "abkd", "luminet", "bild", "topk_tail"])
 def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(name, rng):
     teacher, _, labels = batch(rng, 4, dtype=np.float32)
-    value, gradient, _ = evaluate(name, teacher, teacher, labels, as_users=True)
-    # bild's is 2e-8 on a CPU with AVX-512.
-    assert abs(value) <= (1e-7 if name == "bild" else 0) and np.max(np.abs(gradient)) < 1e-6
+    # XLA rounds the two sides of these alike, by one set of options or the other: bild's loss is 2e-8 by a user's.
+    value, gradient, _ = evaluate(name, teacher, teacher, labels, as_users=name != "bild")
+    assert value == 0 and np.max(np.abs(gradient)) < 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
