@@ -84,8 +84,9 @@ class Data:
     eval_split: Text = "test"
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
-    threads: Count = 4  # threads that prepare batches ahead of the step
-    workers: Whole = 0  # processes that do so instead, of images that are not kept in memory; 0: none
+    threads: Count | None = None  # threads that prepare batches ahead of the step; unset: one per core, from 4 to 12
+    # processes that do so instead, of images that are not kept in memory; 0: none; unset: chosen by cores and images
+    workers: Whole | None = None
     cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # keep or drop the last partial batch of an epoch
     # raise an error at an image that does not decode or a label out of range, or skip it

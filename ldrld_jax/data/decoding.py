@@ -14,11 +14,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import decoded
+from ldrld_jax.data.ahead import Batch, ahead
 from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels
 from ldrld_jax.data.pipeline import as_asked, made_by
 from ldrld_jax.data.source import Source, fingerprint
 from ldrld_jax.data.sources import open_source
-from ldrld_jax.data.stream import Batch, ahead
 from ldrld_jax.data.views import BILINEAR, scaled_size
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import (
@@ -151,7 +151,7 @@ class _Split:
         whole = int(np.searchsorted(ends, images.stat().length, side="right")) if images.exists() else 0
         return whole, int(ends[whole - 1]) if whole else 0, finished
 
-    def write(self, *, threads: int, workers: int) -> Iterator[None]:
+    def write(self, *, threads: int | None, workers: int | None) -> Iterator[None]:
         """Writes the missing images, and yields after each span of them."""
         folder, source = self._folder, self.maker.source
         self.done, size, finished = self._written()
@@ -166,7 +166,8 @@ class _Split:
             images.truncate(size)
             index.truncate(self.done * decoded.ROW_BYTES)
             spans = range(self.done, len(source), _SPAN)
-            for batch in ahead(self.maker, spans, source, self.maker.batch_bytes, threads, workers):
+            one = lambda index: self.maker.batch([index])  # noqa: E731
+            for batch in ahead(self.maker, spans, source, self.maker.batch_bytes, threads, workers, one):
                 for file, array in ((images, batch["images"]), (index, batch["rows"])):
                     file.write(array)
                     file.flush()

@@ -40,7 +40,9 @@ class ResidentBatches(TrainBatches):
                 f"data.loader=resident makes one view of an image, not {self.views}. Set data.loader=stream."
             )
 
-    def iterate(self, start: int = 0, *, threads: int = 4, workers: int = 0) -> Iterator[DeviceBatch]:  # type: ignore[override]
+    def iterate(  # type: ignore[override]
+        self, start: int = 0, *, threads: int | None = None, workers: int | None = None
+    ) -> Iterator[DeviceBatch]:
         """Yields the batches from step `start` on, dispatched one at a time; without threads or workers."""
         return map(self.on_devices().batch, itertools.count(start))
 

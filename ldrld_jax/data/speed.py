@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.augment import pad_crop_flip
 from ldrld_jax.data.decode import open_image, pixels
 from ldrld_jax.data.pipeline import made_by, make_train_batches
@@ -36,9 +37,12 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
     Raises:
       UserError: if the data differ from the block.
     """
-    batches = make_train_batches(data, batch_size=batch_size, seed=0)
+    return _measure(data, make_train_batches(data, batch_size=batch_size, seed=0), seconds)
+
+
+def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[str, float]:
     source: Any = getattr(batches.source, "uncached", batches.source)  # a cache would hide the cost
-    draws, count = batches.draws(0), min(batch_size, len(batches.source))
+    draws, count = batches.draws(0), min(batches.batch_size, len(batches.source))
 
     def read(at: np.ndarray) -> Any:
         return source.records.__getitems__(at.tolist())
@@ -63,20 +67,17 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
 
 def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
     """Formats the result of `measure` as a readable table."""
-    rates = measure(data, batch_size=batch_size, seconds=seconds)
+    batches = make_train_batches(data, batch_size=batch_size, seed=0)
+    rates = _measure(data, batches, seconds)
     how = {
         "read": "encoded images from the disk, one thread",
         "decode": "read and fully decoded, one thread",
         "augment": "read, cropped, resized, flipped, one thread",
         "pipeline": f"batches of {batch_size}, loader {data.loader}"
-        + (f", {_maker(data)}" if data.loader == "stream" else ""),
+        + (f", {makers(batches.source, **made_by(data))}" if data.loader == "stream" else ""),
     }
     rows = [f"{name:10}{rates[name]:12.0f}  {how[name]}" for name in rates]
     return "\n".join([f"{data.name}, {data.train_split}: images per second", *rows])
-
-
-def _maker(data: ConfigDict) -> str:
-    return f"{data.workers} workers" if data.workers else f"{data.threads} threads"
 
 
 def warm_up(iterator: Iterator[Any], batches: TrainBatches) -> None:

@@ -3,19 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from ldrld_jax.data.ahead import Batch, ahead
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
-from ldrld_jax.data.source import InMemory
-from ldrld_jax.data.workers import Job, pool
-
-Batch = dict[str, np.ndarray]
-
-# Limit for the memory of batches that wait for use, whatever the size of an image.
-_AHEAD_BYTES = 256 * 2**20
 
 
 class Readable(Protocol):
@@ -122,45 +116,25 @@ class TrainBatches:
         shown = _draws(self.augmented_by, self.shown(epoch), examples, self.pad, self.flip)
         return shown._replace(order=_draws(self.seed, epoch, examples, self.pad, self.flip).order)
 
-    def parts(self, epoch: int, positions: Sequence[int], *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
+    def parts(
+        self, epoch: int, positions: Sequence[int], *, threads: int | None = None, workers: int | None = None
+    ) -> Iterator[Batch]:
         """Yields `part(epoch, position)` for each position, made as by `iterate`."""
         return ahead(functools.partial(self.part, epoch), positions, self.source, _bytes(self), threads, workers)
 
-    def iterate(self, start: int = 0, *, threads: int = 4, workers: int = 0) -> Iterator[Batch]:
+    def iterate(self, start: int = 0, *, threads: int | None = None, workers: int | None = None) -> Iterator[Batch]:
         """Yields the batches from step `start` on, made ahead of their use.
 
         Args:
           start: the first step.
-          threads: the threads that make them, without workers.
-          workers: the processes that make them, see `workers`. Images that are kept in memory need none.
+          threads: the threads that make them, without workers; None to choose, see `ahead.makers`.
+          workers: the processes that make them, see `workers`; None to choose. Images that are kept in memory get none.
         """
         return ahead(self.__getitem__, range(start, len(self)), self.source, _bytes(self), threads, workers)
 
 
 def _bytes(batches: "TrainBatches | _EvalBatches") -> int:
     return batches.batch_size * math.prod(batches.source.image_shape)
-
-
-def ahead(
-    make: Callable[[int], Batch], items: Sequence[int], source: Any, size: int, threads: int, workers: int
-) -> Iterator[Batch]:
-    """Yields `make(item)` for each item, in order, made ahead by threads or worker processes.
-
-    Args:
-      make: makes a batch.
-      items: the arguments of its calls.
-      source: the source that it reads.
-      size: of a batch, in bytes.
-      threads, workers: see `TrainBatches.iterate`.
-    """
-    import grain  # it imports JAX, and a worker imports this module
-
-    if workers and not isinstance(source, InMemory):
-        # A thread waits for each worker, and one more has its request ready when a worker is done.
-        make, threads = Job(pool(workers), make, source), workers + 1
-    fit = _AHEAD_BYTES // size
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, min(4 * threads, fit)))
-    return iter(grain.MapDataset.source(items).map(make).to_iter_dataset(options))
 
 
 @functools.lru_cache(maxsize=8)  # this epoch and the next: order, augmentation, a second view
@@ -223,8 +197,8 @@ def eval_batches(
     divisor: int = 1,
     host: int = 0,
     hosts: int = 1,
-    threads: int = 4,
-    workers: int = 0,
+    threads: int | None = None,
+    workers: int | None = None,
 ) -> Iterator[Batch]:
     """Yields every example once, in order, always with a `mask`, so that the step is traced once."""
     batches = _EvalBatches(source, batch_size, divisor, host, hosts)

@@ -65,7 +65,8 @@ class LogitFeed:
       mesh: the run's devices.
       epochs: number of epochs of the run.
       teach: maps images `[n, ...]` to logits as stored; None if the store has every epoch that the run needs.
-      threads, workers: threads and processes that prepare the batches that no step of this process trained on.
+      threads, workers: threads and processes that prepare the batches that no step of this process trained on; None to
+        choose.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class LogitFeed:
         epochs: int,
         teach: Callable[[jax.Array], Any] | None = None,
         *,
-        threads: int = 4,
-        workers: int = 0,
+        threads: int | None = None,
+        workers: int | None = None,
     ):
         self._store, self._batches, self._mesh = store, batches, mesh
         self._epochs, self._teach = epochs, teach

@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
 from ldrld_jax.errors import NonFiniteError, UserError
@@ -189,7 +190,10 @@ class _Check:
             return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]
-        bar, pool = ProgressBar(0, len(sample), f"{split} images", unit="image"), ThreadPoolExecutor(data.threads)
+        bar, pool = (
+            ProgressBar(0, len(sample), f"{split} images", unit="image"),
+            ThreadPoolExecutor(makers(source, data.threads, 0).threads),
+        )
         try:
             for done, some in enumerate(pool.map(read, range(0, len(sample), _AT_ONCE)), 1):
                 self._signals.check()

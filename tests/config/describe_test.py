@@ -17,7 +17,7 @@ def test_every_key_has_a_type_a_default_a_range_and_a_meaning():
     ("name", "expected"),
     [
         ("epochs", ("int", "1", "at least 1", True)),
-        ("data.threads", ("int", "4", "at least 1", False)),
+        ("data.threads", ("int", "unset", "at least 1", False)),
         ("data.crop_area", ("tuple of float", "(0.08, 1.0)", "above 0 each", True)),
         ("optim.decay_epochs", ("tuple of int", "(150, 180, 210)", "at least 0 each", True)),
         ("data.remainder", ("str", "'keep'", "keep | drop", True)),
