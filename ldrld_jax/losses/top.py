@@ -81,7 +81,9 @@ def ranks_of(logits: jax.Array, top: Top) -> jax.Array:
     lowest = jnp.asarray(RULED_OUT, logits.dtype)
     own = jnp.maximum(take(logits, top), lowest)[:, None]
     raised, classes = jnp.maximum(logits, lowest)[None], jnp.arange(logits.size, dtype=logits.dtype)[None]
-    before = (raised > own) | ((raised == own) & (classes < top.classes[:, None]))
+    # A class never ranks before itself, also where XLA computes the logits anew: see `_by_rounds`.
+    above = (raised > own) & (classes != top.classes[:, None])
+    before = above | ((raised == own) & (classes < top.classes[:, None]))
     return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
