@@ -14,12 +14,12 @@ deliver uint8 and leave scaling and normalisation to the device, where XLA fuses
 "normalised" performs them on the host. Contestants take turns, so that other load on the machine affects all of them
 equally; the median over the turns is reported. Batches of 64.
 
---scale also prints the processor time an image that the run's own process spends, and the largest share of the time in
-which its interpreter lock can be held: all of that time but decoding and resizing, with threads, or but copying the
-batch, with workers; those release the lock.
+--scale also prints the processor time an image that the run's own process spends, and how much of it its interpreter
+lock can be held at most: all of it but decoding, resizing, and copying the batch of a worker, which release the lock.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import os
@@ -42,6 +42,7 @@ from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.data.stream import TrainBatches
 from ldrld_jax.data.views import crop_box
+from ldrld_jax.data.workers import Memory
 from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 
 try:
@@ -179,11 +180,17 @@ def resident(**changes) -> Iterator:
 
 
 def take_turns(
-    contestants: dict[str, Iterator], turns: int, seconds: float, spent: dict[str, list[float]] | None = None
+    contestants: dict[str, Iterator],
+    turns: int,
+    seconds: float,
+    spent: dict[str, list[float]] | None = None,
+    held: dict[str, list[float]] | None = None,
+    free: list[float] | None = None,
 ) -> dict[str, list[float]]:
     """Returns each contestant's images per second in each turn, without batches prefetched between turns.
 
-    `spent` gets the milliseconds of processor time an image in this process.
+    `spent` gets the milliseconds of processor time an image in this process, and `held` those that are not in `free`,
+    see `lock_free`.
     """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(turns):
@@ -191,13 +198,18 @@ def take_turns(
             # Drain the buffers first; afterwards batches arrive as fast as they are produced.
             for _ in range(24):
                 next(batches)
+            if free is not None:
+                free.clear()
             count, start, spent_before = 0, time.perf_counter(), time.process_time()
             while (elapsed := time.perf_counter() - start) < seconds:
                 next(batches)
                 count += 1
             rates[name].append(count * BATCH / elapsed)
+            milliseconds = 1e3 * (time.process_time() - spent_before) / count / BATCH
             if spent is not None:
-                spent.setdefault(name, []).append(1e3 * (time.process_time() - spent_before) / count / BATCH)
+                spent.setdefault(name, []).append(milliseconds)
+            if held is not None and free is not None:
+                held.setdefault(name, []).append(max(milliseconds - 1e3 * sum(free) / count / BATCH, 0.0))
     return rates
 
 
@@ -237,17 +249,20 @@ def decode_share(root: pathlib.Path) -> None:
     print(f"{sizes}: decode {split[0]:.2f} ms, crop and resize {split[1]:.2f} ms")
 
 
-def without_lock(root: pathlib.Path) -> float:
-    """Returns the milliseconds of processor time an image in which a thread holds no lock: decoding and resizing."""
-    batches, spent = make_train_batches(config_data(**photos(root)), batch_size=BATCH, seed=0), 0.0
-    make_decoder, resize = Image._getdecoder, Image.Image.resize
+@contextlib.contextmanager
+def lock_free() -> Iterator[list[float]]:
+    """Yields a list of the seconds of processor time of this process's threads in calls that release the lock.
+
+    Those are decoding, resizing, and copying a batch from a worker.
+    """
+    spent: list[float] = []
+    make_decoder, resize, arrays = Image._getdecoder, Image.Image.resize, Memory.arrays
 
     def timed(function):
         def call(*args, **kwargs):
-            nonlocal spent
             start = time.thread_time()
             result = function(*args, **kwargs)
-            spent += time.thread_time() - start
+            spent.append(time.thread_time() - start)
             return result
 
         return call
@@ -260,18 +275,21 @@ def without_lock(root: pathlib.Path) -> float:
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-    with mock.patch.object(Image, "_getdecoder", Decoder), mock.patch.object(Image.Image, "resize", timed(resize)):
-        for step in range(8):
-            batches[step]
-    return 1e3 * spent / 8 / BATCH
+    class View(np.ndarray):
+        def copy(self):
+            return timed(np.array)(self)
 
+    def views(self, sizes):
+        return {name: array.view(View) for name, array in arrays(self, sizes).items()}
 
-def copying() -> float:
-    """Returns the milliseconds of processor time an image of copying a batch from a worker."""
-    batch, start = np.ones((BATCH, 224, 224, 3), np.uint8), time.thread_time()
-    for _ in range(50):
-        batch.copy()
-    return 1e3 * (time.thread_time() - start) / 50 / BATCH
+    with contextlib.ExitStack() as stack:
+        for owner, name, function in (
+            (Image, "_getdecoder", Decoder),
+            (Image.Image, "resize", timed(resize)),
+            (Memory, "arrays", views),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        yield spent
 
 
 def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
@@ -283,14 +301,15 @@ def scale(root: pathlib.Path, turns: int, seconds: float) -> None:
         contestants[f"{count} threads"] = stream(count, **photos(root))
         contestants[f"{count} workers"] = stream(1, count, **photos(root))
     spent: dict[str, list[float]] = {}
-    rates = take_turns(contestants, turns, seconds, spent)
-    free = {"threads": without_lock(root), "workers": copying()}
-    print(f"{cores} cores; ms an image without the lock: {free['threads']:.2f} threads, {free['workers']:.3f} workers")
-    print(f"{'':12}images/s   min..max     ms here  lock held at most")
+    held: dict[str, list[float]] = {}
+    with lock_free() as free:
+        rates = take_turns(contestants, turns, seconds, spent, held, free)
+    print(f"{cores} cores")
+    print(f"{'':12}images/s   min..max   ms an image here  of it with the lock at most  share of the time")
     for name, values in rates.items():
-        here, rate = statistics.median(spent[name]), statistics.median(values)
-        held = max(here - free[name.split()[1]], 0.0)
-        print(f"{name:12}{rate:8.0f} {min(values):7.0f}..{max(values):<6.0f} {here:8.3f}{held * rate / 10:12.1f} %")
+        here, locked, rate = (statistics.median(each) for each in (spent[name], held[name], values))
+        span = f"{min(values):7.0f}..{max(values):<6.0f}"
+        print(f"{name:12}{rate:8.0f} {span} {here:17.3f}{locked:29.3f}{locked * rate / 10:17.1f} %")
 
 
 def decoded(root: pathlib.Path, turns: int, seconds: float) -> None:

@@ -26,6 +26,12 @@ class Mean(NamedTuple):
 
 Means = dict[str, Mean]
 
+MEASURED = frozenset(
+    {"loss", "ce", "ce_term", "top1", "top5", "agreement", "top_d_overlap", "label_in_top_d"}
+    | {"learning_rate", "skipped", "non_finite"}
+)
+"""Names that each run measures; the terms of a user's loss and a user's metrics have others."""
+
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
     """Returns the mean of `values` `[...]` where `where` `[...]` is True, in float32 (float64 for float64)."""
@@ -117,7 +123,9 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """
     own = at_labels(logits, labels)[..., None]
     classes = jnp.arange(logits.shape[-1]).reshape(*(1,) * labels.ndim, -1)
-    before = (logits > own) | ((logits == own) & (classes < labels[..., None]))
+    # A class never ranks before itself, also where XLA computes the logits anew and rounds them differently.
+    above = (logits > own) & (classes != labels[..., None])
+    before = above | ((logits == own) & (classes < labels[..., None]))
     comparable = jnp.isfinite(own[..., 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
     return (jnp.sum(before, axis=-1) < k) & comparable
 

@@ -58,6 +58,10 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
     assert stores[0] == stores[1] == stores[2] != stores[3]
     (anew,) = jobs_of(tmp_path, "logits.dir=/store", "teacher.checkpoint=x", runs=[{"seed": 1}])
     assert stores[2] not in anew.command
+    exact = jobs_of(
+        tmp_path, "logits.dir=/store", "teacher.checkpoint=x", grid={"matmul_precision": ["default", "float32"]}
+    )
+    assert len({flag for job in exact for flag in job.command if "logits.dir=/store/" in flag}) == 2
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,9 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
         ({"runs": [{"sede": 0}]}, "there is no config key 'sede'. Did you mean 'seed'?"),
         ({"grid": {"seed": 3}}, "a list of values for each key"),
         ({"seeds": [3]}, "got config, seeds"),
+        ({"grid": [3]}, "a list of values for each key"),
+        ({"overrides": ["seed=3"]}, "overrides are a dict"),
+        ({"runs": {"seed": 3}}, "runs are a list of dicts"),
         ({"runs": [{"loss.ldrld.depth": 1}]}, "loss.ldrld: depth"),
     ],
 )
@@ -159,6 +166,29 @@ def test_what_is_complete_is_not_started_and_what_left_nothing_has_failed(schedu
         pass
     assert _Instant.started == ["seed=1"]
     assert [job.state for job in jobs] == ["done", "failed"]
+
+
+def test_a_sweep_that_fails_leaves_no_run_without_it(schedule, tmp_path, monkeypatch):
+    """Such as by a pipe that its reader has closed."""
+    stopped = []
+    monkeypatch.setattr(_Instant, "poll", lambda self: None)
+    monkeypatch.setattr(_Instant, "send_signal", lambda self, number: stopped.append(number), raising=False)
+    monkeypatch.setattr(_Instant, "wait", lambda self: 0, raising=False)
+
+    def show(jobs):
+        raise BrokenPipeError
+
+    sweep = schedule(jobs_of(tmp_path, "method=ce", grid={"seed": [0, 1]}), 2)
+    sweep.show = show
+    with pytest.raises(BrokenPipeError):
+        sweep.run()
+    assert stopped == [signal.SIGTERM] * 2
+
+
+def test_a_sweep_file_that_returns_nothing_is_refused(tmp_path):
+    (tmp_path / "sweep.py").write_text("def get_sweep():\n    {}\n")
+    with pytest.raises(UserError, match=r"a sweep is a dict with config, .* got None"):
+        load(str(tmp_path / "sweep.py"))
 
 
 def test_a_longer_run_is_missing_again(tmp_path):

@@ -45,6 +45,8 @@ def ahead(
     """
     import grain  # it imports JAX, and a worker imports this module
 
+    if not len(items):
+        return iter(())
     threads, workers = makers(source, threads, workers, one)
     if workers:
         # A thread waits for each worker, and one more has its request ready when a worker is done.

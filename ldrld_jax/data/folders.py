@@ -155,6 +155,8 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
     """Reads `root/SPLIT.csv` or `root/SPLIT.jsonl`; the classes are those of the training list, sorted."""
     listed = {name: _listed(root, name) for name in (train_split, split)}
     labels = {label for _, label in listed[train_split]}
+    if not labels:
+        raise UserError(f"the list {train_split} of {root} names no image. Write a line an image below its header.")
     numbers = all(label.isdecimal() for label in labels)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -175,12 +177,17 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
     lines = _lines(found[0])
     try:
         rows = list(csv.DictReader(lines)) if found[0].suffix == ".csv" else [json.loads(line) for line in lines]
+        for number, row in enumerate(rows, 1):
+            if row["path"] in _NOTHING or row["label"] in _NOTHING:
+                raise ValueError(f"in image {number}, which has no path or no label.")
         return [(str(root / row["path"]), str(row["label"])) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"{found[0]} is no list of images: {type(error).__name__} {error}. Each line needs `path` and `label`."
         ) from error
 
+
+_NOTHING = (None, "")  # what a line that is too short, or an empty field, gives
 
 FOLDERS: dict[str, Callable[[epath.Path, str, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
     "file_list": _file_list,

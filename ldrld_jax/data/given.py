@@ -16,13 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.decode import BrokenImageError, pixels
 from ldrld_jax.data.source import Source
 from ldrld_jax.errors import UserError
 
 _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
+_GREY, _NUMBERS = ("1", "L", "LA", "La"), ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow
 _LABELS_LOOKED_AT = 64  # each reads an image of a data set object
 
 
@@ -235,7 +237,7 @@ def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, .
 def _record(item: Any, name: str) -> dict[str, Any]:
     try:
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
-        return {"image": image if isinstance(image, bytes) else _array(image), "label": _label(label)}
+        return {"image": image if isinstance(image, bytes) else as_array(image), "label": _label(label)}
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} must be (image, label) or a dict with both, got {type(item).__name__}.") from error
 
@@ -249,9 +251,23 @@ def _label(label: Any) -> int | np.ndarray:
     return array.astype(np.int32)
 
 
-def _array(image: Any) -> np.ndarray:
+def as_array(image: Any) -> np.ndarray:
+    """Returns an image as an array: `[height, width, channels]` uint8 of a picture of Pillow's, grey or in colour.
+
+    Palettes, transparency and the like become colours as those of an encoded file do. Pictures of 16 or 32 bits stay
+    numbers.
+
+    Raises:
+      BrokenImageError: if a picture of Pillow's cannot be decoded.
+
+    Example:
+      >>> as_array(Image.new("P", (3, 2))).shape, as_array(Image.new("1", (3, 2))).shape
+      ((2, 3, 3), (2, 3, 1))
+    """
+    if isinstance(image, Image.Image) and image.mode not in _NUMBERS:
+        image = pixels(image, channels=1 if image.mode in _GREY else 3, exif=False)
     array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture of Pillow's
+    return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture
 
 
 def _bytes(image: dict[str, Any]) -> bytes:

@@ -156,5 +156,5 @@ def _eval_view(stored: tuple[Any, Any, int], data: ConfigDict) -> AsStored | Cen
 
 def _remembered(source: Source, data: ConfigDict) -> Readable:
     """Caches the decoded images in memory if they are not random and fit into `data.cache_mb`."""
-    fits = len(source) * math.prod(source.image_shape) <= data.cache_mb * 2**20
+    fits = len(source) * math.prod(source.image_shape) * np.dtype(source.dtype).itemsize <= data.cache_mb * 2**20
     return InMemory(source) if fits and not source.view.random else source

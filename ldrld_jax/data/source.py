@@ -107,7 +107,9 @@ class Source:
         for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
             try:
                 label = self._checked(record["label"])
-                images[row] = view(record["image"], generator(*key, index) if view.random else None)
+                image = view(record["image"], generator(*key, index) if view.random else None)
+                check_dtype(image.dtype, self.dtype)
+                images[row] = image
                 labels[row] = label
             except BrokenImageError as error:
                 self.report(index, error)
@@ -153,6 +155,22 @@ class Source:
                 f"{count} of {len(self)} images are broken, the last of them {name} ({why}), and a share of "
                 f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
             )
+
+
+def check_dtype(dtype: np.dtype, wanted: np.dtype) -> None:
+    """Raises a BrokenImageError if inputs of `dtype` mean something else than those of `wanted`, or do not fit it.
+
+    Pixels are uint8; of other inputs, whole numbers are not taken for fractions, nor fractions for whole numbers.
+
+    Example:
+      >>> check_dtype(np.dtype("int64"), np.dtype("int32"))
+      >>> check_dtype(np.dtype("float32"), np.dtype("uint8"))
+      Traceback (most recent call last):
+        ...
+      ldrld_jax.data.decode.BrokenImageError: its dtype is float32, and the others have uint8
+    """
+    if dtype != wanted and (wanted == np.uint8 or (dtype.kind == "f") != (np.dtype(wanted).kind == "f")):
+        raise BrokenImageError(f"its dtype is {dtype}, and the others have {np.dtype(wanted)}")
 
 
 def too_many(broken: int, images: int, max_skipped: float) -> bool:

@@ -134,7 +134,8 @@ class TrainBatches:
 
 
 def _bytes(batches: "TrainBatches | _EvalBatches") -> int:
-    return batches.batch_size * math.prod(batches.source.image_shape)
+    source, views = batches.source, getattr(batches, "views", 1)
+    return batches.batch_size * views * math.prod(source.image_shape) * np.dtype(source.dtype).itemsize
 
 
 @functools.lru_cache(maxsize=8)  # this epoch and the next: order, augmentation, a second view

@@ -136,6 +136,7 @@ class Pool:
 
 _ids = itertools.count()
 _lock = threading.Lock()
+_scopes = 0  # blocks of `scope` that have not ended
 _pools: dict[tuple[int, int], Pool] = {}  # by process and number: a fork must not use its parent's, nor end them
 
 
@@ -158,11 +159,18 @@ def close_all() -> None:
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Ends all workers at the end of the block."""
+    """Ends all workers at the end of the block; if several blocks overlap, at the end of the last."""
+    global _scopes
+    with _lock:
+        _scopes += 1
     try:
         yield
     finally:
-        close_all()
+        with _lock:
+            _scopes -= 1
+            last = not _scopes
+        if last:
+            close_all()
 
 
 def describe() -> list[str]:

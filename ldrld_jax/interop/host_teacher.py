@@ -156,8 +156,12 @@ def _read(path: str) -> Any:
 
             (logits,) = load_file(path).values()
             return logits
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        logits = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(logits, np.ndarray):
+            logits.close()
+            raise ValueError("it holds several arrays; save one as .npy")
+        return logits
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of NumPy, tensorstore or safetensors, which have errors of their own
         raise UserError(f"{path} is no file of logits that can be read: {' '.join(str(error).split())}.") from error

@@ -159,7 +159,7 @@ def _check_zip(name: str, data: bytes) -> list[str]:
 
 def _names(member: str, model_name: str) -> bool:
     """Returns whether a folder or file in the path is named after the model, such as `resnet56_vanilla`."""
-    if not member.endswith((".pth", ".pt", ".safetensors")):
+    if not member.endswith((".pth", ".pt", ".safetensors", ".npz")):
         return False
     return re.search(rf"(^|/){re.escape(model_name)}([_./-]|$)", member) is not None
 

@@ -33,8 +33,8 @@ _CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for se
 # Keys of the data block that change neither the index of an image nor what the teacher sees of it. The key holds
 # the augmentation seed separately, and the teacher's normalisation with the teacher.
 _NOT_KEY = (
-    *("data_dir", "loader", "threads", "cache_mb", "eval_split", "remainder", "label_noise", "label_noise_rate"),
-    *("mixup", "augment_seed", "mean", "std", "image_size", "max_skipped"),
+    *("data_dir", "loader", "threads", "workers", "cache_mb", "max_skipped", "eval_split", "remainder"),
+    *("label_noise", "label_noise_rate", "mixup", "augment_seed", "mean", "std", "image_size"),
 )
 
 
@@ -137,6 +137,11 @@ def make_key(
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
+def _parts(key: Key) -> dict[str, Any]:
+    """Returns the parts of a key by name, without those of `_NOT_KEY` that earlier versions wrote."""
+    return {name: value for name, value in flat(key).items() if name not in {f"data.{other}" for other in _NOT_KEY}}
+
+
 def checksum(tree: Any) -> str:
     """Returns a checksum over the paths, dtypes, shapes and bits of a tree's arrays.
 
@@ -236,7 +241,7 @@ class LogitStore:
             return None
         try:
             note = json.loads(content.value)
-            theirs, ours = flat(note["key"]), flat(self.key)
+            theirs, ours = _parts(note["key"]), _parts(self.key)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
         differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))

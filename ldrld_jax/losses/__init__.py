@@ -119,9 +119,9 @@ class Method:
         weights of the teacher's last layer; None if there are none.
       gradient_scale: `gradient_scale(epoch)` returns the scalar that multiplies the gradient of the learnt
         parameters before the update; None leaves the gradient unchanged.
-      top_needed: `top_needed(cfg)` returns K if the loss reads the teacher's logits at the K largest classes of either
-        side, and of the others the log-sum-exp at most, or None if it reads every logit, as it does without this
-        function. See docs/logit_store.md.
+      top_needed: `top_needed(cfg)` returns K if the loss needs only the teacher's logits at the K largest classes of
+        either side and, at most, the log-sum-exp of the others; None if it needs every logit. Without this function,
+        every logit is assumed to be needed. See docs/logit_store.md.
       fixed: the fields of `config` that decide what is computed, so that no schedule may change them by epoch.
       decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
       ce_weight: the authors' weight of the cross-entropy.

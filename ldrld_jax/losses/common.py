@@ -38,13 +38,14 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base class of the method configs: coerces each field to its annotated type and checks it.
 
     Floats must be finite and not negative (`Positive`: above 0), so that a typo fails here and not as
-    a NaN thousands of steps later. A field annotated `KIND | None` may be None. Subclasses are
-    registered static: they pass through `jax.jit` and `jax.vmap` as arguments and cannot be traced.
+    a NaN thousands of steps later. A field annotated `KIND | None` may be None. Subclasses must be
+    registered static, to pass through `jax.jit` and `jax.vmap` as arguments; they cannot be traced.
 
     Raises:
       ValueError: if a field is out of its range.
@@ -76,8 +77,8 @@ def prepare_logits(
     """Checks both logits, raises them to float32 at least and stops the gradient into the teacher.
 
     Rows where `where` is False are set to 0, so that a NaN there reaches neither the value nor
-    the gradient. A row that holds an infinite logit or a NaN on either side becomes NaN, so that the value and the
-    row's gradient are both NaN, unless `infinite` says that the loss gives a meaning to infinite logits.
+    the gradient. If a row of either side holds an infinite logit or a NaN, the student's row becomes NaN, so that the
+    value and the row's gradient are both NaN, unless `infinite` says that the loss gives a meaning to infinite logits.
 
     Raises:
       ValueError: if the shapes differ or a dtype is not floating.
@@ -133,6 +134,7 @@ def mean_over_rows(
         kept = check_rows("weights", weights, values.shape).astype(values.dtype)
     if where is not None:
         kept = jnp.where(where, kept, jnp.zeros((), values.dtype))
+        values = jnp.where(where, values, jnp.zeros((), values.dtype))  # 0 times NaN is NaN
     total, count = jnp.sum(values * kept), jnp.sum(kept)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)

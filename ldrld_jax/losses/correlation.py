@@ -133,13 +133,25 @@ def _gram_distance(teacher: jax.Array, student: jax.Array, weights: jax.Array) -
     .. math:: \|A^T W A - B^T W B\|_F^2, \quad \|\sqrt W (A A^T - B B^T) \sqrt W\|_F^2
 
     With D = A - B and S = A + B, A'A - B'B = (D'S + S'D) / 2 needs one product instead of two, and
-    subtracts no large numbers if the student is near the teacher.
+    subtracts no large numbers if the student is near the teacher. Both distances follow from products of one
+    side, rows or classes: |D'S + S'D|^2 / 2 = tr(DD' SS') + tr(DS' DS'). The smaller side is used, so that no matrix
+    is larger than `[min(N, C), min(N, C)]`.
     """
     difference, total = teacher - student, teacher + student
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    classes, rows = dot(difference.T, weights[:, None] * total), dot(difference, total.T)
-    squares = [((m + m.T) / 2) ** 2 for m in (classes, rows)]
-    return jnp.sum(squares[0]), jnp.sum(weights[:, None] * weights[None] * squares[1])
+    by_rows = len(teacher) <= teacher.shape[-1]
+    if by_rows:
+        shares = weights[:, None] * weights[None]
+        within = shares * dot(difference, difference.T) * dot(total, total.T)
+        across = dot(difference, total.T)
+    else:
+        shares = jnp.ones((), teacher.dtype)
+        weighted = weights[:, None] * total
+        within = dot(difference.T, weights[:, None] * difference) * dot(total.T, weighted)
+        across = dot(difference.T, weighted)
+    this_side = jnp.sum(shares * ((across + across.T) / 2) ** 2)
+    other_side = jnp.sum(within + shares * across * across.T) / 2
+    return (other_side, this_side) if by_rows else (this_side, other_side)
 
 
 def _mlkd_view(
@@ -196,7 +208,7 @@ def mlkd_parts(
 
     Returns:
       "instance", "class" and "batch": scalars, float32 (float64 for float64 logits), 0 if no row
-      counts. Time and memory grow with N^2 and C^2.
+      counts. Memory grows with min(N, C)^2, time with N C min(N, C).
 
     Raises:
       ValueError: if the shapes differ, a dtype is not floating, or views is 2 and the first axis is not 2.

@@ -322,7 +322,9 @@ def rld_terms(
     confidence = pick(log_ratio(teacher / cfg.alpha_temperature, ~best), best)
     student_odds = pick(log_ratio(student / cfg.alpha_temperature, ~target), target)
     # XLA may compute logits anew for each use and round them differently: the label must not be below itself.
-    below = ~target & (teacher < pick(teacher, target)[..., None])
+    # A label out of range has no class of its own; all classes are then kept, so that the student's NaN stays.
+    own = jnp.where(jnp.any(target, axis=-1), pick(teacher, target), jnp.inf)
+    below = ~target & (teacher < own[..., None])
     masked = kl(teacher / cfg.temperature, student / cfg.temperature, keep=below)
     return {
         "confidence": cfg.alpha * cfg.alpha_temperature**2 * bernoulli_kl(confidence, student_odds),

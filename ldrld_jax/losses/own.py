@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from ldrld_jax.losses.common import MethodConfig, mean_over_rows
+from ldrld_jax.losses.common import MethodConfig, check_rows, mean_over_rows
+from ldrld_jax.losses.top import AxisName
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoConfig(MethodConfig):
     """The config of a loss without fields."""
@@ -40,22 +43,32 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
         params: Any = None,
         where: jax.Array | None = None,
         weights: jax.Array | None = None,
+        axis_name: AxisName = None,
     ) -> dict[str, jax.Array]:
         del cfg, params
         teacher_logits = jax.lax.stop_gradient(teacher_logits)
+        if where is not None:  # the function may read these rows, and 0 times NaN is NaN
+            kept = check_rows("where", where, jnp.shape(labels))[..., None]
+            teacher_logits, student_logits = (
+                jnp.where(kept, z, jnp.zeros((), z.dtype)) for z in (teacher_logits, student_logits)
+            )
         options = {"where": where} if takes_where else {}
         loss = function(teacher_logits, student_logits, labels, **options)
         if loss.shape == labels.shape:
-            return {"": mean_over_rows(loss, where=where, weights=weights)}
+            return {"": mean_over_rows(loss, where=where, weights=weights, axis_name=axis_name)}
         name = getattr(function, "__name__", type(function).__name__)
         if loss.ndim:
             raise ValueError(
-                f"{name} returns {loss.shape}, and must return a scalar or a loss an example, {labels.shape}."
+                f"{name} returns {loss.shape}, and must return a scalar or one loss per example, {labels.shape}."
             )
         if weights is not None or (where is not None and not takes_where):
             raise ValueError(
-                f"{name} returns a scalar and does not take where, so that padding cannot be left out. Return a loss "
-                "an example, or take where=None, or set data.remainder=drop."
+                f"{name} returns a scalar and does not take where, so that padding cannot be left out. Return one loss "
+                "per example, or take where=None, or set data.remainder=drop."
+            )
+        if axis_name is not None:
+            raise ValueError(
+                f"{name} returns a scalar, of which the mean over {axis_name} is unknown. Return one loss per example."
             )
         return {"": loss}
 

@@ -35,9 +35,11 @@ def load(path: str) -> dict[str, Any]:
         )
     try:
         get_sweep = runpy.run_path(file)["get_sweep"]
-        return get_sweep(arg) if arg else get_sweep()
+        sweep = get_sweep(arg) if arg else get_sweep()
     except Exception as error:
         raise UserError(f"sweep {path} failed: {type(error).__name__}: {error}") from error
+    _check_form(sweep)
+    return sweep
 
 
 def parse_grid(text: str) -> tuple[str, list[str]]:
@@ -84,7 +86,7 @@ class Job:
         self.reached = ""
         try:
             self.state = "done" if self._complete() else "elsewhere" if is_locked(self.workdir) else "waiting"
-        except UserError as error:  # the other runs go on
+        except (UserError, OSError) as error:  # the other runs go on
             self.state, self.reached = "failed", str(error)
 
     def _complete(self) -> bool:
@@ -103,7 +105,10 @@ class Job:
     def line(self) -> str:
         """Returns a line with the state, the name and the last evaluation."""
         if self.state in ("running", "elsewhere") or not self.reached:  # finished jobs are read once
-            found = last_evaluation(self.workdir)
+            try:
+                found = last_evaluation(self.workdir)
+            except UserError as error:  # a torn file: the run itself, or the report, says what to do
+                found, self.reached = None, str(error)
             if found:
                 self.reached = f"epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}"
         return f"{self.state:9}  {self.name}  {self.reached}".rstrip()
@@ -125,13 +130,9 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
       >>> [job.name for job in plan(sweep, epath.Path("runs/digits"))]
       ['method=ce,seed=0', 'method=ce,seed=1']
     """
-    if not isinstance(sweep, dict) or "config" not in sweep or not set(sweep) <= _KEYS:
-        given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
-        raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
+    _check_form(sweep, complete=True)
     overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]
     grid = sweep.get("grid", {})
-    if not all(isinstance(values, list | tuple) for values in grid.values()):
-        raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     jobs = [
         _job(sweep["config"], workdir, overrides, run | point) for run in sweep.get("runs", [{}]) for point in points
@@ -140,6 +141,20 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Remove one of them.")
     return jobs
+
+
+def _check_form(sweep: Any, *, complete: bool = False) -> None:
+    """Raises a UserError if something is no sweep; one that is not complete may lack its config."""
+    if not isinstance(sweep, dict) or (complete and "config" not in sweep) or not set(sweep) <= _KEYS:
+        given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
+        raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
+    grid, overrides, runs = sweep.get("grid", {}), sweep.get("overrides", {}), sweep.get("runs", [{}])
+    if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) for values in grid.values()):
+        raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
+    if not isinstance(overrides, dict):
+        raise UserError(f"a sweep's overrides are a dict from keys to values, got {overrides}.")
+    if not isinstance(runs, list | tuple) or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"a sweep's runs are a list of dicts from keys to values, got {runs}.")
 
 
 def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str, Any]) -> Job:
@@ -171,7 +186,8 @@ def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
     keys = config_lib.identity(config)
     seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
     seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}
-    return seen | {"data.augment_seed": seed, "precision": config.precision}
+    numbers = {"precision": config.precision, "matmul_precision": config.matmul_precision}
+    return seen | {"data.augment_seed": seed} | numbers
 
 
 def _short(content: Any) -> str:

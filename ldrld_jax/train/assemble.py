@@ -15,6 +15,7 @@ from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
+from ldrld_jax.metrics import MEASURED
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.train.given import Callback, Given, LineWriter
 from ldrld_jax.train.step import Metric
@@ -45,20 +46,27 @@ def assemble(
       UserError: if one of them is nothing that a run can use.
     """
     made = default()
-    for key, value in {**config, "epochs": epochs, "batch_size": batch_size, "seed": seed}.items():
+    arguments = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    for key, value in {"method": method, **arguments}.items():
+        if key in config and config[key] != value:
+            raise UserError(
+                f"Trainer(config=...) has {key}={config[key]!r}, and its argument {key} is {value!r}. Give only the "
+                f"argument: Trainer({key}={config[key]!r})."
+            )
+    for key, value in {**config, **arguments}.items():
         set_value(made, key, value, source="Trainer(config=...)")
     models = dict[str, Any]()
     set_value(made, "student.model", student if isinstance(student, str) else _entered(student, models), "Trainer")
     host_teacher = _set_teacher(made, teacher, models)
     methods = _set_method(made, method)
-    splits = _set_data(made, train, evaluation, num_classes)
+    splits = _set_data(made, train, evaluation, num_classes, own_train_split="data.train_split" in config)
     if isinstance(optimizer, str):
         set_value(made, "optim.name", optimizer, "Trainer(optimizer=...)")
     elif optimizer is not None:
         if not isinstance(optimizer, optax.GradientTransformation):
             raise UserError(f"the optimizer must be one of optax, or a name, got {type(optimizer).__name__}.")
         made.optim.name = "<optimizer>"
-    check_observers(writers, callbacks)
+    check_observers(writers, callbacks, metrics)
     return made, Given(
         models=models,
         teacher=host_teacher,
@@ -151,7 +159,7 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
 
 
 def _set_data(
-    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None
+    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None, *, own_train_split: bool
 ) -> tuple[Source | None, Source | None]:
     """Names the data in a config; returns the splits that are objects."""
     if isinstance(train, str | pathlib.PurePath):
@@ -161,7 +169,8 @@ def _set_data(
             if config.data.name == default().data.name:
                 config.data.name = "image_folder"
             config.data.data_dir = str(train)
-            config.data.train_split, config.data.eval_split = _FOLDER_SPLITS
+            train_split, config.data.eval_split = _FOLDER_SPLITS
+            config.data.train_split = config.data.train_split if own_train_split else train_split
         else:
             config.data.name = str(train)
         config.data.eval_split = evaluation or config.data.eval_split
@@ -189,8 +198,15 @@ def _set_data(
     return first, second
 
 
-def check_observers(writers: Sequence[LineWriter], callbacks: Sequence[Callback]) -> None:
-    """Raises a UserError if one of them is nothing that a run can call."""
+def check_observers(
+    writers: Sequence[LineWriter], callbacks: Sequence[Callback], metrics: Mapping[str, Metric]
+) -> None:
+    """Raises a UserError if a run cannot call one of them, or a metric has the name of one that each run measures."""
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise UserError(f"the metric {name!r} must be a function of (logits, labels, where), got {metric!r}.")
+        if name in MEASURED:
+            raise UserError(f"the metric {name!r} has the name of one that each run measures. Choose another name.")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise UserError(f"a callback must be an ldrld_jax.Callback, got {type(callback).__name__}.")

@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data import workers
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
@@ -83,7 +84,7 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
     config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
     problems = _Problems()
-    with precision_scope(config.precision, config.matmul_precision), catch_signals() as signals:
+    with precision_scope(config.precision, config.matmul_precision), workers.scope(), catch_signals() as signals:
         place = epath.Path(workdir)
         run = problems.from_(lambda: Run.plan(pinned(config, place), place, given=given))
         if run is None:

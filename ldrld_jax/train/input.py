@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -45,6 +46,7 @@ def open_input(
         )
         described = Describer(config.compile, "eval_images") if absent else None
         eval_source = open_evaluation(config, given, described)
+    _check_alike(batches.source, eval_source)
     padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
     if config.data.mixup and padded:
         raise UserError(
@@ -52,6 +54,24 @@ def open_input(
             "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."
         )
     return batches, eval_source
+
+
+def _check_alike(train: Readable, evaluation: Readable) -> None:
+    """Raises a UserError if a network that is trained on one split could not be evaluated on the other."""
+    ours, theirs = _form(train), _form(evaluation)
+    if ours != theirs:
+        raise UserError(f"the training data are {ours}, and the evaluation data {theirs}. Give both alike.")
+
+
+def _form(source: Readable) -> str:
+    """Describes the inputs of a network; pictures may differ in size, and texts in length."""
+    shape: object = source.image_shape
+    if source.label_shape:
+        shape = f"{len(source.image_shape)} axes"
+    elif not source.raw:
+        shape = f"{source.image_shape[-1]} channels"
+    labels = f"with labels of {len(source.label_shape)} axes" if source.label_shape else "with one label each"
+    return f"{np.dtype(source.dtype)} {'raw inputs' if source.raw else 'pixels'} of {shape} {labels}"
 
 
 def open_evaluation(config: ConfigDict, given: Given = NOTHING, open_split: Open | None = None) -> Readable:

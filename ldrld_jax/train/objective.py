@@ -16,12 +16,9 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.losses import METHODS, Method, standardized
 from ldrld_jax.losses.common import mean_over_rows
 from ldrld_jax.losses.schedule import Schedule, with_values
-from ldrld_jax.metrics import at_labels
+from ldrld_jax.metrics import MEASURED, at_labels
 
 Tree = Any
-
-
-_METRICS = ("loss", "ce", "ce_term")  # a user's function may have one of these names
 
 
 class Term(NamedTuple):
@@ -71,8 +68,20 @@ class Objective:
     @property
     def top_needed(self) -> dict[str, int | None]:
         """The number of the teacher's largest logits that each method needs, see `Method.top_needed`."""
-        needs = {name: (term.method.top_needed, term.cfg) for name, term in self.methods.items()}
-        return {name: None if needed is None else needed(cfg) for name, (needed, cfg) in needs.items()}
+        return {name: self._top_needed(term) for name, term in self.methods.items()}
+
+    def _top_needed(self, term: Term) -> int | None:
+        if term.method.top_needed is None:
+            return None
+        fields = {field.name for field in dataclasses.fields(term.cfg)} - set(term.method.fixed)
+        values = {name: [value for _, value in s.points] for name, s in self.schedules.items() if name in fields}
+        each = itertools.product(*values.values())  # the config at each point of its schedules
+        needed = [
+            term.method.top_needed(dataclasses.replace(term.cfg, **dict(zip(values, point, strict=True))))
+            for point in each
+        ]
+        known = [k for k in needed if k is not None]
+        return max(known) if len(known) == len(needed) else None
 
     def init(self) -> dict[str, Tree]:
         """Returns the initial values of the parameters that methods learn, by method."""
@@ -184,7 +193,7 @@ def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProx
         else:
             cfg, weight = method.config(), method.kd_weight if "+" in config.method else 1.0
         shown = name.strip("<>").rpartition(":")[2]
-        shown = f"own_{shown}" if shown in _METRICS else shown
+        shown = f"own_{shown}" if shown in MEASURED else shown
         methods[shown] = Term(standardized(method) if config.standardize else method, cfg, weight)
     return Objective(methods, **weights, schedules=_schedules(config, methods))
 

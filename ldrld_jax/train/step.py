@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
@@ -214,6 +215,8 @@ def make_train_step(
 
             gradients, (terms, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
             metrics = _metrics(terms, teacher_logits, logits, labels, where, compared_depth)
+            if both := metrics.keys() & extra_metrics.keys():
+                raise UserError(f"the metric {min(both)!r} has the name of a term of the loss. Choose another name.")
             return gradients, batch_stats, metrics | _extra(extra_metrics, logits, labels, where)
 
         share = None
@@ -231,7 +234,8 @@ def make_train_step(
         after = Variables(params, batch_stats)
         ema = state.ema
         if ema_decay is not None:
-            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, after)
+            average = lambda old, new: ema_decay * old + (1 - ema_decay) * new if _is_float(new) else new  # noqa: E731
+            ema = jax.tree.map(average, ema, after)
         taken = _steps_taken(state) if skip_non_finite else state.step
         rate = _hyperparameter(state.opt_state) if schedule is None else schedule(taken)
         if rate is not None:
@@ -252,6 +256,11 @@ def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(forward, policy=products)
 
 
+def _is_float(x: jax.Array) -> bool:
+    """Returns whether an array of the state has an average; a model's counters, for one, have their last value."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def _accumulated(
     gradients_of: Callable[[Batch, jax.Array | None], tuple[Tree, Tree, Means]],
     batch: Batch,
@@ -270,7 +279,7 @@ def _accumulated(
         batch, key = microbatch
         gradients, batch_stats, metrics = gradients_of(batch, key)
         own = rows // accumulate if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
-        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / kept)  # noqa: E731
+        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / kept) if _is_float(x) else x  # noqa: E731
         return jax.tree.map(add, total, (gradients, batch_stats)), metrics
 
     shapes = jax.eval_shape(gradients_of, *jax.tree.map(lambda x: x[0], (micro, keys)))[:2]

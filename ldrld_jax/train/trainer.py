@@ -15,8 +15,11 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data import workers
+from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.given import as_array
+from ldrld_jax.data.source import check_dtype
 from ldrld_jax.data.stream import Readable
-from ldrld_jax.data.views import View
+from ldrld_jax.errors import UserError
 from ldrld_jax.files import LockedError, is_locked
 from ldrld_jax.record.console import say, summary_table, waiting
 from ldrld_jax.record.reader import check_classes, read_metrics
@@ -162,9 +165,9 @@ class Trainer:
         The other arguments are those of `Trainer`.
 
         Raises:
-          UserError: if a writer or a callback is none.
+          UserError: if a writer, a callback or a metric is none, or a metric has the name of one of the run's.
         """
-        check_observers(writers, callbacks)
+        check_observers(writers, callbacks, metrics or {})
         trainer = cls.__new__(cls)
         trainer.config, trainer.workdir = config, epath.Path(workdir)
         trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
@@ -196,17 +199,17 @@ class Trainer:
         """Returns the logits `[n, C]` float32 of images by the best checkpoint, `[n, length, C]` of texts.
 
         Args:
-          images: `[n, ...]` as in the training data, before normalisation; or a list of images or of encoded files'
-            bytes, which are resized and cropped as those of the evaluation split are.
+          images: `[n, ...]` as in the training data, before normalisation; or a list of images, as arrays or of
+            Pillow's, or of encoded files' bytes, which are resized and cropped as those of the evaluation split are.
 
         Raises:
-          UserError: if there is no checkpoint yet, or an image has another shape.
+          UserError: if there is no checkpoint yet, or an image is broken, or has another shape or dtype.
         """
         with self._best() as best:
             program = jax.jit(lambda images: best.network(best.variables, images, train=False)[0])
             size, logits = best.config.eval_batch_size, []
             for start in range(0, len(images), size):
-                rows = np.stack([best.view(image) for image in images[start : start + size]]).astype(best.source.dtype)
+                rows = np.stack([best.input(i, images[i]) for i in range(start, min(start + size, len(images)))])
                 padded = np.pad(rows, ((0, min(size, len(images)) - len(rows)), *((0, 0),) * (rows.ndim - 1)))
                 logits.append(np.asarray(program(padded), np.float32)[: len(rows)])
             empty = np.zeros((0, *best.source.label_shape, len(best.source.class_names)), np.float32)
@@ -235,11 +238,19 @@ class _Best(NamedTuple):
     variables: Variables
     source: Readable
 
-    @property
-    def view(self) -> View:
-        """The transform of an image for the evaluation."""
+    def input(self, index: int, image: Any) -> np.ndarray:
+        """Returns an image as the network takes it: transformed as for the evaluation.
+
+        Raises:
+          UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
+        """
         source: Any = getattr(self.source, "uncached", self.source)
-        return source.view
+        try:
+            array = source.view(image if isinstance(image, bytes) else as_array(image))
+            check_dtype(array.dtype, source.dtype)
+        except BrokenImageError as error:
+            raise UserError(f"image {index} cannot be used: {error}. Give images as in the training data.") from error
+        return array.astype(source.dtype)
 
 
 def _best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:

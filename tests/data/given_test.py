@@ -78,6 +78,38 @@ def test_an_object_gives_one_example_an_index(arrays, kind):
     assert_read(source, *arrays)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_a_picture_of_any_mode_is_read_as_its_file_is(arrays, mode):
+    """A palette's indices are no grey, and a mask is no raw input."""
+    picture = Image.fromarray(arrays[0][0]).convert(mode)
+    if mode == "P":
+        picture = Image.fromarray(arrays[0][0]).quantize(4)
+        picture.info["transparency"] = 0
+    source = as_source(Items([picture], [0], num_classes=2))
+    channels = 1 if mode in ("1", "L", "LA") else 3
+    assert (source.image_shape, source.raw) == ((5, 4, channels), False)
+    file = io.BytesIO()
+    if mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        picture.save(file, format="png")
+    else:
+        picture.convert("RGBA" if mode == "PA" else "RGB").save(file, format="png")
+    expected = type(source.view)((5, 4, channels))(file.getvalue())
+    np.testing.assert_array_equal(source.read(np.array([0]))[0][0], expected)
+
+
+def test_pictures_of_sixteen_bits_stay_numbers():
+    source = as_source(Items([Image.fromarray(np.full((3, 2), 1000, np.uint16))], [0], num_classes=2))
+    assert (source.raw, source.read(np.array([0]))[0].max()) == (True, 1000)
+
+
+def test_an_example_of_another_dtype_is_broken(arrays):
+    images = [*arrays[0][:2], arrays[0][2].astype(np.float32) / 255]
+    with pytest.raises(UserError, match=r"data\[2\] is broken: its dtype is float32, and the others have uint8"):
+        as_source(Items(images, arrays[1][:3], num_classes=3)).read(np.arange(3))
+    whole = as_source(Items([np.zeros(3, np.int32), np.zeros(3, np.int64)], [0, 1], num_classes=2))
+    assert whole.read(np.arange(2))[0].dtype == np.int32
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -139,3 +171,18 @@ def test_a_list_of_files_names_paths_and_labels(arrays, tmp_path, suffix, labels
         open_source("file_list", "val", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no .*other\.csv or \.jsonl"):
         open_source("file_list", "other", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("train.csv", "path,label\na.png,0\nb.png\n", "in image 2, which has no path or no label"),
+        ("train.csv", "path,label\na.png,\n", "in image 1, which has no path or no label"),
+        ("train.jsonl", '{"path": "a.png", "label": null}\n', "in image 1, which has no path or no label"),
+        ("train.csv", "path,label\n", "the list train of .* names no image"),
+    ],
+)
+def test_an_image_without_a_label_is_no_class_of_its_own(tmp_path, file, text, message):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_source("file_list", "train", str(tmp_path))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import InMemory
 
@@ -34,6 +35,17 @@ def test_the_cache_changes_nothing(folder):
     assert not isinstance(fresh, InMemory)
     for _ in range(2):
         chex.assert_trees_all_equal(kept.read(np.arange(12)), fresh.read(np.arange(12)))
+
+
+def test_the_cache_counts_bytes(folder):
+    numbers = as_source((np.zeros((8, 64, 64, 8), np.float32), np.arange(8) % 2))  # 1 MiB
+    opened = lambda *name, **options: numbers  # noqa: E731
+    data = config_lib.default().data
+    for mb, kept in ((1, True), (0, False)):
+        data.cache_mb = mb
+        assert isinstance(make_eval_source(data, open_source=opened), InMemory) is kept
+    data.cache_mb, numbers = 1, as_source((np.zeros((9, 64, 64, 8), np.float32), np.arange(9) % 2))
+    assert not isinstance(make_eval_source(data, open_source=opened), InMemory)
 
 
 def test_only_images_that_are_always_the_same_are_kept(folder):

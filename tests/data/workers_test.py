@@ -193,3 +193,18 @@ def test_no_worker_outlives_its_run(ending):
         os.killpg(run.pid, signal.SIGTERM)
     said = run.communicate(timeout=5)[1]  # until the worker, which has the other end of these pipes too, has ended
     assert said.count("KeyboardInterrupt") == ("interrupt" in ending)
+
+
+def test_workers_end_with_the_last_of_the_scopes_and_serve_no_empty_list(folder):
+    """A callback may evaluate another run while one trains."""
+    batches = make_train_batches(block(folder), batch_size=5, seed=0)
+    with workers.scope():
+        iterator = batches.iterate(workers=1)
+        wanted = first(iterator, 1)
+        with workers.scope():
+            chex.assert_trees_all_equal(first(batches.iterate(workers=1), 1), wanted)
+        (pid,) = workers.pool(1).pids
+        assert len(first(iterator, 3)) == 3
+    os.kill(pid, 0)  # the module's own scope is the last
+    assert list(batches.parts(0, [], workers=7)) == []
+    assert 7 not in {count for _, count in workers._pools}

@@ -51,3 +51,13 @@ def test_a_logit_that_is_not_finite_makes_the_value_and_its_rows_gradient_nan(na
         teacher[1, 4], student[1, 4] = teacher_value, student_value
         value, gradient = loss(teacher, student, labels, default(name))
         assert np.isnan(value) and np.isnan(gradient[1]).all()
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_label_out_of_range_is_nan_for_any_teacher(name, rng):
+    """rld counts the classes below the label's, of which there would be none."""
+    teacher, student, labels = batch(rng, 3, dtype=np.float32)
+    labels[1] = 5
+    loss = jax.jit(lambda teacher: loss_of_rows(METHODS[name])(teacher, student, labels, default(name)))
+    for shift in (-20, 0, 20):
+        assert np.isnan(loss(teacher + shift))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -148,6 +149,9 @@ def test_one_torn_run_does_not_stop_a_sweep(tmp_path):
         job.look()
     assert [job.state for job in jobs] == ["failed", "waiting"]
     assert "summary.json is torn or no JSON" in jobs[0].line()
+    jobs[1].workdir.mkdir(parents=True)
+    (jobs[1].workdir / "metrics.jsonl").write_text('{"step": \n{"step": 2}\n')
+    assert re.search(r"^waiting +method=ce,seed=1  .*metrics\.jsonl", jobs[1].line())
 
 
 README = ROOT / "README.md"

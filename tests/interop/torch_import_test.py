@@ -359,3 +359,11 @@ def test_a_kernel_has_pytorchs_layout_in_any_number_of_dimensions(dimensions, rn
         conv = getattr(torch.nn.functional, f"conv{dimensions}d")
         theirs = np.moveaxis(conv(torch.from_numpy(np.moveaxis(x, -1, 1)), torch.from_numpy(tensor)).numpy(), 1, -1)
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+def test_an_archive_of_numpy_files_gives_the_member_that_names_the_model(tmp_path):
+    state = state_dict("resnet8")
+    np.savez(tmp_path / "one.npz", **state)
+    with tarfile.open(tmp_path / "teachers.tar", "w") as tar:
+        add(tar, "t/resnet8_vanilla.npz", (tmp_path / "one.npz").read_bytes())
+    assert_holds(load(tmp_path / "teachers.tar"), state)

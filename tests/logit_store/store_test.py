@@ -1,5 +1,6 @@
 """The logit store: keys, what lies on disk, and what damage looks like."""
 
+import dataclasses
 import errno
 import pathlib
 import shutil
@@ -190,9 +191,19 @@ def test_other_orders_students_methods_labels_and_loaders_share_a_store(planned)
     _, other = planned(
         *("seed=5", "data.augment_seed=0", "student.model=resnet8", "method=ldrld+dist", "data.label_noise=symmetric"),
         *("data.label_noise_rate=.2", "data.loader=resident", "batch_size=7", "epochs=9", "data.remainder=drop"),
-        *("data.mean=(.1,)", "teacher.data.mean=(.305,)", "logits.views=2"),
+        *("data.mean=(.1,)", "teacher.data.mean=(.305,)", "logits.views=2", "data.workers=2", "data.threads=3"),
     )
     assert other.key == store.key
+
+
+def test_a_store_whose_key_has_the_workers_of_an_earlier_version_is_read(planned):
+    _, store = planned()
+    earlier = dataclasses.replace(store, key=store.key | {"data": store.key["data"] | {"workers": 0}})
+    earlier.create(teacher_top1=12.5, eval_split="test")
+    assert store.teacher_top1("test") == 12.5
+    other = dataclasses.replace(store, key=store.key | {"data": store.key["data"] | {"pad": 3}})
+    with pytest.raises(UserError, match=r"holds other logits: data\.pad \(1 there, 3 here\)"):
+        other.teacher_top1("test")
 
 
 def test_one_bit_of_a_weight_changes_the_checksum():

@@ -1,6 +1,7 @@
 """Every method against the published code's numbers and against NumPy, written anew from the formulas."""
 
 import functools
+import math
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ldrld_jax.losses import METHODS, standardized
+from ldrld_jax.losses.correlation import _gram_distance
 from tests.losses.references import FIELDS, REFERENCES, VARIANTS, ctkd, reference_loss_and_gradient
 from tests.losses.rows import loss_of_rows
 
@@ -280,3 +282,21 @@ def test_one_row_has_no_correlation_over_the_batch(rng, x64):
     cfg = method.config(beta=0, gamma=2.0, temperature=3.0)
     loss, gradient = loss_and_gradient(method, cfg, teacher, student, np.zeros(1, int))
     assert loss == 18 and not np.any(gradient)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(4, 9), (9, 4), (5, 5), (1, 3), (6, 1)])
+def test_the_distances_of_gram_matrices_are_those_of_either_side(rows, classes, rng, x64):
+    a, b = rng.normal(size=(2, rows, classes))
+    weights = np.maximum(rng.normal(size=rows), 0)
+    found = _gram_distance(jnp.asarray(a), jnp.asarray(b), jnp.asarray(weights))
+    w = np.diag(weights)
+    by_classes, by_rows = a.T @ w @ a - b.T @ w @ b, np.sqrt(w) @ (a @ a.T - b @ b.T) @ np.sqrt(w)
+    np.testing.assert_allclose(found, (np.sum(by_classes**2), np.sum(by_rows**2)), rtol=1e-12)
+
+
+def test_no_matrix_of_mlkd_has_more_entries_than_its_smaller_side_squared():
+    """[C, C] at five temperatures takes 18 GB for 21,841 classes."""
+    shapes = (jax.ShapeDtypeStruct((4, 300), jnp.float32),) * 2
+    cfg = METHODS["mlkd"].config()
+    program = jax.make_jaxpr(jax.grad(lambda s, t: METHODS["mlkd"].loss(t, s, jnp.zeros(4, int), cfg)))(*shapes)
+    assert max(math.prod(v.aval.shape) for e in program.jaxpr.eqns for v in e.outvars) <= 5 * 4 * 300

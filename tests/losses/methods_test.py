@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldrld_jax.losses import METHODS, MethodConfig, standardize_logits, standardized
+from ldrld_jax.losses import METHODS, MethodConfig, as_method, standardize_logits, standardized
 from tests.conftest import AS_USERS
 from tests.losses.rows import loss_of_rows, parts_of_rows
 
@@ -365,3 +365,37 @@ def test_wrong_fields_are_named(name, field):
     if field.endswith("temperature"):
         with pytest.raises(ValueError, match=f"{field} must be finite and above 0, got 0.0"):
             config(**{field: 0})
+
+
+def squares(teacher_logits, student_logits, labels):
+    return jnp.sum((teacher_logits - student_logits) ** 2, axis=-1) * (labels >= 0)
+
+
+def test_masked_rows_of_a_users_own_loss_are_as_good_as_absent(rng):
+    method, (teacher, student) = as_method(squares), rng.normal(size=(2, 4, 5)).astype(np.float32)
+    labels, kept = np.array([0, 1, 2, 3]), np.array([True, False, True, True])
+    loss = jax.value_and_grad(
+        lambda student, rows: method.loss(teacher[rows], student[rows], labels[rows], method.config())
+    )
+    wanted, slope = loss(student, kept)
+    student[1], labels[1] = np.nan, 99
+    value, gradient = jax.value_and_grad(
+        lambda student: method.loss(teacher, student, labels, method.config(), where=kept)
+    )(student)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    np.testing.assert_allclose(gradient[kept], slope[kept], rtol=1e-6)
+    assert not np.any(gradient[1])
+
+
+def test_a_users_own_loss_is_an_argument_of_jit_and_has_a_mean_over_devices(rng):
+    method, (teacher, student) = as_method(squares), rng.normal(size=(2, 8, 5)).astype(np.float32)
+    labels = np.arange(8) % 5
+    wanted = jax.jit(method.loss)(teacher, student, labels, method.config())
+    mean = functools.partial(method.loss, cfg=method.config(), axis_name="rows")
+    split = jax.vmap(mean, axis_name="rows")(*(x.reshape(2, 4, *x.shape[1:]) for x in (teacher, student, labels)))
+    np.testing.assert_allclose(split, [wanted] * 2, rtol=1e-6)
+    scalar = as_method(lambda teacher, student, labels: jnp.sum(student))
+    with pytest.raises(ValueError, match="returns a scalar, of which the mean over rows is unknown"):
+        jax.vmap(functools.partial(scalar.loss, cfg=scalar.config(), axis_name="rows"), axis_name="rows")(
+            *(x.reshape(2, 4, *x.shape[1:]) for x in (teacher, student, labels))
+        )

@@ -11,6 +11,7 @@ import pytest
 
 from ldrld_jax.losses import METHODS
 from ldrld_jax.losses.schedule import SCHEDULED, Schedule, with_values
+from ldrld_jax.train.objective import Objective, Term
 
 FIELDS = {
     name: fields
@@ -90,3 +91,12 @@ def test_fields_that_decide_what_is_computed_are_all_named():
 def test_a_config_without_such_a_field_is_itself():
     cfg = METHODS["ttm"].config()
     assert with_values(cfg, {"temperature": jnp.float32(1)}) is cfg
+
+
+def test_a_scheduled_temperature_needs_what_each_of_its_values_does():
+    """topk_tail's bucket at another temperature than 1 is not stored with a teacher's largest logits."""
+    term = Term(METHODS["topk_tail"], METHODS["topk_tail"].config(top_k=5))
+    scheduled = lambda text: Objective({"topk_tail": term}, schedules={"temperature": Schedule.parse(text)})  # noqa: E731
+    assert Objective({"topk_tail": term}).top_needed == {"topk_tail": 5}
+    assert scheduled("steps:1@1:1@9").top_needed == {"topk_tail": 5}
+    assert scheduled("steps:1@1:4@100").top_needed == {"topk_tail": None}

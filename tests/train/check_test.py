@@ -102,7 +102,8 @@ def test_more_broken_images_than_may_be_skipped_are_a_problem(tiny, tmp_path, on
 
 def test_a_step_that_is_not_finite_and_a_weak_teacher_are_problems(make, tmp_path):
     images = np.full((90, 8, 8, 1), 3e38, np.float32)
-    trainer = make(train=(images, np.arange(90) % 10))
+    evaluation = np.zeros((50, 8, 8, 1), np.float32), np.arange(50) % 10
+    trainer = make(train=(images, np.arange(90) % 10), evaluation=evaluation)
     assert any("not finite at step 1" in problem for problem in trainer.check())
     weak = make(config={"teacher.min_top1": 99.0}).check()
     assert any("has top-1" in problem and "teacher.min_top1 demands 99.00 %" in problem for problem in weak)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from ldrld_jax.errors import UserError
 from tests.train.conftest import linear
@@ -31,6 +32,26 @@ WRONG = {
         dict(evaluation=(np.zeros((3, 8, 8, 1), np.uint8), np.array([0, 1, 11])), num_classes=10),
         "label 11 of example 2 of the evaluation data",
     ),
+    "evaluation inputs of another dtype": (
+        dict(evaluation=(np.zeros((3, 8, 8, 1), np.float32), np.array([0, 1, 2])), num_classes=10),
+        r"training data are uint8 pixels of 1 channels with one label each, and the evaluation data float32 raw",
+    ),
+    "evaluation images with colours": (
+        dict(evaluation=(np.zeros((3, 8, 8, 3), np.uint8), np.array([0, 1, 2])), num_classes=10),
+        "of 1 channels .* of 3 channels .* Give both alike",
+    ),
+    "raw inputs of two shapes": (
+        dict(train=(np.zeros((90, 8)), np.arange(90) % 10), evaluation=(np.zeros((3, 9)), np.array([0, 1, 9]))),
+        r"float32 raw inputs of \(8,\) .* float32 raw inputs of \(9,\)",
+    ),
+    "a metric of the run's own": (dict(metrics={"top1": print}), "'top1' has the name of one that each run measures"),
+    "a metric with the name of a term": (
+        dict(metrics={"kd": lambda logits, labels, where: labels}),
+        "'kd' has the name of a term of the loss",
+    ),
+    "no metric": (dict(metrics={"share": 3}), r"'share' must be a function of \(logits, labels, where\), got 3"),
+    "an argument and another key": (dict(config={"epochs": 240}), r"has epochs=240.* is 2\. .* Trainer\(epochs=240\)"),
+    "a method and another key": (dict(config={"method": "dkd"}), r"has method='dkd', and its argument method is 'kd'"),
     "no optimizer": (dict(optimizer=3), "the optimizer must be one of optax"),
     "no writer": (dict(writers=[3]), "a writer must have write"),
     "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
@@ -57,3 +78,33 @@ def test_what_no_run_can_use_is_one_line_and_no_workdir(make, tmp_path, wrong):
         make(**arguments).fit()
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 8, 8, 1), np.float32), "image 0 cannot be used: its dtype is float32, and the others have uint8"),
+        ([np.zeros((8, 8, 1), np.uint8), np.zeros((8, 8, 1), int)], "image 1 cannot be used: its dtype is int64"),
+        (np.zeros((2, 9, 8, 1), np.uint8), r"image 0 cannot be used: its shape is \(9, 8, 1\)"),
+        ([b"hello"], r"image 0 cannot be used: not an image \(5 bytes\)"),
+    ],
+)
+def test_an_image_that_is_not_as_the_training_data_is_not_predicted(make, images, message):
+    trainer = make(epochs=1)
+    trainer.fit()
+    with pytest.raises(UserError, match=message):
+        trainer.predict(images)
+
+
+def test_pictures_of_pillow_are_predicted_as_their_arrays(make, digits):
+    trainer = make(epochs=1)
+    trainer.fit()
+    images = digits["evaluation"][0][:3]
+    wanted = trainer.predict(images)
+    np.testing.assert_array_equal(trainer.predict([Image.fromarray(image[..., 0]) for image in images]), wanted)
+
+
+def test_a_folders_own_training_split_is_trained_on(make, tmp_path):
+    trainer = make(train=str(tmp_path), evaluation="testing", config={"data.train_split": "training"})
+    assert (trainer.config.data.train_split, trainer.config.data.eval_split) == ("training", "testing")
+    assert make(train=str(tmp_path), evaluation=None).config.data.train_split == "train"

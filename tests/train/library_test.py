@@ -165,8 +165,12 @@ def test_padding_enters_no_statistic_of_flaxs_own_normalisation(make_student, rn
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), step(padded, np.zeros(10, bool))))
 
 
-def test_variables_that_are_no_parameters_are_kept(make, tmp_path):
-    result = make(student=Drop(nnx.Rngs(0))).fit()
+@pytest.mark.parametrize("config", [{}, {"ema_decay": 0.9}, {"accumulate": 2}, {"ema_decay": 0.9, "accumulate": 2}])
+def test_variables_that_are_no_parameters_are_kept(make, tmp_path, config):
+    """A counter has no average: over steps, nor over microbatches."""
+    half = make(student=Drop(nnx.Rngs(0)), epochs=1, config=config).fit()
+    assert half.student.calls[...].dtype == jnp.int32
+    result = make(student=Drop(nnx.Rngs(0)), config=config).fit()  # resumes
     assert int(result.student.calls[...]) == 6  # a call a step
     assert "calls" in saved(tmp_path / "run", 6)["model"]["batch_stats"]
 
@@ -264,6 +268,19 @@ def test_a_file_of_logits_teaches_what_its_teacher_does(make, digits, tmp_path, 
     ):
         with pytest.raises(UserError, match=message):
             make(workdir=tmp_path / "no", teacher=path, config=config).fit()
+
+
+@pytest.mark.parametrize("name", ["empty.npy", "several.npz", "torn.safetensors", "torn.npy", "missing.npy"])
+def test_a_file_that_holds_no_logits_is_one_line(make, tmp_path, name):
+    path = tmp_path / name
+    if name == "several.npz":
+        np.savez(path, a=np.zeros((90, 10)), b=np.zeros((90, 10)))
+    elif name != "missing.npy":
+        path.write_bytes(b"" if name == "empty.npy" else b"no logits")
+    teacher = {"teacher.model": "logits", "teacher.checkpoint": str(path)}
+    with pytest.raises(UserError, match=f"{name} is no file of logits that can be read") as error:
+        make(teacher=None, config=teacher).fit()
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_with_several_views_gives_each_epoch_its_own(make, tmp_path):
