@@ -16,9 +16,10 @@ KEYS = pathlib.Path(__file__).parent / "keys.md"
 _HEAD = """\
 # All config keys
 
-`ldrld-jax help KEY` prints a line of this page, and `--config.KEY=VALUE` sets a key ([how configs work](configs.md)).
-"unset" means that the key has no value by default. A resumed run must have the same value of a key that is marked "yes"
-under identity. `python docs/generated.py` writes this page from `ldrld_jax/config/keys.py` and the methods' configs.
+`ldrld-jax help KEY` shows a key's type, default, range and meaning, and `--config.KEY=VALUE` sets it ([how configs
+work](configs.md)). "unset" means that the key has no value by default. A resumed run must have the same value of a key
+that is marked "yes" under identity; only `epochs` may grow, before the first decay of the learning rate.
+`python docs/generated.py` writes this page from `ldrld_jax/config/keys.py` and the methods' configs.
 """
 
 

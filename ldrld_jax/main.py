@@ -331,7 +331,7 @@ def _check_environment() -> None:
     try:
         import jax  # noqa: F401
     except ValueError as error:  # it reads its variables when it is imported
-        raise UserError(f"JAX does not start: {error}. Correct or unset that variable of the environment.") from None
+        raise UserError(f"JAX does not start: {error}. Correct or unset that environment variable.") from None
 
 
 def leave(code: int) -> NoReturn:

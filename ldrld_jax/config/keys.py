@@ -76,7 +76,7 @@ Ensembling = Literal["logits", "probabilities"]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    # a TFDS dataset, a folder's layout, decoded, "arrays:FILE.npz" or "my_module:source" (docs/library.md)
+    # a TFDS dataset, image_folder, tiny_imagenet, file_list, decoded, "arrays:FILE.npz" or "my_module:source"
     name: Text = "digits"
     data_dir: Path | None = None  # folder of the data; unset: TFDS's own default, ~/tensorflow_datasets
     train_split: Text = "train"  # split to train on; "train[:90%]" takes a part
@@ -85,7 +85,7 @@ class Data:
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
     threads: Count | None = None  # threads that prepare batches ahead of the step; unset: one per core, from 4 to 12
-    # processes that do so instead, of images that are not kept in memory; 0: none; unset: chosen by cores and images
+    # processes in place of threads, for images not kept in memory; 0: none; unset: chosen by cores and images
     workers: Whole | None = None
     cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # keep or drop the last partial batch of an epoch
@@ -102,10 +102,11 @@ class Data:
     rand_augment: Whole = 0  # number of random distortions of each training image
     rand_magnitude: Annotated[int, Range(0, 30)] = 9  # strength of the distortions of rand_augment
     augment_seed: Seed | None = None  # seed of crops, mirrors and the like; unset: seed
-    # alpha of the Beta(alpha, alpha) by whose shares neighbours in a batch are blended; 0: no blending
+    # alpha of the Beta(alpha, alpha) that draws the share by which neighbours in a batch are blended; 0: no blending
     mixup: NotNegative = 0.0
     resize_size: Count | None = None  # length to which the shorter side is resized for evaluation; unset: crop_size
-    crop_size: Count | None = None  # side of the middle square that is evaluated; unset: the whole image
+    # side to which images are cropped, at random by random_resized_crop, else in the centre; unset: not cropped
+    crop_size: Count | None = None
     # seed of held_out, fraction, imbalance and label_noise, so that runs of many seeds share one training set
     seed: Seed = 0
     held_out: Share = 0.0  # share of each training class that is kept out and evaluated on instead of eval_split
@@ -150,7 +151,7 @@ class Student:
 class Teacher:
     # a model; "a,b": an ensemble; timm/NAME with its weights; "ema": the student's average; "logits": a file of logits
     model: Text | None = None
-    # a workdir of ours, a PyTorch file or hf://OWNER/NAME[@REVISION]; "x,y" for "a,b"; an .npy file for "logits"
+    # a run's workdir, a PyTorch file or hf://OWNER/NAME[@REVISION]; "x,y" for "a,b"; an array file for "logits"
     checkpoint: Paths | None = None
     epochs: Count | None = None  # epochs for which the run trains the teacher first, if there is no checkpoint
     # folder of the teacher that the run trains first; unset: WORKDIR/teacher; set it to share one teacher
@@ -160,7 +161,7 @@ class Teacher:
     min_top1: Annotated[float, Range(0, 100)] = 0.0
     seed: Seed = 0  # seed of the teacher that the run trains first
     batch_size: Count | None = None  # batch size of the teacher that the run trains first; unset: the student's
-    # The teacher's own data and recipe; unset: the student's, but for augment_seed: teacher.seed.
+    # The teacher's own data and recipe; unset: the student's; for augment_seed, teacher.seed.
     data: Data = Data()
     optim: Optim = Optim()
 
@@ -178,7 +179,7 @@ class LossSchedule:
 @dataclasses.dataclass(frozen=True)
 class Logits:
     dir: Path | None = None  # folder of a store of the teacher's logits, for any number of runs; unset: no store
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # type in which logits are stored and taught
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # type in which logits are stored and enter the loss
     views: Count | None = None  # number k of stored epochs: epoch e is augmented as epoch e % k; unset: each anew
     # number of largest logits kept of each image, with the log-sum-exp of the others; unset: all
     top_k: Count | None = None
@@ -246,7 +247,7 @@ class Config:
     kd_weight: NotNegative | None = None
     # epochs in which the distillation terms grow, by min(epoch / this, 1); unset: the method's, for several the longest
     kd_warmup_epochs: Whole | None = None
-    loss_schedule: LossSchedule = LossSchedule()  # numbers of the loss that change by epoch, between VALUE@EPOCH
+    loss_schedule: LossSchedule = LossSchedule()  # numbers of the loss by epoch, as FORM:VALUE@EPOCH:VALUE@EPOCH
     standardize: bool = False  # standardise the logits of both sides before every method
     label_smoothing: Share = 0.0  # smoothing of the labels of the cross-entropy
     # decay of a moving average of the student, which is evaluated in its place; unset: no average
@@ -264,7 +265,7 @@ class Config:
     # folder in which compiled programs are kept for the next start; "": keep none
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
-    compile: Compile = Compile()  # facts that --mode compile takes about data that are neither here nor described
+    compile: Compile = Compile()  # what --mode compile assumes about absent data that nothing describes
     check: Check = Check()  # settings of --mode check
     mesh: Mesh = Mesh()
     log: Log = Log()

@@ -18,11 +18,12 @@ class HostTeacher:
     """A teacher in any framework: a function that runs on the host, a batch ahead of the train step.
 
     Attributes:
-      function: `function(images)` returns logits `[n, C]`, or `[n, ..., C]` for data with several labels an example, as
-        an array or whatever NumPy converts (a CPU tensor of PyTorch). Images are the augmented batch as the student
+      function: `function(images)` returns logits `[n, C]`, or `[n, ..., C]` for data with several labels per example,
+        as an array or whatever NumPy converts (a CPU tensor of PyTorch). Images are the augmented batch as the student
         sees it before normalisation: the source's dtype, uint8 for pixels, `[n, height, width, channels]`; padding is
         left out. It is called in one thread at a time.
-      name: for a logit store, in which other logits must have another name; also shown in a run's record.
+      name: identifies the teacher in a logit store, so another teacher needs another name; also shown in a run's
+        record.
       mean, std: if given, images are float32 and normalised with them: pixels scaled to 0..1, minus `mean`, divided by
         `std`, per channel.
 
@@ -93,7 +94,7 @@ class LogitsFile:
     """Logits that were computed elsewhere, in the order of the training images; it reads like a logit store.
 
     Attributes:
-      logits: `[views, n, C]`, or `[views, n, ..., C]` for several labels an example; epoch e takes view e % views.
+      logits: `[views, n, C]`, or `[views, n, ..., C]` for several labels per example; epoch e takes view e % views.
       path: of the file, for messages.
     """
 

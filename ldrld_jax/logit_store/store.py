@@ -1,9 +1,9 @@
 """Stores a teacher's logits on disk for every image and augmentation epoch, with a key that identifies them.
 
 `DIR/key.json` is the key. `DIR/00007` is a zarr array `[examples, classes]` for the images as augmented in epoch 7, or
-`[examples, ..., classes]` for several labels an example, and `DIR/00007/whole` appears once the array is complete. With
-`logits.top_k` there are three arrays in its place, `values`, `classes` and `rest`, see `TopLogits`. Any zarr reader
-opens the arrays.
+`[examples, ..., classes]` for several labels per example, and `DIR/00007/whole` appears once the array is complete.
+With `logits.top_k` there are three arrays in its place, `values`, `classes` and `rest`, see `TopLogits`. Any zarr
+reader opens the arrays.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ class KDConfig(MethodConfig):
       temperature: T > 0 of both sides; the loss is multiplied by T^2.
       standardize: whether to standardise both sides' logits first.
       entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).
-      entropy_temperature: t > 0 of the entropies in that weight.
+      entropy_temperature: t > 0 of the entropies in the entropy weight.
       entropy_bound: > 0, the divisor of the student's entropy in that weight; None for log C. The published
         CIFAR-100 code uses 100.
     """
@@ -132,7 +132,7 @@ def kd_terms(
 
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, eq. 1;
-      agrees with mdistiller's KD to 1e-12 (tests/losses/baselines_test.py). "EA-KD: Entropy-based
+      agrees with mdistiller's KD to 1e-10 (tests/losses/baselines_test.py). "EA-KD: Entropy-based
       Adaptive Knowledge Distillation", ICCV 2025.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
@@ -259,7 +259,7 @@ def ttm_terms(
 
     References:
       Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024;
-      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+      agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     return _power_matching(teacher, student, cfg.gamma)[0]

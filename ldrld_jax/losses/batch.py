@@ -25,7 +25,7 @@ class SKDConfig(MethodConfig):
       ridge: > 0, added to the diagonal of the covariance.
       kl_weight: weight of the KL.
       direction_weight: weight of the directions.
-      batch_masks: whether to multiply both by the published code's factors, about .5 each.
+      batch_masks: whether to multiply the KL and the directions by the published code's factors, about .5 each.
     """
 
     temperature: Positive = 4.0

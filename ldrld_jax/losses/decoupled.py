@@ -38,7 +38,7 @@ class DKDConfig(MethodConfig):
       temperature: T > 0 of both parts.
       standardize: whether to standardise both sides' logits first.
       entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).
-      entropy_temperature: t > 0 of the entropies in that weight.
+      entropy_temperature: t > 0 of the entropies in the entropy weight.
       entropy_bound: > 0, the divisor of the student's entropy in that weight; None for log C. The published
         CIFAR-100 code uses 100.
       top_k: the number of the teacher's largest classes, the label counted among them, that the non-target
@@ -145,7 +145,7 @@ def dkd_terms(
 
     References:
       Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7;
-      agrees with mdistiller's DKD to 1e-12 (tests/losses/baselines_test.py). "DeepKD: A Deeply Decoupled
+      agrees with mdistiller's DKD to 1e-10 (tests/losses/baselines_test.py). "DeepKD: A Deeply Decoupled
       and Denoised Knowledge Distillation Trainer", arXiv 2505.15133 (its loss, not its optimizer).
       "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
     """
@@ -212,7 +212,7 @@ def nkd_terms(
     References:
       Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
       Normalized Loss and Customized Soft Labels", ICCV 2023;
-      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+      agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("nkd", student, 3)
@@ -262,7 +262,7 @@ def wsld_terms(
 
     References:
       Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
-      Perspective", ICLR 2021; agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+      Perspective", ICLR 2021; agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("wsld", student, 2)
@@ -313,7 +313,7 @@ def rld_terms(
 
     References:
       Sun et al., "Knowledge Distillation with Refined Logits", ICCV 2025;
-      agrees with the published code to 1e-12 (tests/losses/baselines_test.py).
+      agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     check_classes("rld", student, 2)

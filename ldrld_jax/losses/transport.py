@@ -115,8 +115,8 @@ def wkd_terms(
       C^2 and with the iterations.
 
     Raises:
-      ValueError: if C < 2, the shapes differ, a dtype is not floating, the labels are not integers, or
-        the cost is missing or not `[C, C]`.
+      ValueError: if C < 2, the shapes differ, a dtype is not floating, the labels are not integers below C,
+        or the cost is missing or not `[C, C]`.
 
     Example:
       >>> teacher, student = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[2.0, 0.0, 1.0]])

@@ -51,7 +51,7 @@ class SLDConfig(MethodConfig):
 
     Attributes:
       student_swap: weight of the student's own swapped target; 0 drops it.
-      student_swap_epoch: the epoch of training after which that target is used; 0 from the start.
+      student_swap_epoch: the epoch of training after which the student's own target is used; 0 from the start.
     """
 
     student_swap: float = 1.0
@@ -193,7 +193,7 @@ def sld_parts(
 
     Raises:
       ValueError: if the first axis is not 2, the shapes differ, a dtype is not floating or the labels
-        are not integers.
+        are not integers below C.
 
     Example:
       >>> views = jnp.array([[[0.0, 1.0, 0.0]], [[3.0, 0.0, 0.0]]])  # wrong on the first view, right on the second

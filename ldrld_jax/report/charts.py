@@ -103,7 +103,7 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
 
 
 class Row(NamedTuple):
-    """A row of a dot chart: a value a seed, and the published figure if it is one number."""
+    """A row of a dot chart: one value per seed, and the published figure if it is one number."""
 
     label: str
     values: Sequence[float]

@@ -110,7 +110,7 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
 def _not_evaluated(run: Run) -> list[int]:
     """Returns the classes without an image in the evaluation split, if that is known without reading many of them.
 
-    Of several labels an example, as tokens of a vocabulary, many may be rare.
+    Of several labels per example, as tokens of a vocabulary, many may be rare.
     """
     source: Any = run.eval_source
     if source.label_shape:

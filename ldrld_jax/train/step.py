@@ -55,7 +55,7 @@ class Network:
     ) -> tuple[jax.Array, Tree]:
         """Returns logits `[n, C]` of images `[n, height, width, channels]` in 0..255, and the new batch statistics.
 
-        Raw inputs are `[n, ...]`, and logits of several labels an example `[n, ..., C]`.
+        Raw inputs are `[n, ...]`, and logits of several labels per example `[n, ..., C]`.
         """
         x = images if self.raw else self._normalised(images)
         return self.apply(variables.params, variables.batch_stats, x, train=train, where=where, key=key)
@@ -149,7 +149,7 @@ def make_train_step(
     variables of None stand for the moving average of the student's. A batch may bring `teacher_logits`
     `[n, C]`, or the largest of them, `TopLogits`; then no teacher is run.
 
-    With several labels an example, `label` and `mask` are `[n, ...]` and logits `[n, ..., C]`. Loss, gradient and
+    With several labels per example, `label` and `mask` are `[n, ...]` and logits `[n, ..., C]`. Loss, gradient and
     metrics are means over the labels kept of the whole batch, however they are spread over its examples, devices and
     microbatches. The model gets the mask `[n]` of the examples with a label that is kept.
 

@@ -80,12 +80,13 @@ class Trainer:
         or .zarr; a list of models or paths for an ensemble; "ema" for the student's own moving average; a
         `HostTeacher`; None with method "ce".
       method: a name of `METHODS`, several as "ldrld+kd"; a method's config such as `LDRLDConfig(depth=5)`; a function
-        `(teacher_logits, student_logits, labels)` that returns a loss an example; or a list of these, which are added.
+        `(teacher_logits, student_logits, labels)` that returns one loss per example; or a list of these, to
+        be added.
       train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one a token, of which those
         of -1 are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
       evaluation: the same; for a builder, a folder or a name, that of a split, and None for the usual one.
-      num_classes: C; known to all but arrays.
+      num_classes: C; needed for arrays, known for all other data.
       optimizer: of optax, over the student's parameters and those that a method learns, as a pair; or a name, whose
         learning rate is then `config={"optim.learning_rate": ...}`. None is the `optim` block of `config`.
       epochs, batch_size, seed: as in a config; the batch is global.
