@@ -84,7 +84,7 @@ class Data:
     eval_split: Text = "test"
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
-    threads: Count | None = None  # threads that prepare batches ahead of the step; unset: one per core, from 4 to 12
+    threads: Count | None = None  # threads that prepare batches ahead of the step; unset: one per core, from 4 to 32
     # processes in place of threads, for images not kept in memory; 0: none; unset: chosen by cores and images
     workers: Whole | None = None
     cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch

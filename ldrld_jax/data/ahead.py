@@ -18,9 +18,10 @@ Batch = dict[str, np.ndarray]
 # Limit for the memory of batches that wait for use, whatever the size of an image.
 _AHEAD_BYTES = 256 * 2**20
 
-# What follows is measured or reasoned in docs/data_speed.md, "Threads or workers".
-_LOCKED_SECONDS = 1e-4  # for which a thread holds the interpreter lock for each image
-_FEW_CORES, _MOST_THREADS, _MOST_WORKERS = 8, 12, 32
+# For what follows, see "Threads or workers" in docs/data_speed.md.
+_LOCKED_SECONDS = 5e-4  # for which a thread holds the interpreter lock for each image, at most
+_WORKER_RATE = 0.8  # images that a worker makes in the time of one by a thread
+_FEW_CORES, _MOST = 4, 32
 _CPU_MAX = pathlib.Path("/sys/fs/cgroup/cpu.max")  # the limit of a container: microseconds of how many, or "max"
 
 
@@ -74,25 +75,27 @@ def makers(
 ) -> Makers:
     """Chooses what makes the batches of a source.
 
-    Threads share the interpreter lock, each image holds it for about `_LOCKED_SECONDS`, and they begin to wait for
-    each other once it is held for half of the time. If there are more cores than they can keep busy until then, there
-    is a worker for each core but one. Arrays and data set objects of the caller get threads.
+    Threads share the interpreter lock, which limits the images that they make in a second, however many they are. If a
+    worker on each core but one makes more, there are workers. Arrays and data set objects of the caller get threads.
 
     Args:
       source: the source to read. Images that are kept in memory get no workers, whatever is asked for.
-      threads: None for one per core, between 4 and 12.
+      threads: None for one per core, between 4 and 32.
       workers: None to choose, or 0 if `threads` is given.
       one: makes one image; `source.read` if None.
     """
     cores = available_cores()
-    wanted = min(max(cores, 4), _MOST_THREADS) if threads is None else threads
+    wanted = min(max(cores, 4), _MOST) if threads is None else threads
     if isinstance(source, InMemory):
         return Makers(wanted, 0)
     if workers is None:
         one = one or (lambda index: source.read(np.array([index])))
         enough = threads is not None or cores <= _FEW_CORES or _is_given(source)
-        enough = enough or cores <= _seconds_per_call(one, len(source)) / _LOCKED_SECONDS / 2
-        workers = 0 if enough else min(cores - 1, _MOST_WORKERS)
+        if not enough:
+            seconds = _seconds_per_call(one, len(source))
+            by_threads, by_workers = 1 / min(seconds, _LOCKED_SECONDS), _WORKER_RATE * (cores - 1) / seconds
+            enough = by_workers <= by_threads
+        workers = 0 if enough else min(cores - 1, _MOST)
     return Makers(wanted, workers)
 
 
