@@ -70,6 +70,9 @@ class Run:
         """
         mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
         objective = make_objective(config, given.methods)
+        for metric in given.metrics:
+            if metric.partition("/")[0] in {*objective.methods, "schedule"}:  # as in "ldrld/pairs"
+                raise UserError(f"the metric {metric!r} has the name of a term of the loss. Choose another name.")
         logit_store.check(
             config,
             views=objective.views,

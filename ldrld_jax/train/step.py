@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
@@ -215,8 +214,6 @@ def make_train_step(
 
             gradients, (terms, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(trained)
             metrics = _metrics(terms, teacher_logits, logits, labels, where, compared_depth)
-            if both := metrics.keys() & extra_metrics.keys():
-                raise UserError(f"the metric {min(both)!r} has the name of a term of the loss. Choose another name.")
             return gradients, batch_stats, metrics | _extra(extra_metrics, logits, labels, where)
 
         share = None

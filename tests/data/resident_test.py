@@ -21,7 +21,7 @@ from tests.conftest import comparable_lines
 class Noise:
     """A source of random images, some of them broken."""
 
-    image_shape, class_names = (6, 5, 3), tuple("abc")
+    image_shape, class_names, dtype = (6, 5, 3), tuple("abc"), np.uint8
 
     def __init__(self, examples: int, broken: tuple[int, ...] = ()):
         rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from ldrld_jax.data.views import RandomRotation
 class Counting:
     """A source whose image i is filled with i: a batch shows which examples it holds."""
 
-    image_shape, class_names = (4, 4, 1), ("even", "odd")
+    image_shape, class_names, dtype = (4, 4, 1), ("even", "odd"), np.uint8
 
     def __init__(self, examples: int):
         self.examples = examples

@@ -49,6 +49,10 @@ WRONG = {
         dict(metrics={"kd": lambda logits, labels, where: labels}),
         "'kd' has the name of a term of the loss",
     ),
+    "a metric with the name of a part": (
+        dict(method="ldrld", metrics={"ldrld/pairs": lambda logits, labels, where: labels}),
+        "'ldrld/pairs' has the name of a term of the loss",
+    ),
     "no metric": (dict(metrics={"share": 3}), r"'share' must be a function of \(logits, labels, where\), got 3"),
     "an argument and another key": (dict(config={"epochs": 240}), r"has epochs=240.* is 2\. .* Trainer\(epochs=240\)"),
     "a method and another key": (dict(config={"method": "dkd"}), r"has method='dkd', and its argument method is 'kd'"),

@@ -268,7 +268,7 @@ WRONG = {
     ),
     "a loss of one row an example": (
         dict(method=lambda t, s, y: jnp.zeros(len(y))),
-        r"returns \(2,\), and must return a scalar or a loss an example, \(2, 6\)",
+        r"returns \(2,\), and must return a scalar or one loss per example, \(2, 6\)",
     ),
 }
 
