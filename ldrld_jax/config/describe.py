@@ -20,7 +20,7 @@ from ldrld_jax.config import keys
 from ldrld_jax.config.load import find_key
 from ldrld_jax.identity import NOT_IDENTITY
 from ldrld_jax.losses import METHODS
-from ldrld_jax.losses.common import Positive
+from ldrld_jax.losses.common import Positive, bounds_of
 
 
 class Key(NamedTuple):
@@ -108,7 +108,9 @@ def _allowed(kind: Any) -> str:
     if type(None) in get_args(kind):
         return _allowed(get_args(kind)[0])
     if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
+        return " | ".join(map(str, get_args(kind)))
+    if bounds := bounds_of(kind):
+        return str(bounds)
     return "True | False" if kind is bool else "above 0" if kind is Positive else "at least 0"
 
 

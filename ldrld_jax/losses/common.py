@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,39 @@ from ldrld_jax.losses.top import AxisName
 Positive = Annotated[float, "positive"]
 
 
+class Between(NamedTuple):
+    """The bounds of a number, both allowed: `Annotated[int, Between(2)]` as the type of a config's field.
+
+    Example:
+      >>> str(Between(2)), str(Between(0, 1))
+      ('at least 2', 'between 0 and 1')
+    """
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"at least {self.low}" if self.high == math.inf else f"between {self.low} and {self.high}"
+
+
+def bounds_of(kind: Any) -> Between | None:
+    """Returns the bounds of a field's type, if it has any."""
+    found = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Between)]
+    return found[0] if found else None
+
+
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """Converts `value` to `kind`, or raises a ValueError that states the allowed values."""
     if type(None) in get_args(kind):
         return None if value is None else _coerce(name, value, get_args(kind)[0])
+    if bounds := bounds_of(kind):
+        value = _coerce(name, value, get_args(kind)[0])
+        if not bounds.low <= value <= bounds.high:
+            raise ValueError(f"{name} must be {bounds}, got {value}.")
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
         return value
     if kind is bool:
         if not isinstance(value, bool):

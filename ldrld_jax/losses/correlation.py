@@ -7,6 +7,7 @@ ratios matter.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,7 @@ class MLKDConfig(MethodConfig):
       ValueError: if views is neither 1 nor 2.
     """
 
-    views: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.views not in (1, 2):
-            raise ValueError(f"views must be 1 or 2, got {self.views}. Set loss.mlkd.views.")
+    views: Literal[1, 2] = 1
 
 
 _MLKD_TEMPERATURES = (2.0, 3.0, 4.0, 5.0, 6.0)

@@ -1,13 +1,13 @@
 """LDRLD's config, its rank weights, and the per-example terms."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.losses.common import MethodConfig, Positive
+from ldrld_jax.losses.common import Between, MethodConfig, Positive
 
 
 @jax.tree_util.register_static
@@ -39,7 +39,7 @@ class LDRLDConfig(MethodConfig):
       1.0
     """
 
-    depth: int = 7
+    depth: Annotated[int, Between(2)] = 7
     temperature: Positive = 4.0
     alpha: float = 10.5
     beta: float = 7.0
@@ -52,11 +52,6 @@ class LDRLDConfig(MethodConfig):
     pair_reduction: Literal["mean", "sum"] = "mean"
     use_integrity: bool = True
     use_remainder: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.depth < 2:
-            raise ValueError(f"depth must be at least 2, got {self.depth}. Raise loss.ldrld.depth.")
 
 
 class LDRLDTerms(NamedTuple):

@@ -5,12 +5,13 @@ for text `[batch, length, V]`, and `where` excludes prompt and padding.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
-from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.common import Between, MethodConfig, Positive, prepare_logits
 from ldrld_jax.losses.top import take, top_classes, top_mask
 
 
@@ -27,13 +28,8 @@ class BiLDConfig(MethodConfig):
       ValueError: if top_k is below 2.
     """
 
-    top_k: int = 8
+    top_k: Annotated[int, Between(2)] = 8
     temperature: Positive = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k < 2:
-            raise ValueError(f"top_k must be at least 2, got {self.top_k}. Raise loss.bild.top_k.")
 
 
 @jax.tree_util.register_static
@@ -51,17 +47,10 @@ class TopKTailConfig(MethodConfig):
       ValueError: if top_k is below 1, or beta above 1.
     """
 
-    top_k: int = 1
+    top_k: Annotated[int, Between(1)] = 1
     temperature: Positive = 1.0
-    beta: float = 1.0
+    beta: Annotated[float, Between(0, 1)] = 1.0
     tail: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}. Raise loss.topk_tail.top_k.")
-        if self.beta > 1:
-            raise ValueError(f"beta must be between 0 and 1, got {self.beta}. Lower loss.topk_tail.beta.")
 
 
 def bild_terms(

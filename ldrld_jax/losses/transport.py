@@ -4,12 +4,13 @@ The loss is the bare term, without cross-entropy, warm-up or outer weight.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
-from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.common import Between, MethodConfig, Positive, prepare_logits
 
 _TINY = 1e-8  # added to costs and divisors, as in the published code
 
@@ -32,12 +33,7 @@ class WKDConfig(MethodConfig):
     temperature: Positive = 8.0
     gamma: float = 600.0
     regularization: Positive = 0.05
-    iterations: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}. Set loss.wkd.iterations.")
+    iterations: Annotated[int, Between(1)] = 10
 
 
 def wkd_cost(rows: jax.Array, *, sharpen: float = 1.0) -> jax.Array:

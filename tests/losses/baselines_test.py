@@ -236,7 +236,7 @@ def test_mlkd_of_two_views_needs_two():
         METHODS["mlkd"].loss(z, z, jnp.zeros(4, int), cfg)
     with pytest.raises(ValueError, match="needs where with a first axis of 2"):
         METHODS["mlkd"].loss(z[:2], z[:2], jnp.zeros(4, int), cfg, where=jnp.ones(4, bool))
-    with pytest.raises(ValueError, match="views must be 1 or 2, got 3"):
+    with pytest.raises(ValueError, match="views must be one of 1, 2, got 3"):
         METHODS["mlkd"].config(views=3)
 
 
