@@ -21,7 +21,6 @@ def get_config(pair: str = "imagenet_resnet34-imagenet_resnet18") -> ConfigDict:
         {
             "name": "image_folder",
             "eval_split": "val",
-            "threads": 8,
             "augment": "random_resized_crop",
             "flip": True,
             "resize_size": 256,

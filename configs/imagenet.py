@@ -29,7 +29,6 @@ def get_config(pair: str = "imagenet_resnet34-imagenet_resnet18") -> ConfigDict:
         {
             "name": "imagenet2012",
             "eval_split": "validation",
-            "threads": 16,
             "augment": "random_resized_crop",
             "flip": True,
             "resize_size": 256,

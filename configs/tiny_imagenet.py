@@ -27,7 +27,6 @@ def get_config(pair: str = "ResNet18-tinyimagenet_mobilenetv2") -> ConfigDict:
             "name": "tiny_imagenet",
             "data_dir": "tiny-imagenet-200",
             "eval_split": "val",
-            "threads": 8,
             "augment": "rotate",
             "rotate_degrees": 20.0,
             "flip": True,

@@ -28,9 +28,9 @@ Means = dict[str, Mean]
 
 MEASURED = frozenset(
     {"loss", "ce", "ce_term", "top1", "top5", "agreement", "top_d_overlap", "label_in_top_d"}
-    | {"learning_rate", "skipped", "non_finite"}
+    | {"learning_rate", "skipped", "non_finite", "examples_per_second", "epoch", "step"}
 )
-"""Names that each run measures; the terms of a user's loss and a user's metrics have others."""
+"""Names that each run measures or counts; the terms of a user's loss and a user's metrics have others."""
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:

@@ -48,6 +48,14 @@ def optimised(request):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(few))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def two_cores():
+    """Sets the number of cores by which threads and workers are chosen, so that the machine's own does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldrld_jax.data.ahead.available_cores", lambda: 2)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Frees what a module traced and compiled; compiled programs stay on disk.

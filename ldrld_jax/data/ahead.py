@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.data.workers import Job, pool
 
 Batch = dict[str, np.ndarray]
 
-# Limit for the memory of batches that wait for use, whatever the size of an image.
-_AHEAD_BYTES = 256 * 2**20
+# Limits for the memory of batches that wait for use, and for that of workers. A thread or a worker has one in hand.
+_AHEAD_BYTES, _WORKER_BYTES = 2**28, 2**31
 
 # For what follows, see "Threads or workers" in docs/data_speed.md.
 _LOCKED_SECONDS = 5e-4  # for which a thread holds the interpreter lock for each image, at most
 _WORKER_RATE = 0.8  # images that a worker makes in the time of one by a thread
 _FEW_CORES, _MOST = 4, 32
+_OWN_READERS = ("folders", "tfds_records", "decoded")  # modules whose records can be pickled and hold no images
 _CPU_MAX = pathlib.Path("/sys/fs/cgroup/cpu.max")  # the limit of a container: microseconds of how many, or "max"
 
 
@@ -48,7 +48,7 @@ def ahead(
 
     if not len(items):
         return iter(())
-    threads, workers = makers(source, threads, workers, one)
+    threads, workers = makers(source, threads, workers, size, one)
     if workers:
         # A thread waits for each worker, and one more has its request ready when a worker is done.
         make, threads = Job(pool(workers), make, source), workers + 1
@@ -71,31 +71,35 @@ def makers(
     source: Any,
     threads: int | None = None,
     workers: int | None = None,
+    size: int = 1,
     one: Callable[[int], Any] | None = None,
 ) -> Makers:
     """Chooses what makes the batches of a source.
 
     Threads share the interpreter lock, which limits the images that they make in a second, however many they are. If a
-    worker on each core but one makes more, there are workers. Arrays and data set objects of the caller get threads.
+    worker on each core but one makes more, there are workers, if this package itself reads the images from files.
 
     Args:
       source: the source to read. Images that are kept in memory get no workers, whatever is asked for.
-      threads: None for one per core, between 4 and 32.
+      threads: None for one per core, between 4 and 32, and fewer if batches are large.
       workers: None to choose, or 0 if `threads` is given.
+      size: of a batch, in bytes.
       one: makes one image; `source.read` if None.
     """
     cores = available_cores()
-    wanted = min(max(cores, 4), _MOST) if threads is None else threads
+    most = min(_MOST, _AHEAD_BYTES // size)
+    wanted = max(min(cores, most), 4) if threads is None else threads
     if isinstance(source, InMemory):
         return Makers(wanted, 0)
     if workers is None:
         one = one or (lambda index: source.read(np.array([index])))
-        enough = threads is not None or cores <= _FEW_CORES or _is_given(source)
+        enough = threads is not None or cores <= _FEW_CORES or not _is_read_here(source)
         if not enough:
             seconds = _seconds_per_call(one, len(source))
             by_threads, by_workers = 1 / min(seconds, _LOCKED_SECONDS), _WORKER_RATE * (cores - 1) / seconds
             enough = by_workers <= by_threads
-        workers = 0 if enough else min(cores - 1, _MOST)
+        # A worker's batch lies in its own memory, in memory that it shares with the run, and in the run's.
+        workers = 0 if enough else max(min(cores - 1, _MOST, _WORKER_BYTES // (3 * size)), _FEW_CORES)
     return Makers(wanted, workers)
 
 
@@ -109,12 +113,12 @@ def available_cores() -> int:
         return cores
 
 
-def _is_given(source: Any) -> bool:
-    """Returns whether a source reads the caller's object, which may not be picklable, or arrays, to be copied."""
+def _is_read_here(source: Any) -> bool:
+    """Returns whether this package reads a source's images from files; a caller's object may not be picklable."""
     records = getattr(source, "records", None)
     while isinstance(records, Selected):
         records = records.records
-    return isinstance(records, ArrayRecords | ItemRecords)
+    return type(records).__module__ in {f"ldrld_jax.data.{name}" for name in _OWN_READERS}
 
 
 def _seconds_per_call(one: Callable[[int], Any], count: int) -> float:

@@ -18,14 +18,16 @@ class BrokenImageError(ValueError):
     """An image whose bytes are broken; the message says why, and the caller adds which image it is."""
 
 
-Encoded = bytes | np.ndarray  # an encoded image, or its pixels [height, width, 1 or 3] uint8
+# An encoded image, its pixels [height, width, 1 or 3] uint8, or why it could not be read.
+Encoded = bytes | np.ndarray | BrokenImageError
 
 
 def open_image(data: Encoded) -> Image.Image:
     """Reads the header of an encoded image without decoding its pixels; pixels become an image of Pillow's.
 
     Raises:
-      BrokenImageError: if the bytes have none of the `FORMATS`, or the header claims an implausibly large image.
+      BrokenImageError: if the bytes have none of the `FORMATS`, or the header claims an implausibly large image; or
+        `data` itself.
 
     Example:
       >>> open_image(b"hello")
@@ -33,6 +35,8 @@ def open_image(data: Encoded) -> Image.Image:
         ...
       ldrld_jax.data.decode.BrokenImageError: not an image (5 bytes)
     """
+    if isinstance(data, BrokenImageError):
+        raise data
     if isinstance(data, np.ndarray):
         check_pixels(data)
         return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)

@@ -179,7 +179,7 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
         rows = list(csv.DictReader(lines)) if found[0].suffix == ".csv" else [json.loads(line) for line in lines]
         for number, row in enumerate(rows, 1):
             if row["path"] in _NOTHING or row["label"] in _NOTHING:
-                raise ValueError(f"in image {number}, which has no path or no label.")
+                raise ValueError(f"in image {number}, which has no path or no label")
         return [(str(root / row["path"]), str(row["label"])) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(

@@ -204,6 +204,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     if not len(data):
         raise UserError(f"the {title} have no examples.")
     first, label = (_record(data[0], f"{title}[0]")[key] for key in ("image", "label"))
+    if isinstance(first, BrokenImageError):
+        raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.")
     names = getattr(data, "class_names", None) or getattr(data, "classes", None)
     count = getattr(data, "num_classes", num_classes)
     if names is None and count is None:
@@ -237,7 +239,11 @@ def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, .
 def _record(item: Any, name: str) -> dict[str, Any]:
     try:
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
-        return {"image": image if isinstance(image, bytes) else as_array(image), "label": _label(label)}
+        try:
+            image = image if isinstance(image, bytes) else as_array(image)
+        except BrokenImageError as error:  # the reader of the record raises or skips it
+            image = error
+        return {"image": image, "label": _label(label)}
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} must be (image, label) or a dict with both, got {type(item).__name__}.") from error
 
@@ -270,15 +276,15 @@ def as_array(image: Any) -> np.ndarray:
     return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture
 
 
-def _bytes(image: dict[str, Any]) -> bytes:
-    """Returns the file of an image that a data set holds as its bytes, or as the path of a local file."""
+def _bytes(image: dict[str, Any]) -> bytes | BrokenImageError:
+    """Returns the file of an image that a data set holds as its bytes, or as the path of a local file; or an error."""
     if image["bytes"] is not None:
         return image["bytes"]
     try:
         with open(image["path"], "rb") as file:  # noqa: PTH123  # a path, or an address that datasets has opened
             return file.read()
     except OSError as error:
-        raise BrokenImageError(str(error)) from error
+        return BrokenImageError(str(error))
 
 
 def _stored_as(dtype: np.dtype) -> np.dtype:

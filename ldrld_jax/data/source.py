@@ -23,7 +23,7 @@ logger = logging.getLogger("ldrld_jax")
 
 
 class Record(TypedDict):
-    image: bytes | np.ndarray  # encoded, or pixels
+    image: bytes | np.ndarray | BrokenImageError  # encoded, or pixels, or why it could not be read
     label: int | np.ndarray
 
 

@@ -14,7 +14,7 @@ from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.augment import pad_crop_flip
 from ldrld_jax.data.decode import open_image, pixels
 from ldrld_jax.data.pipeline import made_by, make_train_batches
-from ldrld_jax.data.stream import TrainBatches
+from ldrld_jax.data.stream import TrainBatches, batch_bytes
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -74,7 +74,9 @@ def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
         "decode": "read and fully decoded, one thread",
         "augment": "read, cropped, resized, flipped, one thread",
         "pipeline": f"batches of {batch_size}, loader {data.loader}"
-        + (f", {makers(batches.source, **made_by(data))}" if data.loader == "stream" else ""),
+        + (
+            f", {makers(batches.source, **made_by(data), size=batch_bytes(batches))}" if data.loader == "stream" else ""
+        ),
     }
     rows = [f"{name:10}{rates[name]:12.0f}  {how[name]}" for name in rates]
     return "\n".join([f"{data.name}, {data.train_split}: images per second", *rows])
@@ -122,8 +124,8 @@ def watched(
             if waited > share * total and not told:
                 told = True
                 logger.warning(
-                    "the run waits for its input %.0f %% of the time. Raise data.threads, set data.workers, or see "
-                    "--mode bench_data.",
+                    "the run waits for its input %.0f %% of the time. Decode the images once, set data.workers, or "
+                    "see --mode bench_data.",
                     100 * waited / total,
                 )
             waited, since, taken = 0.0, clock(), 0

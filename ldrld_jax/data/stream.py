@@ -120,7 +120,7 @@ class TrainBatches:
         self, epoch: int, positions: Sequence[int], *, threads: int | None = None, workers: int | None = None
     ) -> Iterator[Batch]:
         """Yields `part(epoch, position)` for each position, made as by `iterate`."""
-        return ahead(functools.partial(self.part, epoch), positions, self.source, _bytes(self), threads, workers)
+        return ahead(functools.partial(self.part, epoch), positions, self.source, batch_bytes(self), threads, workers)
 
     def iterate(self, start: int = 0, *, threads: int | None = None, workers: int | None = None) -> Iterator[Batch]:
         """Yields the batches from step `start` on, made ahead of their use.
@@ -130,10 +130,11 @@ class TrainBatches:
           threads: the threads that make them, without workers; None to choose, see `ahead.makers`.
           workers: the processes that make them, see `workers`; None to choose. Images that are kept in memory get none.
         """
-        return ahead(self.__getitem__, range(start, len(self)), self.source, _bytes(self), threads, workers)
+        return ahead(self.__getitem__, range(start, len(self)), self.source, batch_bytes(self), threads, workers)
 
 
-def _bytes(batches: "TrainBatches | _EvalBatches") -> int:
+def batch_bytes(batches: "TrainBatches | _EvalBatches") -> int:
+    """Returns the size of the images of a batch."""
     source, views = batches.source, getattr(batches, "views", 1)
     return batches.batch_size * views * math.prod(source.image_shape) * np.dtype(source.dtype).itemsize
 
@@ -203,4 +204,4 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields every example once, in order, always with a `mask`, so that the step is traced once."""
     batches = _EvalBatches(source, batch_size, divisor, host, hosts)
-    return ahead(batches, range(0, len(source), batch_size), source, _bytes(batches), threads, workers)
+    return ahead(batches, range(0, len(source), batch_size), source, batch_bytes(batches), threads, workers)

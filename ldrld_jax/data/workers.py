@@ -9,6 +9,7 @@ handles. A worker that ends before its run is an error of the run.
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import io
@@ -136,7 +137,7 @@ class Pool:
 
 _ids = itertools.count()
 _lock = threading.Lock()
-_scopes = 0  # blocks of `scope` that have not ended
+_scopes = collections.Counter[int]()  # blocks of `scope` that have not ended, by process
 _pools: dict[tuple[int, int], Pool] = {}  # by process and number: a fork must not use its parent's, nor end them
 
 
@@ -152,25 +153,33 @@ def pool(count: int) -> Pool:
 @atexit.register
 def close_all() -> None:
     """Ends all workers of this process."""
-    for (process, _), opened in list(_pools.items()):
-        if process == os.getpid():
-            opened.close(UserError("the workers of this run have ended with it."))
+    with _lock:
+        ours = _taken()
+    _close(ours)
+
+
+def _taken() -> list[Pool]:
+    """Removes this process's pools from the table, while the lock is held."""
+    return [_pools.pop(key) for key in list(_pools) if key[0] == os.getpid()]
+
+
+def _close(pools: list[Pool]) -> None:
+    for opened in pools:
+        opened.close(UserError("the workers of this run have ended with it."))
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Ends all workers at the end of the block; if several blocks overlap, at the end of the last."""
-    global _scopes
     with _lock:
-        _scopes += 1
+        _scopes[os.getpid()] += 1
     try:
         yield
     finally:
         with _lock:
-            _scopes -= 1
-            last = not _scopes
-        if last:
-            close_all()
+            _scopes[os.getpid()] -= 1
+            ours = [] if _scopes[os.getpid()] else _taken()  # at once: another block may begin
+        _close(ours)
 
 
 def describe() -> list[str]:

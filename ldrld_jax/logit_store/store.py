@@ -162,6 +162,8 @@ def checksum_of_images(records: Any, *, samples: int = 64) -> str:
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist():
         image = records.__getitems__([index])[0]["image"]
+        if isinstance(image, Exception):  # one that could not be read
+            image = str(image).encode()
         digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
     return digest.hexdigest()[:32]
 

@@ -43,9 +43,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             raise ValueError(f"{name} must be {bounds}, got {value}.")
         return value
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
-        return value
+        choices = get_args(kind)
+        if isinstance(value, bool) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        return choices[choices.index(value)]
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}.")

@@ -47,11 +47,12 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
     ) -> dict[str, jax.Array]:
         del cfg, params
         teacher_logits = jax.lax.stop_gradient(teacher_logits)
-        if where is not None:  # the function may read these rows, and 0 times NaN is NaN
+        if where is not None:
+            # The function may read these rows. What is not finite there would reach the gradient, 0 times NaN is NaN;
+            # other logits stay, since rows of zeros are no better for a function that divides by their norm.
             kept = check_rows("where", where, jnp.shape(labels))[..., None]
-            teacher_logits, student_logits = (
-                jnp.where(kept, z, jnp.zeros((), z.dtype)) for z in (teacher_logits, student_logits)
-            )
+            fixed = lambda z: jax.lax.stop_gradient(jnp.where(jnp.isfinite(z), z, jnp.zeros((), z.dtype)))  # noqa: E731
+            teacher_logits, student_logits = (jnp.where(kept, z, fixed(z)) for z in (teacher_logits, student_logits))
         options = {"where": where} if takes_where else {}
         loss = function(teacher_logits, student_logits, labels, **options)
         if loss.shape == labels.shape:

@@ -20,7 +20,7 @@ from ldrld_jax.record.reader import read_config
 from ldrld_jax.train.given import Callback, Given, LineWriter
 from ldrld_jax.train.step import Metric
 
-_FOLDER_SPLITS, _LOGITS = ("train", "val"), (".npy", ".zarr")
+_FOLDER_SPLITS, _LOGITS = {"train_split": "train", "eval_split": "val"}, (".npy", ".zarr")
 
 
 def assemble(
@@ -59,7 +59,13 @@ def assemble(
     set_value(made, "student.model", student if isinstance(student, str) else _entered(student, models), "Trainer")
     host_teacher = _set_teacher(made, teacher, models)
     methods = _set_method(made, method)
-    splits = _set_data(made, train, evaluation, num_classes, own_train_split="data.train_split" in config)
+    splits = _set_data(
+        made,
+        train,
+        evaluation,
+        num_classes,
+        own_splits=[key for key in ("train_split", "eval_split") if f"data.{key}" in config],
+    )
     if isinstance(optimizer, str):
         set_value(made, "optim.name", optimizer, "Trainer(optimizer=...)")
     elif optimizer is not None:
@@ -159,7 +165,7 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
 
 
 def _set_data(
-    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None, *, own_train_split: bool
+    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None, *, own_splits: Sequence[str]
 ) -> tuple[Source | None, Source | None]:
     """Names the data in a config; returns the splits that are objects."""
     if isinstance(train, str | pathlib.PurePath):
@@ -169,8 +175,7 @@ def _set_data(
             if config.data.name == default().data.name:
                 config.data.name = "image_folder"
             config.data.data_dir = str(train)
-            train_split, config.data.eval_split = _FOLDER_SPLITS
-            config.data.train_split = config.data.train_split if own_train_split else train_split
+            config.data.update({key: split for key, split in _FOLDER_SPLITS.items() if key not in own_splits})
         else:
             config.data.name = str(train)
         config.data.eval_split = evaluation or config.data.eval_split

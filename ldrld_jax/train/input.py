@@ -64,14 +64,12 @@ def _check_alike(train: Readable, evaluation: Readable) -> None:
 
 
 def _form(source: Readable) -> str:
-    """Describes the inputs of a network; pictures may differ in size, and texts in length."""
-    shape: object = source.image_shape
-    if source.label_shape:
-        shape = f"{len(source.image_shape)} axes"
-    elif not source.raw:
-        shape = f"{source.image_shape[-1]} channels"
-    labels = f"with labels of {len(source.label_shape)} axes" if source.label_shape else "with one label each"
-    return f"{np.dtype(source.dtype)} {'raw inputs' if source.raw else 'pixels'} of {shape} {labels}"
+    """Describes the inputs of a network; images may differ in size, and texts in length."""
+    shape, dtype = source.image_shape, np.dtype(source.dtype)
+    kind = "uint8" if dtype == np.uint8 else "fractions" if dtype.kind == "f" else "whole numbers"
+    channels = f", {shape[-1]} channels" if len(shape) > 2 else ""
+    labels = f"labels of {len(source.label_shape)} axes" if source.label_shape else "one label each"
+    return f"{kind} {'raw' if source.raw else 'pixels'} ({len(shape)} axes{channels}) with {labels}"
 
 
 def open_evaluation(config: ConfigDict, given: Given = NOTHING, open_split: Open | None = None) -> Readable:

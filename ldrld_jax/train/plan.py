@@ -117,12 +117,15 @@ class Run:
         return Networks.of(self.batches.source, self.config.precision, self.given.models)
 
     def check_model(self, name: str, network: Network, variables: Variables) -> None:
-        """Traces a model on the shape of the data.
+        """Traces a model on the shapes of both splits.
 
         Raises:
           UserError: if it fails there, or returns anything but logits `[n, C]`, `[n, ..., C]` for several labels each.
         """
-        source = self.batches.source
+        for source in (self.batches.source, self.eval_source):
+            self._check_model(name, network, variables, source)
+
+    def _check_model(self, name: str, network: Network, variables: Variables, source: Readable) -> None:
         images = jax.ShapeDtypeStruct((2, *source.image_shape), source.dtype)
         try:
             logits, _ = jax.eval_shape(lambda v, x: network(v, x, train=False), variables, images)

@@ -247,7 +247,7 @@ class _Best(NamedTuple):
         """
         source: Any = getattr(self.source, "uncached", self.source)
         try:
-            array = source.view(image if isinstance(image, bytes) else as_array(image))
+            array = source.view(image if isinstance(image, bytes | np.ndarray) else as_array(image))
             check_dtype(array.dtype, source.dtype)
         except BrokenImageError as error:
             raise UserError(f"image {index} cannot be used: {error}. Give images as in the training data.") from error

@@ -11,7 +11,7 @@ from ldrld_jax.data import ahead, workers
 from ldrld_jax.data.ahead import Makers, available_cores, makers
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
-from ldrld_jax.data.source import Selected
+from ldrld_jax.data.source import Selected, Source
 from tests.data.pipeline_test import block
 
 
@@ -53,12 +53,31 @@ def test_makers_are_chosen_by_cores_and_by_the_cost_of_an_image(source, on, core
     assert makers(source) == chosen
 
 
+@pytest.mark.parametrize(
+    ("megabytes", "chosen"), [(1, Makers(32, 32)), (77, Makers(4, 8)), (1000, Makers(4, 4)), (16, Makers(16, 32))]
+)
+def test_large_batches_have_fewer_makers(source, on, megabytes, chosen):
+    on(64)
+    assert makers(source, size=megabytes * 2**20) == chosen
+    assert makers(source, 3, 5, size=megabytes * 2**20) == Makers(3, 5)
+
+
 def test_what_the_config_says_is_kept(source, on):
     on(64)
     assert makers(source, 3) == Makers(3, 0)
     assert makers(source, None, 0) == Makers(32, 0)
     assert makers(source, None, 2) == Makers(32, 2)
     assert makers(source, 3, 2) == Makers(3, 2)
+
+
+class Own:
+    """Records of a caller's own source, which may hold what cannot be pickled."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
 
 
 class Callers:
@@ -84,6 +103,9 @@ def test_images_in_memory_and_data_sets_of_the_caller_get_threads(folder, on):
     given = as_source(Callers(images))
     assert makers(given) == makers(given.of(Selected(given.records, np.arange(3)), given.view)) == Makers(32, 0)
     assert makers(as_source((images, np.arange(6) % 2))) == Makers(32, 0)
+    own = Source(Own(images), ("a", "b"), (4, 4, 3))
+    assert makers(own) == Makers(32, 0)
+    assert makers(own, None, 2) == Makers(32, 2)
     assert makers(given, None, 2) == Makers(32, 2)
 
 

@@ -1,5 +1,6 @@
 """Data given as arrays, objects, NumPy archives and lists of files are read as they are, or refused in one line."""
 
+import dataclasses
 import io
 import json
 
@@ -186,3 +187,16 @@ def test_an_image_without_a_label_is_no_class_of_its_own(tmp_path, file, text, m
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         open_source("file_list", "train", str(tmp_path))
+
+
+def test_a_picture_that_does_not_decode_is_named_or_skipped(arrays):
+    """Pillow opens a file whose end is missing, and reads its pixels later."""
+    whole = io.BytesIO()
+    Image.fromarray(np.tile(arrays[0][0], (20, 20, 1))).save(whole, format="png")
+    pictures = [Image.open(io.BytesIO(data)) for data in (whole.getvalue(), whole.getvalue()[:200])]
+    source = as_source(Items(pictures, [0, 1], num_classes=2))
+    with pytest.raises(UserError, match=r"data\[1\] is broken: .* data\.on_error=skip"):
+        source.read(np.arange(2))
+    np.testing.assert_array_equal(dataclasses.replace(source, on_error="skip").read(np.arange(2))[1], [0, -1])
+    with pytest.raises(UserError, match=r"data\[0\] is broken: .* Repair or remove it"):
+        as_source(Items(pictures[1:], [1], num_classes=2))

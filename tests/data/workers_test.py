@@ -48,7 +48,7 @@ def test_workers_make_the_batches_of_threads_also_after_a_resume(folder, divisor
 
 def test_workers_evaluate_what_threads_do(folder):
     source = make_eval_source(block(folder, cache_mb=0))
-    wanted = list(eval_batches(source, 5, divisor=8))
+    wanted = list(eval_batches(source, 5, divisor=8, threads=2))
     chex.assert_trees_all_equal(list(eval_batches(source, 5, divisor=8, workers=2)), wanted)
 
 
@@ -64,7 +64,7 @@ def broken(tmp_path):
 def test_a_broken_image_is_named_as_by_threads(broken):
     batches = make_train_batches(block(broken), batch_size=6, seed=0)
     with pytest.raises(UserError) as wanted:
-        next(batches.iterate())
+        next(batches.iterate(threads=2))
     with pytest.raises(UserError) as error:
         next(batches.iterate(workers=2))
     assert str(error.value) == str(wanted.value)
@@ -73,7 +73,7 @@ def test_a_broken_image_is_named_as_by_threads(broken):
 
 def test_skipped_images_are_masked_and_counted_by_the_run(broken, caplog):
     data = block(broken, on_error="skip")
-    wanted = first(make_train_batches(data, batch_size=4, seed=0).iterate(), 6)
+    wanted = first(make_train_batches(data, batch_size=4, seed=0).iterate(threads=2), 6)
     told = caplog.messages
     caplog.clear()
     batches = make_train_batches(data, batch_size=4, seed=0)

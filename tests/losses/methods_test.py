@@ -387,6 +387,22 @@ def test_masked_rows_of_a_users_own_loss_are_as_good_as_absent(rng):
     assert not np.any(gradient[1])
 
 
+def test_masked_rows_of_a_users_scalar_loss_are_not_made_zero(rng):
+    """Such a loss may compare examples, and divide each by its norm before it leaves some out."""
+
+    def cosines(teacher_logits, student_logits, labels, where=None):
+        t, s = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (teacher_logits, student_logits))
+        return jnp.sum(jnp.where(where[:, None] & where, (t @ t.T - s @ s.T) ** 2, 0.0))
+
+    method, (teacher, student) = as_method(cosines), rng.normal(size=(2, 4, 5)).astype(np.float32)
+    kept = np.array([True, False, True, True])
+    value, gradient = jax.value_and_grad(
+        lambda student: method.loss(teacher, student, jnp.zeros(4, int), method.config(), where=kept)
+    )(student)
+    assert value > 0
+    assert np.isfinite(gradient).all() and gradient[kept].any() and not gradient[1].any()
+
+
 def test_a_users_own_loss_is_an_argument_of_jit_and_has_a_mean_over_devices(rng):
     method, (teacher, student) = as_method(squares), rng.normal(size=(2, 8, 5)).astype(np.float32)
     labels = np.arange(8) % 5

@@ -34,15 +34,15 @@ WRONG = {
     ),
     "evaluation inputs of another dtype": (
         dict(evaluation=(np.zeros((3, 8, 8, 1), np.float32), np.array([0, 1, 2])), num_classes=10),
-        r"training data are uint8 pixels of 1 channels with one label each, and the evaluation data float32 raw",
+        r"data are uint8 pixels \(3 axes, 1 channels\) with one label each, and the evaluation data fractions raw",
     ),
     "evaluation images with colours": (
         dict(evaluation=(np.zeros((3, 8, 8, 3), np.uint8), np.array([0, 1, 2])), num_classes=10),
-        "of 1 channels .* of 3 channels .* Give both alike",
+        r"\(3 axes, 1 channels\) .* \(3 axes, 3 channels\) .* Give both alike",
     ),
     "raw inputs of two shapes": (
-        dict(train=(np.zeros((90, 8)), np.arange(90) % 10), evaluation=(np.zeros((3, 9)), np.array([0, 1, 9]))),
-        r"float32 raw inputs of \(8,\) .* float32 raw inputs of \(9,\)",
+        dict(train=(np.zeros((90, 64)), np.arange(90) % 10), evaluation=(np.zeros((3, 65)), np.array([0, 1, 9]))),
+        r"fails on images \(2, 65\) float32",
     ),
     "a metric of the run's own": (dict(metrics={"top1": print}), "'top1' has the name of one that each run measures"),
     "a metric with the name of a term": (
@@ -112,3 +112,13 @@ def test_a_folders_own_training_split_is_trained_on(make, tmp_path):
     trainer = make(train=str(tmp_path), evaluation="testing", config={"data.train_split": "training"})
     assert (trainer.config.data.train_split, trainer.config.data.eval_split) == ("training", "testing")
     assert make(train=str(tmp_path), evaluation=None).config.data.train_split == "train"
+
+
+def test_rows_of_two_axes_are_predicted_as_they_are_trained_on(make):
+    """Without the axis that a grey picture of Pillow's gets."""
+    rows, labels = np.arange(90 * 12, dtype=np.uint8).reshape(90, 4, 3), np.zeros((90, 4), int)
+    student = lambda v, x, train: x @ v["w"], {"w": np.ones((3, 2), np.float32)}
+    data = dict(train=(rows, labels), evaluation=(rows[:9], labels[:9]), num_classes=2)
+    trainer = make(student=student, teacher=student, epochs=1, **data)
+    trainer.fit()
+    assert trainer.predict(rows[:2]).shape == (2, 4, 2)
