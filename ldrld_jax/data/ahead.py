@@ -58,7 +58,7 @@ def ahead(
 
 
 class Makers(NamedTuple):
-    """What makes batches: `workers` processes, or `threads` if there are none."""
+    """Numbers of threads and worker processes; if there are workers, they make the batches."""
 
     threads: int
     workers: int
