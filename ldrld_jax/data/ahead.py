@@ -95,7 +95,7 @@ def makers(
         one = one or (lambda index: source.read(np.array([index])))
         enough = threads is not None or cores <= _FEW_CORES or not _is_read_here(source)
         if not enough:
-            seconds = _seconds_per_call(one, len(source))
+            seconds = max(_seconds_per_call(one, len(source)), 1e-6)  # a clock may be coarse
             by_threads, by_workers = 1 / min(seconds, _LOCKED_SECONDS), _WORKER_RATE * (cores - 1) / seconds
             enough = by_workers <= by_threads
         # A worker's batch lies in its own memory, in memory that it shares with the run, and in the run's.
