@@ -18,9 +18,9 @@ Batch = dict[str, np.ndarray]
 _AHEAD_BYTES, _WORKER_BYTES = 2**28, 2**31
 
 # For what follows, see "Threads or workers" in docs/data_speed.md.
-_LOCKED_SECONDS = 5e-4  # for which a thread holds the interpreter lock for each image, at most
+_LOCKED_SECONDS = 5e-4  # for which a thread holds the interpreter lock for each image, about
 _WORKER_RATE = 0.8  # images that a worker makes in the time of one by a thread
-_FEW_CORES, _MOST = 4, 32
+_FEW, _MOST = 4, 32  # threads or workers; on few cores there are no workers
 _OWN_READERS = ("folders", "tfds_records", "decoded")  # modules whose records can be pickled and hold no images
 _CPU_MAX = pathlib.Path("/sys/fs/cgroup/cpu.max")  # the limit of a container: microseconds of how many, or "max"
 
@@ -88,18 +88,18 @@ def makers(
     """
     cores = available_cores()
     most = min(_MOST, _AHEAD_BYTES // size)
-    wanted = max(min(cores, most), 4) if threads is None else threads
+    wanted = max(min(cores, most), _FEW) if threads is None else threads
     if isinstance(source, InMemory):
         return Makers(wanted, 0)
     if workers is None:
         one = one or (lambda index: source.read(np.array([index])))
-        enough = threads is not None or cores <= _FEW_CORES or not _is_read_here(source)
+        enough = threads is not None or cores <= _FEW or not _is_read_here(source)
         if not enough:
             seconds = max(_seconds_per_call(one, len(source)), 1e-6)  # a clock may be coarse
             by_threads, by_workers = 1 / min(seconds, _LOCKED_SECONDS), _WORKER_RATE * (cores - 1) / seconds
             enough = by_workers <= by_threads
         # A worker's batch lies in its own memory, in memory that it shares with the run, and in the run's.
-        workers = 0 if enough else max(min(cores - 1, _MOST, _WORKER_BYTES // (3 * size)), _FEW_CORES)
+        workers = 0 if enough else max(min(cores - 1, _MOST, _WORKER_BYTES // (3 * size)), _FEW)
     return Makers(wanted, workers)
 
 
