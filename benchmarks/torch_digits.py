@@ -9,16 +9,22 @@ whole, in the channels-last layout, which is faster than a DataLoader. It import
 package. `benchmarks/digits.py` times it.
 """
 
+from __future__ import annotations
+
 import argparse
 import copy
 import itertools
 import math
 
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
-from torch.nn import functional
-from torch_parts import MODELS, ResNet, published_loss
+
+try:
+    import torch
+    from torch.nn import functional
+    from torch_parts import MODELS, ResNet, published_loss
+except ImportError:  # the flags are read without it
+    torch = None
 
 BATCH, PAD, SIDE, RATE = 64, 1, 8, 0.05
 DEPTH, EPSILON, SCALE, DECAY = 7, 1.5, 2.0, 0.05
@@ -100,6 +106,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of the teacher, and of the student")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if torch is None:
+        parser.error("this needs PyTorch: pip install '.[torch]'")
     torch.manual_seed(args.seed)
     train("resnet8", train("resnet20", None, args.epochs, args.compile), args.epochs, args.compile)
 
