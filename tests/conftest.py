@@ -1,5 +1,6 @@
 """Strict numerics for the whole suite: rank promotion raises, warnings are errors, eight fake devices."""
 
+import atexit
 import gc
 import importlib.metadata
 import json
@@ -16,7 +17,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_pa
 if importlib.metadata.version("jaxlib") < "0.12":  # which has no such flag any more
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ldrld_jax_compiled_"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ldrld_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = ".05"  # smaller programs compile as soon as they are read
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # with those flags a small program compiles in a fifth of the time
 
