@@ -34,7 +34,7 @@ def main() -> None:
     network, variables = run.make_student()
     teacher = teacher_at_hand(run, network) if run.objective.methods else None
     optimizer = run.make_optimizer()
-    state = run.placement.put_state(run.first_state(variables, optimizer))
+    state = run.make_state(variables, optimizer)
     batch = next(to_devices(run.batches.iterate(threads=1), run.mesh))
     step, look = jax.jit(make_step(run, network, teacher, optimizer)), jax.jit(all_finite)
     works: dict[str, Callable[[], Any]] = {

@@ -2,7 +2,7 @@
 
 python -m ldrld_jax.sweep experiments/every_method.py:digits --workdir runs/digits
 python -m ldrld_jax.sweep experiments/every_method.py:laptop --workdir runs/every --config.data.data_dir=data \
-    --config.teacher.checkpoint=resnet20.pth
+    --config.teacher.checkpoint=resnet20.pth --config.logits.dir=runs/logits
 """
 
 PROTOCOLS = {
@@ -28,6 +28,7 @@ def runs(epochs: int) -> list[dict]:
     """Returns the methods with their published weights, and what depends on the epoch scaled from 240 epochs."""
     warmup = {"kd_warmup_epochs": epochs * 20 // 240}
     late = epochs * 150 // 240
+    no_store = {"logits.dir": None}  # for methods that compare two views, or take the teacher's last layer
     return [
         {"method": "ce"},
         {"method": "kd"},
@@ -48,10 +49,10 @@ def runs(epochs: int) -> list[dict]:
         {"method": "ctkd"},
         {"method": "abkd"},
         {"method": "skd"},
-        {"method": "wkd", "loss_schedule.gamma": f"cosine:600@{late}:0@{epochs}"},
+        {"method": "wkd", "loss_schedule.gamma": f"cosine:600@{late}:0@{epochs}", **no_store},
         {"method": "luminet", **warmup},
-        {"method": "crld", "data.loader": "stream"},  # the resident loader makes one view of an image
-        {"method": "sld", "data.loader": "stream", "loss.sld.student_swap_epoch": late},
+        {"method": "crld", "data.loader": "stream", **no_store},  # the resident loader makes one view of an image
+        {"method": "sld", "data.loader": "stream", "loss.sld.student_swap_epoch": late, **no_store},
         {"method": "bild"},
         {"method": "topk_tail"},
         {"method": "topk_tail", "loss.topk_tail.top_k": 5, "loss.topk_tail.beta": 0.0},

@@ -111,7 +111,7 @@ def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dic
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # not JSON, not text, or endlessly nested brackets
-        raise UserError(f"{path} is torn or no JSON ({error}). {what}: restore it, or choose another.") from None
+        raise UserError(f"{path} is truncated or not JSON ({error}). {what}: restore it, or choose another.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object. {what}: restore it, or choose another.")
     if missing := set(keys) - set(content):

@@ -127,7 +127,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         if value not in (None, False) and args.mode not in _takers(flag) and flag != "--workdir":
             raise UserError(f"{flag} is a flag of {_listed(_takers(flag))}, and not of {args.mode}. Remove it.")
         if value == "":
-            raise UserError(f"{flag} is empty, as by a variable of the shell that is not set. Name one, or remove it.")
+            raise UserError(f"{flag} is empty, perhaps from an unset shell variable. Give it a value, or remove it.")
     given = [value is not None for value in (args.coordinator, args.processes, args.process)]
     if any(given) and (args.distributed or not all(given)):
         raise UserError("give --coordinator, --processes and --process, or --distributed alone.")
@@ -153,7 +153,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | None = None) -> list[str]:
-    """The `--config.key=value` flags that a parser left over, as `key=value`.
+    """Returns the `--config.key=value` flags that a parser left over, as `key=value`.
 
     Args:
       rest: what it left.
@@ -249,7 +249,7 @@ def _check(args: argparse.Namespace, config: "ConfigDict") -> int:
 
     if problems := Trainer.of_config(config, args.workdir).check():
         say("\n".join(f"problem: {problem}" for problem in problems))
-        return fail(f"{len(problems)} problem{'s' * (len(problems) > 1)} in this run's way, see above.", 1)
+        return fail(f"{len(problems)} problem{'s' * (len(problems) > 1)} would stop this run, see above.", 1)
     say("this run can start.")
     return 0
 
@@ -375,10 +375,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--quality": dict(type=_count, metavar="Q", help="write JPEGs of this quality, up to 100, instead of pixels"),
     "--target": dict(metavar="NAME", help="choose the devices: v5e:2x4, v5p:2x2x1, h100, a100:8, t4, cpu:8, ..."),
     "--json": dict(metavar="FILE", help="write the result to this file as well, as JSON"),
-    "--distributed": dict(action="store_true", help="join those that Slurm, Open MPI, GKE or a TPU pod has started"),
-    "--coordinator": dict(metavar="HOST:PORT", help="join those started by hand: connect to process 0 at this address"),
-    "--processes": dict(type=int, metavar="N", help="tell how many were started by hand"),
-    "--process": dict(type=int, metavar="I", help="tell which of them this is, from 0"),
+    "--distributed": dict(action="store_true", help="join the processes started by Slurm, Open MPI, GKE or a TPU pod"),
+    "--coordinator": dict(metavar="HOST:PORT", help="join processes started by hand; process 0 has this address"),
+    "--processes": dict(type=int, metavar="N", help="set the number of processes started by hand"),
+    "--process": dict(type=int, metavar="I", help="set the index of this process, from 0"),
 }
 _HOSTS = ("--distributed", "--coordinator", "--processes", "--process")
 _IMAGES = """IMAGE is a file, a pattern such as 'a/**/*.png', a folder (every image in and below
@@ -388,7 +388,7 @@ MODES = {
     "train": Mode(
         "Trains a student, its teacher first if need be, or resumes", _train, ("--workdir", "--profile", *_HOSTS)
     ),
-    "check": Mode("Looks for all that would stop a run, and trains nothing", _check, ("--workdir",)),
+    "check": Mode("Looks for everything that would stop a run, and trains nothing", _check, ("--workdir",)),
     "eval": Mode("Evaluates the best checkpoint of a run", _eval, ("--workdir", *_HOSTS), of_run=True),
     "predict": Mode(
         "Names the most likely classes of images", _predict, ("--workdir", "--top_k", "--output"), of_run=True

@@ -49,7 +49,7 @@ def test_the_help_of_predict_is_plain_english(capsys):
 
 def test_every_flag_belongs_to_a_mode_and_its_help_begins_with_a_verb():
     assert {flag for mode in main_lib.MODES for flag in main_lib.flags_of(mode)} == set(main_lib.FLAGS)
-    verbs = {"take", "keep", "write", "name", "choose", "join", "resize", "tell"}
+    verbs = {"take", "keep", "write", "name", "choose", "join", "resize", "set"}
     assert {options["help"].split()[0] for options in main_lib.FLAGS.values()} <= verbs
 
 

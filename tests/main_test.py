@@ -161,16 +161,24 @@ ON_DISK = {
         "run is a file. Choose another",
     ),
     "workdir, nowhere to write": (lambda *_: None, ["--workdir=/proc/run"], "No such file or directory: /proc/run"),
-    "config, torn": (lambda p, run, _: tear(run / "config.json"), [], "config.json is torn or no JSON"),
+    "config, torn": (lambda p, run, _: tear(run / "config.json"), [], "config.json is truncated or not JSON"),
     "config, a list": (
         lambda p, run, _: (run / "config.json").write_text("[]"),
         [],
         "config.json holds no JSON object",
     ),
     "config, of another run": (lambda p, run, _: change_config(run, seed=5), [], "seed (5 there, 0 here)"),
-    "config to evaluate, torn": (lambda p, run, _: tear(run / "config.json"), EVAL, "config.json is torn or no JSON"),
+    "config to evaluate, torn": (
+        lambda p, run, _: tear(run / "config.json"),
+        EVAL,
+        "config.json is truncated or not JSON",
+    ),
     "config to evaluate, a key": (lambda p, run, _: change_config(run, sed=1), EVAL, "there is no config key 'sed'"),
-    "summary, torn": (lambda p, run, _: (run / "summary.json").write_text('{"st'), [], "summary.json is torn or no"),
+    "summary, torn": (
+        lambda p, run, _: (run / "summary.json").write_text('{"st'),
+        [],
+        "summary.json is truncated or not JSON",
+    ),
     "metrics, torn": (lambda p, run, _: tear_the_first_line(run), [], "line 1 of {place}/run/metrics.jsonl is torn"),
     "checkpoints, files missing": (
         lambda p, run, _: [shutil.rmtree(c / "training") for c in checkpoints_of(run)],

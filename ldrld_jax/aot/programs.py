@@ -70,14 +70,13 @@ def programs_of(run: Run) -> Iterator[Program]:
     outside = is_outside(run)
     teacher = outlined(run, network) if run.objective.methods and not outside else None
     optimizer = run.make_optimizer()
-    state = jax.eval_shape(lambda variables: run.first_state(variables, optimizer), variables)
-    shardings = run.placement.of_state(state)
-    state, out = _placed(state, shardings), (shardings, replicated(mesh))
+    state = run.state_shapes(variables, optimizer)
+    out = run.placement.of_state(state), replicated(mesh)
     step = packed(make_step(run, network, teacher, optimizer))
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     batch = _batch(run)
     stored = bool(config.logits) or outside
-    weights = {"state": state, "teacher": None if stored else weights_of(teacher)}
+    weights: dict[str, Tree] = {"state": state, "teacher": None if stored else weights_of(teacher)}
     beside = {"teacher_logits": _logits(run)} if stored else {}
     arguments = {**weights, "batch": batch | beside}
     one = _whole_step(run, network, teacher), arguments
@@ -172,10 +171,6 @@ def _stacked(x: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
     assert isinstance(x.sharding, NamedSharding)
     sharding = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
     return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
-
-
-def _placed(tree: Tree, shardings: Tree) -> Tree:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:

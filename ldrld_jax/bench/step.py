@@ -110,7 +110,7 @@ class _Measurement:
     def _step(self, run: Run, teacher: Teacher | None) -> tuple[Step, TrainState]:
         """Returns a run's step and a fresh state, since the step donates its state."""
         optimizer = run.make_optimizer()
-        state = run.placement.put_state(run.first_state(jax.tree.map(jnp.copy, self._variables), optimizer))
+        state = run.make_state(jax.tree.map(jnp.copy, self._variables), optimizer)
         return make_step(run, self._network, teacher, optimizer), state
 
     def _time_run(self, advance: Dispatcher, state: TrainState, profile: str | None) -> float:

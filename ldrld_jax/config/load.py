@@ -96,7 +96,7 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
         config.method, config.teacher.model, config.loss_schedule = "ce", None, default().loss_schedule
     for key, value in (("student.model", config.student.model), ("data.name", config.data.name)):
         if _is_own(value) and key not in named:
-            again = f"It is code of a module. Name it again, if you trust it: --config.{key}={value}"
+            again = f"This names code in a module. Repeat it if you trust it: --config.{key}={value}"
             raise UserError(
                 f"the run in {workdir} has {key}={value}. "
                 f"{again if is_code(value) else 'It was given in Python: use ldrld_jax.Trainer'}."
@@ -167,7 +167,7 @@ def _nearby(config: ConfigDict, path: list[str]) -> list[str]:
 def _parse(config: ConfigDict, key: str, text: str) -> Any:
     block, last = find_key(config, key)
     kind = block.get_type(last)
-    if text == "None" and block[last] is None:
+    if text == "None" and (block[last] is None or may_be_unset(key)):
         return None
     if kind is str:
         return text

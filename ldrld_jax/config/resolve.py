@@ -42,8 +42,8 @@ def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
     for name in names:
         if name.startswith("<") and name not in given:
             raise UserError(
-                f"method {name} was given in Python, and its name alone does not make it. Give it again to "
-                "ldrld_jax.Trainer."
+                f"method {name} was given as a Python object and cannot be made from its name. Pass it to "
+                "ldrld_jax.Trainer again."
             )
         if name not in METHODS and name not in given and not is_code(name):
             parts = [part.strip() for part in name.replace(",", "+").split("+")]

@@ -18,8 +18,8 @@ Batch = dict[str, np.ndarray]
 _AHEAD_BYTES, _WORKER_BYTES = 2**28, 2**31
 
 # For what follows, see "Threads or workers" in docs/data_speed.md.
-_LOCKED_SECONDS = 5e-4  # for which a thread holds the interpreter lock for each image, about
-_WORKER_RATE = 0.8  # images that a worker makes in the time of one by a thread
+_LOCKED_SECONDS = 5e-4  # about how long a thread holds the interpreter lock for each image
+_WORKER_RATE = 0.8  # speed of a worker relative to a thread
 _FEW, _MOST = 4, 32  # threads or workers; on few cores there are no workers
 _OWN_READERS = ("folders", "tfds_records", "decoded")  # modules whose records can be pickled and hold no images
 _CPU_MAX = pathlib.Path("/sys/fs/cgroup/cpu.max")  # the limit of a container: microseconds of how many, or "max"
@@ -76,8 +76,8 @@ def makers(
 ) -> Makers:
     """Chooses what makes the batches of a source.
 
-    Threads share the interpreter lock, which limits the images that they make in a second, however many they are. If a
-    worker on each core but one makes more, there are workers, if this package itself reads the images from files.
+    Threads share the interpreter lock, which limits the images per second of any number of them. Workers are chosen if
+    one on each core but one would exceed that limit, and only for images that this package itself reads from files.
 
     Args:
       source: the source to read. Images that are kept in memory get no workers, whatever is asked for.

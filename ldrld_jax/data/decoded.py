@@ -114,8 +114,8 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
         raise _damaged(folder, str(error)) from None
     if not finished:
         raise UserError(
-            f"{folder} is unfinished: {len(rows):,} of {manifest['images']:,} images. Run the command that wrote "
-            "them again: it goes on."
+            f"{folder} is unfinished: {len(rows):,} of {manifest['images']:,} images. Repeat the command that wrote "
+            "them: it continues."
         )
     if digest != manifest["index"] or len(rows) != manifest["images"]:
         raise _damaged(folder, f"{INDEX} is not as it was written")

@@ -156,7 +156,7 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
     listed = {name: _listed(root, name) for name in (train_split, split)}
     labels = {label for _, label in listed[train_split]}
     if not labels:
-        raise UserError(f"the list {train_split} of {root} names no image. Write a line an image below its header.")
+        raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     numbers = all(label.isdecimal() for label in labels)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -171,8 +171,8 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
     found = [root / f"{split}{suffix}" for suffix in (".csv", ".jsonl") if (root / f"{split}{suffix}").exists()]
     if not found:
         raise UserError(
-            f"there is no {root / split}.csv or .jsonl. Write a line an image: `path,label` below a header with these "
-            'names, or {"path": ..., "label": ...}.'
+            f"there is no {root / split}.csv or .jsonl. Write one line per image: `path,label` below a header with "
+            'these names, or {"path": ..., "label": ...}.'
         )
     lines = _lines(found[0])
     try:

@@ -154,7 +154,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | dict):
         return _of_items(data, num_classes=num_classes, title=title)
     raise UserError(
-        f"the {title} must be (images, labels), a data set with a length and an example an index, or a source, got "
+        f"the {title} must be (images, labels), a data set with a length and one example per index, or a source, got "
         f"{type(data).__name__}. Give one of these."
     )
 
@@ -164,11 +164,13 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     labels = np.asarray(labels)
     if not labels.ndim or labels.dtype.kind not in "iu" or _is_one_hot(labels):
         raise UserError(
-            f"the labels of the {title} must be whole numbers [n], or [n, length] for one a token, got {labels.dtype} "
-            f"{labels.shape}{', one-hot' * (labels.dtype.kind in 'iu')}. One-hot labels become such by argmax(-1)."
+            f"the labels of the {title} must be integers [n], or [n, length] for one per token, got {labels.dtype} "
+            f"{labels.shape}{', one-hot' * (labels.dtype.kind in 'iu')}. Convert one-hot labels with argmax(-1)."
         )
     if len(images) != len(labels) or not len(labels):
-        raise UserError(f"the {title} must have a label an image, got {len(images)} images and {len(labels)} labels.")
+        raise UserError(
+            f"the {title} must have one label per image, got {len(images)} images and {len(labels)} labels."
+        )
     if images.dtype == np.uint8 and images.ndim != 4 and labels.ndim == 1:
         raise UserError(
             f"the images of the {title} must be [n, height, width, channels], got {images.shape}. Add the axis that is "
@@ -314,7 +316,7 @@ def load_arrays(file: str, split: str) -> Source:
         arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
         names = archive["class_names"].tolist() if "class_names" in archive.files else None
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is no NumPy archive that can be read: {error}. Write it by numpy.savez.") from error
+        raise UserError(f"{file} cannot be read as a NumPy archive: {error}. Write it with numpy.savez.") from error
     for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
         if images in arrays and labels in arrays:
             every = [array for name, array in arrays.items() if _is_labels(name)]

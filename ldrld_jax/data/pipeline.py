@@ -74,8 +74,8 @@ def make_train_batches(
     if data.loader == "resident":
         if source.view.random:
             raise UserError(
-                f"data.loader=resident keeps decoded images on the devices, and data.augment={data.augment} with "
-                f"data.rand_augment={data.rand_augment} needs encoded ones. Set pad_crop and 0, or data.loader=stream."
+                f"data.loader=resident cannot apply data.augment={data.augment} with data.rand_augment="
+                f"{data.rand_augment}. Set data.augment=pad_crop and data.rand_augment=0, or data.loader=stream."
             )
         batches: TrainBatches = ResidentBatches(source, **common, sharding=sharding)
     else:

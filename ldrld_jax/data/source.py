@@ -59,8 +59,8 @@ class Source:
       view: the transform of each image; by default none, and all images must have `image_shape`.
       on_error: a broken image or a label out of range stops the run ("raise"), or gets the label -1 and
         is logged once ("skip").
-      max_skipped: with "skip", the share of the records beyond which broken ones stop the run too; ten may
-        always be skipped, unless there is nothing else.
+      max_skipped: with "skip", the share of broken records above which the run stops as well; ten may always be
+        skipped, unless all records are broken.
       dtype: of an image; what is not uint8 is raw.
       raw: whether inputs go to the model as they are, and no view but the default can be taken of them.
       label_shape: of a record's labels: () for one, `(length,)` for one a token.
@@ -152,8 +152,8 @@ class Source:
         logger.warning("skipped %s: %s (%d skipped so far)", name, why, count)
         if too_many(count, len(self), self.max_skipped):
             raise UserError(
-                f"{count} of {len(self)} images are broken, the last of them {name} ({why}), and a share of "
-                f"{self.max_skipped:g} may be. Repair the data, or raise data.max_skipped."
+                f"{count} of {len(self)} images are broken, the last of them {name} ({why}), more than "
+                f"data.max_skipped={self.max_skipped:g} allows. Repair the data, or raise data.max_skipped."
             )
 
 

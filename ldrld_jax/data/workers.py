@@ -306,7 +306,7 @@ class _Worker:
         name = f"worker {self._number} of data.workers={workers} (process {self.pid})"
         if code == -signal.SIGKILL:
             return UserError(
-                f"{name} was killed, as the system does where memory runs out. Lower data.workers or batch_size, and "
+                f"{name} was killed, probably because memory ran out. Lower data.workers or batch_size, and "
                 "run the same command again: it resumes."
             )
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

@@ -112,7 +112,7 @@ def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Va
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
                 f"{config.student.model} cannot be traced for batches of any size: {reason}. In the model, write "
-                "x.shape[0] in place of len(x), and compare no size of a batch."
+                "x.shape[0] in place of len(x), and do not compare batch sizes."
             ) from error
     shapes: dict[str, Any] = dict(dtype=source.dtype, label_shape=source.label_shape)
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names), **shapes)

@@ -152,6 +152,11 @@ def read_student(place: str) -> Student:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{config} is not of a student ({type(error).__name__}: {error}). Export it again.") from None
+    digests = content.get("sha256")  # absent from the files of early versions
+    expected = digests.get(hub.WEIGHTS) if isinstance(digests, dict) else None
+    file = epath.Path(hub.download(weights) if hub.is_on_hub(weights) else weights)
+    if expected is not None and file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        raise UserError(f"{weights} is not what {config} describes: its SHA-256 is not {expected}. Export it again.")
     with precision_scope(precision, products):
         network, variables = Networks(len(labels), channels, precision).restore(weights, model, data)
         return Student(make_program(network, variables, shape, "uint8"), described, labels)

@@ -106,8 +106,8 @@ def predict(student: Student, paths: Sequence[str], top: int = 5) -> Iterator[tu
     view, rows = view_of(student.preprocessing), min(_BATCH, len(paths))
     if len(labels := student.program.out_avals[0].shape[1:-1]):
         raise UserError(
-            f"the student tells {' x '.join(map(str, labels))} labels an image, and a prediction has one. Call its "
-            "program, as the README.md of its export shows."
+            f"the student predicts {' x '.join(map(str, labels))} labels per input, and --mode predict takes one. Call "
+            "its program, as the README.md of its export shows."
         )
     probabilities = jax.jit(lambda images: jax.nn.softmax(student.program.call(images)))
     pending = None

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ldrld_jax.errors import UserError, needs
@@ -116,7 +117,7 @@ class LogitsFile:
         """
         logits, wanted = _read(path), (images, *label_shape, classes)
         logits = logits[None] if logits.ndim == len(wanted) else logits
-        if logits.shape[1:] != wanted or logits.dtype.kind not in "fV":
+        if logits.shape[1:] != wanted or not jnp.issubdtype(logits.dtype, jnp.floating):
             shown = ", ".join(map(str, wanted))
             raise UserError(
                 f"{path} holds {logits.dtype} {logits.shape}, and the training images need logits [{shown}] or "
@@ -161,7 +162,7 @@ def _read(path: str) -> Any:
         if not isinstance(logits, np.ndarray):
             logits.close()
             raise ValueError("it holds several arrays; save one as .npy")
-        return logits
+        return logits.view(jnp.bfloat16) if logits.dtype == np.dtype("V2") else logits  # as NumPy saves bfloat16
     except UserError:
         raise
     except Exception as error:  # of NumPy, tensorstore or safetensors, which have errors of their own

@@ -200,7 +200,7 @@ def _parse_npz(name: str, data: bytes) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
     except ValueError as error:
-        raise UserError(f"{name} holds an array that is no plain numbers ({error}). Save it without.") from None
+        raise UserError(f"{name} holds an array of Python objects ({error}). Save the file without it.") from None
 
 
 def _parse_torch(name: str, data: bytes) -> dict[str, np.ndarray]:

@@ -44,19 +44,21 @@ def check(
     views: int,
     last_layer: bool,
     teacher_changes: bool,
+    from_file: bool,
     top_needed: Mapping[str, int | None],
 ) -> None:
-    """Raises a UserError if a run of this config cannot use a logit store.
+    """Raises a UserError if a run of this config cannot use a logit store, or a file of logits.
 
     Args:
       config: the run's resolved config.
       views: number of augmentations of an image that the methods compare.
       last_layer: True if a method uses the weights of the teacher's last layer.
       teacher_changes: True if the teacher's weights change as the student trains.
+      from_file: True if the teacher is a file of logits.
       top_needed: `Method.top_needed` of each method.
     """
     logits = config.logits
-    if not logits:
+    if not logits and not from_file:
         return
     for wrong, why in (
         (teacher_changes, f"teacher.model={config.teacher.model} changes as the student trains"),
@@ -65,7 +67,7 @@ def check(
         (last_layer, f"method={config.method} takes the teacher's last layer, which is not stored"),
     ):
         if wrong:
-            what = "logits.dir keeps a teacher's logits for later runs" if "dir" in logits else "a file has logits"
+            what = "a file has logits" if from_file else "logits.dir keeps a teacher's logits for later runs"
             raise UserError(f"{what}, but {why}. Unset one of them.")
     if logits.get("top_k") is None:
         if logits.get("spread_rest"):
@@ -183,7 +185,7 @@ class LogitStore:
       >>> import tempfile
       >>> key = {"dtype": "float16", "classes": 2, "data": {"records": 3}}
       >>> store = LogitStore(tempfile.mkdtemp(), key)
-      >>> store.create(teacher_top1=50.0, eval_split="test")
+      >>> store.create(teacher_top1=50.0, evaluated={"split": "test"})
       >>> store.write(7, np.ones((3, 2), np.float16))
       >>> 7 in store, 8 in store, store.read(7).sum()
       (True, False, np.float16(6.0))
@@ -227,14 +229,22 @@ class LogitStore:
             each = f"{size // examples:,} bytes (the {self.top_k:,} largest of {classes:,} classes)"
         return f"{human_bytes(size * epochs)}: {epochs:,} epoch{'s' * (epochs > 1)} x {examples:,} images x {each}"
 
-    def teacher_top1(self, eval_split: str) -> float | None:
-        """Returns the teacher's top-1 in percent if the store was created with this split, else None.
+    def teacher_top1(self, evaluated: dict[str, Any]) -> float | None:
+        """Returns the teacher's top-1 in percent if it was measured on these data, else None.
+
+        Args:
+          evaluated: a description of the data, JSON.
 
         Raises:
           UserError: if the store has another key; the message names each part that differs.
         """
         note = self._note()
-        return note["teacher_top1"] if note is not None and note["eval_split"] == eval_split else None
+        # Stores of earlier versions name the split alone, which may have other images by now.
+        return note["teacher_top1"] if note is not None and note.get("evaluated") == evaluated else None
+
+    def check_key(self) -> None:
+        """Raises a UserError if there is a store of another key; the message names each part that differs."""
+        self._note()
 
     def _note(self) -> dict[str, Any] | None:
         """Returns the content of `key.json` after checking its key; None if there is no store yet."""
@@ -252,9 +262,9 @@ class LogitStore:
             raise UserError(f"the logit store {self.directory} holds other logits: {shown}. Set another logits.dir.")
         return note
 
-    def create(self, *, teacher_top1: float, eval_split: str) -> None:
-        """Writes the key unless one exists; raises a UserError if the existing key differs."""
-        note = {"teacher_top1": teacher_top1, "eval_split": eval_split, "key": self.key}
+    def create(self, *, teacher_top1: float, evaluated: dict[str, Any]) -> None:
+        """Writes the key unless one exists; raises a UserError if the existing key differs. See `teacher_top1`."""
+        note = {"teacher_top1": teacher_top1, "evaluated": evaluated, "key": self.key}
         with full_disk_named(self.directory, _FULL):
             missing = self._files.read("key.json").result()
             if missing.state == "missing":

@@ -160,8 +160,8 @@ class Method:
     ) -> jax.Array:
         """Computes the bare distillation term, a scalar: the sum of the parts.
 
-        A row with a logit that is not finite makes it NaN, and so is that row's gradient; `ldrld_terms` says what
-        -inf means to ldrld.
+        A row with a logit that is not finite makes the term and the row's gradient NaN; for -inf in ldrld see
+        `ldrld_terms`.
 
         Args:
           teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.

@@ -1,8 +1,8 @@
 """Losses with statistics over the whole batch: skd, luminet.
 
 Each is the bare term, without cross-entropy, warm-up or outer weight. Leading axes are flattened to N
-rows. Rows of weight 0 are ignored, and the other weights are scaled to a mean of 1. N is the global
-batch under `jit` over a mesh; under `pmap` or `shard_map` it is if `axis_name` is given.
+rows. Rows of weight 0 are ignored, and the other weights are scaled to a mean of 1. N counts the global
+batch under `jit` over a mesh, and under `pmap` or `shard_map` only if `axis_name` is given.
 """
 
 import dataclasses

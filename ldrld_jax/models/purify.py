@@ -185,7 +185,7 @@ def last_layer_path(params: Tree, classes: int) -> tuple[str, ...]:
     kernels = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
     if len(kernels) != 1:
         raise UserError(
-            f"the last layer is wanted, one matrix with {classes} columns, and the network has {len(kernels)}. Choose "
+            f"the last layer must be the only matrix of {classes} columns, and the network has {len(kernels)}. Choose "
             "another model, method or checkpoint."
         )
     return kernels[0][:-1]

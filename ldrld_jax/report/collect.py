@@ -1,6 +1,7 @@
 """Finds runs in folders, whatever else is there."""
 
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -10,12 +11,13 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import flat, identity
-from ldrld_jax.record.reader import is_number, read_config, read_lines, read_summary
+from ldrld_jax.record.reader import is_number, read_config, read_data, read_lines, read_summary
 
 _DEPTH = 3  # how far below a folder runs are looked for
 _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints")  # one of them says that this is a run's folder
 
 
+_SHORT = 8  # digits of a digest
 _NUMBERS = ("best_top1", "last_top1", "examples_per_second")
 
 
@@ -95,7 +97,17 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
             _add(report, workdir)
         except (UserError, OSError) as error:
             report.notes.append(f"{workdir}: {error}")
+    report.notes += _alike(report.summaries)
     return report
+
+
+def _alike(runs: Iterable[FoundRun]) -> Iterator[str]:
+    """Yields a note for each run that has the config and the seed of another."""
+    first = dict[str, str]()
+    for run in runs:
+        other = first.setdefault(json.dumps([run.seed, run.identity], sort_keys=True), run.folder)
+        if other != run.folder:
+            yield f"{run.folder}: it has config and seed of {other}, and a line of its own: no mean takes in both"
 
 
 def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epath.Path]:
@@ -126,7 +138,9 @@ def _add(report: Report, workdir: epath.Path) -> None:
     if torn := len(lines.torn):
         report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
-    run = FoundRun(str(workdir), flat(config), read_summary(workdir, numbers=_NUMBERS), tuple(curve))
+    run = FoundRun(
+        str(workdir), flat(config) | _objects(config, workdir), read_summary(workdir, numbers=_NUMBERS), tuple(curve)
+    )
     if run.summary is not None and not all(plausible(run.summary[name]) for name in _NUMBERS):
         raise UserError("its summary.json has a number that no run reaches")
     if run.summary is not None:
@@ -135,6 +149,16 @@ def _add(report: Report, workdir: epath.Path) -> None:
     else:
         report.running.append(run)
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
+
+
+def _objects(config: dict[str, Any], workdir: epath.Path) -> dict[str, str]:
+    """Returns keys that tell objects given in Python apart; the config has only the names of their classes."""
+    note, found = read_data(workdir) or {}, dict[str, str]()
+    if config["data"]["name"].startswith("<") and "train" in note:
+        found["data.images"] = str(note["train"].get("digest"))[:_SHORT]
+    if (weights := note.get("weights", {}).get("teacher.model")) is not None:
+        found["teacher.weights"] = str(weights)[:_SHORT]
+    return found
 
 
 def plausible(value: Any) -> TypeGuard[float]:

@@ -90,10 +90,16 @@ class Comparison:
 
 
 def compare(runs: Iterable[FoundRun], running: Iterable[FoundRun] = ()) -> list[Comparison]:
-    """Groups finished runs by data set and student, and within that by all of their identity but the seed."""
-    groups: dict[str, Group] = {}
+    """Groups finished runs by data set and student, and within that by all of their identity but the seed.
+
+    A second run of a seed is in a group of its own: a copy, or one of other objects given in Python.
+    """
+    groups: dict[tuple[str, int], Group] = {}
+    seen = Counter[tuple[str, int]]()
     for run in sorted(runs, key=lambda run: (run.seed, run.folder)):
-        groups.setdefault(json.dumps(run.identity, sort_keys=True), Group([])).runs.append(run)
+        computed = json.dumps(run.identity, sort_keys=True)
+        seen[computed, run.seed] += 1
+        groups.setdefault((computed, seen[computed, run.seed]), Group([])).runs.append(run)
     found: dict[tuple[str, str], Comparison] = {}
     for group in groups.values():
         _of(found, group.first).groups.append(group)

@@ -26,7 +26,7 @@ class Section(NamedTuple):
 
 
 def sections(comparison: Comparison, analyses: Analyses, number: int) -> list[Section]:
-    """Every part for which there are data.
+    """Returns every part for which there are data.
 
     Args:
       comparison: its groups.

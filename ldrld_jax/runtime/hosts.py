@@ -1,6 +1,7 @@
 """Runs several processes as one: connects them, and ends all of them when one dies."""
 
 import contextlib
+import itertools
 import os
 import secrets
 import signal
@@ -29,6 +30,9 @@ _TOGETHER = (
 _GRACE_SECONDS = 2.0
 _GOODBYE = -1
 _MESSAGE = struct.Struct("!i")
+
+# Numbers the questions of all runs of this process: JAX ends them at one number, above all that were asked before.
+_asked = itertools.count(1)
 
 
 @contextlib.contextmanager
@@ -120,7 +124,7 @@ def catch_signals_of_all() -> Iterator[Signals]:
 
 class _SignalsOfAll(Signals):
     def stop_at(self, step: int) -> bool:
-        if multihost_utils.reached_preemption_sync_point(step):
+        if multihost_utils.reached_preemption_sync_point(next(_asked)):
             self.received = signal.SIGTERM
         return self.received is not None
 
@@ -155,13 +159,18 @@ class _Lifeline:
             threading.Thread(target=self._watch, args=(peer, end), name=f"lifeline {peer}", daemon=True).start()
 
     def _connect(self, host: str) -> None:
-        token = secrets.token_bytes(16)
-        with socket.create_server((host, 0)) if first() else contextlib.nullcontext() as server:
+        token, server = secrets.token_bytes(16), None
+        if first():
+            with contextlib.suppress(OSError):  # an address outside this machine, as behind a NAT
+                server = socket.create_server((host, 0))
+        with server or contextlib.nullcontext():
             port = server.getsockname()[1] if server else 0
             # Every process uses the host name of process 0, even if the name resolves differently there.
             where = np.frombuffer(_MESSAGE.pack(port) + token + host.encode().ljust(255)[:255], np.uint8)
             said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(where), np.uint8))
             (port,), token, host = _MESSAGE.unpack(said[:4]), said[4:20], said[20:].decode().strip()
+            if not port:
+                return
             if server is None:
                 end = socket.create_connection((host, port), timeout=30)
                 end.sendall(token + _MESSAGE.pack(jax.process_index()))

@@ -24,8 +24,8 @@ def dtypes(precision: str) -> dict[str, Any]:
 def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator[None]:
     """Applies a config's precisions to everything computed inside the block; enables x64 for float64.
 
-    Random numbers are drawn by partitionable threefry inside it, whatever the environment says: a run's identity
-    has its seed alone.
+    Inside it random numbers come from partitionable threefry, whatever the environment selects, so that they depend
+    on the run's seed alone.
 
     Args:
       precision: float32, bfloat16 or float64.

@@ -106,7 +106,7 @@ def _watch(reading: socket.socket, signals: Signals, seconds: float) -> None:
             if not received:
                 return
             if received[0] in _NUMBERS and first:
-                _leave(received[0], "the second signal, left at once")
+                _leave(received[0], "second signal, exited at once")
             if received[0] in _NUMBERS:
                 first, until = received[0], time.monotonic() + seconds
 

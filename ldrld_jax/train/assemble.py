@@ -7,15 +7,17 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
+from ldrld_jax.code import is_code
 from ldrld_jax.config import default
 from ldrld_jax.config.load import set_value
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.tfds_records import open_builder
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
 from ldrld_jax.metrics import MEASURED
+from ldrld_jax.models import MODELS
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.train.given import Callback, Given, LineWriter
 from ldrld_jax.train.step import Metric
@@ -123,6 +125,11 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         config.teacher.model = "logits"
     elif all(pathlib.Path(path).is_dir() for path in paths):
         config.teacher.model = ",".join(map(_trained_model, paths))
+    elif all(path in MODELS or path.startswith("timm/") or is_code(path) for path in paths):
+        config.teacher.model = ",".join(paths)
+        return None
+    elif missing := [path for path in paths if not ("://" in path or pathlib.Path(path.partition("::")[0]).exists())]:
+        raise unknown("model, file or folder for the teacher:", missing[0], MODELS)
     elif config.teacher.model is None:
         raise UserError(
             f"the teacher {paths[0]} is a file, which does not say what model it is of. Name it by "

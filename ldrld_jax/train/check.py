@@ -222,7 +222,8 @@ class _Check:
     def _teacher(self, student: Network) -> tuple[Teacher | None, float]:
         """Returns the teacher, measured, or with random weights if it must be trained, and the seconds that takes."""
         config = copy.deepcopy(self._run.config)
-        config.logits = ConfigDict()  # obtaining a teacher would begin its store
+        if not config_lib.teaches_from_file(config):
+            config.logits = ConfigDict()  # obtaining a teacher would begin its store
         if config.teacher:
             config.teacher.min_top1 = 0.0  # looked at below: a weak teacher is no reason to look at nothing else
         run = dataclasses.replace(self._run, config=config)
@@ -249,7 +250,7 @@ class _Check:
         """Looks for problems with the logit store: another teacher's, or more than the disk has room for."""
         run = self._run
         store = open_store(run, teacher)
-        store.teacher_top1(run.config.data.eval_split)
+        store.check_key()
         missing = missing_epochs(store, run.batches, run.config.epochs)
         say(f"logits    {len(missing)} epochs to write of {human_bytes(store.bytes_per_epoch)} each")
         store.check_space(len(missing))
@@ -258,7 +259,7 @@ class _Check:
         """Takes steps and an evaluation, says what the run will take, and returns its seconds."""
         run, config, (network, variables) = self._run, self._run.config, student
         optimizer = run.make_optimizer()
-        state = run.placement.put_state(run.first_state(variables, optimizer))
+        state = run.make_state(variables, optimizer)
         self._look_at_disk(state.to_trees())
         step_fn = make_step(run, network, teacher, optimizer)
         advance = dispatcher(run, step_fn, state, teacher, 0, lambda _: None)

@@ -1,6 +1,7 @@
 """Evaluation of a network on a whole split."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,8 @@ from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
 from ldrld_jax.train.step import Ensemble, Metric, Network, make_eval_step
 
+_POLL_SECONDS = 0.01
+
 
 class Evaluator:
     """Evaluator of a network on every example of a source, once each.
@@ -28,7 +31,7 @@ class Evaluator:
     Attributes:
       step: the program of one batch, `step(variables, batch)`.
       split: the program of a whole split, `split(variables, batches)`, `[batches, rows, ...]` each.
-      doing: what the next dispatch takes the time of, for whoever waits: "compiling the evaluation" or "evaluating".
+      doing: what the next dispatch does, for progress bar and watchdog: "compiling the evaluation" or "evaluating".
     """
 
     def __init__(
@@ -52,12 +55,15 @@ class Evaluator:
         self._stored: dict[str, jax.Array] | None = None
         self.doing = "compiling the evaluation"
 
-    def __call__(self, variables: Any, each: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def __call__(
+        self, variables: Any, each: Callable[[], None] = lambda: None, waiting: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Returns the cross-entropy in nats, and top-1 and top-5 in percent.
 
         Args:
           variables: of the network.
           each: called before each dispatch; it may raise.
+          waiting: called again and again while a whole split is evaluated; it may raise.
 
         Raises:
           UserError: if no image is left to evaluate.
@@ -65,7 +71,7 @@ class Evaluator:
         """
         total: Means = {}
         each()
-        for dispatched in self._dispatches(variables):
+        for dispatched in self._dispatches(variables, waiting):
             self.doing = "evaluating"
             each()
             for means in by_step(dispatched):
@@ -80,12 +86,16 @@ class Evaluator:
             )
         return values
 
-    def _dispatches(self, variables: Any) -> Iterator[Packed]:
+    def _dispatches(self, variables: Any, waiting: Callable[[], None]) -> Iterator[Packed]:
         """Yields the means of the whole split at once, `[batches]` each, or batch by batch, one dispatch ahead."""
         if isinstance(self._source, InMemory):
             if self._stored is None:
                 self._stored = self._to_devices()
-            yield self.split(variables, self._stored)
+            whole = self.split(variables, self._stored)
+            while not whole.values.is_ready():
+                waiting()
+                time.sleep(_POLL_SECONDS)
+            yield whole
             return
         pending = None
         for batch in to_devices(self._batches(), self._mesh):

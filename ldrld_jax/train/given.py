@@ -60,6 +60,12 @@ class Given:
     callbacks: Sequence[Callback] = ()
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
 
+    @property
+    def functions(self) -> list[str]:
+        """Describes the parts that nothing tells apart from others of the same name."""
+        named = [f"the method {name}" for name in self.methods]
+        return [*named, *["the optimizer"] * bool(self.optimizer), *["the teacher on the host"] * bool(self.teacher)]
+
     def host_teacher(self, config: ConfigDict) -> HostTeacher | None:
         """Returns the teacher that runs on the host: the one given, or the one that `teacher.model` names in code."""
         name = config.teacher.get("model")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -55,7 +56,6 @@ def fit(
     """
     network, variables = student
     optimizer = run.make_optimizer()
-    state = run.placement.put_state(run.first_state(variables, optimizer))
     step_fn = make_step(run, network, teacher, optimizer)
     if remark := run.of_microbatches(variables):
         say(remark)
@@ -63,7 +63,7 @@ def fit(
     with locked(run.workdir) if first() else contextlib.nullcontext():
         folder = RunFolder(run)
         folder.check()  # again: nobody else can change it any more
-        recorder = _train(folder, role, state, step_fn, network, teacher, signals, profile)
+        recorder = _train(folder, role, student, optimizer, step_fn, teacher, signals, profile)
         summary = _summary(run, teacher, recorder)
         if first():
             replace_text(run.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -74,18 +74,20 @@ def fit(
 def _train(
     folder: RunFolder,
     role: str,
-    state: TrainState,
+    student: tuple[Network, Variables],
+    optimizer: optax.GradientTransformation,
     step_fn: Step,
-    network: Network,
     teacher: Teacher | None,
     signals: Signals,
     profile: str | None,
 ) -> Recorder:
-    run, config = folder.run, folder.run.config
+    run, config, (network, variables) = folder.run, folder.run.config, student
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds, others=workers.describe))
         checkpoints = stack.enter_context(contextlib.closing(folder.checkpoints()))
-        restored = checkpoints.resume(state.to_trees())
+        restored = checkpoints.resume(run.state_shapes(variables, optimizer).to_trees())
+        # Of two states one would lie unused on the devices until the run ends.
+        state = TrainState.from_trees(restored.trees) if restored else run.make_state(variables, optimizer)
         if first():
             folder.write()
         start, host = (restored.step, restored.host) if restored else (0, None)
@@ -100,7 +102,6 @@ def _train(
 
         pause = _Pause(run, evaluate, recorder, checkpoints, signals, at)
         if restored:
-            state = TrainState.from_trees(restored.trees)
             say(f"resuming the {role} at step {start} of {run.steps}")
             if run.evaluates_at(start) and not recorder.evaluated_at(start):  # a signal had cut that short
                 pause(start, state)
@@ -140,8 +141,9 @@ class _Pause:
         try:
             top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
         except (UserError, OSError):  # of the images, not of the weights
-            self._save(step, state, None)
-            self.checkpoints.wait()
+            if jax.process_count() == 1:  # the other processes are in the evaluation, and cannot save with this one
+                self._save(step, state, None)
+                self.checkpoints.wait()
             raise
         self._save(step, state, top1)
         self._call_back(step, state, rated=top1 is not None)
@@ -167,7 +169,7 @@ class _Pause:
     def _rate(self, step: int, state: TrainState) -> float | None:
         """Returns the top-1; None if a signal came, which leaves the evaluation to the run that resumes."""
         try:
-            values = self.evaluate(state.evaluated, lambda: self._each_batch(step))
+            values = self.evaluate(state.evaluated, lambda: self._each_batch(step), self.signals.check)
         except Interrupted:
             return None
         except NonFiniteError as error:

@@ -78,8 +78,8 @@ class Networks:
     def _made(self, model: str, seed: int) -> Any:
         if model.startswith("<"):
             raise UserError(
-                f"{model} is a model that was given in Python, and its name alone does not make it. Give it again to "
-                "ldrld_jax.Trainer."
+                f"the model {model} was given as a Python object and cannot be made from its name. Pass it to "
+                "ldrld_jax.Trainer again."
             )
         create = own_model if is_code(model) else create_model
         return create(model, self.num_classes, self.channels, rngs=nnx.Rngs(seed), **dtypes(self.precision))

@@ -99,7 +99,7 @@ class Objective:
         method_params: Mapping[str, Tree] = MappingProxyType({}),
         last_layer: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss, a scalar, and its terms by name as they are before the weights around them.
+        """Returns the loss, a scalar, and its terms by name before the objective weights them.
 
         A term of several parts is there as a whole, `ldrld`, and by part, `ldrld/pairs`. The cross-entropy is
         `ce_term`: smoothed and blended, it is not the `ce` of an evaluation.

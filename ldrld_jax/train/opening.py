@@ -57,7 +57,7 @@ def _cost(run: Run, role: str, model: str, data: ConfigDict) -> str:
     source = run.batches.source
     count = _count if model in run.given.models else _counted
     parameters, forward = count(run.networks, model, tuple(source.image_shape), source.dtype, data.image_size)
-    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs an {_kind(source)}"
+    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs per {_kind(source)}"
 
 
 def _kind(source: Any) -> str:
@@ -139,7 +139,7 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
     alike = teacher.checkpoint is None and teacher.optim.learning_rate == config.optim.learning_rate
     if alike and teacher.batch_size != config.batch_size:
         yield (
-            f"the teacher's batches of {teacher.batch_size} take the learning rate of the student's of "
+            f"the teacher's batches of {teacher.batch_size} use the learning rate of the student's batches of "
             f"{config.batch_size}: set teacher.optim.learning_rate"
         )
     yield from filter(None, (_leak(run, path) for path in paths))
@@ -170,7 +170,7 @@ def _leak(run: Run, path: str) -> str | None:
     """Returns a line if a teacher saw, or may have seen, the images that the student is evaluated on."""
     ours, place = run.config.data, epath.Path(path)
     if not is_folder(path):
-        unknown = f"whether {path} was trained on the images that data.held_out={ours.held_out:g} keeps cannot be told"
+        unknown = f"{path} may have been trained on the images that data.held_out={ours.held_out:g} holds out"
         return unknown if ours.held_out else None
     config, note = read_config(place), read_data(place)
     if config is None or note is None:

@@ -93,8 +93,8 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
 def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
     if optim.name.startswith("<"):
         raise UserError(
-            f"the optimizer {optim.name} was given in Python, and its name alone does not make it. Give it again to "
-            "ldrld_jax.Trainer."
+            f"the optimizer {optim.name} was given as a Python object and cannot be made from its name. Pass it to "
+            "ldrld_jax.Trainer again."
         )
     if is_code(optim.name):
         make = load_object(optim.name)
@@ -107,7 +107,7 @@ def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformatio
     options = {key: optim[key] for key in ("momentum", "nesterov", "weight_decay") if key in takes}
     try:
         made = make(learning_rate=schedule, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={optim.name} cannot be called with a learning rate alone: {error}.") from error
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, no optax.GradientTransformation.")

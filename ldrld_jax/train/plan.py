@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -25,7 +26,7 @@ from ldrld_jax.train.input import batch_norm_groups, open_input
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
-from ldrld_jax.train.state import Placement, TrainState, Variables
+from ldrld_jax.train.state import Placement, TrainState, Variables, trainable
 from ldrld_jax.train.step import Network
 
 _LOOKED_AT = 64  # images of each split
@@ -78,6 +79,7 @@ class Run:
             views=objective.views,
             last_layer=objective.needs_last_layer,
             teacher_changes=config_lib.teaches_itself(config),
+            from_file=config_lib.teaches_from_file(config),
             top_needed=objective.top_needed,
         )
         if objective.needs_last_layer and len(models := config_lib.teacher_models(config)) > 1:
@@ -93,8 +95,10 @@ class Run:
         check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=padded)
         logit_store.check_classes(config, len(source.class_names))
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
-        run.make_optimizer()
+        optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
+        _check_optimizer(config, optimizer, trainable(variables, objective.init()))
+        _check_average(config, variables)
         if config.student.model in given.models or is_code(config.student.model) or source.label_shape:
             run.check_model(config.student.model, network, variables)
         return run
@@ -177,10 +181,21 @@ class Run:
         for source in (self.batches.source, self.eval_source):
             source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
 
-    def first_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-        """Returns the state before the first step; its arrays are not placed yet."""
+    def make_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+        """Makes the state before the first step on the devices; none of them ever holds more than its own part."""
+        first = functools.partial(self._first_state, optimizer)
+        placed, method_params = self.placement.put_variables(variables), self.objective.init()
+        shardings = jax.tree.map(lambda struct: struct.sharding, self.state_shapes(variables, optimizer))
+        return jax.jit(first, out_shardings=shardings)(placed, method_params)
+
+    def state_shapes(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+        """Returns the state of a model as shapes, dtypes and shardings; `variables` may be shapes as well."""
+        first = functools.partial(self._first_state, optimizer)
+        return self.placement.shapes_of_state(jax.eval_shape(first, variables, self.objective.init()))
+
+    def _first_state(self, optimizer: optax.GradientTransformation, variables: Variables, params: Any) -> TrainState:
         averaged = self.config.ema_decay is not None
-        return TrainState.first(variables, optimizer, method_params=self.objective.init(), averaged=averaged)
+        return TrainState.first(variables, optimizer, method_params=params, averaged=averaged)
 
     def of_microbatches(self, variables: Variables) -> str | None:
         """Returns a line that says how accumulation differs from one large batch; None if it does not."""
@@ -209,6 +224,28 @@ class Run:
     def saves_at(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this step, apart from those of evaluations."""
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))
+
+
+def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation, trained: Any) -> None:
+    """Raises a UserError if an optimizer cannot update parameters by their gradients alone."""
+    try:
+        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step gives "
+            "an optimizer gradients and parameters, and nothing else: choose one that needs no more."
+        ) from error
+
+
+def _check_average(config: ConfigDict, variables: Variables) -> None:
+    """Raises a UserError if a moving average of weights would be lost in their rounding."""
+    floats = (leaf.dtype for leaf in jax.tree.leaves(variables) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    if config.ema_decay is not None and (low := {str(dtype) for dtype in floats if dtype.itemsize < 4}):
+        raise UserError(
+            f"ema_decay averages weights in their own dtype, and {config.student.model} has some of "
+            f"{' and '.join(sorted(low))}, which rounds the average away. Make them float32 (param_dtype), or unset "
+            "ema_decay."
+        )
 
 
 def _check_host_teacher(config: ConfigDict, objective: Objective, teacher: HostTeacher | None) -> None:

@@ -117,13 +117,14 @@ class Placement:
             ema=None if state.ema is None else self.of_variables(state.ema),
         )
 
+    def shapes_of_state(self, state: TrainState) -> TrainState:
+        """Returns a state of arrays or of their shapes as shapes, dtypes and shardings."""
+        put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(put, state, self.of_state(state))
+
     def put_variables(self, variables: Variables) -> Variables:
         """Moves weights to the devices."""
         return jax.device_put(variables, self.of_variables(variables))
-
-    def put_state(self, state: TrainState) -> TrainState:
-        """Moves a state to the devices."""
-        return jax.device_put(state, self.of_state(state))
 
 
 def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:

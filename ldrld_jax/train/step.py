@@ -337,7 +337,7 @@ def _steps_taken(state: TrainState) -> jax.Array:
 def all_finite(tree: Tree) -> jax.Array:
     """Returns whether all numbers of a tree are finite.
 
-    Of weights after an update that includes the gradients: no update of a weight is finite whose gradient is not.
+    Checking the weights after an update covers the gradients: a gradient that is not finite gives no finite weight.
     """
     # Vectors of one length, most of a network's leaves, are looked at together: XLA for CPU takes a fifth of its time
     # for a program with a reduction a leaf. Parameters of one shape lie alike on the devices, so none travels.

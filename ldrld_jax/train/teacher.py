@@ -125,7 +125,7 @@ def obtain_teacher(
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
     store = open_store(run, teacher) if run.config.logits else None
-    top1 = store.teacher_top1(run.config.data.eval_split) if store else None
+    top1 = store.teacher_top1(_evaluated(run)) if store else None
     missing = missing_epochs(store, run.batches, run.config.epochs) if store else None
     if missing != [] or top1 is None:  # else nobody runs it
         teacher = placed(run, teacher)
@@ -138,7 +138,7 @@ def obtain_teacher(
                     signals.check()
                     at(f"teacher: {evaluate.doing}")
 
-                top1 = evaluate(teacher.variables, each)["top1"]
+                top1 = evaluate(teacher.variables, each, signals.check)["top1"]
         except NonFiniteError as error:
             raise UserError(f"the teacher {origin} is refused: {error}") from error
     _introduce(run, origin, top1)
@@ -161,7 +161,7 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     config, source = run.config, run.batches.source
     shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
     store = open_store(run, function) if config.logits else None
-    top1 = store.teacher_top1(config.data.eval_split) if store else None
+    top1 = store.teacher_top1(_evaluated(run)) if store else None
     missing = missing_epochs(store, run.batches, config.epochs) if store else None
     if top1 is None:
         right = count = 0
@@ -241,9 +241,14 @@ def check_top1(run: Run, top1: float, origin: str = "") -> None:
 
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
     """Returns the teacher in a store; `teach` computes the logits that it lacks."""
-    store.create(teacher_top1=top1, eval_split=run.config.data.eval_split)
+    store.create(teacher_top1=top1, evaluated=_evaluated(run))
     feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, **made_by(run.config.data))
     return StoredTeacher(feed, top1)
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """Returns a description of the images that a teacher's top-1 is of, for a logit store."""
+    return {"split": run.config.data.eval_split, **run.data_note["eval"]}
 
 
 def is_outside(run: Run) -> bool:

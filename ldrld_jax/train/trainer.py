@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
 from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.data.given import as_array
@@ -82,11 +83,11 @@ class Trainer:
       method: a name of `METHODS`, several as "ldrld+kd"; a method's config such as `LDRLDConfig(depth=5)`; a function
         `(teacher_logits, student_logits, labels)` that returns one loss per example; or a list of these, to
         be added.
-      train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one a token, of which those
-        of -1 are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
+      train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one per token; labels of -1
+        are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
-      evaluation: the same; for a builder, a folder or a name, that of a split, and None for the usual one.
-      num_classes: C; needed for arrays, known for all other data.
+      evaluation: the same; if `train` is a builder, a folder or a name, the name of a split, or None for the default.
+      num_classes: C; None for data that know it, and for arrays whose largest label is C - 1.
       optimizer: of optax, over the student's parameters and those that a method learns, as a pair; or a name, whose
         learning rate is then `config={"optim.learning_rate": ...}`. None is the `optim` block of `config`.
       epochs, batch_size, seed: as in a config; the batch is global.
@@ -113,6 +114,8 @@ class Trainer:
       >>> trainer.predict(images).shape  # doctest: +SKIP
       (8, 2)
     """
+
+    _kept: "tuple[Any, _Best] | None" = None  # what predicted last, and of which checkpoint that was
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class Trainer:
         The other arguments are those of `Trainer`.
 
         Raises:
-          UserError: if a writer, a callback or a metric is none, or a metric has the name of one of the run's.
+          UserError: if a writer, callback or metric is not usable, or a metric has the name of one of the run's own.
         """
         check_observers(writers, callbacks, metrics or {})
         trainer = cls.__new__(cls)
@@ -207,20 +210,24 @@ class Trainer:
           UserError: if there is no checkpoint yet, or an image is broken, or has another shape or dtype.
         """
         with self._best() as best:
-            program = jax.jit(lambda images: best.network(best.variables, images, train=False)[0])
             size, logits = best.config.eval_batch_size, []
             for start in range(0, len(images), size):
                 rows = np.stack([best.input(i, images[i]) for i in range(start, min(start + size, len(images)))])
                 padded = np.pad(rows, ((0, min(size, len(images)) - len(rows)), *((0, 0),) * (rows.ndim - 1)))
-                logits.append(np.asarray(program(padded), np.float32)[: len(rows)])
+                logits.append(np.asarray(best.program(best.variables, padded), np.float32)[: len(rows)])
             empty = np.zeros((0, *best.source.label_shape, len(best.source.class_names)), np.float32)
             return np.concatenate([*logits, empty])
 
     @contextlib.contextmanager
     def _best(self) -> Iterator["_Best"]:
         config = config_lib.resolve(self.config, self.given.methods)
+        checkpoints = Checkpoints(self.workdir / "checkpoints")
+        steps = checkpoints.by_preference(best=True)[:1]
+        saved = [(step, checkpoints.arrays(step, "model")) for step in steps if step in checkpoints.readable_steps]
         with precision_scope(config.precision, config.matmul_precision):
-            yield _best(config, self.workdir, self.given)
+            if self._kept is None or self._kept[0] != saved or not saved:
+                self._kept = saved, _best(config, self.workdir, self.given)
+            yield self._kept[1]
 
 
 class _Best(NamedTuple):
@@ -231,6 +238,7 @@ class _Best(NamedTuple):
       networks: the factory of networks for the data.
       network, variables: the student; the weights lie on the host.
       source: the evaluation split.
+      program: `program(variables, images)` returns the student's logits.
     """
 
     config: ConfigDict
@@ -238,6 +246,7 @@ class _Best(NamedTuple):
     network: Network
     variables: Variables
     source: Readable
+    program: Callable[[Variables, Any], jax.Array]
 
     def input(self, index: int, image: Any) -> np.ndarray:
         """Returns an image as the network takes it: transformed as for the evaluation.
@@ -260,7 +269,8 @@ def _best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:
     check_classes(workdir, source.class_names, whose="the run")
     networks = Networks.of(source, config.precision, given.models)
     network, variables = networks.restore(str(workdir), config.student.model, config.data)
-    return _Best(config, networks, network, variables, source)
+    program = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
+    return _Best(config, networks, network, variables, source, program)
 
 
 def train(
@@ -332,7 +342,7 @@ def _train(
     run = Run.plan(config, workdir, given=given)
     folder = RunFolder(run)
     folder.check()
-    if remark := folder.remark():
+    for remark in folder.remarks():
         say(remark)
     if (summary := folder.finished()) is not None:
         say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")

@@ -81,6 +81,9 @@ def test_configs_do_not_import_the_package():
         ("loss.ldrld.rank_by=teacher", "teacher"),
         ("teacher.checkpoint=a=b", "a=b"),
         ("teacher.epochs=None", None),
+        ("data.data_dir=None", None),
+        ("teacher.model=None", None),  # which the file sets
+        ("data.eval_split=None", "None"),  # a split's name, which cannot be unset
     ],
 )
 def test_an_override_is_parsed_by_the_type_of_its_key(override, expected):

@@ -107,7 +107,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_passes_for_whole_and_the_ne
     writing = Decoding(block(folder), str(tmp_path)).write()
     assert [next(writing), next(writing)] == [5, 10]
     writing.close()
-    with pytest.raises(UserError, match=r"^\S+train is unfinished: 10 of 12 images\. Run .* again: it goes on\.$"):
+    with pytest.raises(UserError, match=r"^\S+train is unfinished: 10 of 12 images\. Repeat .* them: it continues\.$"):
         open_source("decoded", "train", str(tmp_path))
     with (tmp_path / "train" / "images.bin").open("r+b") as file:
         file.truncate(file.seek(0, 2) - 1)  # a row whose image did not reach the disk
@@ -165,7 +165,7 @@ def test_a_changed_byte_is_found_at_the_first_read(copy):
         ("images.bin", None, "No such file"),
         ("index.bin", lambda content: content[:-40], r"index\.bin is not as it was written"),
         ("index.bin", lambda content: bytes([content[0] ^ 1]) + content[1:], r"index\.bin is not as it was written"),
-        ("manifest.json", lambda content: content[:-9], "is torn or no JSON"),
+        ("manifest.json", lambda content: content[:-9], "is truncated or not JSON"),
         (
             "manifest.json",
             lambda content: content.replace(b'"format": 1', b'"format": 2'),

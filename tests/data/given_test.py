@@ -140,7 +140,7 @@ def test_a_numpy_archive_has_a_pair_of_arrays_a_split(arrays, tmp_path, names):
     with pytest.raises(UserError, match="has no x_val with y_val"):
         open_source(name, "val")
     (tmp_path / "data.npz").write_bytes(b"torn")
-    with pytest.raises(UserError, match="is no NumPy archive that can be read"):
+    with pytest.raises(UserError, match="cannot be read as a NumPy archive"):
         open_source(name, "train")
 
 
@@ -180,7 +180,7 @@ def test_a_list_of_files_names_paths_and_labels(arrays, tmp_path, suffix, labels
         ("train.csv", "path,label\na.png,0\nb.png\n", "in image 2, which has no path or no label"),
         ("train.csv", "path,label\na.png,\n", "in image 1, which has no path or no label"),
         ("train.jsonl", '{"path": "a.png", "label": null}\n', "in image 1, which has no path or no label"),
-        ("train.csv", "path,label\n", "the list train of .* names no image"),
+        ("train.csv", "path,label\n", "the list train of .* lists no image"),
     ],
 )
 def test_an_image_without_a_label_is_no_class_of_its_own(tmp_path, file, text, message):

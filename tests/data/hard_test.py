@@ -99,8 +99,11 @@ def test_choices_depend_on_the_data_seed_alone():
     ("changes", "expected"),
     [
         ({"fraction": 1e-9}, "no training image is left"),
-        ({"loader": "resident", "rand_augment": 2}, "with data.rand_augment=2 needs encoded ones"),
-        ({"loader": "resident", "augment": "rotate"}, "data.augment=rotate with data.rand_augment=0 needs"),
+        ({"loader": "resident", "rand_augment": 2}, "cannot apply data.augment=pad_crop with data.rand_augment=2"),
+        (
+            {"loader": "resident", "augment": "rotate"},
+            "cannot apply data.augment=rotate with data.rand_augment=0. Set data.augment=pad_crop",
+        ),
     ],
 )
 def test_settings_that_do_not_suit_the_data_are_one_line(changes, expected, data_dir):

@@ -212,6 +212,17 @@ def test_a_strangers_folder_is_refused_in_one_line(case, written, tmp_path):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+def test_weights_of_another_export_are_refused(written, tmp_path):
+    for path in written[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    safetensors.numpy.save_file(
+        {name: np.asarray(-array) for name, array in weights.items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"model\.safetensors is not what .*config\.json describes: its SHA-256"):
+        hub.read_student(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

@@ -59,7 +59,7 @@ def test_the_config_trains_evaluates_reports_and_exports_from_the_command_line(t
     again = [f"--config.student.model={MODULE}:small", f"--config.data.name={MODULE}:texts"]
     assert run("--mode", "eval", *again) == 0
     assert f"ce {last:.4f}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=rf"It is code of a module\. Name it again, .*={MODULE}:small"):
+    with pytest.raises(UserError, match=rf"This names code in a module\. Repeat it .*={MODULE}:small"):
         load_run("run")
     assert report(["run", "--out", "page"]) in (0, None)
     assert f"{MODULE}:small" in (tmp_path / "page/report.html").read_text()

@@ -166,7 +166,7 @@ def test_a_teacher_of_other_classes_is_refused_and_a_run_without_a_note_says_so(
     trainer.train(on_folder(*flags, "epochs=1"), tmp_path / "student")
     (tmp_path / "student/data.json").unlink()
     trainer.train(on_folder(*flags, "epochs=1"), tmp_path / "student")
-    assert "student has no data.json: whether its data are those of the start cannot be told" in capsys.readouterr().out
+    assert "student has no data.json: it cannot be checked whether the data have changed." in capsys.readouterr().out
 
 
 def test_a_fingerprint_depends_on_names_labels_and_sizes_alone(folder, tmp_path, data_dir):

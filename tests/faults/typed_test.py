@@ -20,7 +20,7 @@ from tests.conftest import ROOT, tiny_overrides
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--workdir", ""], "--workdir is empty, as by a variable of the shell that is not set"),
+        (["--workdir", ""], "--workdir is empty, perhaps from an unset shell variable"),
         (["--config="], "--config is empty"),
         (["--config.method=KD"], "Did you mean 'kd'?"),
         (["--config.method=kd,ldrld"], "Several are written as a sum: method=kd+ldrld"),
@@ -148,7 +148,7 @@ def test_one_torn_run_does_not_stop_a_sweep(tmp_path):
     for job in jobs:
         job.look()
     assert [job.state for job in jobs] == ["failed", "waiting"]
-    assert "summary.json is torn or no JSON" in jobs[0].line()
+    assert "summary.json is truncated or not JSON" in jobs[0].line()
     jobs[1].workdir.mkdir(parents=True)
     (jobs[1].workdir / "metrics.jsonl").write_text('{"step": \n{"step": 2}\n')
     assert re.search(r"^waiting +method=ce,seed=1  .*metrics\.jsonl", jobs[1].line())

@@ -22,13 +22,14 @@ from ldrld_jax.train.teacher import NetworkTeacher, open_store
 KEY = {"dtype": "float16", "classes": 7, "data": {"records": 50}, "teacher": {"model": "resnet20"}}
 
 
+TEST = {"split": "test", "images": 50, "digest": "f0"}
 LOCAL = ["method=ldrld", "loss.ldrld.use_remainder=False"]
 
 
 @pytest.fixture
 def store(tmp_path):
     store = LogitStore(str(tmp_path / "a store"), KEY)
-    store.create(teacher_top1=56.93, eval_split="test")
+    store.create(teacher_top1=56.93, evaluated=TEST)
     return store
 
 
@@ -64,7 +65,7 @@ def test_an_epoch_is_there_once_it_is_written_and_comes_back_bit_for_bit(store, 
 def largest(tmp_path, rng):
     """A store of the three largest of seven logits, and an epoch of it."""
     store = LogitStore(str(tmp_path / "largest"), {**KEY, "top_k": 3})
-    store.create(teacher_top1=56.93, eval_split="test")
+    store.create(teacher_top1=56.93, evaluated=TEST)
     return store, jax.device_get(top_logits(rng.normal(0, 5, (50, 7)), 3, np.float16))
 
 
@@ -129,17 +130,17 @@ def test_the_first_of_two_writers_sets_the_key(store):
     with pytest.raises(
         UserError, match=r"other logits: teacher\.model \('resnet20' there, 'vgg8' here\)\. Set another"
     ):
-        other.create(teacher_top1=1.0, eval_split="test")
-    store.create(teacher_top1=99.0, eval_split="test")
-    assert store.teacher_top1("test") == 56.93
-    assert store.teacher_top1("validation") is None
+        other.create(teacher_top1=1.0, evaluated=TEST)
+    store.create(teacher_top1=99.0, evaluated=TEST)
+    assert store.teacher_top1(TEST) == 56.93
+    assert store.teacher_top1(TEST | {"digest": "00"}) is None
 
 
 def test_a_file_that_is_no_key_is_refused(store):
     for text in ("{", "[]", '{"key": 3}'):
         pathlib.Path(store.directory, "key.json").write_text(text)
         with pytest.raises(UserError, match=r"key\.json is no key"):
-            store.teacher_top1("test")
+            store.teacher_top1(TEST)
 
 
 def test_a_full_disk_is_one_line(store, logits, monkeypatch):
@@ -180,10 +181,10 @@ def test_a_disk_that_is_too_small_is_refused_before(planned, monkeypatch, capsys
 )
 def test_a_store_of_another_key_is_refused_by_the_parts_that_differ(planned, override, part):
     _, store = planned()
-    store.create(teacher_top1=56.93, eval_split="test")
+    store.create(teacher_top1=56.93, evaluated=TEST)
     _, other = planned(override)
     with pytest.raises(UserError, match=rf"holds other logits: .*{part}.*\. Set another logits\.dir\."):
-        other.teacher_top1("test")
+        other.teacher_top1(TEST)
 
 
 def test_other_orders_students_methods_labels_and_loaders_share_a_store(planned):
@@ -199,11 +200,11 @@ def test_other_orders_students_methods_labels_and_loaders_share_a_store(planned)
 def test_a_store_whose_key_has_the_workers_of_an_earlier_version_is_read(planned):
     _, store = planned()
     earlier = dataclasses.replace(store, key=store.key | {"data": store.key["data"] | {"workers": 0}})
-    earlier.create(teacher_top1=12.5, eval_split="test")
-    assert store.teacher_top1("test") == 12.5
+    earlier.create(teacher_top1=12.5, evaluated=TEST)
+    assert store.teacher_top1(TEST) == 12.5
     other = dataclasses.replace(store, key=store.key | {"data": store.key["data"] | {"pad": 3}})
     with pytest.raises(UserError, match=r"holds other logits: data\.pad \(1 there, 3 here\)"):
-        other.teacher_top1("test")
+        other.teacher_top1(TEST)
 
 
 def test_one_bit_of_a_weight_changes_the_checksum():

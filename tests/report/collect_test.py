@@ -167,3 +167,25 @@ def test_no_content_of_a_file_stops_the_report(tmp_path, capsys, file, content):
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
     assert names(err.splitlines())[0] == "bad"
+
+
+def test_objects_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
+    for name, images, weights in (
+        ("a", "1f" * 16, "a0" * 16),
+        ("b", "2f" * 16, "a0" * 16),
+        ("c", "1f" * 16, "b0" * 16),
+    ):
+        run = write(tmp_path, name, data__name="<arrays>", teacher__model="<Net>")
+        split = {"images": 90, "digest": images}
+        note = {"classes": ["x"], "train": split, "eval": split, "weights": {"teacher.model": weights}}
+        (run / "data.json").write_text(json.dumps(note))
+    write(tmp_path, "d", data__name="<arrays>", teacher__model="<Net>")  # of an earlier version
+    write(tmp_path, "e", data__name="<arrays>", teacher__model="<Net>")
+    found = report.collect([tmp_path])
+    of_objects = [(run.config.get("data.images"), run.config.get("teacher.weights")) for run in found.summaries]
+    assert of_objects == [
+        *[("1f1f1f1f", "a0a0a0a0"), ("2f2f2f2f", "a0a0a0a0"), ("1f1f1f1f", "b0b0b0b0")],
+        *[(None, None)] * 2,
+    ]
+    [note] = found.notes
+    assert note.startswith(f"{tmp_path}/e: it has config and seed of {tmp_path}/d, and a line of its own")

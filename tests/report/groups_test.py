@@ -87,3 +87,9 @@ def test_rank_matrices_are_the_factors_and_their_product():
     assert set(matrices) == {(7, 7, 7), (3, 3, 3)}
     irw, erd, product = matrices[7, 7, 7]
     assert (round(irw[0][1], 4), round(erd[0][1], 4), round(product[0][1], 4)) == (0.4, 1.7214, 0.6886)
+
+
+def test_a_second_run_of_a_seed_is_in_no_mean():
+    runs = [found("a", seed=0, last=80.0), found("b", seed=0, last=40.0), found("c", seed=1, last=82.0)]
+    assert column(runs, "last top-1 %") == ["81.00 ± 1.41", "40.00"]
+    assert column(runs, "seeds") == ["2", "1"]

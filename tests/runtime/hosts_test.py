@@ -13,6 +13,7 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
+from ldrld_jax.runtime import hosts
 from ldrld_jax.train import trainer
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.train.trainer_test import values
@@ -106,3 +107,32 @@ def test_four_processes_give_the_losses_of_one_whose_logit_store_they_read(data_
 def test_flags_that_do_not_say_who_this_is_are_refused(flags, expected, capsys):
     assert main_lib.main(flags) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it():
+    code = """
+import os, signal, socket, time, jax
+from ldrld_jax.runtime.hosts import catch_signals_of_all
+with socket.create_server(("localhost", 0)) as server:
+    port = server.getsockname()[1]
+jax.distributed.initialize(f"localhost:{port}", 1, 0)
+with catch_signals_of_all() as signals:
+    assert not any(signals.stop_at(step) for step in range(1, 4))  # of a teacher
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # JAX agrees on the number at which all stop
+with catch_signals_of_all() as signals:
+    end, step = time.monotonic() + 20, 500
+    while not signals.stop_at(step := step + 1) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert signals.received == signal.SIGTERM, step
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_without_a_lifeline_every_process_hears_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda where: said.append(where) or where)
+    lifeline = hosts._Lifeline("192.0.2.1")  # no address of this machine
+    assert len(said) == 1 and not said[0][:4].any()  # port 0
+    lifeline.leave()

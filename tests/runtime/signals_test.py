@@ -64,7 +64,7 @@ print("ended")
     ("seconds", "doing", "signals", "code", "said"),
     [
         ("0.2", "running", "1", 143, "SIGTERM: the step did not end within 0.2 s. Nothing was saved; the same command"),
-        ("60", "running", "2", 143, "SIGTERM: the second signal, left at once; the same command goes on from the last"),
+        ("60", "running", "2", 143, "SIGTERM: second signal, exited at once; the same command goes on from the last"),
         ("0.2", "saving", "1", 0, ""),
     ],
     ids=["deadline", "second", "saving"],

@@ -120,6 +120,12 @@ def test_a_store_that_the_disk_has_no_room_for_is_a_problem(make, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_several_views_is_no_problem(make, tmp_path):
+    np.save(tmp_path / "two.npy", np.zeros((2, 90, 10), np.float32))
+    trainer = make(teacher=str(tmp_path / "two.npy"), config={"logits.views": 2, "data.flip": True})
+    assert trainer.check() == []
+
+
 def test_the_command_line_ends_with_1_after_all_problems_and_with_0_without(tiny, data_dir, tmp_path, capsys):
     del tiny  # has tiny_net in MODELS
     flags = [f"--config.{flag}" for flag in tiny_overrides(data_dir)]
@@ -129,7 +135,7 @@ def test_the_command_line_ends_with_1_after_all_problems_and_with_0_without(tiny
     assert main_lib.main([*common, *flags, "--config.student.model=resnet9"]) == 1
     said = capsys.readouterr()
     assert "problem: there is no model 'resnet9'." in said.out
-    assert said.err == "ldrld_jax: 1 problem in this run's way, see above.\n"
+    assert said.err == "ldrld_jax: 1 problem would stop this run, see above.\n"
     assert main_lib.main([*common, "--distributed"]) == 2
 
 

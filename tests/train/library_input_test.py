@@ -14,11 +14,15 @@ WRONG = {
     "a Linen module alone": (dict(student=Linen()), "with its variables"),
     "no teacher": (dict(teacher=None), "needs a teacher"),
     "paths and models": (dict(teacher=["a", Drop]), "all paths or all models"),
-    "a file of what": (dict(teacher="net.pth"), "does not say what model"),
+    "a file of what": (dict(teacher=__file__), "does not say what model"),
+    "a file that is not there": (dict(teacher="net.pth"), "no model, file or folder for the teacher: 'net.pth'"),
     "no workdir": (dict(teacher="."), r"holds no run \(no config.json\)"),
     "a number as a method": (dict(method=3), "a method must be a name"),
     "an unknown method": (dict(method="ldrdl"), "Did you mean 'ldrld'"),
-    "labels of another length": (dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(4, int))), "a label an image"),
+    "labels of another length": (
+        dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.zeros(4, int))),
+        "one label per image",
+    ),
     "one-hot labels": (dict(train=(np.zeros((3, 8, 8, 1), np.uint8), np.eye(3))), "argmax"),
     "a missing axis": (dict(train=(np.zeros((3, 8, 8), np.uint8), np.zeros(3, int))), "Add the axis"),
     "a label out of range": (

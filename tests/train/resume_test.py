@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import types
 
 import chex
 import pytest
@@ -12,7 +13,7 @@ from ldrld_jax import config, files, main
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.record import writer
 from ldrld_jax.runtime.signals import Interrupted, Signals
-from ldrld_jax.train import loop, trainer
+from ldrld_jax.train import evaluator, loop, trainer
 from tests.checkpoint.saved import contents, flip, largest
 from tests.conftest import comparable_lines
 from tests.train.trainer_test import saved
@@ -74,6 +75,24 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_by_the_run_that_resumes(
     trainer.train(tiny(*FLAGS), tmp_path / "run")
     assert programs() == {"evaluate_batch": (1, 1)} | ({"stepped": (1, 1)} if step == 3 else {})
     assert_same(tmp_path / "run", straight)
+
+
+def test_a_signal_while_a_split_in_memory_is_evaluated_saves_first(tiny, tmp_path, monkeypatch):
+    flags = [flag for flag in FLAGS if "cache_mb" not in flag]
+    trainer.train(tiny(*flags), tmp_path / "straight")
+    never = types.SimpleNamespace(values=types.SimpleNamespace(is_ready=terminate))  # which is false
+    make = evaluator.Evaluator.__init__
+
+    def slow(self, *arguments):
+        make(self, *arguments)
+        self.split = lambda *inputs: never
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "__init__", slow)
+        with pytest.raises(Interrupted, match="SIGTERM: the state after step 3 is saved"):
+            trainer.train(tiny(*flags), tmp_path / "run")
+    trainer.train(tiny(*flags), tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, teacher_dir, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from ldrld_jax.models.layers import Mode
 from ldrld_jax.models.purify import purify
 from ldrld_jax.runtime.mesh import make_mesh, model_shardings, replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
-from ldrld_jax.train import loop
+from ldrld_jax.train import loop, plan
 from ldrld_jax.train.optim import make_optimizer
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.step import rematerialised
@@ -29,7 +29,7 @@ def built(config, workdir):
     run = Run.plan(config_lib.resolve(config), workdir)
     (student, variables), (_, frozen) = run.make_student(), run.make_student()
     optimizer = make_optimizer(run.config.optim, run.schedule)
-    state = run.placement.put_state(run.first_state(variables, optimizer))
+    state = run.make_state(variables, optimizer)
     step = loop.make_step(run, student, NetworkTeacher(student, None) if run.objective.methods else None, optimizer)
     step = jax.jit(step, donate_argnums=0, out_shardings=(run.placement.of_state(state), replicated(run.mesh)))
     frozen = jax.tree.map(lambda x: x * 1.1, frozen)
@@ -222,3 +222,32 @@ def test_rematerialisation_keeps_products_alone_for_the_backward_pass_and_the_sa
     assert 0.25 * kept[0] < kept[1] < 0.4 * kept[0]  # the convolutions' outputs are among them
     for plain, again in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(again, plain, atol=1e-5 * float(jnp.max(jnp.abs(plain))))
+
+
+def test_a_state_is_made_in_parts(tiny, tmp_path):
+    """The optimizer's state and the moving average of a large model would not fit on the first device as a whole."""
+    config = tiny("mesh.data=8", "mesh.fsdp=True", "ema_decay=.9", "optim.name=adamw", "student.model=resnet8")
+    run = Run.plan(config_lib.resolve(config), tmp_path)
+    _, variables = run.make_student()
+    optimizer, made = run.make_optimizer(), []
+    first = plan.TrainState.first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan.TrainState, "first", lambda *args, **options: made.append(args) or first(*args, **options))
+        state = run.make_state(variables, optimizer)
+    assert all(isinstance(leaf, jax.core.Tracer) for args in made for leaf in jax.tree.leaves(args[0].params))
+    shapes = run.state_shapes(variables, optimizer)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, shapes)
+    moments = state.opt_state[0][0].mu
+    whole, part = (sum(map(size, jax.tree.leaves(moments))) for size in (lambda x: x.size, _on_first_device))
+    assert part < 0.2 * whole
+    chex.assert_trees_all_equal(state.student, state.ema)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(_first_parts((state.student, state.ema)))]
+    assert len(set(buffers)) == len(buffers)  # the step donates each of them
+
+
+def _first_parts(tree):
+    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
+
+
+def _on_first_device(leaf) -> int:
+    return leaf.addressable_shards[0].data.size

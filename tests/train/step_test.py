@@ -114,7 +114,7 @@ def test_the_last_layer_is_the_one_matrix_with_a_column_for_each_class(name):
 
 
 def test_a_teacher_without_a_last_layer_is_named(network):
-    with pytest.raises(UserError, match="one matrix with 11 columns, and the network has 0"):
+    with pytest.raises(UserError, match="the only matrix of 11 columns, and the network has 0"):
         last_layer(network[1], 11)
 
 

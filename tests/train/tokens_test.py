@@ -142,7 +142,7 @@ def stepped(run: ldrld_jax.Trainer) -> tuple[list[dict[str, float]], np.ndarray]
         plan = Run.plan(config_lib.resolve(run.config), run.workdir, given=run.given)
         (network, variables), optimizer = plan.make_student(), plan.make_optimizer()
         teacher = NetworkTeacher(network, Variables(*jax.tree.map(np.negative, variables)))
-        state = plan.placement.put_state(plan.first_state(variables, optimizer))
+        state = plan.make_state(variables, optimizer)
         shardings = plan.placement.of_state(state), replicated(plan.mesh)
         step = jax.jit(loop.make_step(plan, network, teacher, optimizer), out_shardings=shardings)
         found = []

@@ -238,3 +238,16 @@ def test_skipped_steps_are_counted_and_a_hundred_in_a_row_stop_the_run(tiny, tmp
         trainer.train(tiny(*flags, "epochs=60", "optim.learning_rate=1e30"), tmp_path / "b")
     skipped = values(tmp_path / "b", "train", "skipped")
     assert (skipped[0], skipped[-1], len(skipped) > 90) == (0.0, 1.0, True)
+
+
+def test_on_several_hosts_a_broken_evaluation_image_ends_the_run_unsaved(tiny, tmp_path, monkeypatch):
+    """The other hosts are in the evaluation, and would never come to save with this one."""
+
+    def broken(self, *arguments):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        raise UserError("test/7.png is broken")
+
+    monkeypatch.setattr(loop.Evaluator, "__call__", broken)
+    with pytest.raises(UserError, match=r"test/7\.png is broken"):
+        trainer.train(tiny("epochs=1"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
