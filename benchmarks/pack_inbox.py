@@ -38,7 +38,8 @@ def wheels(to: pathlib.Path, python: str, jax: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     to.mkdir(parents=True)
     (to / "constraints.txt").write_text(f"jax=={jax}\njaxlib=={jax}\n")
-    wanted = [*project["dependencies"], "chex", "pip"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["export"]]  # a stage exports a student
+    wanted = [*needed, "chex", "pip"]
     command = [python, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(to), "-c", str(to / "constraints.txt")]
     subprocess.run([*command, *wanted], check=True)
     for path in to.glob("*.whl"):
@@ -46,7 +47,7 @@ def wheels(to: pathlib.Path, python: str, jax: str) -> None:
             path.unlink()
         elif path.stat().st_size > 2**19 and not path.name.startswith("pip-"):  # pip's wheel is executed directly
             _squeeze(path)
-    (to / "requirements.txt").write_text("\n".join(project["dependencies"]) + "\n")
+    (to / "requirements.txt").write_text("\n".join(needed) + "\n")
 
 
 def _squeeze(wheel: pathlib.Path) -> None:

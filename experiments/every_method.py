@@ -24,11 +24,15 @@ PROTOCOLS = {
 }
 
 
-def runs(epochs: int) -> list[dict]:
-    """Returns the methods with their published weights, and what depends on the epoch scaled from 240 epochs."""
+def runs(epochs: int, no_store: dict) -> list[dict]:
+    """Returns the methods with their published weights, and what depends on the epoch scaled from 240 epochs.
+
+    Args:
+      epochs: of a run.
+      no_store: what methods need that compare two views, or take the teacher's last layer.
+    """
     warmup = {"kd_warmup_epochs": epochs * 20 // 240}
     late = epochs * 150 // 240
-    no_store = {"logits.dir": None}  # for methods that compare two views, or take the teacher's last layer
     return [
         {"method": "ce"},
         {"method": "kd"},
@@ -63,4 +67,5 @@ def get_sweep(name: str = "digits") -> dict:
     if name not in PROTOCOLS:
         raise ValueError(f"there is no protocol {name!r}. Known: {', '.join(PROTOCOLS)}.")
     protocol = PROTOCOLS[name]
-    return protocol | {"runs": runs(protocol["overrides"]["epochs"]), "grid": {"seed": [0, 1, 2]}}
+    no_store = {"logits.dir": None} if name == "laptop" else {}  # for the digits no command sets a store
+    return protocol | {"runs": runs(protocol["overrides"]["epochs"], no_store), "grid": {"seed": [0, 1, 2]}}

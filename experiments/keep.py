@@ -2,7 +2,8 @@
 
 python experiments/keep.py runs/laptop experiments/laptop
 
-For each run: summary.json, config.json, the evaluations of metrics.jsonl, and analysis.json if the report wrote one.
+For each run: summary.json, config.json, the evaluations of metrics.jsonl, analysis.json if the report wrote one, and
+data.json of a run of objects given in Python.
 """
 
 import json
@@ -31,8 +32,10 @@ def keep(run: pathlib.Path, to: pathlib.Path) -> None:
     evaluations = [line for line in lines if line["split"] in ("eval", "teacher_eval")]
     (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     shutil.copyfile(run / "summary.json", to / "summary.json")
-    if (run / "analysis.json").exists():
-        shutil.copyfile(run / "analysis.json", to / "analysis.json")
+    objects = ["data.json"] * ('"<' in json.dumps(config))  # it tells objects of one name apart
+    for name in ("analysis.json", *objects):
+        if (run / name).exists():
+            shutil.copyfile(run / name, to / name)
 
 
 def main(source: str, target: str) -> None:

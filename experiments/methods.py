@@ -2,6 +2,8 @@
 
 python -m ldrld_jax.sweep experiments/methods.py --gpus 0,1,2,3
 python -m ldrld_jax.sweep experiments/methods.py --config configs/cifar100.py:resnet56-resnet20 --workdir runs/r56-r20
+
+The methods' defaults are for the default pair; `configs/cifar100.py` names DKD's beta for others.
 """
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import random
+import re
 import sys
 import time
 import types
@@ -419,3 +420,14 @@ def test_every_stage_has_its_pieces(programme):
     for stage in ("smoke", "loss", "step", "input"):
         text = (ROOT / f"benchmarks/stages/{stage}.py").read_text()
         assert all(name.partition(".")[2] in text for name in pieces if name.startswith(stage))
+
+
+def test_the_wheels_are_those_that_every_stage_needs(programme, tmp_path, monkeypatch):
+    pack_inbox = importlib.import_module("pack_inbox")
+    asked = []
+    monkeypatch.setattr(pack_inbox.subprocess, "run", lambda command, check: asked.append(command))
+    pack_inbox.wheels(tmp_path / "wheels", "python", "0.11.2")
+    required = (tmp_path / "wheels" / "requirements.txt").read_text()
+    for name in ("jax", "flax", "pillow", "flatbuffers", "safetensors"):  # the last two for the exported student
+        assert re.search(rf"^{name}\b", required, re.MULTILINE)
+    assert set(required.split("\n")) <= {*asked[0], ""}

@@ -6,7 +6,10 @@ import runpy
 
 import pytest
 
+from ldrld_jax import config as config_lib
+from ldrld_jax.logit_store import store
 from ldrld_jax.report import collect, table
+from ldrld_jax.train.objective import make_objective
 from tests.conftest import ROOT, tiny_overrides
 
 README = (ROOT / "experiments/README.md").read_text()
@@ -19,6 +22,21 @@ def test_a_table_is_what_the_report_prints_of_its_folder(folder):
     report = collect([ROOT / "experiments" / folder])
     assert all(": warning: optim." in note or ": warning: the teacher's batches of" in note for note in report.notes)
     assert TABLES[folder].strip() == table(report.summaries)
+
+
+def test_every_run_on_a_fifth_of_cifar_can_use_the_store_that_its_command_names():
+    sweep = runpy.run_path(str(ROOT / "experiments/every_method.py"))["get_sweep"]("laptop")
+    stored = 0
+    for own in sweep["runs"]:
+        flags = {"logits.dir": "x", "teacher.checkpoint": "x"} | own
+        config = config_lib.resolve(
+            config_lib.load(sweep["config"], [f"{key}={value}" for key, value in flags.items()])
+        )
+        objective = make_objective(config)
+        changes, last = dict(teacher_changes=False, from_file=False), objective.needs_last_layer
+        store.check(config, views=objective.views, last_layer=last, top_needed=objective.top_needed, **changes)
+        stored += "dir" in config.logits
+    assert stored == len(sweep["runs"]) - 4  # ce has no teacher; wkd, crld and sld do without
 
 
 def test_every_folder_of_logs_has_its_table():

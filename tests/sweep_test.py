@@ -339,3 +339,9 @@ def test_a_complete_sweep_and_flags_of_this_machine_make_no_slurm_array(tmp_path
     assert "every run of the sweep is complete" in capsys.readouterr().err
     with pytest.raises(UserError, match="none of --gpus, --shard and --dry_run"):
         parse([*flags, "--shard=0/2"])
+
+
+def test_a_home_directory_that_the_shell_leaves_alone_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args, _ = parse(["experiments/methods.py", "--workdir=~/runs/s"])
+    assert args.workdir == f"{tmp_path}/runs/s"

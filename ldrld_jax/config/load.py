@@ -38,6 +38,10 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         changes = module.get_config(arg) if arg else module.get_config()
     except Exception as error:
         raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(changes, ConfigDict):
+        raise UserError(
+            f"get_config of {path} must return a ConfigDict, got {type(changes).__name__}. Add `return config`."
+        )
     config = default()
     for key, value in leaves(changes):
         set_value(config, key, value, source=file)

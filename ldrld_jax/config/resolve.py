@@ -154,6 +154,12 @@ def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:
         blocks.append(("logits.", {"views": config.logits.views}, "logits.dir is not set"))
     if config.teacher.checkpoint is not None:
         blocks.append(("teacher.optim.", config.teacher.optim, "teacher.checkpoint is trained already"))
+    if config.data.label_noise != "none" and not config.data.label_noise_rate:
+        blocks.append(("data.", {"label_noise": config.data.label_noise}, "data.label_noise_rate is 0"))
+    if config.data.label_noise_rate and config.data.label_noise == "none":
+        blocks.append(("data.", {"label_noise_rate": config.data.label_noise_rate}, "data.label_noise is none"))
+    if config.data.resize_size is not None and config.data.crop_size is None:
+        blocks.append(("data.", {"resize_size": config.data.resize_size}, "data.crop_size is not set"))
     return [
         f"{prefix}{key} is set and not read, because {reason}"
         for prefix, keys, reason in blocks
@@ -170,10 +176,11 @@ def _resolve_weights(config: ConfigDict, names: Sequence[str], given: Methods) -
     """
     methods, alone = [method_of(name, given) for name in names], len(names) == 1
     agreed = {method.ce_weight for method in methods}
+    scheduled = config.loss_schedule.kd_weight is not None  # which has the warm-up that it wants
     published = dict(
         ce_weight=agreed.pop() if len(agreed) == 1 else 1.0,
         kd_weight=methods[0].kd_weight if alone else 1.0,
-        kd_warmup_epochs=max((method.kd_warmup_epochs for method in methods), default=0),
+        kd_warmup_epochs=0 if scheduled else max((method.kd_warmup_epochs for method in methods), default=0),
     )
     for key, value in published.items():
         if config[key] is None:

@@ -85,7 +85,10 @@ def open_folder(
     if empty:
         message = f"there is no image of {', '.join(class_names[i] for i in empty)} in {data_dir}/{split}"
         if on_error == "raise":
-            raise UserError(f"{message}. Remove the empty folders, or set data.on_error=skip.")
+            mend = (
+                "Labels that are numbers count from 0: renumber them" if name == "file_list" else "Remove the folders"
+            )
+            raise UserError(f"{message}. {mend}, or set data.on_error=skip.")
         logger.warning("%s: training sees no image of these classes", message)
     paths, labels = zip(*files, strict=True)
     side = 64 if name == "tiny_imagenet" else None
@@ -157,7 +160,8 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
     labels = {label for _, label in listed[train_split]}
     if not labels:
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
-    numbers = all(label.isdecimal() for label in labels)
+    # Numbers are labels from 0; "007" is a name, as it is of a folder.
+    numbers = all(label == str(int(label)) for label in labels if label.isdecimal()) and all(map(str.isdecimal, labels))
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
     for path, label in listed[split]:
@@ -200,7 +204,7 @@ def _lines(path: epath.Path) -> list[str]:
     """Returns the lines of a text file that are not blank; what is no UTF-8 is Latin-1."""
     data = path.read_bytes()
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # Excel writes a mark of the byte order first
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     return [line for line in map(str.strip, text.split("\n")) if line]

@@ -25,6 +25,7 @@ from ldrld_jax.errors import UserError
 _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
 _GREY, _NUMBERS = ("1", "L", "LA", "La"), ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow
+_READ_TWICE = 16  # of 16 images mirrored at random, all are the same twice in one of 65,536 cases
 _LABELS_LOOKED_AT = 64  # each reads an image of a data set object
 
 
@@ -216,9 +217,19 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
         return Source(records, _class_names(names, count), (None, None, 3), label_shape=shape)
-    raw = bool(getattr(data, "raw", False))
-    dtype = _stored_as(first.dtype)
-    return Source(records, _class_names(names, count), first.shape, dtype=dtype, raw=raw, label_shape=shape)
+    kind: dict[str, Any] = dict(
+        raw=bool(getattr(data, "raw", False)), dtype=_stored_as(first.dtype), changes=_changes(records)
+    )
+    return Source(records, _class_names(names, count), first.shape, label_shape=shape, **kind)
+
+
+def _changes(records: ItemRecords) -> bool:
+    """Returns whether an example has other pixels the second time; looks at a few."""
+    first, second = (
+        [record["image"] for record in records.__getitems__(_spaced(len(records), _READ_TWICE))] for _ in range(2)
+    )
+    arrays = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, np.ndarray | bytes)]
+    return any(not np.array_equal(a, b) for a, b in arrays)
 
 
 def _of_hugging_face(data: Any, title: str) -> Source:

@@ -77,6 +77,8 @@ def make_train_batches(
                 f"data.loader=resident cannot apply data.augment={data.augment} with data.rand_augment="
                 f"{data.rand_augment}. Set data.augment=pad_crop and data.rand_augment=0, or data.loader=stream."
             )
+        if source.changes:
+            raise UserError("data.loader=resident would keep one draw of images that differ each time they are read.")
         batches: TrainBatches = ResidentBatches(source, **common, sharding=sharding)
     else:
         batches = TrainBatches(_remembered(source, data), **common)
@@ -97,6 +99,10 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
     split = data.train_split if data.held_out else data.eval_split
     source = open_source(data.name, split, data.data_dir, **as_asked(data))
     records = source.records
+    if source.changes:
+        raise UserError(
+            "the images to evaluate on differ each time they are read. Give evaluation data without random transforms."
+        )
     if data.held_out:
         records = hard.select(records, data, classes=len(source.class_names), held_out=True)
         if not len(records):
@@ -116,9 +122,12 @@ def _check_unchanged(source: Source, data: ConfigDict) -> None:
         "augment": "pad_crop",
         "rand_augment": 0,
         "crop_size": None,
+        "resize_size": None,
         "image_size": None,
         "mixup": 0.0,
     }
+    if source.raw:
+        unset |= {"mean": (0.5,), "std": (0.5,)}
     if len(source.image_shape) != 3 or source.label_shape:
         unset |= {"pad": 0, "flip": False}
     for key, value in unset.items():
@@ -157,4 +166,4 @@ def _eval_view(stored: tuple[Any, Any, int], data: ConfigDict) -> AsStored | Cen
 def _remembered(source: Source, data: ConfigDict) -> Readable:
     """Caches the decoded images in memory if they are not random and fit into `data.cache_mb`."""
     fits = len(source) * math.prod(source.image_shape) * np.dtype(source.dtype).itemsize <= data.cache_mb * 2**20
-    return InMemory(source) if fits and not source.view.random else source
+    return InMemory(source) if fits and not source.view.random and not source.changes else source

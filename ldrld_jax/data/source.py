@@ -63,7 +63,8 @@ class Source:
         skipped, unless all records are broken.
       dtype: of an image; what is not uint8 is raw.
       raw: whether inputs go to the model as they are, and no view but the default can be taken of them.
-      label_shape: of a record's labels: () for one, `(length,)` for one a token.
+      label_shape: of a record's labels: () for one, `(length,)` for one per token.
+      changes: whether the records themselves differ each time they are read, as a data set's do that augments them.
     """
 
     records: Any
@@ -75,6 +76,7 @@ class Source:
     dtype: Any = np.uint8
     raw: bool = False
     label_shape: tuple[int, ...] = ()
+    changes: bool = False
     broken: set[int] = dataclasses.field(default_factory=set, compare=False)  # the records skipped so far
 
     def __post_init__(self) -> None:

@@ -155,7 +155,7 @@ def checksum(tree: Any) -> str:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
 
 
@@ -266,10 +266,11 @@ class LogitStore:
         """Writes the key unless one exists; raises a UserError if the existing key differs. See `teacher_top1`."""
         note = {"teacher_top1": teacher_top1, "evaluated": evaluated, "key": self.key}
         with full_disk_named(self.directory, _FULL):
-            missing = self._files.read("key.json").result()
-            if missing.state == "missing":
+            there = self._files.read("key.json").result()
+            # A store of an earlier version is given the description that it lacks.
+            if there.state == "missing" or "evaluated" not in (self._note() or {}):
                 text = json.dumps(note, indent=2) + "\n"
-                self._files.write("key.json", text.encode(), if_equal=missing.stamp.generation).result()
+                self._files.write("key.json", text.encode(), if_equal=there.stamp.generation).result()
         self._note()
 
     def check_space(self, epochs: int) -> None:

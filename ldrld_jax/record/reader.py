@@ -51,7 +51,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
         return None
     data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
     counted = [isinstance(data[s], dict) and is_number(data[s].get("images")) for s in ("train", "eval")]
-    names = data["classes"]
+    names, weights = data["classes"], data.get("weights", {})
+    counted.append(isinstance(weights, dict) and all(isinstance(digest, str) for digest in weights.values()))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not all(counted):
         raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
     return data

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 from etils import epath
@@ -30,12 +31,14 @@ class FoundRun:
       config: its config.json under dotted keys.
       summary: its summary.json; None for a run that has not ended.
       curve: `(epoch, top-1 in percent)` of each evaluation of the student.
+      copy: 2 for the second run of the same identity and seed, which is a copy or has other objects, and so on.
     """
 
     folder: str
     config: dict[str, Any]
     summary: dict[str, Any] | None = None
     curve: tuple[tuple[float, float], ...] = ()
+    copy: int = 1
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -97,17 +100,21 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
             _add(report, workdir)
         except (UserError, OSError) as error:
             report.notes.append(f"{workdir}: {error}")
-    report.notes += _alike(report.summaries)
+    report.summaries = _numbered(report.summaries, report.notes)
     return report
 
 
-def _alike(runs: Iterable[FoundRun]) -> Iterator[str]:
-    """Yields a note for each run that has the config and the seed of another."""
-    first = dict[str, str]()
-    for run in runs:
-        other = first.setdefault(json.dumps([run.seed, run.identity], sort_keys=True), run.folder)
-        if other != run.folder:
-            yield f"{run.folder}: it has config and seed of {other}, and a line of its own: no mean takes in both"
+def _numbered(runs: Sequence[FoundRun], notes: list[str]) -> list[FoundRun]:
+    """Returns the runs with `copy` set, in order of seed and folder, and adds a note for each second one of a seed."""
+    folders = defaultdict[str, list[str]](list)
+    numbered = []
+    for run in sorted(runs, key=lambda run: (run.seed, run.folder)):
+        same = folders[json.dumps([run.seed, run.identity], sort_keys=True)]
+        same.append(run.folder)
+        numbered.append(dataclasses.replace(run, copy=len(same)))
+        if len(same) > 1:
+            notes.append(f"{run.folder}: it has the config and the seed of {same[0]}, and is in no mean with it")
+    return numbered
 
 
 def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epath.Path]:
@@ -138,9 +145,8 @@ def _add(report: Report, workdir: epath.Path) -> None:
     if torn := len(lines.torn):
         report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
-    run = FoundRun(
-        str(workdir), flat(config) | _objects(config, workdir), read_summary(workdir, numbers=_NUMBERS), tuple(curve)
-    )
+    keys, summary = flat(config), read_summary(workdir, numbers=_NUMBERS)
+    run = FoundRun(str(workdir), keys | _objects(keys, workdir, report.notes), summary, tuple(curve))
     if run.summary is not None and not all(plausible(run.summary[name]) for name in _NUMBERS):
         raise UserError("its summary.json has a number that no run reaches")
     if run.summary is not None:
@@ -151,13 +157,19 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
 
 
-def _objects(config: dict[str, Any], workdir: epath.Path) -> dict[str, str]:
+def _objects(keys: dict[str, Any], workdir: epath.Path, notes: list[str]) -> dict[str, str]:
     """Returns keys that tell objects given in Python apart; the config has only the names of their classes."""
-    note, found = read_data(workdir) or {}, dict[str, str]()
-    if config["data"]["name"].startswith("<") and "train" in note:
-        found["data.images"] = str(note["train"].get("digest"))[:_SHORT]
+    try:
+        note = read_data(workdir) or {}
+    except UserError as error:
+        notes.append(str(error))
+        return {}
+    found = {}
+    if note and keys["data.name"].startswith("<"):
+        for key, split in (("data.images", "train"), ("data.eval_images", "eval")):
+            found[key] = str(note[split].get("digest"))[:_SHORT]
     if (weights := note.get("weights", {}).get("teacher.model")) is not None:
-        found["teacher.weights"] = str(weights)[:_SHORT]
+        found["teacher.weights"] = " ".join(digest[:_SHORT] for digest in weights.split())
     return found
 
 

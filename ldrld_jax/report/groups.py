@@ -85,21 +85,22 @@ class Comparison:
         """Returns the best group of plain KD under the same conditions; None if there is none, or it is the group."""
         if group.method == "kd":
             return None
-        found = [other for other in self.groups if other.method == "kd" and _comparable(group, other)]
+        found = [
+            other
+            for other in self.groups
+            if other.method == "kd" and other.first.copy == 1 and _comparable(group, other)
+        ]
         return max(found, key=lambda other: other.mean("last_top1"), default=None)
 
 
 def compare(runs: Iterable[FoundRun], running: Iterable[FoundRun] = ()) -> list[Comparison]:
     """Groups finished runs by data set and student, and within that by all of their identity but the seed.
 
-    A second run of a seed is in a group of its own: a copy, or one of other objects given in Python.
+    A second run of a seed is in a group of its own, named by its number, that nothing is compared with.
     """
     groups: dict[tuple[str, int], Group] = {}
-    seen = Counter[tuple[str, int]]()
     for run in sorted(runs, key=lambda run: (run.seed, run.folder)):
-        computed = json.dumps(run.identity, sort_keys=True)
-        seen[computed, run.seed] += 1
-        groups.setdefault((computed, seen[computed, run.seed]), Group([])).runs.append(run)
+        groups.setdefault((json.dumps(run.identity, sort_keys=True), run.copy), Group([])).runs.append(run)
     found: dict[tuple[str, str], Comparison] = {}
     for group in groups.values():
         _of(found, group.first).groups.append(group)
@@ -129,6 +130,8 @@ def _name_settings(comparison: Comparison) -> None:
     comparison.usual |= _usual(groups)
     for group in groups:
         group.shown = {key: value for key, value in group.settings.items() if comparison.usual.get(key, ...) != value}
+        if group.first.copy > 1:
+            group.shown["copy"] = group.first.copy
 
 
 def _usual(groups: Sequence[Group]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _row(comparison: Comparison, group: Group) -> dict[str, str]:
         "student": comparison.student,
         "method": group.method,
         "setting": group.setting,
-        "seeds": str(len({run.seed for run in group.runs})),
+        "seeds": str(len(group.runs)),
         "best top-1 %": spread(group.values("best_top1")),
         "last top-1 %": spread(group.values("last_top1")),
         "against our kd": f"{group.mean('last_top1') - kd.mean('last_top1'):+.2f}" if kd else "",

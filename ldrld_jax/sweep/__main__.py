@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import is_local, split_argument
+from ldrld_jax.files import expand_home, is_local, split_argument
 from ldrld_jax.main import overrides_in, split_overrides
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if not args.sweep and not args.config:
         raise UserError("a sweep needs a FILE with a get_sweep(), or --config and --grid.")
     name = pathlib.Path(split_argument(args.sweep or args.config)[0]).stem
-    args.workdir = args.workdir or str(pathlib.Path("runs") / f"{name}-sweep")
+    args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / f"{name}-sweep"))
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
     try:

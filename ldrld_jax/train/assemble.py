@@ -111,7 +111,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         config.teacher.model = "ema"
         return None
     if isinstance(teacher, str | pathlib.PurePath):
-        teacher = [teacher]
+        teacher = [teacher] if pathlib.Path(teacher).exists() else str(teacher).split(",")
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
         return None
@@ -121,13 +121,16 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
     if not paths:
         config.teacher.model = ",".join([_entered(one, models) for one in teacher])
         return None
-    if paths[0].rstrip("/").endswith(_LOGITS):
-        config.teacher.model = "logits"
-    elif all(pathlib.Path(path).is_dir() for path in paths):
-        config.teacher.model = ",".join(map(_trained_model, paths))
-    elif all(path in MODELS or path.startswith("timm/") or is_code(path) for path in paths):
-        config.teacher.model = ",".join(paths)
+    names = [path for path in paths if _is_model(path)]
+    if names and len(names) < len(paths):
+        raise UserError("several teachers are all names or all paths, got both. Give the names' weights as paths.")
+    if names:
+        _name_teacher(config, ",".join(names))
         return None
+    if paths[0].rstrip("/").endswith(_LOGITS):
+        _name_teacher(config, "logits")
+    elif all(pathlib.Path(path).is_dir() for path in paths):
+        _name_teacher(config, ",".join(map(_trained_model, paths)))
     elif missing := [path for path in paths if not ("://" in path or pathlib.Path(path.partition("::")[0]).exists())]:
         raise unknown("model, file or folder for the teacher:", missing[0], MODELS)
     elif config.teacher.model is None:
@@ -137,6 +140,20 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         )
     config.teacher.checkpoint = ",".join(paths)
     return None
+
+
+def _is_model(name: str) -> bool:
+    return not pathlib.Path(name).exists() and (name in MODELS or name.startswith("timm/") or is_code(name))
+
+
+def _name_teacher(config: ConfigDict, model: str) -> None:
+    """Sets `teacher.model`, which another key of the arguments may have set otherwise."""
+    if config.teacher.model not in (None, model):
+        raise UserError(
+            f"Trainer(config=...) has teacher.model={config.teacher.model!r}, and its argument teacher is {model!r}. "
+            "Give one of them."
+        )
+    config.teacher.model = model
 
 
 def _trained_model(workdir: str) -> str:

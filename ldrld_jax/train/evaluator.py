@@ -19,7 +19,7 @@ from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
 from ldrld_jax.train.step import Ensemble, Metric, Network, make_eval_step
 
-_POLL_SECONDS = 0.01
+_POLL_SECONDS = 5e-4, 0.01  # at first, and at most
 
 
 class Evaluator:
@@ -92,9 +92,11 @@ class Evaluator:
             if self._stored is None:
                 self._stored = self._to_devices()
             whole = self.split(variables, self._stored)
+            seconds = _POLL_SECONDS[0]
             while not whole.values.is_ready():
                 waiting()
-                time.sleep(_POLL_SECONDS)
+                time.sleep(seconds)
+                seconds = min(2 * seconds, _POLL_SECONDS[1])
             yield whole
             return
         pending = None

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -17,11 +16,9 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
-from ldrld_jax.logit_store.store import checksum
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.state import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +68,8 @@ class RunFolder:
                 )
 
     def _weights(self) -> dict[str, str]:
-        """Returns digests of the checkpoints that the config names, where they are there, and of given models, by key.
-
-        The student's own weights before training are not compared: a resumed run does not use them.
-        """
-        config, models = self.run.config, self.run.given.models
+        """Returns digests, by key, of the checkpoints that the config names, if they exist, and of given models."""
+        config = self.run.config
         given = {
             "teacher.checkpoint": config.teacher.get("checkpoint"),
             "student.checkpoint": config.student.checkpoint,
@@ -83,16 +77,8 @@ class RunFolder:
         one = not config.teacher or len(config_lib.teacher_models(config)) == 1
         paths = {key: [path] if one or key[0] == "s" else path.split(",") for key, path in given.items() if path}
         digests = {key: [_digest(path) for path in each] for key, each in paths.items()}
-        taught = [name for name in (config.teacher.get("model") or "").split(",") if name in models]
-        if taught:
-            digests["teacher.model"] = [checksum(self._variables(name)) for name in taught]
-        if config.student.model in models:
-            digests["student.model"] = [_shapes(self._variables(config.student.model))]
-        return {key: " ".join(map(str, each)) for key, each in digests.items() if None not in each}
-
-    def _variables(self, model: str) -> Variables:
-        made = self.run.networks.pure(model)
-        return Variables(made.params, made.batch_stats)
+        found = {key: " ".join(map(str, each)) for key, each in digests.items() if None not in each}
+        return found | self.run.given_weights
 
     def remarks(self) -> Iterator[str]:
         """Yields lines on what the run in the workdir may have begun with otherwise, and cannot be compared."""
@@ -162,12 +148,6 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
             paths = hub.remembered(given, (saved.get(block) or {}).get("checkpoint") or "")
             pinned[block].checkpoint = ",".join(map(hub.pinned, paths.split(",")))
     return pinned
-
-
-def _shapes(variables: Variables) -> str:
-    """Returns a digest of the names, dtypes and shapes of a model's arrays."""
-    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", variables)
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest(path: str) -> str | None:

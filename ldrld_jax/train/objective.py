@@ -141,7 +141,8 @@ class Objective:
                 params = method.at_epoch(cfg, epoch)
             elif method.from_teacher is not None and last_layer is not None:
                 params = method.from_teacher(last_layer)
-            parts = method.parts(*rows[:3], with_values(cfg, values), params=params, where=rows[3])
+            changing = {key: value for key, value in values.items() if key not in method.fixed}
+            parts = method.parts(*rows[:3], with_values(cfg, changing), params=params, where=rows[3])
             terms |= {f"{name}/{part}": value for part, value in parts.items() if part}
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
             loss = loss + scale * weight * terms[name]

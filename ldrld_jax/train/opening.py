@@ -91,6 +91,22 @@ def warnings(run: Run) -> Iterator[str]:
             f"the warm-up of {optim.warmup_epochs} epochs is as long as the run of {config.epochs}: lower "
             "optim.warmup_epochs, or set optim.warmup=none"
         )
+    if config.optim.schedule == "step" and run.given.optimizer is None and config.epochs > 1:
+        if late := [epoch for epoch in optim.decay_epochs if epoch >= config.epochs]:
+            yield (
+                f"optim.decay_epochs has {', '.join(map(str, late))}, which a run of {config.epochs} epochs does not "
+                "reach: lower them with the epochs"
+            )
+    if config.kd_warmup_epochs >= config.epochs > 1 and run.objective.methods:
+        yield (
+            f"kd_warmup_epochs={config.kd_warmup_epochs} is not less than the {config.epochs} epochs of the run: the "
+            "methods never get their full weight. Lower it"
+        )
+    if getattr(run.batches.source, "changes", False):
+        yield (
+            "the training images differ each time they are read: a resumed run sees others than one that is not "
+            "interrupted"
+        )
     if empty := _not_evaluated(run):
         yield no_images("to evaluate on", empty, names)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
+from ldrld_jax.models import MODELS
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import batch_norm_groups, open_input
@@ -94,6 +97,7 @@ class Run:
         source = batches.source
         check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=padded)
         logit_store.check_classes(config, len(source.class_names))
+        _check_images(config, source)
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
         optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
@@ -152,6 +156,26 @@ class Run:
         splits = {"train": fingerprint(source), "eval": fingerprint(self.eval_source)}
         return {"classes": list(source.class_names), **splits}
 
+    @functools.cached_property
+    def given_weights(self) -> dict[str, str]:
+        """Digests of the models that are objects, as data.json has them: those of a teacher whose own weights teach.
+
+        Of any other the shapes: a student may begin with other weights, which a resumed run does not use.
+        """
+        config, found = self.config, dict[str, str]()
+        teachers = [name for name in (config.teacher.get("model") or "").split(",") if name in self.given.models]
+        if teachers:
+            own = config.teacher.epochs is None and config.teacher.checkpoint is None
+            digest = logit_store.checksum if own else _shapes
+            found["teacher.model"] = " ".join(digest(self._variables(name)) for name in teachers)
+        if config.student.model in self.given.models:
+            found["student.model"] = _shapes(self._variables(config.student.model))
+        return found
+
+    def _variables(self, model: str) -> Variables:
+        made = self.networks.pure(model)
+        return Variables(made.params, made.batch_stats)
+
     @property
     def placement(self) -> Placement:
         """The placement of weights on the mesh."""
@@ -182,11 +206,16 @@ class Run:
             source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
 
     def make_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-        """Makes the state before the first step on the devices; none of them ever holds more than its own part."""
+        """Makes the state before the first step, with its part of the optimizer's state and average on each device.
+
+        Args:
+          variables: the student's; their arrays may be donated.
+          optimizer: of the run.
+        """
         first = functools.partial(self._first_state, optimizer)
         placed, method_params = self.placement.put_variables(variables), self.objective.init()
         shardings = jax.tree.map(lambda struct: struct.sharding, self.state_shapes(variables, optimizer))
-        return jax.jit(first, out_shardings=shardings)(placed, method_params)
+        return jax.jit(first, donate_argnums=0, out_shardings=shardings)(placed, method_params)
 
     def state_shapes(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state of a model as shapes, dtypes and shardings; `variables` may be shapes as well."""
@@ -226,20 +255,44 @@ class Run:
         return any(every and step % every == 0 for every in (self.config.checkpoint.every_steps, self.keep_every))
 
 
+def _shapes(variables: Variables) -> str:
+    """Returns a digest of the names, dtypes and shapes of a model's arrays."""
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", variables)
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check_images(config: ConfigDict, source: Readable) -> None:
+    """Raises a UserError for images that a store cannot be of, and for channels-first ones."""
+    if getattr(source, "changes", False) and "dir" in config.logits:
+        raise UserError(
+            "logits.dir keeps a teacher's logits for later epochs, but the training images differ each time they are "
+            "read. Unset it, or give images without random transforms."
+        )
+    shape, models = source.image_shape, [config.student.model, *(config.teacher.get("model") or "").split(",")]
+    if len(shape) != 3 or shape[0] not in (1, 3) or shape[-1] in (1, 3, 4):
+        return
+    if not source.raw or any(model in MODELS for model in models):
+        raise UserError(
+            f"the images have shape {shape}, which is channels first, and [height, width, channels] is needed: "
+            "images.transpose(0, 2, 3, 1)."
+        )
+
+
 def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation, trained: Any) -> None:
-    """Raises a UserError if an optimizer cannot update parameters by their gradients alone."""
+    """Raises a UserError if an optimizer cannot be initialised and updated as a step does it."""
     try:
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step gives "
-            "an optimizer gradients and parameters, and nothing else: choose one that needs no more."
+            f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step calls, "
+            "traced, init(parameters) and update(gradients, state, parameters) on a pair: the student's parameters and "
+            "those that a method learns."
         ) from error
 
 
 def _check_average(config: ConfigDict, variables: Variables) -> None:
     """Raises a UserError if a moving average of weights would be lost in their rounding."""
-    floats = (leaf.dtype for leaf in jax.tree.leaves(variables) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    floats = (leaf.dtype for leaf in jax.tree.leaves(variables.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
     if config.ema_decay is not None and (low := {str(dtype) for dtype in floats if dtype.itemsize < 4}):
         raise UserError(
             f"ema_decay averages weights in their own dtype, and {config.student.model} has some of "

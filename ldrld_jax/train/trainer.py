@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -179,6 +180,7 @@ class Trainer:
 
     def fit(self, leave_within: float | None = None, **options: Any) -> "Result":
         """Trains to the last epoch, or resumes there; see `train` for the arguments and the errors."""
+        self._kept = None
         summary = train(self.config, self.workdir, leave_within=leave_within, given=self.given, **options)
         return Result(self, summary, read_metrics(self.workdir))
 
@@ -197,7 +199,7 @@ class Trainer:
           UserError: if there is no checkpoint yet.
         """
         with self._best() as best:
-            return best.networks.pure(best.config.student.model).own(*best.variables)
+            return best.networks.pure(best.config.student.model).own(*jax.tree.map(jnp.copy, best.variables))
 
     def predict(self, images: Any) -> np.ndarray:
         """Returns the logits `[n, C]` float32 of images by the best checkpoint, `[n, length, C]` of texts.
@@ -225,8 +227,8 @@ class Trainer:
         steps = checkpoints.by_preference(best=True)[:1]
         saved = [(step, checkpoints.arrays(step, "model")) for step in steps if step in checkpoints.readable_steps]
         with precision_scope(config.precision, config.matmul_precision):
-            if self._kept is None or self._kept[0] != saved or not saved:
-                self._kept = saved, _best(config, self.workdir, self.given)
+            if self._kept is None or self._kept[0] != (config, saved) or not saved:
+                self._kept = (config, saved), _best(config, self.workdir, self.given)
             yield self._kept[1]
 
 
@@ -236,7 +238,7 @@ class _Best(NamedTuple):
     Attributes:
       config: resolved.
       networks: the factory of networks for the data.
-      network, variables: the student; the weights lie on the host.
+      network, variables: the student.
       source: the evaluation split.
       program: `program(variables, images)` returns the student's logits.
     """

@@ -105,6 +105,22 @@ def test_a_file_is_found_in_the_working_directory_first(tmp_path, monkeypatch):
     assert config_lib.load("configs/digits.py").seed == 0
 
 
+def test_a_file_that_returns_no_config_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    {'seed': 17}\n")
+    with pytest.raises(UserError, match=r"get_config of .*mine\.py must return a ConfigDict, got NoneType"):
+        config_lib.load(str(tmp_path / "mine.py"))
+
+
+def test_a_schedule_of_the_methods_weight_has_its_own_warm_up():
+    def warmup(*flags):
+        flags = ["method=dkd+kd", *flags]
+        return config_lib.resolve(config_lib.load("configs/digits.py", flags)).kd_warmup_epochs
+
+    assert warmup() == 20
+    assert warmup("loss_schedule.kd_weight=linear:0@1:1@20") == 0
+    assert warmup("loss_schedule.kd_weight=linear:0@1:1@20", "kd_warmup_epochs=3") == 3
+
+
 def test_resolve_keeps_what_the_run_reads_and_nothing_else():
     config = config_lib.resolve(config_lib.load("configs/digits.py", ["method=kd", "loss.kd.temperature=2"]))
     weighting = {"entropy_weighting": False, "entropy_temperature": 3.0, "entropy_bound": None}

@@ -200,3 +200,26 @@ def test_a_picture_that_does_not_decode_is_named_or_skipped(arrays):
     np.testing.assert_array_equal(dataclasses.replace(source, on_error="skip").read(np.arange(2))[1], [0, -1])
     with pytest.raises(UserError, match=r"data\[0\] is broken: .* Repair or remove it"):
         as_source(Items(pictures[1:], [1], num_classes=2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["000", "001", "002"], ("000", "001", "002")), (["0", "2", "1"], ("0", "1", "2")), (["1", "02"], ("02", "1"))],
+)
+def test_labels_with_leading_zeros_are_names_and_a_byte_order_mark_is_none(arrays, tmp_path, labels, classes):
+    for index, image in enumerate(arrays[0][: len(labels)]):
+        (tmp_path / f"{index}.png").write_bytes(png(image))
+    lines = "".join(f"{index}.png,{label}\n" for index, label in enumerate(labels))
+    (tmp_path / "train.csv").write_text(f"path,label\n{lines}", encoding="utf-8-sig")
+    source = open_source("file_list", "train", str(tmp_path))
+    assert source.class_names == classes
+    assert [classes[label] for label in source.records.labels()] == labels
+
+
+def test_numbers_from_1_are_told_from_folders_without_images(arrays, tmp_path):
+    (tmp_path / "0.png").write_bytes(png(arrays[0][0]))
+    (tmp_path / "train.csv").write_text("path,label\n0.png,1\n0.png,2\n")
+    with pytest.raises(
+        UserError, match=r"no image of 0 in .*\. Labels that are numbers count from 0: renumber them, or"
+    ):
+        open_source("file_list", "train", str(tmp_path))

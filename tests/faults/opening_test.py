@@ -60,6 +60,13 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
         (["teacher.optim.momentum=.5"], []),
         (["method=kd+ldrld", "loss.kd.temperature=3", "loss_weight.ldrld=2."], []),
         (["loss.kd.temperature=3"], ["loss.kd.temperature is set and not read, because method=ldrld"]),
+        (
+            ["data.label_noise=symmetric"],
+            ["data.label_noise is set and not read, because data.label_noise_rate is 0"],
+        ),
+        (["data.label_noise_rate=.4"], ["data.label_noise_rate is set and not read, because data.label_noise is none"]),
+        (["data.label_noise=symmetric", "data.label_noise_rate=.4"], []),
+        (["data.resize_size=9"], ["data.resize_size is set and not read, because data.crop_size is not set"]),
     ],
 )
 def test_a_block_that_nothing_reads_is_said(flags, expected):
@@ -133,3 +140,23 @@ def test_whether_a_file_saw_the_images_that_are_held_out_cannot_be_told(tiny, tm
     run = planned(tiny("method=kd", "teacher.checkpoint=t.pth", "data.held_out=.2"), tmp_path)
     (line,) = teacher_warnings(run, ["t.pth"], 90.0)
     assert line == "t.pth may have been trained on the images that data.held_out=0.2 holds out"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ["optim.schedule=step", "optim.decay_epochs=(1,3,5)", "epochs=3"],
+            "optim.decay_epochs has 3, 5, which a run of 3",
+        ),
+        (
+            ["method=dkd", "teacher.checkpoint=t", "epochs=3"],
+            "kd_warmup_epochs=20 is not less than the 3 epochs of the",
+        ),
+    ],
+)
+def test_a_recipe_that_is_longer_than_the_run_is_a_warning(tiny, tmp_path, flags, expected):
+    (line,) = warnings(planned(tiny(*flags), tmp_path))
+    assert line.startswith(expected)
+    enough = [flag.replace("epochs=3", "epochs=30") for flag in flags]
+    assert not list(warnings(planned(tiny(*enough), tmp_path)))

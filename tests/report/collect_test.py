@@ -170,22 +170,25 @@ def test_no_content_of_a_file_stops_the_report(tmp_path, capsys, file, content):
 
 
 def test_objects_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
-    for name, images, weights in (
-        ("a", "1f" * 16, "a0" * 16),
-        ("b", "2f" * 16, "a0" * 16),
-        ("c", "1f" * 16, "b0" * 16),
-    ):
-        run = write(tmp_path, name, data__name="<arrays>", teacher__model="<Net>")
-        split = {"images": 90, "digest": images}
-        note = {"classes": ["x"], "train": split, "eval": split, "weights": {"teacher.model": weights}}
-        (run / "data.json").write_text(json.dumps(note))
-    write(tmp_path, "d", data__name="<arrays>", teacher__model="<Net>")  # of an earlier version
-    write(tmp_path, "e", data__name="<arrays>", teacher__model="<Net>")
+    objects = dict(data__name="<arrays>", teacher__model="<Net>")
+    runs = {"a": ("1f", "ee", "a0"), "b": ("2f", "ee", "a0"), "c": ("1f", "e5", "a0"), "d": ("1f", "ee", "a0 b0")}
+    for name, (train, evaluation, weights) in runs.items():
+        note = {split: {"images": 90, "digest": 16 * two} for split, two in (("train", train), ("eval", evaluation))}
+        note |= {"classes": ["x"], "weights": {"teacher.model": " ".join(16 * two for two in weights.split())}}
+        (write(tmp_path, name, **objects) / "data.json").write_text(json.dumps(note))
+    write(tmp_path, "e", **objects)  # of an earlier version
+    write(tmp_path, "f", **objects)
+    for name, content in (("torn", "{"), ("typed", json.dumps({**note, "weights": 3}))):
+        (write(tmp_path, name, seed=7) / "data.json").write_text(content)
     found = report.collect([tmp_path])
-    of_objects = [(run.config.get("data.images"), run.config.get("teacher.weights")) for run in found.summaries]
+    keys = "data.images", "data.eval_images", "teacher.weights"
+    of_objects = [tuple(run.config.get(key) for key in keys) for run in found.summaries if run.seed == 0]
     assert of_objects == [
-        *[("1f1f1f1f", "a0a0a0a0"), ("2f2f2f2f", "a0a0a0a0"), ("1f1f1f1f", "b0b0b0b0")],
-        *[(None, None)] * 2,
+        *[("1f1f1f1f", "eeeeeeee", "a0a0a0a0"), ("2f2f2f2f", "eeeeeeee", "a0a0a0a0")],
+        *[("1f1f1f1f", "e5e5e5e5", "a0a0a0a0"), ("1f1f1f1f", "eeeeeeee", "a0a0a0a0 b0b0b0b0")],
+        *[(None, None, None)] * 2,
     ]
-    [note] = found.notes
-    assert note.startswith(f"{tmp_path}/e: it has config and seed of {tmp_path}/d, and a line of its own")
+    torn, typed, *copies = found.notes
+    assert "torn/data.json is truncated or not JSON" in torn
+    assert "typed/data.json is no note of a run's data" in typed
+    assert names(copies) == ["f", "typed"]

@@ -1,10 +1,11 @@
 """Runs are grouped by all that they compute but the seed, named by what differs, and compared with the right ones."""
 
+from ldrld_jax.report.collect import collect
 from ldrld_jax.report.curves import learning, overview, rank_matrices, sweeps
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.published import published
 from ldrld_jax.report.table import results, table
-from tests.report.folders import found
+from tests.report.folders import found, write
 
 
 def column(runs, name):
@@ -89,7 +90,16 @@ def test_rank_matrices_are_the_factors_and_their_product():
     assert (round(irw[0][1], 4), round(erd[0][1], 4), round(product[0][1], 4)) == (0.4, 1.7214, 0.6886)
 
 
-def test_a_second_run_of_a_seed_is_in_no_mean():
-    runs = [found("a", seed=0, last=80.0), found("b", seed=0, last=40.0), found("c", seed=1, last=82.0)]
-    assert column(runs, "last top-1 %") == ["81.00 ± 1.41", "40.00"]
-    assert column(runs, "seeds") == ["2", "1"]
+def test_a_second_run_of_a_seed_is_in_no_mean_and_no_baseline(tmp_path):
+    for name, method, seed, last in (
+        *[("a", "kd", 0, 80.0), ("b", "kd", 1, 82.0), ("z", "kd", 1, 90.0)],
+        *[("x", "ldrld", 0, 83.0), ("y", "ldrld", 1, 83.0)],
+    ):
+        write(tmp_path, name, last, method=method, seed=seed)
+    found = collect([tmp_path])
+    assert column(found.summaries, "last top-1 %") == ["90.00", "83.00", "81.00 ± 1.41"]
+    assert column(found.summaries, "setting") == ["copy=2", "", ""]
+    assert column(found.summaries, "seeds") == ["1", "2", "2"]
+    assert column(found.summaries, "against our kd") == ["", "+2.00", ""]
+    assert len({group.label for group in compare(found.summaries)[0].groups}) == 3
+    assert found.notes == [f"{tmp_path}/z: it has the config and the seed of {tmp_path}/b, and is in no mean with it"]

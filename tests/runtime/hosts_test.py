@@ -126,7 +126,7 @@ with catch_signals_of_all() as signals:
         time.sleep(0.1)
     assert signals.received == signal.SIGTERM, step
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=120)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -40,6 +40,14 @@ def test_other_weights_under_the_same_name_are_refused(make, first, then, key):
         make(epochs=1, **then).fit()
 
 
+def test_a_teacher_whose_first_weights_teach_nothing_may_have_others(make):
+    train = {"teacher.epochs": 1, "teacher.optim.schedule": "constant"}
+    summary = make(epochs=1, teacher=Net(4), config=train).fit().summary
+    other = Net(4)
+    other.last.kernel[...] += 1.0
+    assert make(epochs=1, teacher=other, config=train).fit().summary == summary
+
+
 def test_a_student_of_other_first_weights_resumes(make):
     make(epochs=1, config={"optim.schedule": "constant"}).fit()
     other = make(student=(linear, weights(3.0)), epochs=2, config={"optim.schedule": "constant"})
@@ -139,5 +147,15 @@ def test_names_of_teachers_are_told_from_paths(make, tmp_path):
     assert make(teacher="timm/resnet18.a1_in1k").config.teacher.model == "timm/resnet18.a1_in1k"
     with pytest.raises(UserError, match=r"no model, file or folder for the teacher: 'resnet9'\. Did you mean"):
         make(teacher="resnet9")
+    assert make(teacher="resnet8,resnet20").config.teacher.model == "resnet8,resnet20"
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for file in files:
+        file.touch()
+    both = make(teacher=",".join(map(str, files)), config={"teacher.model": "resnet8,resnet20"}).config.teacher
+    assert (both.model, both.checkpoint) == ("resnet8,resnet20", ",".join(map(str, files)))
+    with pytest.raises(UserError, match="several teachers are all names or all paths"):
+        make(teacher=["resnet8", files[0]])
+    with pytest.raises(UserError, match=r"has teacher\.model='resnet20', and its argument teacher is 'resnet8'"):
+        make(teacher="resnet8", config={"teacher.model": "resnet20"})
     with pytest.raises(UserError, match=r"needs a teacher: .* teacher\.checkpoint, or with teacher\.epochs"):
         make(teacher="resnet8").fit()

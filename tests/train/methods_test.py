@@ -224,3 +224,20 @@ def test_the_readmes_own_method_is_used_from_a_config(tiny, teacher_dir, data_di
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["method"], config["loss"]) == ("match", {"match": {"scale": 0.25}})
     assert all(value > 0 for value in values(tmp_path / "run", "train", "match"))
+
+
+@pytest.mark.parametrize("schedule", ["alpha=linear:1@1:10@3", "beta=linear:1@1:5@3"])
+def test_a_schedule_leaves_fields_that_choose_a_program_as_they_are(schedule):
+    other = {"a": "abkd", "b": "topk_tail"}[schedule[0]]
+    flags = [f"method=ldrld+{other}", "ce_weight=0"]
+
+    def terms(*more):
+        config = config_lib.resolve(config_lib.load("configs/digits.py", [*flags, *more]))
+        objective = make_objective(config)
+        logits = jax.random.normal(jax.random.key(0), (2, 4, 10))
+        compute = jax.jit(lambda epoch: objective(*logits, jnp.arange(4), epoch=epoch)[1])
+        return compute(jnp.int32(3))
+
+    plain, scheduled = terms(), terms(f"loss_schedule.{schedule}")
+    assert float(scheduled[other]) == float(plain[other])
+    assert float(scheduled["ldrld"]) != float(plain["ldrld"])

@@ -234,7 +234,7 @@ def test_a_state_is_made_in_parts(tiny, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan.TrainState, "first", lambda *args, **options: made.append(args) or first(*args, **options))
         state = run.make_state(variables, optimizer)
-    assert all(isinstance(leaf, jax.core.Tracer) for args in made for leaf in jax.tree.leaves(args[0].params))
+    assert made and all(isinstance(leaf, jax.core.Tracer) for args in made for leaf in jax.tree.leaves(args[0].params))
     shapes = run.state_shapes(variables, optimizer)
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, shapes)
     moments = state.opt_state[0][0].mu
