@@ -91,12 +91,12 @@ def warnings(run: Run) -> Iterator[str]:
             f"the warm-up of {optim.warmup_epochs} epochs is as long as the run of {config.epochs}: lower "
             "optim.warmup_epochs, or set optim.warmup=none"
         )
-    if config.optim.schedule == "step" and run.given.optimizer is None and config.epochs > 1:
-        if late := [epoch for epoch in optim.decay_epochs if epoch >= config.epochs]:
-            yield (
-                f"optim.decay_epochs has {', '.join(map(str, late))}, which a run of {config.epochs} epochs does not "
-                "reach: lower them with the epochs"
-            )
+    late = [epoch for epoch in optim.decay_epochs if epoch >= config.epochs] if optim.schedule == "step" else []
+    if late and run.given.optimizer is None and config.epochs > 1:
+        yield (
+            f"optim.decay_epochs has {', '.join(map(str, late))}, which a run of {config.epochs} epochs does not reach: "
+            "lower them with the epochs"
+        )
     if config.kd_warmup_epochs >= config.epochs > 1 and run.objective.methods:
         yield (
             f"kd_warmup_epochs={config.kd_warmup_epochs} is not less than the {config.epochs} epochs of the run: the "

@@ -44,7 +44,7 @@ def test_channels_first_is_refused(make, rng):
         model = student or (lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((192, 10), np.float32))
         with pytest.raises(UserError, match=r"shape \(3, 8, 8\), which is channels first"):
             plan_of(make(train=(images, labels), evaluation=(images, labels), student=model))
-    own = lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((192, 10), np.float32)  # noqa: E731
+    own = lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((192, 10), np.float32)
     plan_of(
         make(train=(images, labels), evaluation=(images, labels), student=own, teacher=own)
     )  # raw, to its own model
