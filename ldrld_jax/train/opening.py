@@ -94,8 +94,8 @@ def warnings(run: Run) -> Iterator[str]:
     late = [epoch for epoch in optim.decay_epochs if epoch >= config.epochs] if optim.schedule == "step" else []
     if late and run.given.optimizer is None and config.epochs > 1:
         yield (
-            f"optim.decay_epochs has {', '.join(map(str, late))}, which a run of {config.epochs} epochs does not reach: "
-            "lower them with the epochs"
+            f"optim.decay_epochs has {', '.join(map(str, late))}, which a run of {config.epochs} epochs never "
+            "reaches: lower them with the epochs"
         )
     if config.kd_warmup_epochs >= config.epochs > 1 and run.objective.methods:
         yield (

@@ -96,7 +96,7 @@ def test_a_users_own_parts_work_with_every_command(own, capsys):
         sys.modules.pop("own")
         assert main_lib.main(["--workdir", "run", "--mode", mode, *rest]) == 2
         error = capsys.readouterr().err
-        assert "Name it again, if you trust it: --config.student.model=own:make_net" in error
+        assert "Repeat it if you trust it: --config.student.model=own:make_net" in error
         assert "own" not in sys.modules  # nothing of it was executed
     assert main_lib.main(["--mode", "predict", "--workdir", "run/export", "scan.png"]) == 0
     assert "0 " in capsys.readouterr().out
@@ -157,9 +157,9 @@ def test_what_is_wrong_with_own_parts_is_one_line(own, capsys, changes, message)
 
 def test_names_of_objects_are_refused_where_there_are_none(own):
     for flags, what in (
-        ({"student.model": "<Net>"}, "a model that was given in Python"),
-        ({"method": "<loss>"}, "method <loss> was given in Python"),
-        ({"optim.name": "<optimizer>"}, "the optimizer <optimizer> was given in Python"),
+        ({"student.model": "<Net>"}, "the model <Net> was given as a Python object"),
+        ({"method": "<loss>"}, "method <loss> was given as a Python object"),
+        ({"optim.name": "<optimizer>"}, "the optimizer <optimizer> was given as a Python object"),
     ):
         with pytest.raises(UserError, match=what):
             from ldrld_jax import config as config_lib
