@@ -145,10 +145,13 @@ def _ours(name: str) -> str:
 
 
 def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:
-    """Returns a line for each block of an unresolved config that sets something and that its run does not read."""
+    """Returns a line for each key of an unresolved config that is set and that its run does not read.
+
+    A method's field that has its default says nothing: config files name LDRLD's, and runs of other methods use them.
+    """
     others = [name for name in METHODS if name not in method_names(config, given)]
     because = f"method={config.method}"
-    blocks = [(f"loss.{name}.", config.loss.get(name, {}), because) for name in others]
+    blocks = [(f"loss.{name}.", _unusual(config, name), because) for name in others]
     blocks.append(("loss_weight.", {name: config.loss_weight.get(name) for name in others}, because))
     if config.logits.dir is None and not teaches_from_file(config):
         blocks.append(("logits.", {"views": config.logits.views}, "logits.dir is not set"))
@@ -166,6 +169,12 @@ def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:
         for key, value in keys.items()
         if value is not None
     ]
+
+
+def _unusual(config: ConfigDict, name: str) -> dict[str, Any]:
+    """Returns the fields of a method's block that differ from its defaults."""
+    usual = vars(METHODS[name].config())
+    return {key: value for key, value in config.loss.get(name, {}).items() if value != usual[key]}
 
 
 def _resolve_weights(config: ConfigDict, names: Sequence[str], given: Methods) -> None:

@@ -53,6 +53,7 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
     [
         (["logits.views=3"], ["logits.views is set and not read, because logits.dir is not set"]),
         (["logits.views=3", "logits.dir=store"], []),
+        (["loss.kd.temperature=4", "loss.dkd.top_k=0"], []),  # as if unset
         (
             ["teacher.checkpoint=t", "teacher.optim.momentum=.5"],
             ["teacher.optim.momentum is set and not read, because teacher.checkpoint is trained already"],
