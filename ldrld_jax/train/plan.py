@@ -158,9 +158,9 @@ class Run:
 
     @functools.cached_property
     def given_weights(self) -> dict[str, str]:
-        """Digests of the models that are objects, as data.json has them: those of a teacher whose own weights teach.
+        """Digests of the models that are objects, as data.json has them: of a teacher's weights, if it teaches by them.
 
-        Of any other the shapes: a student may begin with other weights, which a resumed run does not use.
+        Other models have a digest of their shapes: a resumed run does not use the weights that a student began with.
         """
         config, found = self.config, dict[str, str]()
         teachers = [name for name in (config.teacher.get("model") or "").split(",") if name in self.given.models]
