@@ -85,9 +85,8 @@ def open_folder(
     if empty:
         message = f"there is no image of {', '.join(class_names[i] for i in empty)} in {data_dir}/{split}"
         if on_error == "raise":
-            mend = (
-                "Labels that are numbers count from 0: renumber them" if name == "file_list" else "Remove the folders"
-            )
+            is_list = name == "file_list"
+            mend = "Labels that are numbers count from 0: renumber them" if is_list else "Remove the folders"
             raise UserError(f"{message}. {mend}, or set data.on_error=skip.")
         logger.warning("%s: training sees no image of these classes", message)
     paths, labels = zip(*files, strict=True)
@@ -161,7 +160,7 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
     if not labels:
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     # Numbers are labels from 0; "007" is a name, as it is of a folder.
-    numbers = all(label == str(int(label)) for label in labels if label.isdecimal()) and all(map(str.isdecimal, labels))
+    numbers = all(label.isdecimal() and label == str(int(label)) for label in labels)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
     for path, label in listed[split]:

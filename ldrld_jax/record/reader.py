@@ -50,10 +50,13 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
-    counted = [isinstance(data[s], dict) and is_number(data[s].get("images")) for s in ("train", "eval")]
     names, weights = data["classes"], data.get("weights", {})
-    counted.append(isinstance(weights, dict) and all(isinstance(digest, str) for digest in weights.values()))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not all(counted):
+    whole = (
+        isinstance(names, list) and all(isinstance(name, str) for name in names),
+        all(isinstance(data[split], dict) and is_number(data[split].get("images")) for split in ("train", "eval")),
+        isinstance(weights, dict) and all(isinstance(digest, str) for digest in weights.values()),
+    )
+    if not all(whole):
         raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
     return data
 

@@ -81,14 +81,14 @@ class RunFolder:
         return found | self.run.given_weights
 
     def remarks(self) -> Iterator[str]:
-        """Yields lines on what the run in the workdir may have begun with otherwise, and cannot be compared."""
+        """Yields lines on what cannot be compared with what the run in the workdir began with."""
         if self.checkpoints().latest_step is None:
             return
         if read_data(self.run.workdir) is None:
             yield f"{self.run.workdir} has no data.json: it cannot be checked whether the data have changed."
-        if functions := self.run.given.functions:
+        if parts := self.run.given.incomparable:
             yield (
-                f"{self.run.workdir} holds an earlier part of this run; {' and '.join(functions)} cannot be compared "
+                f"{self.run.workdir} holds an earlier part of this run; {' and '.join(parts)} cannot be compared "
                 "with that part's: give the same again, or choose another workdir."
             )
 

@@ -61,7 +61,7 @@ class Given:
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
 
     @property
-    def functions(self) -> list[str]:
+    def incomparable(self) -> list[str]:
         """Describes the parts that nothing tells apart from others of the same name."""
         named = [f"the method {name}" for name in self.methods]
         return [*named, *["the optimizer"] * bool(self.optimizer), *["the teacher on the host"] * bool(self.teacher)]
