@@ -236,11 +236,10 @@ def _among_others(args: argparse.Namespace) -> contextlib.AbstractContextManager
 
 
 def _train(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax import config as config_lib
     from ldrld_jax.train.trainer import Trainer
 
-    remarks = config_lib.remarks(args.config or DEFAULT_CONFIG, config)
-    Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, remarks=remarks)
+    file = args.config or DEFAULT_CONFIG
+    Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, file=file)
 
 
 def _check(args: argparse.Namespace, config: "ConfigDict") -> int:

@@ -5,7 +5,8 @@ only what differs from `default()`. `--config` executes that file: it is Python,
 """
 
 from ldrld_jax.config.keys import check, default
-from ldrld_jax.config.load import load, load_run, overridden, remarks
+from ldrld_jax.config.load import load, load_run, overridden
+from ldrld_jax.config.remarks import remarks
 from ldrld_jax.config.resolve import (
     method_config,
     method_names,
@@ -16,7 +17,6 @@ from ldrld_jax.config.resolve import (
     teacher_runs,
     teaches_from_file,
     teaches_itself,
-    unread,
 )
 from ldrld_jax.identity import flat, identity
 
@@ -38,5 +38,4 @@ __all__ = [
     "teacher_runs",
     "teaches_from_file",
     "teaches_itself",
-    "unread",
 ]

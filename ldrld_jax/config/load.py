@@ -48,18 +48,6 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     return overridden(config, overrides)
 
 
-def remarks(path: str, config: ConfigDict) -> list[str]:
-    """Returns a line if a config has another batch size than its file, and the file's learning rate nevertheless."""
-    file = load(path)
-    same = config.optim.learning_rate == file.optim.learning_rate
-    if config.batch_size == file.batch_size or not same:
-        return []
-    return [
-        f"optim.learning_rate={file.optim.learning_rate:g} of {path} is for its batches of {file.batch_size}, and "
-        f"batch_size={config.batch_size} here: the usual rule is {config.batch_size / file.batch_size:g} times it"
-    ]
-
-
 def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """Loads the config of the run in `workdir`, then sets `overrides`.
 

@@ -105,7 +105,7 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
             raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
         return config
     if config.teacher.model is None or not (
-        config.teacher.checkpoint is not None or config.teacher.epochs is not None or _has_weights(config)
+        config.teacher.checkpoint is not None or config.teacher.epochs is not None or has_weights(config)
     ):
         raise UserError(
             f"method {config.method!r} needs a teacher: teacher.model with teacher.checkpoint, or with teacher.epochs "
@@ -142,39 +142,6 @@ def _ours(name: str) -> str:
     if architecture not in _TIMM:
         raise unknown("model of timm here", architecture, _TIMM)
     return _TIMM[architecture]
-
-
-def unread(config: ConfigDict, given: Methods = NONE) -> list[str]:
-    """Returns a line for each key of an unresolved config that is set and that its run does not read.
-
-    A method's field that has its default says nothing: config files name LDRLD's, and runs of other methods use them.
-    """
-    others = [name for name in METHODS if name not in method_names(config, given)]
-    because = f"method={config.method}"
-    blocks = [(f"loss.{name}.", _unusual(config, name), because) for name in others]
-    blocks.append(("loss_weight.", {name: config.loss_weight.get(name) for name in others}, because))
-    if config.logits.dir is None and not teaches_from_file(config):
-        blocks.append(("logits.", {"views": config.logits.views}, "logits.dir is not set"))
-    if config.teacher.checkpoint is not None:
-        blocks.append(("teacher.optim.", config.teacher.optim, "teacher.checkpoint is trained already"))
-    if config.data.label_noise != "none" and not config.data.label_noise_rate:
-        blocks.append(("data.", {"label_noise": config.data.label_noise}, "data.label_noise_rate is 0"))
-    if config.data.label_noise_rate and config.data.label_noise == "none":
-        blocks.append(("data.", {"label_noise_rate": config.data.label_noise_rate}, "data.label_noise is none"))
-    if config.data.resize_size is not None and config.data.crop_size is None:
-        blocks.append(("data.", {"resize_size": config.data.resize_size}, "data.crop_size is not set"))
-    return [
-        f"{prefix}{key} is set and not read, because {reason}"
-        for prefix, keys, reason in blocks
-        for key, value in keys.items()
-        if value is not None
-    ]
-
-
-def _unusual(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Returns the fields of a method's block that differ from its defaults."""
-    usual = vars(METHODS[name].config())
-    return {key: value for key, value in config.loss.get(name, {}).items() if value != usual[key]}
 
 
 def _resolve_weights(config: ConfigDict, names: Sequence[str], given: Methods) -> None:
@@ -218,7 +185,7 @@ def teaches_from_file(config: Mapping[str, Any]) -> bool:
     return config["teacher"].get("model") == _FILE
 
 
-def _has_weights(config: ConfigDict) -> bool:
+def has_weights(config: ConfigDict) -> bool:
     """Returns whether the teachers are objects or a user's code, which may come with their weights."""
     return all(name.startswith("<") or is_code(name) for name in teacher_models(config))
 

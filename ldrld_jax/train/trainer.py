@@ -281,7 +281,7 @@ def train(
     *,
     leave_within: float | None = None,
     profile: str | None = None,
-    remarks: Sequence[str] = (),
+    file: str | None = None,
     given: Given = NOTHING,
 ) -> dict[str, Any]:
     """Trains the student of a config, after its teacher if that has a recipe; resumes an interrupted run.
@@ -291,7 +291,7 @@ def train(
       workdir: the folder of the run's files: config.json, metrics.jsonl, summary.json, checkpoints/.
       leave_within: see `catch_signals`.
       profile: a directory for a trace of some of the student's steps.
-      remarks: warnings of the caller's, said with the run's own.
+      file: the config file that the config is of, for warnings about what differs from it.
       given: parts that are objects.
 
     Returns:
@@ -302,7 +302,7 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
-    remarks = [*remarks, *config_lib.unread(config, given.methods)]
+    remarks = config_lib.remarks(config, file, given.methods)
     config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)

@@ -12,6 +12,7 @@ from ldrld_jax.report.collect import collect
 from ldrld_jax.train import trainer
 from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
+from tests.conftest import ROOT
 
 
 def planned(config, workdir) -> Run:
@@ -34,9 +35,10 @@ def test_a_run_says_of_itself_in_five_lines(tiny, tmp_path, data_dir):
 
 def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, tmp_path, capsys):
     shutil.rmtree(folder / "val/dog")
-    trainer.train(on_folder("loss.kd.temperature=2.", "loss_weight.dkd=2."), tmp_path / "run", remarks=["a remark"])
+    trainer.train(on_folder("loss.kd.temperature=2.", "loss_weight.dkd=2."), tmp_path / "run", file="configs/digits.py")
     expected = [
-        "a remark",
+        "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64, and batch_size=8 here: the usual rule "
+        "is 0.125 times it",
         "loss.kd.temperature is set and not read, because method=ce",
         "loss_weight.dkd is set and not read, because method=ce",
         "there is no image to evaluate on of 1 of 3 classes: dog",
@@ -58,7 +60,23 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
             ["teacher.checkpoint=t", "teacher.optim.momentum=.5"],
             ["teacher.optim.momentum is set and not read, because teacher.checkpoint is trained already"],
         ),
-        (["teacher.optim.momentum=.5"], []),
+        (
+            ["teacher.checkpoint=t", "teacher.data.crop_size=9", "teacher.data.mean=(.5,)", "teacher.seed=1"],
+            [
+                "teacher.data.crop_size is set and not read, because teacher.checkpoint is trained already",
+                "teacher.seed is set and not read, because teacher.checkpoint is trained already",
+            ],
+        ),
+        (["teacher.optim.momentum=.5", "teacher.seed=1"], []),
+        (
+            ["teacher.model=ema", "teacher.checkpoint=t", "teacher.epochs=9"],
+            [f"teacher.{key} is set and not read, because teacher.model=ema" for key in ("checkpoint", "epochs")],
+        ),
+        (
+            ["teacher.epochs=None", "teacher.model=a:b", "teacher.data.flip=True"],
+            ["teacher.data.flip is set and not read, because teacher.epochs is not set"],
+        ),
+        (["method=ce", "teacher.checkpoint=t", "teacher.optim.momentum=.5"], []),
         (["method=kd+ldrld", "loss.kd.temperature=3", "loss_weight.ldrld=2."], []),
         (["loss.kd.temperature=3"], ["loss.kd.temperature is set and not read, because method=ldrld"]),
         (
@@ -71,7 +89,33 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
     ],
 )
 def test_a_block_that_nothing_reads_is_said(flags, expected):
-    assert config_lib.unread(config_lib.load("configs/digits.py", flags)) == expected
+    path = "configs/digits.py"
+    assert config_lib.remarks(config_lib.load(path, flags), path) == expected
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+def test_what_a_config_file_sets_for_another_run_is_not_said(path):
+    for flags in ([], ["teacher.checkpoint=t"], ["method=kd", "teacher.checkpoint=t"], ["method=ce"]):
+        assert config_lib.remarks(config_lib.load(path, flags), path) == []
+
+
+def test_what_a_config_file_sets_and_does_not_read_itself_is_said(tmp_path):
+    block = "ConfigDict({'method': 'kd', 'loss': {'dkd': {'beta': 3.0}}, 'teacher': {'optim': {'momentum': .5}}})"
+    text = f"from ml_collections import ConfigDict\n\ndef get_config():\n    return {block}\n"
+    (tmp_path / "file.py").write_text(text)
+    path = str(tmp_path / "file.py")
+    beta, momentum = ("loss.dkd.beta", "method=kd"), ("teacher.optim.momentum", "teacher.checkpoint is trained already")
+    for flags, expected in (
+        (["teacher.epochs=1"], [beta]),
+        (["teacher.checkpoint=t"], [beta]),
+        (["teacher.checkpoint=t", "teacher.optim.momentum=.6"], [beta, momentum]),
+        (["teacher.checkpoint=t", "loss.dkd.beta=4.0", "method=ce"], [(beta[0], "method=ce")]),
+        (["teacher.epochs=1", "method=dkd"], []),
+    ):
+        lines = [f"{key} is set and not read, because {why}" for key, why in expected]
+        assert config_lib.remarks(config_lib.load(path, flags), path) == lines
+    without = config_lib.remarks(config_lib.load(path, ["teacher.checkpoint=t"]))
+    assert without == [f"{key} is set and not read, because {why}" for key, why in (beta, momentum)]
 
 
 def test_a_summary_without_warnings_or_with_something_else_in_their_place_is_read(tmp_path):
@@ -87,12 +131,12 @@ def test_a_warmup_as_long_as_the_run_is_said(tiny, tmp_path):
 
 
 def test_a_batch_size_without_its_learning_rate_is_said():
-    changed = config_lib.load("configs/digits.py", ["batch_size=256"])
-    (line,) = config_lib.remarks("configs/digits.py", changed)
+    path = "configs/digits.py"
+    (line,) = config_lib.remarks(config_lib.load(path, ["batch_size=256"]), path)
     assert "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64" in line
     assert line.endswith("batch_size=256 here: the usual rule is 4 times it")
     for flags in ([], ["batch_size=256", "optim.learning_rate=.2"], ["optim.learning_rate=.2"]):
-        assert config_lib.remarks("configs/digits.py", config_lib.load("configs/digits.py", flags)) == []
+        assert config_lib.remarks(config_lib.load(path, flags), path) == []
 
 
 @pytest.mark.parametrize(("top1", "said"), [(10.0, True), (14.4, True), (14.6, False), (None, False)])
