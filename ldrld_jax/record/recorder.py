@@ -58,7 +58,9 @@ class Recorder:
         self._window: Means = {name: Mean(*pair) for name, pair in host["window"].items()}
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=200)
         self._clock: float | None = None
-        self._begun = time.perf_counter() - host.get("seconds", 0.0)  # older checkpoints have none
+        # Older checkpoints have neither.
+        self._begun = time.perf_counter() - host.get("seconds", 0.0)
+        self._speed_before: float = host.get("examples_per_second", 0.0)
         self._writer = None
         if jax.process_index() == 0:
             self._writer = Writer(
@@ -78,7 +80,8 @@ class Recorder:
     def to_json(self) -> dict[str, Any]:
         window = {name: list(mean) for name, mean in self._window.items()}
         kept = {"best": self.best, "last": self.last, "skipped": self.skipped, "seconds": self.seconds}
-        return {**kept, "window": window, "lines": self._writer.lines if self._writer else 0}
+        speed = {"examples_per_second": self.examples_per_second}
+        return {**kept, **speed, "window": window, "lines": self._writer.lines if self._writer else 0}
 
     @property
     def seconds(self) -> float:
@@ -87,8 +90,13 @@ class Recorder:
 
     @property
     def examples_per_second(self) -> float:
-        """The speed of the median of the last 200 steps, which leaves out compilation; 0 before the second step."""
-        return self._config.batch_size / statistics.median(self._step_seconds) if self._step_seconds else 0.0
+        """The speed of the median of the last 200 steps, which leaves out compilation; 0 before the second step.
+
+        Before its second step, a resumed run has the speed that it was saved with.
+        """
+        if not self._step_seconds:
+            return self._speed_before
+        return self._config.batch_size / statistics.median(self._step_seconds)
 
     def add(self, step: int, metrics: Packed) -> None:
         """Adds the metrics of a dispatch that ended with `step`.
