@@ -188,6 +188,8 @@ def too_many(broken: int, images: int, max_skipped: float) -> bool:
 class InMemory:
     """A source that caches its decoded images; for views that are not random."""
 
+    changes = False
+
     def __init__(self, source: Source):
         self.uncached = source
         self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error

@@ -176,8 +176,13 @@ class Recorder:
 def check_finite(step: int, means: Means) -> None:
     """Raises a NonFiniteError unless the terms of a step and the weights after it are finite."""
     bad = [name for name, mean in means.items() if not math.isfinite(mean.total)]
-    if bad or ("non_finite" in means and means["non_finite"].total):
-        raise NonFiniteError(
-            f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
-            "checkpoint is untouched. Lower optim.learning_rate, or look at the data of that step."
-        )
+    diverged = not math.isfinite(means["loss"].total) or ("non_finite" in means and means["non_finite"].total)
+    if not bad and not diverged:
+        return
+    advice = "Lower optim.learning_rate, or look at the data of that step."
+    if not diverged:
+        advice = "Loss and weights are finite: mend what computes it."
+    raise NonFiniteError(
+        f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
+        f"checkpoint is untouched. {advice}"
+    )

@@ -66,7 +66,7 @@ class Evaluator:
           waiting: called again and again while a whole split is evaluated; it may raise.
 
         Raises:
-          UserError: if no image is left to evaluate.
+          UserError: if no image is left to evaluate, or a user's metric is not finite.
           NonFiniteError: if the cross-entropy is not finite.
         """
         total: Means = {}
@@ -84,6 +84,8 @@ class Evaluator:
                 f"the cross-entropy of the evaluation is {values['ce']}: the network's logits are not finite. Look at "
                 "its weights, and at data.mean and data.std."
             )
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise UserError(f"{', '.join(bad)} of the evaluation is not finite: mend what computes it.")
         return values
 
     def _dispatches(self, variables: Any, waiting: Callable[[], None]) -> Iterator[Packed]:

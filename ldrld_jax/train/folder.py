@@ -55,8 +55,8 @@ class RunFolder:
         before, now = there.get("weights", {}), self._weights()
         if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
             raise UserError(
-                f"{' and '.join(changed)} of the run in {workdir}: the weights are not those that it began with. "
-                "Restore them, or choose another workdir."
+                f"{' and '.join(changed)} of the run in {workdir}: the weights or their shapes are not those that it "
+                "began with. Restore them, or choose another workdir."
             )
         for split in ("train", "eval"):
             if there[split] != here[split]:

@@ -13,6 +13,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.source import InMemory
 from ldrld_jax.interop import hub
+from ldrld_jax.losses import SLDConfig
 from ldrld_jax.models.table import flops
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.train.networks import Networks, is_folder
@@ -102,13 +103,28 @@ def warnings(run: Run) -> Iterator[str]:
             f"kd_warmup_epochs={config.kd_warmup_epochs} is not less than the {config.epochs} epochs of the run: the "
             "methods never get their full weight. Lower it"
         )
-    if getattr(run.batches.source, "changes", False):
+    if run.batches.source.changes:
         yield (
             "the training images differ each time they are read: a resumed run sees others than one that is not "
             "interrupted"
         )
+    yield from _late(run)
     if empty := _not_evaluated(run):
         yield no_images("to evaluate on", empty, names)
+
+
+def _late(run: Run) -> Iterator[str]:
+    """Yields a line for each change of the loss that is set for an epoch after the run's last one."""
+    epochs = run.config.epochs
+    for name, schedule in run.objective.schedules.items():
+        if (end := schedule.points[-1][0]) > epochs > 1:
+            yield f"loss_schedule.{name} ends at epoch {end}, and the run has {epochs}: scale its epochs to the run"
+    for term in run.objective.methods.values():
+        if isinstance(term.cfg, SLDConfig) and term.cfg.student_swap and term.cfg.student_swap_epoch >= epochs > 1:
+            yield (
+                f"loss.sld.student_swap_epoch={term.cfg.student_swap_epoch} is not less than the {epochs} epochs of the "
+                "run: the student's swapped target is never used. Lower it"
+            )
 
 
 def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:

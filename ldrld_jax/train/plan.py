@@ -263,7 +263,7 @@ def _shapes(variables: Variables) -> str:
 
 def _check_images(config: ConfigDict, source: Readable) -> None:
     """Raises a UserError for images that a store cannot be of, and for channels-first ones."""
-    if getattr(source, "changes", False) and "dir" in config.logits:
+    if source.changes and "dir" in config.logits:
         raise UserError(
             "logits.dir keeps a teacher's logits for later epochs, but the training images differ each time they are "
             "read. Unset it, or give images without random transforms."

@@ -195,7 +195,7 @@ def _from_file(run: Run) -> StoredTeacher:
     shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
     file = LogitsFile.open(path, images=len(source), **shape)
     views, view = config.logits.get("views"), getattr(source, "view", None)
-    random = (view is not None and view.random) or getattr(source, "changes", False)
+    random = (view is not None and view.random) or source.changes
     if views is None and (batches.pad or batches.flip or random):
         raise UserError(
             f"{path} holds logits of images as they are stored, and the run augments them. Set data.pad=0, "

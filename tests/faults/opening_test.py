@@ -198,6 +198,14 @@ def test_whether_a_file_saw_the_images_that_are_held_out_cannot_be_told(tiny, tm
             ["method=dkd", "teacher.checkpoint=t", "epochs=3"],
             "kd_warmup_epochs=20 is not less than the 3 epochs of the",
         ),
+        (
+            ["method=kd", "teacher.checkpoint=t", "loss_schedule.temperature=linear:4@1:2@20", "epochs=3"],
+            "loss_schedule.temperature ends at epoch 20, and the run has 3",
+        ),
+        (
+            ["method=sld", "teacher.checkpoint=t", "loss.sld.student_swap_epoch=3", "epochs=3"],
+            "loss.sld.student_swap_epoch=3 is not less than the 3 epochs of the run: the student's swapped target is",
+        ),
     ],
 )
 def test_a_recipe_that_is_longer_than_the_run_is_a_warning(tiny, tmp_path, flags, expected):

@@ -14,7 +14,7 @@ from flax import nnx
 import ldrld_jax
 from ldrld_jax.config.keys import leaves
 from ldrld_jax.data.tfds_records import make_builder
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.losses import METHODS
 from ldrld_jax.losses import ldrld_loss as bare_ldrld
 from ldrld_jax.losses.common import mean_over_rows
@@ -343,6 +343,22 @@ def test_an_optimizer_of_optax_is_the_one_that_updates(make, tmp_path, capsys):
     assert other.summary["steps"] == 6
     with pytest.raises(UserError, match=r"there is no optim\.name 'loin'\. Did you mean 'lion'"):
         make(optimizer="loin", workdir=tmp_path / "no").fit()
+
+
+def test_a_metric_that_is_not_finite_is_named_and_the_learning_rate_is_not_blamed(make):
+    lost = {"third": lambda logits, labels, where: jnp.where(labels % 3 == 0, jnp.nan, 1.0)}
+    with pytest.raises(NonFiniteError, match=r"^third not finite at step 1 .* Loss and weights are finite: "):
+        make(metrics=lost).fit()
+
+
+def test_a_metric_that_is_not_finite_in_the_evaluation_is_named_and_the_state_is_saved(make, tmp_path):
+    few = {"data.remainder": "drop", "eval_batch_size": 45}
+    lost = {"third": lambda logits, labels, where: jnp.where(len(labels) == 40, 1.0, jnp.nan)}  # the training's batches
+    with pytest.raises(UserError, match=r"^third of the evaluation is not finite: mend what computes it\.$"):
+        make(metrics=lost, config=few).fit()
+    assert saved(tmp_path / "run", 2)
+    mended = {"third": lambda logits, labels, where: 0.0 * labels}
+    assert make(metrics=mended, config=few).fit().summary["last_epoch"] == 2
 
 
 def test_writers_callbacks_and_metrics_get_what_the_run_has(make, tmp_path):
