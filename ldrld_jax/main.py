@@ -110,6 +110,8 @@ def parse(argv: Sequence[str], mode: str | None = None) -> tuple[argparse.Namesp
     _check_flags(args)
     file, _ = split_argument(args.config or DEFAULT_CONFIG)
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem))
+    for name in ("hub", "json", "output", "profile"):
+        setattr(args, name, getattr(args, name) and expand_home(getattr(args, name)))
     args.images = []
     known = [*(["--mode", *FLAGS] if mode is None else flags_of(mode)), "--help"]
     overrides = overrides_in([*rest, *key_flags], known, args.images if args.mode == "predict" else None)

@@ -72,6 +72,8 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
         ({"grid": {"seed": 3}}, "a list of values for each key"),
         ({"seeds": [3]}, "got config, seeds"),
         ({"grid": [3]}, "a list of values for each key"),
+        ({"grid": {"seed": []}}, "a list of values for each key"),
+        ({"runs": []}, "runs are a list of dicts"),
         ({"overrides": ["seed=3"]}, "overrides are a dict"),
         ({"runs": {"seed": 3}}, "runs are a list of dicts"),
         ({"runs": [{"loss.ldrld.depth": 1}]}, "loss.ldrld: depth"),
@@ -92,6 +94,16 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message)
         (["experiments/methods.py", "--jobs", "0"], "--jobs must be at least 1"),
         (["experiments/methods.py", "--grid", "seed"], "--grid is KEY=VALUE"),
         (["experiments/methods.py", "--gird", "seed=1"], "there is no flag '--gird'"),
+        (["experiments/methods.py", "--grid", "seed=1", "--grid", "seed=2"], "Give its values in one: --grid seed="),
+        (
+            ["experiments/methods.py", "--config.seed=7"],
+            "--config.seed=7 changes no run: each of the sweep's",
+        ),
+        (
+            ["experiments/methods.py", "--config.method=ce"],
+            "changes no run: each of the sweep's has a method of its",
+        ),
+        (["experiments/methods.py", "--workdir="], "--workdir is empty"),
     ],
 )
 def test_wrong_flags_get_one_line(argv, message, capsys, monkeypatch):
@@ -182,6 +194,29 @@ def test_a_sweep_that_fails_leaves_no_run_without_it(schedule, tmp_path, monkeyp
     sweep.show = show
     with pytest.raises(BrokenPipeError):
         sweep.run()
+    assert stopped == [signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_a_closed_terminal_stops_the_runs_unless_it_is_ignored(schedule, tmp_path, monkeypatch, handled):
+    stopped, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL if handled else signal.SIG_IGN)
+    monkeypatch.setattr(_Instant, "poll", lambda self: None)
+    monkeypatch.setattr(_Instant, "send_signal", lambda self, number: stopped.append(number), raising=False)
+    monkeypatch.setattr(_Instant, "wait", lambda self: 0, raising=False)
+    sweep = schedule(jobs_of(tmp_path, "method=ce", grid={"seed": [0, 1]}), 2)
+
+    def show(jobs):
+        signal.raise_signal(signal.SIGHUP)
+        raise BrokenPipeError  # where it was ignored
+
+    sweep.show = show
+    try:
+        with pytest.raises(SystemExit if handled else BrokenPipeError) as ended:
+            sweep.run()
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_DFL if handled else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not handled or ended.value.code == 129
     assert stopped == [signal.SIGTERM] * 2
 
 

@@ -38,7 +38,7 @@ class Checkpoints:
       directory: created by the first save.
       run: JSON that identifies the run, stored in each checkpoint.
       keep_last: number of last checkpoints to keep, at least 1.
-      keep_every: checkpoints whose step is a multiple of this are kept forever.
+      keep_every: checkpoints that are saved now, and whose step is a multiple of this, are kept forever.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class Checkpoints:
             "run": self._run,
             "host": host,
             "top1": top1,
+            "kept": self._is_kept(step),
             "arrays": {name: describe(tree) for name, tree in trees.items()},
         }
         self._writing = step, note, orbax_io.write(self._path(step), trees, signed(note))
@@ -224,8 +225,13 @@ class Checkpoints:
     def _kept(self) -> set[int]:
         saved = sorted(self._readable())
         best = [] if self.best_step is None else [self.best_step]
-        kept = {*saved[-self._keep_last :], *best}
-        return kept | {step for step in saved if self._keep_every and step % self._keep_every == 0}
+        # Those of earlier versions do not say.
+        for_good = (step for step, note in self._readable().items() if note.get("kept", self._is_kept(step)))
+        return {*saved[-self._keep_last :], *best, *for_good}
+
+    def _is_kept(self, step: int) -> bool:
+        """Returns whether a checkpoint that is saved now is kept for good."""
+        return bool(self._keep_every and step % self._keep_every == 0)
 
     def _tidy(self) -> None:
         """Removes checkpoints that the policy does not keep, and half-written or half-deleted ones of a killed run."""

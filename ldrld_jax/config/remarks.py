@@ -54,23 +54,48 @@ def _unread(config: ConfigDict, given: Methods = NONE) -> dict[str, str]:
     """Returns the reason for each key that is set and not read; a value that is the default counts as not set."""
     names = method_names(config, given)
     because = f"method={config.method}"
-    reasons: dict[str, str] = {}
+    reasons = dict[str, str]()
     for name in [name for name in METHODS if name not in names]:
         fallback = vars(METHODS[name].config())
         fields = {f"loss.{name}.{key}": (value, fallback[key]) for key, value in config.loss.get(name, {}).items()}
         fields[f"loss_weight.{name}"] = (config.loss_weight.get(name), None)
         reasons |= {key: because for key, (value, usual) in fields.items() if value not in (None, usual)}
-    data = config.data
-    if config.logits.views is not None and config.logits.dir is None and not teaches_from_file(config):
-        reasons["logits.views"] = "logits.dir is not set"
-    reasons |= _teacher(config, names)
-    if data.label_noise != "none" and not data.label_noise_rate:
-        reasons["data.label_noise"] = "data.label_noise_rate is 0"
-    if data.label_noise_rate and data.label_noise == "none":
-        reasons["data.label_noise_rate"] = "data.label_noise is none"
-    if data.resize_size is not None and data.crop_size is None:
-        reasons["data.resize_size"] = "data.crop_size is not set"
-    return reasons
+    now, usual = dict(leaves(config)), dict(leaves(default()))
+    for key, (read, reason) in _conditions(config).items():
+        if not read and now[key] not in (None, usual[key]):
+            reasons[key] = reason
+    return reasons | _teacher(config, names)
+
+
+def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
+    """Returns for each key that depends on another one whether a run reads it, and the reason if it does not."""
+    data, optim, augment = config.data, config.optim, f"data.augment={config.data.augment}"
+    stored = config.logits.dir is not None, "logits.dir is not set"
+    stepped = optim.schedule == "step", f"optim.schedule={optim.schedule}"
+    return {
+        "data.pad": (data.augment == "pad_crop", augment),
+        "data.crop_area": (data.augment == "random_resized_crop", augment),
+        "data.rotate_degrees": (data.augment == "rotate", augment),
+        "data.rand_magnitude": (data.rand_augment > 0, "data.rand_augment is 0"),
+        "data.label_noise": (data.label_noise_rate > 0, "data.label_noise_rate is 0"),
+        "data.label_noise_rate": (data.label_noise != "none", "data.label_noise is none"),
+        "data.resize_size": (data.crop_size is not None, "data.crop_size is not set"),
+        "optim.decay_epochs": stepped,
+        "optim.decay_rate": stepped,
+        "optim.warmup_epochs": (optim.warmup != "none", "optim.warmup=none"),
+        **{f"optim.{key}": (False, "the optimizer is an object") for key in _rest_of_optimizer(config)},
+        "logits.dtype": stored,
+        "logits.top_k": stored,
+        "logits.spread_rest": stored,
+        "logits.views": (stored[0] or teaches_from_file(config), stored[1]),
+        "teacher.ensemble": ("," in (config.teacher.model or ""), "teacher.model is one model"),
+        "student.checkpoint_head": (config.student.checkpoint is not None, "student.checkpoint is not set"),
+    }
+
+
+def _rest_of_optimizer(config: ConfigDict) -> list[str]:
+    """Returns the keys that nothing reads beside an optimizer that is an object."""
+    return [key for key in config.optim if key != "name"] if config.optim.name.startswith("<") else []
 
 
 def _teacher(config: ConfigDict, names: list[str]) -> dict[str, str]:

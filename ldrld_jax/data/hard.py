@@ -30,7 +30,8 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
         return records  # without reading the labels
     labels = records.labels()
-    if labels.ndim > 1:
+    several = labels.ndim > 1
+    if several:
         for key, unset in (("imbalance", 1), ("label_noise", "none")):
             if data[key] != unset:
                 raise UserError(
@@ -40,16 +41,18 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
         labels, classes = np.zeros(len(labels), np.int32), 1
     aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
     if held_out:
-        return Selected(records, aside)
+        return Selected(records, aside, None if several else labels[aside])
     kept = np.setdiff1d(np.arange(len(labels)), aside)
     kept = kept[stratified(labels[kept], data.fraction, classes, _rng(data.seed, 1))]
     kept = kept[long_tail(labels[kept], data.imbalance, classes, _rng(data.seed, 2))]
     if not len(kept):
         raise UserError("no training image is left. Raise data.fraction, or lower data.held_out or data.imbalance.")
-    if not noisy:
+    if several:
         return Selected(records, kept)
-    rng = _rng(data.seed, 3)
-    return Selected(records, kept, with_noise(labels[kept], data.label_noise, data.label_noise_rate, classes, rng))
+    chosen = labels[kept]
+    if noisy:
+        chosen = with_noise(chosen, data.label_noise, data.label_noise_rate, classes, _rng(data.seed, 3))
+    return Selected(records, kept, chosen)
 
 
 def stratified(labels: np.ndarray, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:

@@ -215,26 +215,26 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """A subset of records by index, optionally with other labels."""
+    """A subset of records by index; `given_labels` take the place of theirs, as noise, or to read none again."""
 
     records: Records
     indices: np.ndarray
-    relabelled: np.ndarray | None = None
+    given_labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         records = self.records.__getitems__(self.indices[indices].tolist())
-        if self.relabelled is None:
+        if self.given_labels is None:
             return records
-        return [{**record, "label": int(self.relabelled[i])} for i, record in zip(indices, records, strict=True)]
+        return [{**record, "label": int(self.given_labels[i])} for i, record in zip(indices, records, strict=True)]
 
     def name(self, index: int) -> str:
         return self.records.name(int(self.indices[index]))
 
     def labels(self) -> np.ndarray:
-        return self.records.labels()[self.indices] if self.relabelled is None else self.relabelled
+        return self.records.labels()[self.indices] if self.given_labels is None else self.given_labels
 
     def listing(self) -> Iterator[str]:
         """Yields the listing of all records: a run's config says which of them are selected."""

@@ -85,7 +85,7 @@ def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose:
 
 
 def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> dict[str, Any] | None:
-    """Reads the summary of the run in a workdir; None for a run that has not ended.
+    """Reads the summary of the run in a workdir; None for a run that has not ended, or has more epochs since then.
 
     Args:
       workdir: of the run.
@@ -98,6 +98,9 @@ def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> d
     if not path.exists():
         return None
     summary = read_json(path, "A run's summary, written again once it is removed")
+    config = read_config(workdir)
+    if config is not None and summary.get("epochs", config["epochs"]) != config["epochs"]:
+        return None
     for name in numbers:
         if not is_number(summary.get(name)):
             raise UserError(f"{path} has no number {name}. Remove it: the run writes it again.")

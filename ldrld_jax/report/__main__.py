@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from ldrld_jax.errors import UserError
+from ldrld_jax.files import expand_home
 from ldrld_jax.record.console import printable
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
@@ -43,7 +45,12 @@ def _seconds(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
-    args = make_parser(prog).parse_args(argv)
+    parser = make_parser(prog)
+    args = parser.parse_args(argv)
+    try:
+        args.out = args.out and expand_home(args.out)
+    except UserError as error:
+        parser.error(str(error))
     if args.watch is None:
         return _report(args)
     with contextlib.suppress(KeyboardInterrupt):
@@ -74,6 +81,16 @@ def _first_there(folders: Sequence[str]) -> str:
     return next((folder for folder in folders if epath.Path(folder).is_dir()), folders[0])
 
 
+# What each file has in it if this program wrote it.
+_MARKS = {"report.md": "| teacher | student | method |", "report.html": "python -m ldrld_jax.report"}
+
+
+def _ours(path: epath.Path, mark: str) -> bool:
+    """Returns whether a file may be written: there is none, it is empty, or this program wrote it."""
+    content = path.read_bytes().decode(errors="replace").strip() if path.is_file() else ""
+    return not content or mark in content
+
+
 def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text: str) -> int:
     from ldrld_jax.files import replace_text
     from ldrld_jax.report.page import page
@@ -86,6 +103,9 @@ def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text:
                 analyses[run.folder] = found
             else:
                 report.notes.append(f"{run.folder}: its analysis.json cannot be drawn. Remove it, and analyse again.")
+    if stranger := next((out / name for name, mark in _MARKS.items() if not _ours(out / name, mark)), None):
+        print(f"{stranger} is no report of this program, and stays as it is. Set --out.", file=sys.stderr)
+        return 2
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.md", f"{text}\n")

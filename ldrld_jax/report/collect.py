@@ -1,6 +1,7 @@
 """Finds runs in folders, whatever else is there."""
 
 import dataclasses
+import itertools
 import json
 import re
 import time
@@ -19,6 +20,7 @@ _MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints")  # one 
 
 
 _SHORT = 8  # digits of a digest
+_DIGESTS = ("data.images", "data.eval_images")  # keys that no config has
 _NUMBERS = ("best_top1", "last_top1", "examples_per_second")
 
 
@@ -100,8 +102,36 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
             _add(report, workdir)
         except (UserError, OSError) as error:
             report.notes.append(f"{workdir}: {error}")
+    report.summaries, report.running = _told_apart(report.summaries, report.running)
     report.summaries = _numbered(report.summaries, report.notes)
     return report
+
+
+def _told_apart(*found: list[FoundRun]) -> list[list[FoundRun]]:
+    """Returns the runs without the digests of their data where their configs tell these apart, or they are the same.
+
+    A folder's images are named by `data.data_dir`, which is no part of a run's identity: it may move.
+    """
+    digests = defaultdict[str, set[tuple[Any, ...]]](set)
+    for run in itertools.chain(*found):
+        if _DIGESTS[0] in run.config:  # earlier versions noted none
+            digests[_data_keys(run)].add(tuple(run.config[key] for key in _DIGESTS))
+    return [
+        [
+            run if run.config["data.name"].startswith("<") or len(digests[_data_keys(run)]) > 1 else _anonymous(run)
+            for run in runs
+        ]
+        for runs in found
+    ]
+
+
+def _data_keys(run: FoundRun) -> str:
+    keys = {key: value for key, value in run.identity.items() if key.startswith("data.") and key not in _DIGESTS}
+    return json.dumps(keys, sort_keys=True)
+
+
+def _anonymous(run: FoundRun) -> FoundRun:
+    return dataclasses.replace(run, config={key: v for key, v in run.config.items() if key not in _DIGESTS})
 
 
 def _numbered(runs: Sequence[FoundRun], notes: list[str]) -> list[FoundRun]:
@@ -158,16 +188,16 @@ def _add(report: Report, workdir: epath.Path) -> None:
 
 
 def _objects(keys: dict[str, Any], workdir: epath.Path, notes: list[str]) -> dict[str, str]:
-    """Returns keys that tell objects given in Python apart; the config has only the names of their classes."""
+    """Returns keys that tell data and objects given in Python apart, of which a config has only the names."""
     try:
         note = read_data(workdir) or {}
     except UserError as error:
         notes.append(str(error))
         return {}
     found = {}
-    if note and keys["data.name"].startswith("<"):
-        for key, split in (("data.images", "train"), ("data.eval_images", "eval")):
-            found[key] = str(note[split].get("digest"))[:_SHORT]
+    if note:
+        for key, split in zip(_DIGESTS, ("train", "eval"), strict=True):
+            found[key] = str(note[split].get("original", note[split].get("digest")))[:_SHORT]
     if (weights := note.get("weights", {}).get("teacher.model")) is not None:
         found["teacher.weights"] = " ".join(digest[:_SHORT] for digest in weights.split())
     return found

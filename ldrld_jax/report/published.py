@@ -17,7 +17,15 @@ PAPERS = {
 }
 
 EPOCHS = {"cifar100": 240, "imagenet2012": 100}
-_UNCHANGED = {"data.fraction": 1, "data.imbalance": 1, "data.label_noise_rate": 0, "data.held_out": 0}
+_UNCHANGED = {
+    "data.train_split": "train",
+    "data.fraction": 1,
+    "data.imbalance": 1,
+    "data.label_noise_rate": 0,
+    "data.held_out": 0,
+}
+
+_PARTS = r"kd_weight$|loss\.\w+\.(use_\w+|alpha|beta|gamma)$"  # what leaves out a part of a loss if it is 0 or False
 
 _COLUMNS = ("ce", "kd", "dkd", "dist", "kd standardised", "wttm", "ldrld")
 _CIFAR100 = {
@@ -59,7 +67,7 @@ def published(config: Mapping[str, Any]) -> str:
       '77.20'
     """
     data = data_set(config)
-    ablated = any(value is False for key, value in config.items() if re.match(r"loss\.\w+\.use_", key))
+    ablated = any(not value for key, value in config.items() if re.match(_PARTS, key))
     changed = any(config.get(key, value) != value for key, value in _UNCHANGED.items())
     if config["epochs"] != EPOCHS.get(data) or changed or ablated:
         return ""

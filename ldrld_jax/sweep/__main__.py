@@ -104,6 +104,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if not args.sweep and not args.config:
         raise UserError("a sweep needs a FILE with a get_sweep(), or --config and --grid.")
     name = pathlib.Path(split_argument(args.sweep or args.config)[0]).stem
+    if args.workdir == "":
+        raise UserError("--workdir is empty. Name a folder, or leave the flag out.")
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / f"{name}-sweep"))
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
@@ -140,7 +142,10 @@ def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:
     sweep = load(args.sweep) if args.sweep else {}
     if args.config:
         sweep["config"] = args.config
-    sweep["grid"] = sweep.get("grid", {}) | dict(map(parse_grid, args.grid))
+    grid = list(map(parse_grid, args.grid))
+    if twice := [key for i, (key, _) in enumerate(grid) if key in dict(grid[:i])]:
+        raise UserError(f"--grid {twice[0]} is given twice. Give its values in one: --grid {twice[0]}=VALUE,VALUE.")
+    sweep["grid"] = sweep.get("grid", {}) | dict(grid)
     index, count = args.shard
     return plan(sweep, epath.Path(args.workdir), overrides)[index::count]
 

@@ -123,7 +123,7 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
       overrides: `key=value` overrides for every run.
 
     Raises:
-      UserError: if a key or a value is not allowed, or two runs are the same.
+      UserError: if a key or a value is not allowed, two runs are the same, or an override changes none.
 
     Example:
       >>> sweep = {"config": "configs/digits.py", "runs": [{"method": "ce"}], "grid": {"seed": [0, 1]}}
@@ -131,12 +131,18 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
       ['method=ce,seed=0', 'method=ce,seed=1']
     """
     _check_form(sweep, complete=True)
-    overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]
     grid = sweep.get("grid", {})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    jobs = [
-        _job(sweep["config"], workdir, overrides, run | point) for run in sweep.get("runs", [{}]) for point in points
-    ]
+    runs = [run | point for run in sweep.get("runs", [{}]) for point in points]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if all(key in run for run in runs):
+            raise UserError(
+                f"--config.{override} changes no run: each of the sweep's has a {key} of its own. Give "
+                f"--grid {key}={value}."
+            )
+    overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]
+    jobs = [_job(sweep["config"], workdir, overrides, run) for run in runs]
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Remove one of them.")
@@ -149,11 +155,11 @@ def _check_form(sweep: Any, *, complete: bool = False) -> None:
         given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
         raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
     grid, overrides, runs = sweep.get("grid", {}), sweep.get("overrides", {}), sweep.get("runs", [{}])
-    if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) for values in grid.values()):
+    if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) and values for values in grid.values()):
         raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
     if not isinstance(overrides, dict):
         raise UserError(f"a sweep's overrides are a dict from keys to values, got {overrides}.")
-    if not isinstance(runs, list | tuple) or not all(isinstance(run, dict) for run in runs):
+    if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, dict) for run in runs):
         raise UserError(f"a sweep's runs are a list of dicts from keys to values, got {runs}.")
 
 

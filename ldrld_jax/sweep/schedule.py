@@ -33,8 +33,11 @@ class Sweep:
         self.running: dict[int, tuple[Job, subprocess.Popen]] = {}
 
     def run(self) -> None:
-        """Runs until every job is done or failed. SIGTERM and Ctrl-C are passed on to the processes and waited for."""
-        handler = signal.signal(signal.SIGTERM, _raise_exit)
+        """Runs until every job is done or failed; passes SIGTERM, SIGHUP and Ctrl-C on to the processes, and waits."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in handlers.items():
+            if handler is not signal.SIG_IGN:  # as nohup sets SIGHUP
+                signal.signal(number, _raise_exit)
         try:
             while self._turn():
                 self.show(self.jobs)
@@ -47,7 +50,8 @@ class Sweep:
             self._stop(signal.SIGTERM)
             raise
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def _turn(self) -> bool:
         """Collects ended processes and starts waiting jobs; returns False once nothing is left to wait for."""

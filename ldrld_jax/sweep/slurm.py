@@ -33,7 +33,7 @@ def script(jobs: Sequence[Job], arguments: Sequence[str], logs: pathlib.Path, at
     return f"""#!/bin/bash
 #SBATCH --job-name=ldrld_jax-sweep
 #SBATCH --array={array}
-#SBATCH --output={logs}/slurm-%A_%a.txt
+#SBATCH --output={shlex.quote(str(logs))}/slurm-%A_%a.txt
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@{_GRACE}

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
-from ldrld_jax.data.source import InMemory
+from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.interop import hub
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.models.table import flops
@@ -109,8 +109,14 @@ def warnings(run: Run) -> Iterator[str]:
             "interrupted"
         )
     yield from _late(run)
-    if empty := _not_evaluated(run):
-        yield no_images("to evaluate on", empty, names)
+    if _evaluated_on_training_images(run):
+        yield (
+            f"the student is evaluated on images that it is trained on (data.eval_split={config.data.eval_split}): "
+            "its top-1 is too high"
+        )
+    for purpose, source in (("to train on", run.batches.source), ("to evaluate on", run.eval_source)):
+        if empty := _absent(source):
+            yield no_images(purpose, empty, names)
 
 
 def _late(run: Run) -> Iterator[str]:
@@ -122,8 +128,8 @@ def _late(run: Run) -> Iterator[str]:
     for term in run.objective.methods.values():
         if isinstance(term.cfg, SLDConfig) and term.cfg.student_swap and term.cfg.student_swap_epoch >= epochs > 1:
             yield (
-                f"loss.sld.student_swap_epoch={term.cfg.student_swap_epoch} is not less than the {epochs} epochs of the "
-                "run: the student's swapped target is never used. Lower it"
+                f"loss.sld.student_swap_epoch={term.cfg.student_swap_epoch} is not less than the {epochs} epochs of "
+                "the run: the student's swapped target is never used. Lower it"
             )
 
 
@@ -139,18 +145,28 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
     return f"there is no image {purpose} of {len(empty)} of {len(names)} classes: {shown}{more}"
 
 
-def _not_evaluated(run: Run) -> list[int]:
-    """Returns the classes without an image in the evaluation split, if that is known without reading many of them.
+def _absent(source: Any) -> list[int]:
+    """Returns the classes without an image in a split, if that is known without reading many of them.
 
     Of several labels per example, as tokens of a vocabulary, many may be rare.
     """
-    source: Any = run.eval_source
-    if source.label_shape:
-        return []
     records: Any = getattr(getattr(source, "uncached", source), "records", None)
-    if not isinstance(source, InMemory) and not isinstance(records, FolderRecords):
+    known = isinstance(records, FolderRecords) or (isinstance(records, Selected) and records.given_labels is not None)
+    if source.label_shape or not (known or isinstance(source, InMemory)):
         return []
     return np.setdiff1d(np.arange(len(source.class_names)), records.labels()).tolist()
+
+
+def _evaluated_on_training_images(run: Run) -> bool:
+    """Returns whether the evaluation split is the training split, or a part of it."""
+    data = run.config.data
+    if data.held_out:
+        return False
+    if run.given.train is not None:
+        train, evaluation = run.data_note["train"], run.data_note["eval"]
+        return train["digest"] is not None and train["digest"] == evaluation["digest"]
+    part, _, cut = data.eval_split.partition("[")
+    return data.eval_split == data.train_split or (bool(cut) and part == data.train_split)
 
 
 def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator[str]:

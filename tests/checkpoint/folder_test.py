@@ -37,6 +37,14 @@ def test_the_last_ones_the_best_and_every_so_many_are_kept(tmp_path, policy, kep
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 5)
 
 
+def test_what_is_kept_for_good_stays_when_it_resumes_with_another_interval(tmp_path):
+    save(tmp_path, *((step, None) for step in range(1, 6)), keep_last=1, keep_every=2)
+    assert names(tmp_path) == ["2", "4", "5"]
+    Checkpoints(tmp_path, keep_last=1).resume(trees(0))
+    assert names(tmp_path) == ["2", "4", "5"]
+    assert save(tmp_path, *((step, None) for step in range(6, 10)), keep_last=1, keep_every=3) == ["2", "4", "6", "9"]
+
+
 def test_what_a_killed_run_left_too_many_is_removed_on_resume_only(tmp_path):
     for name, step, top1 in (("a", 1, 50.0), ("b", 2, 70.0), ("c", 3, 60.0)):
         save(tmp_path / name, (step, top1))

@@ -86,6 +86,25 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
         (["data.label_noise_rate=.4"], ["data.label_noise_rate is set and not read, because data.label_noise is none"]),
         (["data.label_noise=symmetric", "data.label_noise_rate=.4"], []),
         (["data.resize_size=9"], ["data.resize_size is set and not read, because data.crop_size is not set"]),
+        *[
+            ([f"{key}={value}", *others], [f"{key} is set and not read, because {why}"])
+            for key, value, others, why in (
+                ("data.pad", "2", ["data.augment=rotate"], "data.augment=rotate"),
+                ("data.crop_area", "(.2,1.)", [], "data.augment=pad_crop"),
+                ("data.rotate_degrees", "15.", [], "data.augment=pad_crop"),
+                ("data.rand_magnitude", "5", [], "data.rand_augment is 0"),
+                ("optim.decay_epochs", "(5,10)", [], "optim.schedule=cosine"),
+                ("optim.decay_rate", ".5", [], "optim.schedule=cosine"),
+                ("optim.warmup_epochs", "2", ["optim.warmup=none"], "optim.warmup=none"),
+                ("logits.dtype", "float32", [], "logits.dir is not set"),
+                ("logits.top_k", "5", [], "logits.dir is not set"),
+                ("teacher.ensemble", "probabilities", [], "teacher.model is one model"),
+                ("student.checkpoint_head", "skip", [], "student.checkpoint is not set"),
+            )
+        ],
+        (["data.augment=rotate", "data.rotate_degrees=15.", "optim.schedule=step", "optim.decay_rate=.5"], []),
+        (["logits.dir=store", "logits.top_k=5", "student.checkpoint=c", "student.checkpoint_head=skip"], []),
+        (["teacher.model=resnet8,resnet20", "teacher.ensemble=probabilities"], []),
     ],
 )
 def test_a_block_that_nothing_reads_is_said(flags, expected):
@@ -213,3 +232,25 @@ def test_a_recipe_that_is_longer_than_the_run_is_a_warning(tiny, tmp_path, flags
     assert line.startswith(expected)
     enough = [flag.replace("epochs=3", "epochs=30") for flag in flags]
     assert not list(warnings(planned(tiny(*enough), tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["data.eval_split=train"], True),
+        (["data.eval_split=train", "data.held_out=.4"], False),
+        (["data.eval_split=val"], False),
+    ],
+)
+def test_an_evaluation_on_the_training_images_is_said(on_folder, tmp_path, flags, said):
+    found = list(warnings(planned(on_folder(*flags), tmp_path)))
+    assert any(line.startswith("the student is evaluated on images that it is trained on") for line in found) == said
+
+
+@pytest.mark.parametrize("flags", [["data.fraction=.1"], ["data.held_out=.9", "data.cache_mb=0"]])
+def test_a_class_that_is_left_without_training_images_is_said(on_folder, folder, tmp_path, flags):
+    for image in sorted((folder / "train/dog").iterdir())[:4]:
+        image.unlink()
+    assert not [line for line in warnings(planned(on_folder(), tmp_path)) if "no image to train on" in line]
+    found = list(warnings(planned(on_folder(*flags), tmp_path)))
+    assert "there is no image to train on of 1 of 3 classes: dog" in found

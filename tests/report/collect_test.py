@@ -63,6 +63,28 @@ def test_nothing_to_report_is_a_failure_and_so_is_nowhere_to_write(tmp_path, cap
     assert "Set --out." in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_report_is_not_written_over(tmp_path, capsys):
+    write(tmp_path, "a")
+    for name in ("report.md", "report.html"):
+        (tmp_path / name).write_text("my own notes")
+        assert main([str(tmp_path)]) == 2
+        assert (
+            f"{tmp_path / name} is no report of this program, and stays as it is. Set --out." in capsys.readouterr().err
+        )
+        assert (tmp_path / name).read_text() == "my own notes"
+        (tmp_path / name).unlink()
+    assert main([str(tmp_path)]) == main([str(tmp_path)]) == 0  # it writes over its own
+
+
+def test_a_run_that_goes_on_after_its_end_is_not_finished(tmp_path):
+    run = write(tmp_path, "a", epochs=8)
+    (run / "summary.json").write_text(json.dumps(summary(epochs=4)))
+    found = report.collect([tmp_path])
+    assert (found.summaries, [one.folder for one in found.running]) == ([], [str(run)])
+    (run / "summary.json").write_text(json.dumps(summary(epochs=8)))
+    assert [one.folder for one in report.collect([tmp_path]).summaries] == [str(run)]
+
+
 def test_a_running_run_alone_has_a_page(tmp_path, capsys):
     (write(tmp_path, "a") / "summary.json").unlink()
     assert main([str(tmp_path)]) == 0

@@ -1,5 +1,7 @@
 """Runs are grouped by all that they compute but the seed, named by what differs, and compared with the right ones."""
 
+import json
+
 from ldrld_jax.report.collect import collect
 from ldrld_jax.report.curves import learning, overview, rank_matrices, sweeps
 from ldrld_jax.report.groups import compare
@@ -72,7 +74,10 @@ def test_published_figures_stand_beside_the_recipe_they_belong_to_and_no_other()
     assert shown(method="ldrld") == "77.20"
     assert (shown(), shown(standardize=True), shown(method="dkd")) == ("73.33", "76.62", "76.32")
     assert shown(method="ce", teacher={}) == "72.50"
-    for changes in (dict(epochs=15), dict(data__fraction=0.2), dict(method="ldrld", loss__ldrld__use_erd=False)):
+    for changes in (
+        *(dict(epochs=15), dict(data__fraction=0.2), dict(data__train_split="train[:10%]"), dict(kd_weight=0.0)),
+        *(dict(method="ldrld", loss__ldrld__use_erd=False), dict(method="ldrld", loss__ldrld__alpha=0.0)),
+    ):
         assert shown(**changes) == ""
     pair = dict(student__model="imagenet_resnet18", teacher__model="imagenet_resnet34", data__name="imagenet2012")
     assert shown(**pair, epochs=100) == "70.66 to 71.37"
@@ -88,6 +93,22 @@ def test_rank_matrices_are_the_factors_and_their_product():
     assert set(matrices) == {(7, 7, 7), (3, 3, 3)}
     irw, erd, product = matrices[7, 7, 7]
     assert (round(irw[0][1], 4), round(erd[0][1], 4), round(product[0][1], 4)) == (0.4, 1.7214, 0.6886)
+
+
+def test_runs_on_other_images_under_one_name_are_neither_averaged_nor_compared(tmp_path):
+    runs = [("a", "kd", 95.0, "f1"), ("b", "kd", 50.0, "c1"), ("c", "dkd", 60.0, "c1"), ("d", "kd", 52.0, "c1")]
+    for seed, (name, method, last, digest) in enumerate(runs):
+        note = {split: {"images": 90, "digest": 16 * two} for split, two in (("train", digest), ("eval", "e0"))}
+        workdir = write(tmp_path, name, last, method=method, seed=seed, data__name="image_folder")
+        (workdir / "data.json").write_text(json.dumps(note | {"classes": ["x"]}))
+    found = collect([tmp_path]).summaries
+    assert column(found, "last top-1 %") == ["95.00", "60.00", "51.00 ± 1.41"]
+    assert column(found, "against our kd") == ["", "+9.00", ""]
+    assert column(found, "setting") == ["images=f1f1f1f1", "", ""]
+    (tmp_path / "a/data.json").write_text((tmp_path / "b/data.json").read_text())
+    alike = collect([tmp_path]).summaries
+    assert column(alike, "last top-1 %") == ["65.67 ± 25.42", "60.00"]
+    assert not any(run.config.keys() & {"data.images", "data.eval_images"} for run in alike)
 
 
 def test_a_second_run_of_a_seed_is_in_no_mean_and_no_baseline(tmp_path):

@@ -36,7 +36,8 @@ def weights(value: float) -> dict[str, np.ndarray]:
 def test_other_weights_under_the_same_name_are_refused(make, first, then, key):
     summary = make(epochs=1, **first).fit().summary
     assert make(epochs=1, **first).fit().summary == summary  # the same again is complete
-    with pytest.raises(UserError, match=rf"^{key} of the run in .*: the weights or their shapes are not those that it began with"):
+    other = rf"^{key} of the run in .*: the weights or their shapes are not those that it began with"
+    with pytest.raises(UserError, match=other):
         make(epochs=1, **then).fit()
 
 
