@@ -1,5 +1,6 @@
 """Warnings about a config: keys that its run does not read, a batch size without its learning rate."""
 
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,11 +10,12 @@ from ldrld_jax.config.load import load
 from ldrld_jax.config.resolve import NONE, Methods, has_weights, method_names, teaches_from_file, teaches_itself
 from ldrld_jax.losses import METHODS
 
-# What a teacher has that is trained already; the rest of its block is the recipe that would train it.
-_TRAINED = {"model", "checkpoint", "ensemble", "min_top1", "data.mean", "data.std"}
+# What each teacher has that is trained already; the rest of its block is the recipe that would train it.
+_TRAINED = {"model", "checkpoint", "ensemble", "min_top1"}
+_FED = {"data.mean", "data.std", "data.image_size"}  # and a run's teacher is fed as in that run
 
 
-def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE) -> list[str]:
+def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, *, on_host: bool = False) -> list[str]:
     """Returns the warnings about an unresolved config, a line each.
 
     A key that is set and not read is one, unless the config file set it for a run that would read it: files have a
@@ -24,8 +26,9 @@ def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE) 
       config: with its overrides.
       path: the config file that it is of; None if there is none.
       given: methods that are objects.
+      on_host: whether the teacher is a function on the host.
     """
-    reasons = _unread(config, given)
+    reasons = _unread(config, given, on_host=on_host)
     if path is None:
         return _said(reasons)
     file = load(path)
@@ -50,7 +53,7 @@ def _learning_rate(config: ConfigDict, file: ConfigDict, path: str) -> list[str]
     ]
 
 
-def _unread(config: ConfigDict, given: Methods = NONE) -> dict[str, str]:
+def _unread(config: ConfigDict, given: Methods = NONE, *, on_host: bool = False) -> dict[str, str]:
     """Returns the reason for each key that is set and not read; a value that is the default counts as not set."""
     names = method_names(config, given)
     because = f"method={config.method}"
@@ -64,7 +67,7 @@ def _unread(config: ConfigDict, given: Methods = NONE) -> dict[str, str]:
     for key, (read, reason) in _conditions(config).items():
         if not read and now[key] not in (None, usual[key]):
             reasons[key] = reason
-    return reasons | _teacher(config, names)
+    return reasons | _teacher(config, names, on_host=on_host)
 
 
 def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
@@ -98,16 +101,19 @@ def _rest_of_optimizer(config: ConfigDict) -> list[str]:
     return [key for key in config.optim if key != "name"] if config.optim.name.startswith("<") else []
 
 
-def _teacher(config: ConfigDict, names: list[str]) -> dict[str, str]:
+def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str, str]:
     """Returns the reason for each key of the teacher that is not read."""
     if not names:
         return {}  # a sweep names one teacher for all its runs, plain training among them
     if teaches_itself(config):
         kept, because = {"model"}, f"teacher.model={config.teacher.model}"
+    elif on_host:
+        kept, because = {"model", "min_top1"}, "the teacher runs on the host"
     elif config.teacher.checkpoint is not None:
-        kept, because = _TRAINED, "teacher.checkpoint is trained already"
+        runs = all(pathlib.Path(path).is_dir() for path in config.teacher.checkpoint.split(","))
+        kept, because = _TRAINED | (set() if runs else _FED), "teacher.checkpoint is trained already"
     elif config.teacher.epochs is None and config.teacher.model and has_weights(config):
-        kept, because = _TRAINED, "teacher.epochs is not set"
+        kept, because = _TRAINED | _FED | {"seed"}, "teacher.epochs is not set"
     else:
         return {}
     usual: dict[str, Any] = dict(leaves(default().teacher))

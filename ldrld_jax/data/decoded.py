@@ -48,6 +48,7 @@ class DecodedRecords:
     images: np.ndarray
     digest: str
     original: str
+    exif: bool = True
 
     def __post_init__(self) -> None:
         # Each process compares an image with its checksum at the first read: that reads it from the disk, too, and
@@ -128,7 +129,7 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
     size = whole[0, [HEIGHT, WIDTH]]
     shape = size.tolist() if (whole[:, [HEIGHT, WIDTH]] == size).all() else (None, None)
     original = manifest.get("original", manifest["digest"])  # decoded images may be decoded again, to smaller ones
-    records = DecodedRecords(str(folder), rows, channels, images, digest, original)
+    records = DecodedRecords(str(folder), rows, channels, images, digest, original, manifest["exif"])
     return records, tuple(manifest["class_names"]), (*shape, manifest["channels"])
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.data import decoded
 from ldrld_jax.data.ahead import Batch, ahead
 from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels
-from ldrld_jax.data.pipeline import as_asked, made_by
+from ldrld_jax.data.pipeline import made_by, opened
 from ldrld_jax.data.source import Source, fingerprint
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.views import BILINEAR, scaled_size
@@ -108,7 +108,7 @@ class _Split:
     """
 
     def __init__(self, data: ConfigDict, name: str, folder: epath.Path, short_side: int, quality: int | None):
-        source = open_source(data.name, name, data.data_dir, **as_asked(data))
+        source = opened(data, name, open_source)
         if source.raw or source.label_shape or source.image_shape[-1] not in (1, 3):
             raise UserError(
                 f"data.name={data.name} cannot be decoded: only images of 1 or 3 channels with one label each can. "

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from ldrld_jax.errors import UserError, unknown
 
 logger = logging.getLogger("ldrld_jax")
 
+_MOST_NAMED = 5  # classes
+_MOST_ABSENT = 100  # labels that no image has, to each one that some have, in a list whose labels are numbers
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
     ".webp",
@@ -83,7 +86,9 @@ def open_folder(
     if not files:
         raise UserError(f"there is no image in {data_dir}/{split}. Supported are {', '.join(SUFFIXES)}.")
     if empty:
-        message = f"there is no image of {', '.join(class_names[i] for i in empty)} in {data_dir}/{split}"
+        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
+        named = ", ".join(class_names[i] for i in empty[:_MOST_NAMED])
+        message = f"there is no image of {named}{more} in {data_dir}/{split}"
         if on_error == "raise":
             is_list = name == "file_list"
             mend = "Labels that are numbers count from 0: renumber them" if is_list else "Remove the folders"
@@ -161,6 +166,11 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     # Numbers are labels from 0; "007" is a name, as it is of a folder.
     numbers = all(label.isdecimal() and label == str(int(label)) for label in labels)
+    if numbers and max(map(int, labels)) > _MOST_ABSENT * len(labels):
+        raise UserError(
+            f"the list {train_split} of {root} has {len(labels)} labels that are numbers up to "
+            f"{max(labels, key=int)}, and numbers count from 0. Renumber them, or make them names, such as id7."
+        )
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
     for path, label in listed[split]:
@@ -183,11 +193,20 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
         for number, row in enumerate(rows, 1):
             if row["path"] in _NOTHING or row["label"] in _NOTHING:
                 raise ValueError(f"in image {number}, which has no path or no label")
-        return [(str(root / row["path"]), str(row["label"])) for row in rows]
+            if None in row:
+                raise ValueError(f"in image {number}, which has more fields than the header: quote a path with a comma")
+            if not isinstance(row["label"], str | int) or isinstance(row["label"], bool) or _is_fraction(row["label"]):
+                raise ValueError(f"in image {number}, whose label {row['label']!r} is no name and no whole number")
+        return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"{found[0]} is no list of images: {type(error).__name__} {error}. Each line needs `path` and `label`."
         ) from error
+
+
+def _is_fraction(label: str | int) -> bool:
+    """Returns whether a label is a number as floating-point columns have it, such as 3.0, which would sort as text."""
+    return isinstance(label, str) and re.fullmatch(r"\s*-?\d+(\.\d*([eE][-+]?\d+)?|[eE][-+]?\d+)\s*", label) is not None
 
 
 _NOTHING = (None, "")  # what a line that is too short, or an empty field, gives

@@ -12,7 +12,7 @@ Arrays and images of 8 bits are pixels; others are raw.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,14 @@ class ItemRecords:
         return len(self.items)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [_record(self.items[i], f"{self.title}[{i}]") for i in indices]
+        return [self._record(i) for i in indices]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            item = self.items[index]
+        except Exception as error:  # of the user's code; what reads the record raises or skips it
+            return {"image": BrokenImageError(f"{type(error).__name__}: {error}"), "label": 0}
+        return _record(item, self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -119,12 +126,13 @@ class HuggingFaceRecords(ItemRecords):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = self.items[list(indices)]
         return [
-            {"image": _bytes(image), "label": int(label)}
+            {"image": BrokenImageError("its label is missing") if label is None else _bytes(image), "label": label or 0}
             for image, label in zip(rows[self.image], rows[self.label], strict=True)
         ]
 
     def labels(self) -> np.ndarray:
-        return np.array(self.items.select_columns([self.label])[:][self.label], np.int32)
+        labels = self.items.select_columns([self.label])[:][self.label]
+        return np.array([-1 if label is None else label for label in labels], np.int32)
 
 
 def as_source(data: Any, *, num_classes: int | None = None, title: str = "data") -> Source:
@@ -210,6 +218,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     if isinstance(first, BrokenImageError):
         raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.")
     names = getattr(data, "class_names", None) or getattr(data, "classes", None)
+    if isinstance(names, Mapping):  # from names to labels, in any order
+        names = sorted(names, key=names.__getitem__)
     count = getattr(data, "num_classes", num_classes)
     if names is None and count is None:
         raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
@@ -233,13 +243,22 @@ def _changes(records: ItemRecords) -> bool:
 
 
 def _of_hugging_face(data: Any, title: str) -> Source:
-    columns = {type(feature).__name__: name for name, feature in reversed(data.features.items())}
-    if not {"Image", "ClassLabel"} <= set(columns):
+    columns = {
+        kind: [name for name, feature in data.features.items() if type(feature).__name__ == kind]
+        for kind in ("Image", "ClassLabel")
+    }
+    for kind, found in columns.items():
+        if len(found) > 1:
+            raise UserError(
+                f"the {title} have several columns of {kind}: {', '.join(found)}. Keep the one to use: "
+                "dataset.select_columns([...])."
+            )
+    if not all(columns.values()):
         raise UserError(
             f"the {title} have the columns {', '.join(data.features)}, and an Image and a ClassLabel are needed. Cast "
             "them: dataset.cast_column(name, datasets.ClassLabel(names=...)), or give texts as arrays (inputs, labels)."
         )
-    image, label = columns["Image"], columns["ClassLabel"]
+    (image,), (label,) = columns["Image"], columns["ClassLabel"]
     encoded = data.cast_column(image, type(data.features[image])(decode=False))
     records = HuggingFaceRecords(encoded, title, image, label)
     return Source(records, tuple(data.features[label].names), (None, None, 3))
@@ -256,18 +275,19 @@ def _record(item: Any, name: str) -> dict[str, Any]:
             image = image if isinstance(image, bytes) else as_array(image)
         except BrokenImageError as error:  # the reader of the record raises or skips it
             image = error
-        return {"image": image, "label": _label(label)}
+        return {"image": image, "label": _label(label, name)}
+    except UserError:
+        raise
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} must be (image, label) or a dict with both, got {type(item).__name__}.") from error
 
 
-def _label(label: Any) -> int | np.ndarray:
-    """Returns a class, or an array of them, int32."""
-    if np.ndim(label) == 0:
-        return int(label)
-    if (array := np.asarray(label)).dtype.kind not in "iu":
-        raise TypeError("labels are whole numbers")
-    return array.astype(np.int32)
+def _label(label: Any, name: str) -> int | np.ndarray:
+    """Returns a class, or an array of them, int32; raises a UserError with the example's name for any other thing."""
+    array = np.asarray(label)
+    if array.dtype.kind not in "iub":
+        raise UserError(f"{name} has the label {str(label)[:60]}, and labels are whole numbers from 0.")
+    return int(array) if array.ndim == 0 else array.astype(np.int32)
 
 
 def as_array(image: Any) -> np.ndarray:
@@ -289,8 +309,10 @@ def as_array(image: Any) -> np.ndarray:
     return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture
 
 
-def _bytes(image: dict[str, Any]) -> bytes | BrokenImageError:
+def _bytes(image: dict[str, Any] | None) -> bytes | BrokenImageError:
     """Returns the file of an image that a data set holds as its bytes, or as the path of a local file; or an error."""
+    if image is None:
+        return BrokenImageError("it is missing")
     if image["bytes"] is not None:
         return image["bytes"]
     try:

@@ -46,7 +46,7 @@ def make_train_batches(
     Raises:
       UserError: if the block or the data are invalid; names the first problem.
     """
-    source = open_source(data.name, data.train_split, data.data_dir, **as_asked(data))
+    source = opened(data, data.train_split, open_source)
     if source.raw or source.label_shape:
         _check_unchanged(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
@@ -97,7 +97,7 @@ def make_eval_source(data: ConfigDict, *, open_source: Open = open_source) -> Re
       UserError: if the block or the data are invalid; names the first problem.
     """
     split = data.train_split if data.held_out else data.eval_split
-    source = open_source(data.name, split, data.data_dir, **as_asked(data))
+    source = opened(data, split, open_source)
     records = source.records
     if source.changes:
         raise UserError(
@@ -141,6 +141,22 @@ def _check_unchanged(source: Source, data: ConfigDict) -> None:
                 f"data.{key}={data[key]} is for images with one label each, and these have labels of shape "
                 f"{source.label_shape}. Unset it."
             )
+
+
+def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
+    """Opens a split of a `data` block.
+
+    Raises:
+      UserError: if there is none, or its images were decoded with another `data.exif`.
+    """
+    source = open_source(data.name, split, data.data_dir, **as_asked(data))
+    turned = getattr(source.records, "exif", data.exif)
+    if turned != data.exif:
+        raise UserError(
+            f"the images in {data.data_dir} were decoded with data.exif={turned}, and the run has data.exif="
+            f"{data.exif}. Set data.exif={turned}, or decode them again."
+        )
+    return source
 
 
 def as_asked(data: ConfigDict) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Source:
                 label = self._checked(record["label"])
                 image = view(record["image"], generator(*key, index) if view.random else None)
                 check_dtype(image.dtype, self.dtype)
+                _check_range(image, self.dtype)
                 images[row] = image
                 labels[row] = label
             except BrokenImageError as error:
@@ -157,6 +158,13 @@ class Source:
                 f"{count} of {len(self)} images are broken, the last of them {name} ({why}), more than "
                 f"data.max_skipped={self.max_skipped:g} allows. Repair the data, or raise data.max_skipped."
             )
+
+
+def _check_range(image: np.ndarray, dtype: np.dtype) -> None:
+    """Raises a BrokenImageError if a whole number does not fit the narrower type that a batch has."""
+    narrows = image.dtype.kind in "iu" and image.dtype.itemsize > np.dtype(dtype).itemsize
+    if narrows and not np.array_equal(image, image.astype(dtype)):
+        raise BrokenImageError(f"it has numbers beyond those of {np.dtype(dtype)}")
 
 
 def check_dtype(dtype: np.dtype, wanted: np.dtype) -> None:
@@ -251,8 +259,14 @@ def fingerprint(source: Any) -> dict[str, Any]:
 
     Copies, such as decoded images, also have the digest of the source that they are from, `original`.
     """
-    records, digest = getattr(source, "uncached", source).records, hashlib.sha256()
+    records = getattr(source, "uncached", source).records
+    original = getattr(records, "original", None)
+    return {"images": len(source), "digest": digest_of(records), **({"original": original} if original else {})}
+
+
+def digest_of(records: Records) -> str:
+    """Returns a digest of a list of records, see `Records.listing`."""
+    digest = hashlib.sha256()
     for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")
-    original = getattr(records, "original", None)
-    return {"images": len(source), "digest": digest.hexdigest()[:32], **({"original": original} if original else {})}
+    return digest.hexdigest()[:32]

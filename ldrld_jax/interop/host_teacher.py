@@ -25,8 +25,8 @@ class HostTeacher:
         left out. It is called in one thread at a time.
       name: identifies the teacher in a logit store, so another teacher needs another name; also shown in a run's
         record.
-      mean, std: if given, images are float32 and normalised with them: pixels scaled to 0..1, minus `mean`, divided by
-        `std`, per channel.
+      mean, std: if given, images are float32 and normalised with them: pixels (uint8) scaled to 0..1 and other inputs
+        as they are, minus `mean`, divided by `std`, per channel.
 
     Example:
       >>> teacher = HostTeacher(lambda images: images.reshape(len(images), -1)[:, :10] / 255)
@@ -47,7 +47,8 @@ class HostTeacher:
         """
         if self.mean is not None or self.std is not None:
             mean, std = (np.asarray(values, np.float32) for values in (self.mean or (0.0,), self.std or (1.0,)))
-            images = (images.astype(np.float32) / 255 - mean) / std
+            scale = 255 if images.dtype == np.uint8 else 1
+            images = (images.astype(np.float32) / scale - mean) / std
         logits = np.asarray(self.function(images), np.float32)
         wanted = (len(images), *label_shape, classes)
         if logits.shape != wanted:

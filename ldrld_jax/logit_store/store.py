@@ -19,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 from ml_collections import ConfigDict
 
+from ldrld_jax.data.source import digest_of
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import free_bytes, full_disk_named, human_bytes
 from ldrld_jax.identity import flat
@@ -131,12 +132,15 @@ def make_key(
         **({} if name is None else {"name": name}),
     }
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
-    data |= {"records": len(records), "images": checksum_of_images(records)}
+    data |= {"records": len(records), "images": checksum_of_images(records), "listing": digest_of(records)}
     key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
     key["top_k"] = config.logits.top_k
     if label_shape:
         key["label_shape"] = label_shape
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
+
+
+_LATER = "data.listing"  # which stores of earlier versions lack
 
 
 def _parts(key: Key) -> dict[str, Any]:
@@ -254,6 +258,7 @@ class LogitStore:
         try:
             note = json.loads(content.value)
             theirs, ours = _parts(note["key"]), _parts(self.key)
+            theirs.setdefault(_LATER, ours.get(_LATER))
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
         differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))

@@ -14,6 +14,7 @@ from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.files import expand_home
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
 from ldrld_jax.metrics import MEASURED
@@ -55,6 +56,21 @@ def assemble(
                 f"Trainer(config=...) has {key}={config[key]!r}, and its argument {key} is {value!r}. Give only the "
                 f"argument: Trainer({key}={config[key]!r})."
             )
+    for key, given, argument in (
+        ("student.model", True, "student"),
+        ("teacher.model", isinstance(teacher, HostTeacher) or _is_object(teacher), "teacher"),
+        ("data.name", _is_object(train), "train"),
+        ("optim.name", optimizer is not None, "optimizer"),
+    ):
+        if given and key in config:
+            raise UserError(
+                f"Trainer(config=...) has {key}={config[key]!r}, which its argument {argument} says. Remove it."
+            )
+    if evaluation is not None and config.get("data.held_out"):
+        raise UserError(
+            f"data.held_out={config['data.held_out']} evaluates on a part of train, and evaluation is given. Give one "
+            "of them."
+        )
     for key, value in {**config, **arguments}.items():
         set_value(made, key, value, source="Trainer(config=...)")
     models = dict[str, Any]()
@@ -88,11 +104,18 @@ def assemble(
     )
 
 
-def _entered(thing: Any, table: dict[str, Any]) -> str:
+def _is_object(given: Any) -> bool:
+    """Returns whether an argument is an object, or a list with one, and not a name or a path."""
+    if isinstance(given, list) and given:
+        return any(map(_is_object, given))
+    return given is not None and not isinstance(given, str | pathlib.PurePath)
+
+
+def _entered(thing: Any, table: dict[str, Any], unnamed: str = "model") -> str:
     """Enters an object in a table under a name in angle brackets, and returns the name."""
     named = thing[0] if isinstance(thing, tuple) and thing else thing
     base = getattr(named, "__name__", None) or type(named).__name__
-    base = base if base.isidentifier() else "model"
+    base = base if base.isidentifier() else unnamed
     name = next(
         name for name in (f"<{base}>", *(f"<{base} {i}>" for i in range(2, len(table) + 2))) if name not in table
     )
@@ -111,6 +134,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         config.teacher.model = "ema"
         return None
     if isinstance(teacher, str | pathlib.PurePath):
+        teacher = expand_home(str(teacher))
         teacher = [teacher] if pathlib.Path(teacher).exists() else str(teacher).split(",")
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
@@ -160,7 +184,13 @@ def _trained_model(workdir: str) -> str:
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"the teacher's {workdir} holds no run (no config.json). Give a run's workdir, or a model.")
-    return saved["student"]["model"]
+    model = saved["student"]["model"]
+    if model.startswith("<"):
+        raise UserError(
+            f"the run in {workdir} trained the object {model}, and its folder has the weights alone. Give the trained "
+            "model: teacher=result.student of that run, or Trainer(...).student() with the same arguments."
+        )
+    return model
 
 
 def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
@@ -175,10 +205,15 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
                 raise UserError(f"{type(one).__name__} is the config of no method. Give the method itself.")
             names += known
             for field, value in vars(one).items():
-                set_value(config, f"loss.{known[0]}.{field}", value, "Trainer(method=...)")
+                key = f"loss.{known[0]}.{field}"
+                if config.loss[known[0]][field] not in (None, value):
+                    raise UserError(
+                        f"Trainer(config=...) has {key}={config.loss[known[0]][field]!r}, and its argument method has "
+                        f"{value!r}. Give one of them."
+                    )
+                set_value(config, key, value, "Trainer(method=...)")
         elif isinstance(one, Method) or callable(one):
-            base = getattr(one, "__name__", type(one).__name__)
-            names.append(f"<{base if base.isidentifier() else 'loss'}>")
+            names.append(_entered(one, given, unnamed="loss"))
             given[names[-1]] = as_method(one)
         else:
             raise UserError(

@@ -99,6 +99,11 @@ class Given:
         return Given(models=self.models, train=self.train, evaluation=self.evaluation)
 
 
+def is_function(model: Any) -> bool:
+    """Returns whether a model is `(apply, variables)`, whose function may use more than its variables."""
+    return isinstance(model, tuple) and not hasattr(model[0], "apply")
+
+
 def _named_writers(config: ConfigDict) -> list[str]:
     return config.log.writers.split(",") if config.log.writers else []
 

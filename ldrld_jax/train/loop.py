@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
-from ldrld_jax.errors import NonFiniteError, UserError
+from ldrld_jax.errors import NonFiniteError
 from ldrld_jax.files import locked, replace_text
 from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
@@ -140,7 +140,9 @@ class _Pause:
         """Evaluates if that is due, saves, and raises Interrupted if a signal came before the last step."""
         try:
             top1 = self._rate(step, state) if self.run.evaluates_at(step) else None
-        except (UserError, OSError):  # of the images, not of the weights
+        except NonFiniteError:
+            raise
+        except Exception:  # of the images or of a user's writer, not of the weights
             if jax.process_count() == 1:  # the other processes are in the evaluation, and cannot save with this one
                 self._save(step, state, None)
                 self.checkpoints.wait()

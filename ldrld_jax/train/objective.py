@@ -195,6 +195,8 @@ def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProx
             cfg, weight = method.config(), method.kd_weight if "+" in config.method else 1.0
         shown = name.strip("<>").rpartition(":")[2]
         shown = f"own_{shown}" if shown in MEASURED else shown
+        others = (f"{shown}_{i}" for i in itertools.count(2))
+        shown = next(each for each in itertools.chain([shown], others) if each not in methods)
         methods[shown] = Term(standardized(method) if config.standardize else method, cfg, weight)
     return Objective(methods, **weights, schedules=_schedules(config, methods))
 

@@ -16,6 +16,7 @@ from ldrld_jax.interop import hub
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.models.table import flops
 from ldrld_jax.record.reader import read_config, read_data
+from ldrld_jax.train.given import is_function
 from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import is_outside
@@ -103,6 +104,11 @@ def warnings(run: Run) -> Iterator[str]:
             f"kd_warmup_epochs={config.kd_warmup_epochs} is not less than the {config.epochs} epochs of the run: the "
             "methods never get their full weight. Lower it"
         )
+    if config.logits.get("dir") and (functions := [n for n in _teachers(run) if is_function(run.given.models.get(n))]):
+        yield (
+            f"the logit store knows {', '.join(functions)} by its variables alone: if its function depends on anything "
+            "else and that changes, set another logits.dir"
+        )
     if run.batches.source.changes:
         yield (
             "the training images differ each time they are read: a resumed run sees others than one that is not "
@@ -181,7 +187,7 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
     if top1 is not None and top1 < chance + 0.05 * (100 - chance):
         yield (
             f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its checkpoint, its "
-            "classes and teacher.data.mean and std"
+            "classes and their order, and teacher.data.mean and std"
         )
     teacher = config.teacher
     alike = teacher.checkpoint is None and teacher.optim.learning_rate == config.optim.learning_rate

@@ -51,10 +51,12 @@ class StoredTeacher:
     Attributes:
       logits: gives them, from a store or a file.
       top1: in percent on the evaluation split; None for a file, which has no logits of it.
+      top1_in_training: in percent on the training images, of a file.
     """
 
     logits: LogitFeed
     top1: float | None
+    top1_in_training: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _from_file(run: Run) -> StoredTeacher:
     labels = stored.records.labels()
     right = 100 * float(np.mean((np.argmax(file.read(0), axis=-1) == labels)[labels >= 0]))
     say(f"teacher logits from {path}  top-1 {right:.2f} on the training images")
-    return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, **made_by(config.data)), None)
+    return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, **made_by(config.data)), None, right)
 
 
 def _origin(run: Run) -> str:

@@ -22,7 +22,7 @@ from ldrld_jax.data.given import as_array
 from ldrld_jax.data.source import check_dtype
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import LockedError, is_locked
+from ldrld_jax.files import LockedError, expand_home, is_locked
 from ldrld_jax.record.console import say, summary_table, waiting
 from ldrld_jax.record.reader import check_classes, read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
@@ -42,7 +42,7 @@ from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Placement, Variables
 from ldrld_jax.train.step import Metric, Network
-from ldrld_jax.train.teacher import SelfTeacher, checkpoints_of, obtain_teacher
+from ldrld_jax.train.teacher import SelfTeacher, StoredTeacher, Teacher, checkpoints_of, obtain_teacher, top1_of
 
 _POLL_SECONDS = 1.0
 
@@ -153,7 +153,8 @@ class Trainer:
             callbacks=callbacks,
             metrics=metrics or {},
         )
-        self.workdir = epath.Path(tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else workdir)
+        place = tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else expand_home(str(workdir))
+        self.workdir = epath.Path(place)
 
     @classmethod
     def of_config(
@@ -174,7 +175,7 @@ class Trainer:
         """
         check_observers(writers, callbacks, metrics or {})
         trainer = cls.__new__(cls)
-        trainer.config, trainer.workdir = config, epath.Path(workdir)
+        trainer.config, trainer.workdir = config, epath.Path(expand_home(str(workdir)))
         trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
         return trainer
 
@@ -302,7 +303,8 @@ def train(
       NonFiniteError: if the loss is not finite.
       Interrupted: on SIGTERM or SIGINT, once the state is saved.
     """
-    remarks = config_lib.remarks(config, file, given.methods)
+    on_host = given.host_teacher(config) is not None
+    remarks = config_lib.remarks(config, file, given.methods, on_host=on_host)
     config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
@@ -357,11 +359,16 @@ def _train(
         train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
         teacher = obtain_teacher(run, student[0], signals, train_teacher)
         if teacher is not None and not isinstance(teacher, SelfTeacher):
-            _warn(run, teacher_warnings(run, checkpoints_of(run), teacher.top1))
+            _warn(run, teacher_warnings(run, checkpoints_of(run), _measured(teacher)))
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
     return summary
+
+
+def _measured(teacher: Teacher) -> float | None:
+    """Returns a teacher's top-1 in percent: on the evaluation split, or of a file of logits on the training images."""
+    return teacher.top1_in_training if isinstance(teacher, StoredTeacher) and teacher.top1 is None else top1_of(teacher)
 
 
 def _warn(run: Run, lines: Iterable[str]) -> None:

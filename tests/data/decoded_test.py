@@ -244,3 +244,11 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(folder, tmp_path, mo
 def test_the_command_needs_a_folder(capsys):
     assert main_lib.main(["--mode", "decode"]) == 2
     assert "decode needs a folder to write to: --decoded DIR." in capsys.readouterr().err
+
+
+def test_images_that_were_turned_otherwise_are_refused(place):
+    turned = "were decoded with data.exif=True, and the run has data.exif=False. Set data.exif=True"
+    with pytest.raises(UserError, match=turned):
+        make_eval_source(from_decoded(place, exif=False))
+    with pytest.raises(UserError, match=turned):
+        make_train_batches(from_decoded(place, exif=False), batch_size=4, seed=3)

@@ -118,7 +118,7 @@ def test_an_example_of_another_dtype_is_broken(arrays):
         (3, "must be"),
         (Items([], []), "have no examples"),
         (Items([np.zeros((2, 2, 1), np.uint8)], [0]), "Set num_classes"),
-        (Items([np.zeros((2, 2, 1), np.uint8)], ["cat"], num_classes=2), r"\[0\] must be \(image, label\)"),
+        (Items([np.zeros((2, 2, 1), np.uint8)], ["cat"], num_classes=2), r"\[0\] has the label cat, and"),
         (["an example"], r"\[0\] must be \(image, label\)"),
     ],
 )
@@ -223,3 +223,76 @@ def test_numbers_from_1_are_told_from_folders_without_images(arrays, tmp_path):
         UserError, match=r"no image of 0 in .*\. Labels that are numbers count from 0: renumber them, or"
     ):
         open_source("file_list", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.png,0.0\nb.png,1.0\n", "image 1, whose label '0.0' is no name and no whole number"),
+        ("path,label\nmy,pic.png,dog\n", "image 1, which has more fields than the header: quote a path with a comma"),
+        ("path,label\na.png,2480528\nb.png,2435098\n", "has 2 labels that are numbers up to 2480528, and numbers"),
+    ],
+)
+def test_labels_that_would_become_other_classes_are_refused(tmp_path, text, message):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_source("file_list", "train", str(tmp_path))
+
+
+def test_a_label_of_json_is_a_name_or_a_whole_number(tmp_path):
+    for value, shown in (("true", "True"), ("1.0", "1.0"), ("null", "no path or no label")):
+        (tmp_path / "train.jsonl").write_text(f'{{"path": "a.png", "label": {value}}}\n')
+        with pytest.raises(UserError, match=shown):
+            open_source("file_list", "train", str(tmp_path))
+
+
+def test_blanks_around_a_label_are_not_part_of_it(arrays, tmp_path):
+    for name, image in zip("ab", arrays[0], strict=False):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{name}.png")
+    (tmp_path / "train.csv").write_text("path,label\na.png, cat\nb.png,dog \na.png,cat\n")
+    source = open_source("file_list", "train", str(tmp_path))
+    assert source.class_names == ("cat", "dog")
+    assert source.records.labels().tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("label", [2.9, "1", None])
+def test_a_label_of_an_object_is_a_whole_number(label):
+    class Data(list):
+        num_classes = 3
+
+    with pytest.raises(UserError, match=r"data\[0\] has the label .*, and labels are whole numbers from 0"):
+        as_source(Data([(np.zeros((4, 4, 1), np.uint8), label)]))
+
+
+def test_an_example_that_raises_is_broken(caplog):
+    class Data:
+        num_classes = 2
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("truncated")
+            return np.full((4, 4, 1), index, np.uint8), 1
+
+    source = as_source(Data(), title="data")
+    with pytest.raises(UserError, match=r"data\[2\].*OSError: truncated"):
+        source.read(np.arange(4))
+    images, labels = dataclasses.replace(source, on_error="skip", max_skipped=1.0).read(np.arange(4))
+    assert labels.tolist() == [1, 1, -1, 1] and not images[2].any()
+
+
+def test_numbers_that_no_batch_holds_are_refused():
+    inputs = np.array([[1, 2], [156_000_000_000, 3]])
+    source = as_source((inputs, np.array([0, 1])), title="data")
+    assert source.read(np.array([0]))[0].tolist() == [[1, 2]]
+    with pytest.raises(UserError, match="it has numbers beyond those of int32"):
+        source.read(np.array([1]))
+
+
+def test_classes_by_name_are_in_the_order_of_their_labels():
+    class Data(list):
+        classes = {"z": 2, "a": 0, "b": 1}  # noqa: RUF012
+
+    assert as_source(Data([(np.zeros((4, 4, 1), np.uint8), 2)])).class_names == ("a", "b", "z")

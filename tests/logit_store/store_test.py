@@ -207,6 +207,19 @@ def test_a_store_whose_key_has_the_workers_of_an_earlier_version_is_read(planned
         other.teacher_top1(TEST)
 
 
+def test_a_store_of_images_in_another_order_is_refused_and_one_of_an_earlier_version_read(planned):
+    _, store = planned()
+    data = store.key["data"]
+    swapped = dataclasses.replace(store, key=store.key | {"data": data | {"listing": "0" * 32}})
+    earlier = {name: value for name, value in data.items() if name != "listing"}
+    dataclasses.replace(store, key=store.key | {"data": earlier}).create(teacher_top1=12.5, evaluated=TEST)
+    assert store.teacher_top1(TEST) == swapped.teacher_top1(TEST) == 12.5
+    shutil.rmtree(store.directory)
+    store.create(teacher_top1=12.5, evaluated=TEST)
+    with pytest.raises(UserError, match=rf"holds other logits: data\.listing \('{data['listing']}' there, '0"):
+        swapped.teacher_top1(TEST)
+
+
 def test_one_bit_of_a_weight_changes_the_checksum():
     weights = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
     before = logit_store.checksum(weights)

@@ -6,10 +6,12 @@ import optax
 import pytest
 from flax import nnx
 
+import ldrld_jax
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import plan
 from ldrld_jax.train.trainer import Networks
 from tests.train.conftest import linear
+from tests.train.trainer_test import saved
 
 
 class Net(nnx.Module):
@@ -160,3 +162,80 @@ def test_names_of_teachers_are_told_from_paths(make, tmp_path):
         make(teacher="resnet8", config={"teacher.model": "resnet20"})
     with pytest.raises(UserError, match=r"needs a teacher: .* teacher\.checkpoint, or with teacher\.epochs"):
         make(teacher="resnet8").fit()
+
+
+def test_two_losses_of_one_name_are_both_added(make):
+    def kd(teacher_logits, student_logits, labels):
+        return jnp.full(labels.shape, 100.0)
+
+    def constant(value):
+        return lambda teacher_logits, student_logits, labels: jnp.full(labels.shape, value)
+
+    first = lambda result: next(x["values"] for x in result.metrics if x["split"] == "train")  # noqa: E731
+    own = first(make(epochs=1, method=["kd", kd], config={"ce_weight": 0.0}).fit())
+    assert own["kd_2"] == 100.0 and own["loss"] == pytest.approx(0.9 * own["kd"] + 100.0, rel=1e-6)
+    both = first(make(epochs=1, method=[constant(3.0), constant(4.0)], config={"ce_weight": 0.0}, workdir=None).fit())
+    assert both["loss"] == 7.0
+
+
+def test_a_home_directory_is_expanded(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(make(workdir="~/x").workdir) == f"{tmp_path}/x"
+    trainer = make()
+    assert str(ldrld_jax.Trainer.of_config(trainer.config, "~/y").workdir) == f"{tmp_path}/y"
+    with pytest.raises(UserError, match=rf"the teacher's {tmp_path} holds no run"):
+        make(teacher="~/")
+
+
+def test_a_run_of_an_object_is_no_teacher_by_its_folder(make, tmp_path):
+    make(epochs=1, workdir=tmp_path / "first").fit()
+    with pytest.raises(UserError, match="trained the object <linear>, and its folder has the weights alone"):
+        make(teacher=str(tmp_path / "first"))
+
+
+def test_a_writer_that_raises_loses_no_training(make, tmp_path):
+    class Service:
+        def write(self, step, epoch, split, values):
+            if split == "eval":
+                raise RuntimeError("503")
+
+    with pytest.raises(RuntimeError, match="503"):
+        make(writers=[Service()]).fit()
+    assert saved(tmp_path / "run", 3)
+
+
+def test_a_store_of_a_functions_logits_says_what_it_knows(make, tmp_path):
+    summary = make(epochs=1, config={"logits.dir": str(tmp_path / "store")}).fit().summary
+    assert any(
+        text.startswith("the logit store knows <linear 2> by its variables alone") for text in summary["warnings"]
+    )
+
+
+def test_what_a_teacher_that_is_trained_reads_depends_on_its_kind(make, tmp_path):
+    host = ldrld_jax.HostTeacher(lambda images: np.zeros((len(images), 10), np.float32), name="host")
+    config = {"teacher.data.mean": (0.4,), "teacher.data.image_size": 8}
+    because = "set and not read, because the teacher runs on the host"
+    said = make(epochs=1, teacher=host, config=config, workdir=tmp_path / "host").fit().summary["warnings"]
+    assert {f"teacher.data.{key} is {because}" for key in ("mean", "image_size")} <= set(said)
+    own = make(epochs=1, config=config).fit().summary["warnings"]
+    assert not [text for text in own if "teacher.data" in text and "not read" in text]
+
+
+def test_raw_inputs_reach_a_teacher_on_the_host_as_they_are():
+    seen = []
+
+    def function(images):
+        seen.append(images)
+        return np.zeros((len(images), 2))
+
+    teacher = ldrld_jax.HostTeacher(function, mean=(0.5,), std=(0.25,))
+    teacher(np.full((1, 3), 1.0, np.float32), classes=2)
+    teacher(np.full((1, 2, 2, 1), 255, np.uint8), classes=2)
+    assert [float(images.flat[0]) for images in seen] == [2.0, 2.0]
+
+
+def test_a_file_of_logits_in_another_order_is_said(make, digits, tmp_path):
+    labels = np.asarray(digits["train"][1])
+    np.save(tmp_path / "logits.npy", np.eye(10, dtype=np.float32)[(labels + 1) % 10])
+    said = make(epochs=1, teacher=str(tmp_path / "logits.npy")).fit().summary["warnings"]
+    assert any(text.startswith("the teacher's top-1 is 0.00 %, and guessing gives 10.00 %") for text in said)

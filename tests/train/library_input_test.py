@@ -1,10 +1,12 @@
 """Arguments that `ldrld_jax.Trainer` cannot use get one line, and leave no workdir."""
 
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
 
+from ldrld_jax import LDRLDConfig
 from ldrld_jax.errors import UserError
 from tests.train.conftest import linear
 from tests.train.library_test import Drop, Linen
@@ -60,6 +62,27 @@ WRONG = {
     "no metric": (dict(metrics={"share": 3}), r"'share' must be a function of \(logits, labels, where\), got 3"),
     "an argument and another key": (dict(config={"epochs": 240}), r"has epochs=240.* is 2\. .* Trainer\(epochs=240\)"),
     "a method and another key": (dict(config={"method": "dkd"}), r"has method='dkd', and its argument method is 'kd'"),
+    "a field and another key": (
+        dict(method=LDRLDConfig(depth=3), config={"loss.ldrld.temperature": 2.0}),
+        r"has loss.ldrld.temperature=2.0, and its argument method has 4.0\. Give one of them",
+    ),
+    "a student and its name": (
+        dict(config={"student.model": "resnet8"}),
+        "has student.model='resnet8', which its",
+    ),
+    "a teacher and its name": (
+        dict(config={"teacher.model": "resnet8"}),
+        "has teacher.model='resnet8', which its",
+    ),
+    "data and their name": (dict(config={"data.name": "mnist"}), "data.name='mnist', which its argument train says"),
+    "an optimizer and its name": (
+        dict(optimizer=optax.sgd(0.1), config={"optim.name": "adamw"}),
+        "optim.name='adamw', which its argument optimizer says",
+    ),
+    "two evaluations": (
+        dict(config={"data.held_out": 0.2}),
+        "data.held_out=0.2 evaluates on a part of train",
+    ),
     "no optimizer": (dict(optimizer=3), "the optimizer must be one of optax"),
     "no writer": (dict(writers=[3]), "a writer must have write"),
     "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
