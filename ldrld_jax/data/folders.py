@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
+from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.errors import UserError, unknown
 
 logger = logging.getLogger("ldrld_jax")
@@ -41,19 +42,33 @@ class FolderRecords:
         return self.targets
 
     def listing(self) -> Iterator[str]:
-        """Yields each file's path below their common folder with its label and, if it is local, its size in bytes."""
+        """Yields each file's path below their common folder with its label and, if it is local, its size in bytes.
+
+        A file that is missing has no size, so that the list is another one as soon as it is there.
+        """
         root = os.path.commonprefix([min(self.paths), max(self.paths)])  # noqa: RUF071  # any prefix will do
         for path, label in zip(self.paths, self.targets.tolist(), strict=True):
-            size = os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
-            yield f"{path.removeprefix(root)} {label} {size}"
+            yield f"{path.removeprefix(root)} {label} {_size(path)}"
 
 
-def _read(path: str) -> bytes:
-    """Returns the content of a file; a Path takes twice the time of `open`, under the interpreter lock."""
-    if "://" in path:
-        return epath.Path(path).read_bytes()
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        return file.read()
+def _size(path: str) -> int | str:
+    """Returns the size of a local file, and nothing of one that is remote or missing."""
+    try:
+        return os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
+    except OSError:  # its reader says so
+        return ""
+
+
+def _read(path: str) -> bytes | BrokenImageError:
+    """Returns the content of a file, or why it cannot be read."""
+    try:
+        if "://" in path:
+            return epath.Path(path).read_bytes()
+        # A Path takes twice the time of `open`, under the interpreter lock.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
+    except OSError as error:  # the reader of the record raises or skips it
+        return BrokenImageError(f"it cannot be read ({error.strerror or error})")
 
 
 def open_folder(

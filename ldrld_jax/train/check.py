@@ -142,7 +142,7 @@ class _Check:
     def __init__(self, run: Run, role: str, problems: _Problems, signals: Signals):
         self._run, self._role, self._problems, self._signals = run, role, problems, signals
         self._warnings: dict[str, None] = {}
-        self._data = run.data_note  # of the whole splits
+        self._data = problems.from_(lambda: run.data_note)  # of the whole splits
 
     def all(self, decoded: Any = None) -> float:
         """Checks everything and returns the seconds that the run will take, 0 where that is not known.
@@ -154,7 +154,7 @@ class _Check:
         say(opening(run, self._role))
         self._warnings |= dict.fromkeys(warnings(run))
         problems.from_(RunFolder(run).check)
-        if self._data != decoded:
+        if self._data is None or self._data != decoded:
             self._look_at_images("training", run.batches.source)
             self._look_at_images("evaluation", run.eval_source)
         if run.config.check.images is not None:  # from here on, only the sample is evaluated
@@ -188,6 +188,8 @@ class _Check:
                     labels.append(sample.read(np.array([index]), (self._run.config.seed, 0))[1].ravel())
                 except UserError as error:
                     broken.append(str(error))
+                except OSError as error:  # which data.on_error=skip does not skip
+                    self._problems[" ".join(str(error).split())] = None
             return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]

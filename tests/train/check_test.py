@@ -1,11 +1,13 @@
 """A run is checked before it trains: everything that would stop it is named at once, and nothing is written."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from ldrld_jax import main as main_lib
+from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import check as check_lib
 from ldrld_jax.train import trainer
@@ -146,6 +148,53 @@ def test_a_broken_image_is_found_wherever_it_lies(tiny, tmp_path):
     folder = ["data.name=image_folder", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
     (problem,) = check(tiny(*folder, "data.crop_size=8", "epochs=1"), tmp_path / "run")
     assert "train/cat/31.png" in problem
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Flags of lists of the images of a folder, two of which are missing."""
+    root = make_folder(tmp_path / "images", train=20)
+    for split in ("train", "val"):
+        rows = [f"{image.relative_to(root)},{image.parent.name}\n" for image in sorted(root.glob(f"{split}/*/*.png"))]
+        (root / f"{split}.csv").write_text("".join(["path,label\n", *rows]))
+    for missing in ("train/cat/3.png", "train/dog/5.png"):
+        (root / missing).unlink()
+    lists = ["data.name=file_list", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
+    return root, [*lists, "data.crop_size=8", "epochs=1"]
+
+
+def test_each_missing_image_of_a_list_is_a_problem_and_may_be_skipped(tiny, listed, tmp_path, capsys):
+    root, flags = listed
+    why = "is broken: it cannot be read (No such file or directory). Repair or remove it, or set data.on_error=skip."
+    problems = check(tiny(*flags), tmp_path / "run")
+    assert problems == [f"{root}/train/cat/3.png {why}", f"{root}/train/dog/5.png {why}"]
+    assert "60 of 60 decoded; 19 to 20 of each of 3 classes; 2 broken" in capsys.readouterr().out
+    assert check(tiny(*flags, "data.on_error=skip"), tmp_path / "run") == []
+
+
+def test_what_the_system_says_of_the_data_is_a_problem_and_the_check_goes_on(tiny, listed, tmp_path, monkeypatch):
+    """As of a disk that fails, or a data set object that opens a file that is not there."""
+    _, flags = listed
+    read = FolderRecords.__getitems__
+
+    def failing(records, indices):
+        if any("cat/7" in records.paths[i] for i in indices):
+            raise OSError(5, "Input/output error")
+        return read(records, indices)
+
+    def listing(records):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(FolderRecords, "__getitems__", failing)
+    monkeypatch.setattr(FolderRecords, "listing", listing)
+    problems = check(tiny(*flags, "data.on_error=skip"), tmp_path / "run")
+    assert problems == ["[Errno 116] Stale file handle", "[Errno 5] Input/output error"]
+
+
+def test_a_folder_that_is_missing_as_a_whole_is_a_single_problem(tiny, listed, tmp_path):
+    root, flags = listed
+    shutil.rmtree(root)
+    assert check(tiny(*flags, "data.on_error=skip"), tmp_path / "run")[0].startswith(f"there is no {root}/train.csv or")
 
 
 def test_a_config_that_contradicts_itself_is_an_error_of_its_own(tiny, tmp_path):
