@@ -9,6 +9,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.speed import measure
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import UserError
 from tests.data.images import make_image_folder
@@ -85,6 +86,14 @@ def test_a_missing_image_is_broken_and_the_list_is_another_one_once_it_is_there(
     junk.write_bytes(b"1")
     cat.write_bytes(data)
     assert fingerprint(skipping)["images"] == 3
+
+
+def test_the_measurement_of_the_input_names_a_broken_image_or_skips_it(folder, caplog):
+    with pytest.raises(UserError, match=r"train/cat/1\.jpg is broken: .*truncated.* or set data\.on_error=skip"):
+        measure(block(folder), batch_size=6, seconds=0.0)
+    rates = measure(block(folder, on_error="skip"), batch_size=6, seconds=0.01)
+    assert list(rates) == ["read", "decode", "augment", "pipeline"]
+    assert [line.partition(": ")[0] for line in caplog.messages] == [f"skipped {folder}/train/cat/1.jpg"]
 
 
 def test_the_command_line_says_it_in_one_line(folder, tmp_path, capsys):
