@@ -49,6 +49,8 @@ def make_train_batches(
     source = open_source(data.name, data.train_split, data.data_dir, **as_asked(data))
     if source.raw or source.label_shape:
         _check_unchanged(source, data)
+    elif source.image_shape[-1] not in (1, 3):
+        _check_uncropped(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
     if data.rand_augment:
@@ -140,6 +142,16 @@ def _check_unchanged(source: Source, data: ConfigDict) -> None:
             raise UserError(
                 f"data.{key}={data[key]} is for images with one label each, and these have labels of shape "
                 f"{source.label_shape}. Unset it."
+            )
+
+
+def _check_uncropped(source: Source, data: ConfigDict) -> None:
+    """Raises a UserError if the config asks for what is done to grey and colours alone."""
+    for key, value in {"crop_size": None, "rand_augment": 0}.items():
+        if data[key] != value:
+            raise UserError(
+                f"data.{key}={data[key]} is for images of 1 or 3 channels, and these have {source.image_shape[-1]}. "
+                "Unset it; data.image_size resizes images of any channels."
             )
 
 

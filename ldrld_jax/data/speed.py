@@ -30,9 +30,10 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
       seconds: approximate duration of each measurement.
 
     Returns:
-      A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read
-      and fully decoded, but for raw inputs; `augment`: read and transformed as in training, which may decode less. Then
-      `pipeline`: batches as in a run, with `data.threads` threads or `data.workers`, or from the devices.
+      A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read and fully
+      decoded, but for raw inputs and for channels that no image file has; `augment`: read and transformed as in
+      training, which may decode less. Then `pipeline`: batches as in a run, with `data.threads` threads or
+      `data.workers`, or from the devices.
 
     Raises:
       UserError: if the data differ from the block, or an image is broken and `data.on_error` is "raise".
@@ -61,7 +62,7 @@ def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[st
         return pad_crop_flip(source.read(at)[0], draws.at(at), pad=batches.pad)
 
     rates, works = {}, {"read": read, "decode": decode, "augment": augment}
-    if source.raw:
+    if source.raw or source.image_shape[-1] not in (1, 3):
         del works["decode"]
     for name, work in works.items():
         spans = (np.take(draws.order, range(i, i + count), mode="wrap") for i in itertools.count(0, count))
