@@ -150,8 +150,8 @@ def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str
             "data.data_dir=tiny-imagenet-200."
         )
     # Sorted, as generic folder readers number classes, and so as existing checkpoints do.
-    wnids = sorted(_name(line, root / "wnids.txt") for line in (root / "wnids.txt").read_text().split())
-    words = dict(line.split(None, 1) for line in _lines(root / "words.txt"))
+    wnids = sorted(_name(wnid, root / "wnids.txt") for line in _lines(root / "wnids.txt") for wnid in line.split())
+    words = dict(_pairs(root / "words.txt", "the words of a class"))
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
     annotations = root / "val" / "val_annotations.txt"
     sorted_by_class = not annotations.exists() or any((root / split / wnid).is_dir() for wnid in wnids)
@@ -159,8 +159,8 @@ def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str
         return list(_by_class(root / split, wnids)), class_names
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     files = []
-    for line in _lines(annotations):
-        file, wnid = line.split()[:2]
+    for file, rest in _pairs(annotations, "the class of an image"):
+        wnid = rest.split()[0]
         _name(file, annotations)
         if wnid not in label_of:
             raise UserError(f"{annotations} gives {file} the class {wnid}, which is not in wnids.txt.")
@@ -222,6 +222,15 @@ def _lines(path: epath.Path) -> list[str]:
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def _pairs(path: epath.Path, second: str) -> Iterator[tuple[str, str]]:
+    """Yields the first word of each line of a text file, and the others, which name what `second` says."""
+    for line in _lines(path):
+        first, *others = line.split(None, 1)
+        if not others:
+            raise UserError(f"{path} is torn: its line {line!r} lacks {second}. Get the dataset again.")
+        yield first, others[0]
 
 
 def _name(text: str, place: epath.Path) -> str:
