@@ -77,6 +77,8 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
         ({"overrides": ["seed=3"]}, "overrides are a dict"),
         ({"runs": {"seed": 3}}, "runs are a list of dicts"),
         ({"runs": [{"loss.ldrld.depth": 1}]}, "loss.ldrld: depth"),
+        ({"config": None}, r"a sweep's config is the text FILE\[:ARG\], got None. Name its file, or set --config."),
+        ({"config": {"seed": 3}}, r"a sweep's config is the text FILE\[:ARG\], got {'seed': 3}. Name its file"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message):

@@ -154,6 +154,10 @@ def _check_form(sweep: Any, *, complete: bool = False) -> None:
     if not isinstance(sweep, dict) or (complete and "config" not in sweep) or not set(sweep) <= _KEYS:
         given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
         raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
+    if complete and not isinstance(sweep["config"], str):
+        raise UserError(
+            f"a sweep's config is the text FILE[:ARG], got {sweep['config']!r}. Name its file, or set --config."
+        )
     grid, overrides, runs = sweep.get("grid", {}), sweep.get("overrides", {}), sweep.get("runs", [{}])
     if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) and values for values in grid.values()):
         raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
