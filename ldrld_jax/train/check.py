@@ -20,7 +20,7 @@ from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import free_bytes, human_bytes
+from ldrld_jax.files import check_writable, free_bytes, human_bytes
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.metrics import by_step
 from ldrld_jax.record.console import ProgressBar, say
@@ -237,6 +237,8 @@ class _Check:
                 untrained.append(_Check(planned, "teacher", self._problems, self._signals))
         if untrained:
             seconds = sum(check.all(self._data) for check in untrained)
+            if (store := self._run.config.logits.get("dir")) is not None:  # its teacher's logits are not there yet
+                self._problems.from_(lambda: check_writable(store, "logits.dir"))
             say(f"teacher {config.teacher.model} is not trained yet: random weights stand in for its own")
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)

@@ -112,6 +112,31 @@ def test_a_step_that_is_not_finite_and_a_weak_teacher_are_problems(make, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_each_folder_that_cannot_be_made_is_a_problem(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.epochs=1", "epochs=1", "data.flip=False"]
+    problems = check(
+        tiny(*flags, f"teacher.workdir={tmp_path}/file/t", f"logits.dir={tmp_path}/file/l"), tmp_path / "file/w"
+    )
+    line = f"{tmp_path}/file is a file. Choose another"
+    assert problems == [f"{line} workdir.", f"{line} logits.dir."]  # the teacher's place is the same one
+
+
+def test_a_place_to_write_is_looked_for_as_far_as_something_is_to_be_written(make, tmp_path, monkeypatch):
+    """A finished run, and a store of all epochs, may be read from where nothing can be written."""
+    trainer = make(config={"logits.dir": str(tmp_path / "logits")})
+    monkeypatch.setattr("ldrld_jax.files.os.access", lambda path, mode: not path.is_relative_to(tmp_path))
+    refused = "may not be written to. Choose another"
+    assert [p.partition(f" {refused} ")[::2] for p in trainer.check()] == [
+        (str(tmp_path), "workdir, or change its permissions."),
+        (str(tmp_path), "logits.dir, or change its permissions."),
+    ]
+    monkeypatch.undo()
+    trainer.fit()
+    monkeypatch.setattr("ldrld_jax.files.os.access", lambda path, mode: False)
+    assert trainer.check() == []
+
+
 def test_a_store_that_the_disk_has_no_room_for_is_a_problem(make, tmp_path, monkeypatch):
     monkeypatch.setattr("ldrld_jax.logit_store.store.free_bytes", lambda path: 100)
     monkeypatch.setattr(check_lib, "free_bytes", lambda path: 100)
