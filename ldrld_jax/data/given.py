@@ -333,8 +333,8 @@ def load_arrays(file: str, split: str) -> Source:
         raise UserError(f"{file} cannot be read as a NumPy archive: {reason}. Write it with numpy.savez.") from error
     for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
         if images in arrays and labels in arrays:
-            every = [array for name, array in arrays.items() if _is_labels(name)]
-            count = len(names) if names else 1 + max(int(array.max()) for array in every if array.size)
+            every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]
+            count = len(names) if names else 1 + max((int(array.max()) for array in every if array.size), default=0)
             source = as_source((arrays[images], arrays[labels]), num_classes=count, title=f"{split} split of {file}")
             return dataclasses.replace(source, class_names=_class_names(names, count))
     raise UserError(

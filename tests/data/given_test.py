@@ -166,6 +166,18 @@ def test_a_damaged_archive_is_one_line_that_names_the_file(tmp_path, save, where
     assert re.fullmatch(expected, str(error.value))
 
 
+@pytest.mark.parametrize(("labels", "given"), [(["cat", "dog"], "<U3 (2,)"), ([], "float64 (0,)")])
+def test_labels_of_an_archive_that_are_no_numbers_are_one_line(tmp_path, labels, given):
+    file = tmp_path / "data.npz"
+    np.savez(file, x_train=np.zeros((len(labels), 8, 8, 1), np.uint8), y_train=labels)
+    with pytest.raises(UserError) as error:
+        open_source(f"arrays:{file}", "train")
+    assert str(error.value) == (
+        f"the labels of the train split of {file} must be integers [n], or [n, length] for one per token, got {given}. "
+        "Convert one-hot labels with argmax(-1)."
+    )
+
+
 @pytest.mark.parametrize(("kept", "reason"), [(0, "No data left in file"), (200, "File is not a zip file")])
 def test_a_torn_archive_is_one_line_that_names_the_file(arrays, tmp_path, kept, reason):
     file = tmp_path / "data.npz"
