@@ -161,6 +161,23 @@ def free_bytes(path: epath.PathLike) -> int:
     return shutil.disk_usage(next(p for p in [place, *place.parents] if p.exists())).free
 
 
+def check_writable(path: epath.PathLike, what: str) -> None:
+    """Raises a UserError if a local folder can neither be written to nor made; of a remote one nothing is known.
+
+    Args:
+      path: of the folder, which need not exist.
+      what: the error says to choose another one of.
+    """
+    if not is_local(epath.Path(path)):
+        return
+    place = pathlib.Path(path)
+    nearest = next(p for p in [place, *place.parents] if p.exists() or p.is_symlink())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is {'a file' if nearest.exists() else 'a broken link'}. Choose another {what}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest} may not be written to. Choose another {what}, or change its permissions.")
+
+
 def human_bytes(size: float) -> str:
     """Formats a number of bytes.
 

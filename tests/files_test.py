@@ -1,5 +1,7 @@
 """Files that are whole or not there; a folder's lock, held by one, seen by others, in nobody's way."""
 
+import os
+
 import pytest
 from etils import epath
 
@@ -20,6 +22,30 @@ def test_a_file_is_replaced_once_it_is_whole_and_never_through_a_link(tmp_path):
         1 / 0  # noqa: B018
     assert path.read_text() == "new"
     assert {place.name for place in tmp_path.iterdir()} == {"file", "other"}
+
+
+def test_where_no_folder_can_be_made_is_one_line(tmp_path, monkeypatch):
+    for place in ("", "new", "new/deeper", "..", "gs://bucket/x"):
+        files.check_writable(tmp_path / place if ":" not in place else place, "workdir")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    for place, line in {
+        "file": "file is a file. Choose another workdir.",
+        "file/a/b": "file is a file. Choose another workdir.",
+        "link/a": "link is a broken link. Choose another workdir.",
+    }.items():
+        with pytest.raises(UserError) as error:
+            files.check_writable(place, "workdir")
+        assert str(error.value) == line
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))  # to root all may be written
+    with pytest.raises(UserError) as error:
+        files.check_writable(tmp_path / "new/run", "logits.dir")
+    assert (
+        str(error.value) == f"{tmp_path} may not be written to. Choose another logits.dir, or change its permissions."
+    )
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):

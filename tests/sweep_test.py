@@ -64,6 +64,29 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
     assert len({flag for job in exact for flag in job.command if "logits.dir=/store/" in flag}) == 2
 
 
+def test_a_run_of_many_settings_has_a_name_of_its_own_that_a_file_may_have(schedule, tmp_path):
+    decays = [f"({','.join(map(str, range(1, last)))})" for last in (88, 89)]  # alike in the first 251 bytes
+    model = "é" * 118 + "x"  # with its key 251 bytes
+    jobs = jobs_of(
+        tmp_path,
+        "method=ce",
+        "epochs=90",
+        runs=[*({"optim.decay_epochs": d} for d in decays), {"student.model": model}],
+    )
+    first, second, longest = [job.name for job in jobs]
+    for name, whole in zip((first, second), decays, strict=True):
+        assert len(name) == 251
+        assert f"optim.decay_epochs={whole}".startswith(name[:242])
+        assert re.fullmatch(r"-[0-9a-f]{8}", name[242:])
+    assert first != second
+    assert longest == f"student.model={model}"
+    for job in jobs:
+        assert str(tmp_path / job.name) in job.command
+        job.workdir.mkdir()
+    schedule(jobs, 3)._turn()
+    assert {path.name for path in tmp_path.glob("*.txt")} == {f"{name}.txt" for name in (first, second, longest)}
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -77,6 +100,8 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
         ({"overrides": ["seed=3"]}, "overrides are a dict"),
         ({"runs": {"seed": 3}}, "runs are a list of dicts"),
         ({"runs": [{"loss.ldrld.depth": 1}]}, "loss.ldrld: depth"),
+        ({"config": None}, r"a sweep's config is the text FILE\[:ARG\], got None. Name its file, or set --config."),
+        ({"config": {"seed": 3}}, r"a sweep's config is the text FILE\[:ARG\], got {'seed': 3}. Name its file"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message):

@@ -89,7 +89,7 @@ class Data:
     workers: Whole | None = None
     cache_mb: Whole = 1024  # host memory in MB for decoded images that are the same in each epoch
     remainder: Literal["keep", "drop"] = "keep"  # keep or drop the last partial batch of an epoch
-    # raise an error at an image that does not decode or a label out of range, or skip it
+    # raise an error at an image that is missing or does not decode or a label out of range, or skip it
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: Unit = 0.05  # largest share of a split's images that on_error=skip may skip
     exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned

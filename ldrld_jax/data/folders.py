@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from etils import epath
 
+from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.errors import UserError, unknown
 
 logger = logging.getLogger("ldrld_jax")
@@ -44,19 +45,33 @@ class FolderRecords:
         return self.targets
 
     def listing(self) -> Iterator[str]:
-        """Yields each file's path below their common folder with its label and, if it is local, its size in bytes."""
+        """Yields each file's path below their common folder with its label and, if it is local, its size in bytes.
+
+        A file that is missing has no size, so that the list is another one as soon as it is there.
+        """
         root = os.path.commonprefix([min(self.paths), max(self.paths)])  # noqa: RUF071  # any prefix will do
         for path, label in zip(self.paths, self.targets.tolist(), strict=True):
-            size = os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
-            yield f"{path.removeprefix(root)} {label} {size}"
+            yield f"{path.removeprefix(root)} {label} {_size(path)}"
 
 
-def _read(path: str) -> bytes:
-    """Returns the content of a file; a Path takes twice the time of `open`, under the interpreter lock."""
-    if "://" in path:
-        return epath.Path(path).read_bytes()
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        return file.read()
+def _size(path: str) -> int | str:
+    """Returns the size of a local file, and nothing of one that is remote or missing."""
+    try:
+        return os.stat(path).st_size if "://" not in path else ""  # noqa: PTH116  # a million Paths take seconds
+    except OSError:  # its reader says so
+        return ""
+
+
+def _read(path: str) -> bytes | BrokenImageError:
+    """Returns the content of a file, or why it cannot be read."""
+    try:
+        if "://" in path:
+            return epath.Path(path).read_bytes()
+        # A Path takes twice the time of `open`, under the interpreter lock.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
+    except OSError as error:  # the reader of the record raises or skips it
+        return BrokenImageError(f"it cannot be read ({error.strerror or error})")
 
 
 def open_folder(
@@ -140,8 +155,8 @@ def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str
             "data.data_dir=tiny-imagenet-200."
         )
     # Sorted, as generic folder readers number classes, and so as existing checkpoints do.
-    wnids = sorted(_name(line, root / "wnids.txt") for line in (root / "wnids.txt").read_text().split())
-    words = dict(line.split(None, 1) for line in _lines(root / "words.txt"))
+    wnids = sorted(_name(wnid, root / "wnids.txt") for line in _lines(root / "wnids.txt") for wnid in line.split())
+    words = dict(_pairs(root / "words.txt", "the words of a class"))
     class_names = tuple(words.get(wnid, wnid) for wnid in wnids)
     annotations = root / "val" / "val_annotations.txt"
     sorted_by_class = not annotations.exists() or any((root / split / wnid).is_dir() for wnid in wnids)
@@ -149,8 +164,8 @@ def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str
         return list(_by_class(root / split, wnids)), class_names
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     files = []
-    for line in _lines(annotations):
-        file, wnid = line.split()[:2]
+    for file, rest in _pairs(annotations, "the class of an image"):
+        wnid = rest.split()[0]
         _name(file, annotations)
         if wnid not in label_of:
             raise UserError(f"{annotations} gives {file} the class {wnid}, which is not in wnids.txt.")
@@ -226,6 +241,15 @@ def _lines(path: epath.Path) -> list[str]:
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     return [line for line in map(str.strip, text.split("\n")) if line]
+
+
+def _pairs(path: epath.Path, second: str) -> Iterator[tuple[str, str]]:
+    """Yields the first word of each line of a text file, and the others, which name what `second` says."""
+    for line in _lines(path):
+        first, *others = line.split(None, 1)
+        if not others:
+            raise UserError(f"{path} is torn: its line {line!r} lacks {second}. Get the dataset again.")
+        yield first, others[0]
 
 
 def _name(text: str, place: epath.Path) -> str:

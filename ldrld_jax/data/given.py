@@ -12,6 +12,7 @@ Arrays and images of 8 bits are pixels; others are raw.
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -344,16 +345,18 @@ def load_arrays(file: str, split: str) -> Source:
       UserError: if the file cannot be read, or lacks the arrays.
     """
     try:
-        archive = np.load(file, allow_pickle=False)
-        images_of = (f"x_{split}", f"{split}_images")
-        arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
-        names = archive["class_names"].tolist() if "class_names" in archive.files else None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read as a NumPy archive: {error}. Write it with numpy.savez.") from error
+        with pathlib.Path(file).open("rb") as opened:
+            archive = np.load(opened, allow_pickle=False)
+            images_of = (f"x_{split}", f"{split}_images")
+            arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
+            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+    except Exception as error:  # of NumPy, zipfile or zlib, which have errors of their own for damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read as a NumPy archive: {reason}. Write it with numpy.savez.") from error
     for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
         if images in arrays and labels in arrays:
-            every = [array for name, array in arrays.items() if _is_labels(name)]
-            count = len(names) if names else 1 + max(int(array.max()) for array in every if array.size)
+            every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]
+            count = len(names) if names else 1 + max((int(array.max()) for array in every if array.size), default=0)
             source = as_source((arrays[images], arrays[labels]), num_classes=count, title=f"{split} split of {file}")
             return dataclasses.replace(source, class_names=_class_names(names, count))
     raise UserError(

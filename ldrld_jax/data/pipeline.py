@@ -49,6 +49,8 @@ def make_train_batches(
     source = opened(data, data.train_split, open_source)
     if source.raw or source.label_shape:
         _check_unchanged(source, data)
+    elif source.image_shape[-1] not in (1, 3):
+        _check_uncropped(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
     if data.rand_augment:
@@ -157,6 +159,16 @@ def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
             f"{data.exif}. Set data.exif={turned}, or decode them again."
         )
     return source
+
+
+def _check_uncropped(source: Source, data: ConfigDict) -> None:
+    """Raises a UserError if the config asks for what is done to grey and colours alone."""
+    for key, value in {"crop_size": None, "rand_augment": 0}.items():
+        if data[key] != value:
+            raise UserError(
+                f"data.{key}={data[key]} is for images of 1 or 3 channels, and these have {source.image_shape[-1]}. "
+                "Unset it; data.image_size resizes images of any channels."
+            )
 
 
 def as_asked(data: ConfigDict) -> dict[str, Any]:

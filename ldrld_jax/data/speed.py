@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.augment import pad_crop_flip
-from ldrld_jax.data.decode import open_image, pixels
+from ldrld_jax.data.decode import BrokenImageError, open_image, pixels
 from ldrld_jax.data.pipeline import made_by, make_train_batches
 from ldrld_jax.data.stream import TrainBatches, batch_bytes
 
@@ -30,12 +30,13 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
       seconds: approximate duration of each measurement.
 
     Returns:
-      A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read
-      and fully decoded, but for raw inputs; `augment`: read and transformed as in training, which may decode less. Then
-      `pipeline`: batches as in a run, with `data.threads` threads or `data.workers`, or from the devices.
+      A dict with images per second. With one thread, `read`: encoded images from the disk; `decode`: read and fully
+      decoded, but for raw inputs and for channels that no image file has; `augment`: read and transformed as in
+      training, which may decode less. Then `pipeline`: batches as in a run, with `data.threads` threads or
+      `data.workers`, or from the devices.
 
     Raises:
-      UserError: if the data differ from the block.
+      UserError: if the data differ from the block, or an image is broken and `data.on_error` is "raise".
     """
     return _measure(data, make_train_batches(data, batch_size=batch_size, seed=0), seconds)
 
@@ -48,13 +49,20 @@ def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[st
         return source.records.__getitems__(at.tolist())
 
     def decode(at: np.ndarray) -> Any:
-        return [pixels(open_image(r["image"]), channels=source.image_shape[-1], exif=data.exif) for r in read(at)]
+        decoded = []
+        for index, record in zip(at.tolist(), read(at), strict=True):
+            try:
+                image = open_image(record["image"])
+                decoded.append(pixels(image, channels=source.image_shape[-1], exif=data.exif))
+            except BrokenImageError as error:
+                source.report(index, error)
+        return decoded
 
     def augment(at: np.ndarray) -> Any:
         return pad_crop_flip(source.read(at)[0], draws.at(at), pad=batches.pad)
 
     rates, works = {}, {"read": read, "decode": decode, "augment": augment}
-    if source.raw:
+    if source.raw or source.image_shape[-1] not in (1, 3):
         del works["decode"]
     for name, work in works.items():
         spans = (np.take(draws.order, range(i, i + count), mode="wrap") for i in itertools.count(0, count))

@@ -208,7 +208,8 @@ class RandomRotation:
 
     def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         assert rng is not None
-        image = self.base(data)
-        image = image[..., 0] if self.shape[-1] == 1 else image
-        turned = Image.fromarray(image).rotate(rng.uniform(-self.degrees, self.degrees))
-        return _as_array(turned, self.shape)
+        image, degrees = self.base(data), rng.uniform(-self.degrees, self.degrees)
+        # Pillow turns three channels at once, and of others any number one by one.
+        planes = [image] if self.shape[-1] == 3 else np.moveaxis(image, -1, 0)
+        turned = [np.asarray(Image.fromarray(plane).rotate(degrees)) for plane in planes]
+        return turned[0] if self.shape[-1] == 3 else np.stack(turned, axis=-1)

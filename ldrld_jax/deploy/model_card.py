@@ -38,7 +38,7 @@ def model_card(
       parameters: number of trained parameters of the student.
       place: `hf://OWNER/NAME`, where this package reads the weights; None for an exported program.
     """
-    (*labels, classes), raw = described["output"]["shape"][1:], described["before"] is None
+    (*labels, classes), raw = described["output"]["shape"][1:], described["inside"] is None
     title = f"{config['student']['model']} on {config['data']['name']}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
@@ -79,7 +79,7 @@ classes for every {each}.
 
 def _use_of_program(described: dict[str, Any], task: str) -> str:
     shape, dtype = described["input"]["shape"][1:], described["input"]["dtype"]
-    takes = "inputs as they are" if described["before"] is None else "images and normalises the pixels itself"
+    takes = "inputs as they are" if described["inside"] is None else "images and normalises the pixels itself"
     predict = "\n`python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps."
     return f"""```python
 from pathlib import Path
@@ -93,7 +93,7 @@ print([labels[i] for i in np.asarray(student.call(images)).argmax(axis=-1).ravel
 ```
 
 The program needs jax, numpy and flatbuffers. It takes any number of {takes}, and runs on a CPU, a CUDA GPU or a
-TPU.{"" if task == "other" else predict}
+TPU.{"" if described["before"] is None or task == "other" else predict}
 
 `student.stablehlo` is a program: run it only if you trust its source. JAX promises to run it with versions up to six
 months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently, as a
@@ -118,7 +118,7 @@ model = ldrld_jax.load_torch_checkpoint("{place}", "{model}", {classes}, in_chan
 
 This is the network alone. It takes inputs that are made as `preprocessing` in `{CONFIG}` says, by the steps of `before`
 and then of `inside`; `model(inputs, train=False)` returns logits.
-{"" if task == "other" else predict}
+{"" if described["before"] is None or task == "other" else predict}
 `{WEIGHTS}` is a PyTorch state_dict under the published names, which `safetensors.torch.load_file` reads as well."""
 
 

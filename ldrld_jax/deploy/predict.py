@@ -76,6 +76,10 @@ def find(names: Iterable[str]) -> list[str]:
 
 
 def _on_standard_input() -> list[str]:
+    if sys.stdin is None:
+        raise UserError(
+            "- reads the paths of images from standard input, which is closed. Pipe them, or name the images."
+        )
     lines = map(os.fsdecode, sys.stdin.buffer)  # a path need not be UTF-8
     return [path for path in (line.rstrip("\r\n") for line in lines) if path]
 

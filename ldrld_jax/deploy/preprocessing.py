@@ -26,38 +26,39 @@ def describe(
     Returns:
       A dict. `input` and `output` are the function's signature, `before` lists in order the operations that turn
       an image into an input, and `inside` lists the operations that the function itself applies first. Both are None
-      for raw inputs.
+      for raw inputs; `before` is None as well for pixels of other channels than grey and RGB, which no image file has.
     """
     output = {"dtype": "float32", "shape": ["batch", *label_shape, classes], "values": "logits"}
     if network.raw:
         described = {"dtype": np.dtype(dtype).name, "shape": ["batch", *shape]}
         return {"input": described, "output": output, "before": None, "inside": None}
-    height, width, channels = shape
-    return {
-        "input": {"dtype": "uint8", "shape": ["batch", *shape], "colours": {1: "grey", 3: "RGB"}[channels]},
-        "output": output,
-        "before": {
-            "turn_as_exif_says": data.exif,
-            "transparent_on": "white",
-            # null: resize until the crop just fits, which leaves an image of the crop's size unchanged
-            "resize_shorter_side": None if data.crop_size is None else data.resize_size or data.crop_size,
-            "resize_filter": "bilinear, antialiased, as Pillow's",
-            "crop_centre": [height, width],
-        },
-        "inside": {
-            "scale": 1 / 255,
-            "resize": network.image_size,
-            "mean": list(network.mean),
-            "std": list(network.std),
-        },
+    pixels: dict[str, Any] = {"dtype": "uint8", "shape": ["batch", *shape]}
+    inside = {
+        "scale": 1 / 255,
+        "resize": network.image_size,
+        "mean": list(network.mean),
+        "std": list(network.std),
     }
+    height, width, channels = shape
+    if channels not in (1, 3):
+        return {"input": pixels, "output": output, "before": None, "inside": inside}
+    before = {
+        "turn_as_exif_says": data.exif,
+        "transparent_on": "white",
+        # null: resize until the crop just fits, which leaves an image of the crop's size unchanged
+        "resize_shorter_side": None if data.crop_size is None else data.resize_size or data.crop_size,
+        "resize_filter": "bilinear, antialiased, as Pillow's",
+        "crop_centre": [height, width],
+    }
+    colours = {1: "grey", 3: "RGB"}[channels]
+    return {"input": {**pixels, "colours": colours}, "output": output, "before": before, "inside": inside}
 
 
 def view_of(preprocessing: dict[str, Any]) -> View:
     """Returns the view that applies the operations of `before`.
 
     Raises:
-      UserError: if they are no such operations, or the student takes raw inputs.
+      UserError: if they are no such operations, or the student takes inputs that no image file holds.
 
     Example:
       >>> before = {"turn_as_exif_says": True, "resize_shorter_side": 256}
@@ -77,6 +78,8 @@ def view_of(preprocessing: dict[str, Any]) -> View:
         if not all(type(size) is int and 0 < size < 2**16 for size in sizes) or type(exif) is not bool:
             raise ValueError(f"sizes {sizes}, turn_as_exif_says {exif!r}")
     except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"preprocessing.json is not of an export ({type(error).__name__}: {error}). Export the student again."
         ) from None

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.source import digest_of
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import free_bytes, full_disk_named, human_bytes
+from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes
 from ldrld_jax.identity import flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
@@ -279,10 +279,11 @@ class LogitStore:
         self._note()
 
     def check_space(self, epochs: int) -> None:
-        """Raises a UserError if `epochs` more epochs do not fit on the disk; remote stores are not checked."""
+        """Raises a UserError if `epochs` more epochs cannot be written or do not fit; remote stores are not checked."""
         needed = self.bytes_per_epoch * epochs
-        if "://" in self.directory:
+        if "://" in self.directory or not epochs:
             return
+        check_writable(self.directory, "logits.dir")
         if needed > (free := free_bytes(self._path)):
             raise UserError(
                 f"the logit store {self.directory} needs {human_bytes(needed)} more, and {human_bytes(free)} are free "

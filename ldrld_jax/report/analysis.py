@@ -175,11 +175,17 @@ def chosen(labels: np.ndarray, *, classes: int = 20, each: int = 25) -> np.ndarr
     return np.sort(np.concatenate([np.flatnonzero(labels == label)[:each] for label in some]))
 
 
-def embedding(features: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def embedding(features: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
     """Computes a t-SNE of features `[n, F]`, seeded: `xy` from 0 to 1, and the `silhouette` of the features, -1 to 1.
 
     The silhouette is of the features themselves: 1 for classes that lie apart, 0 for overlapping ones.
+
+    Returns:
+      Both; or None for a single class, for one example of each, and for features that are all the same, as a collapsed
+      model's are: the silhouette or the t-SNE is not defined then.
     """
+    if not 1 < len(np.unique(labels)) < len(labels) or not np.ptp(features, axis=0).any():
+        return None
     from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
     from threadpoolctl import threadpool_limits

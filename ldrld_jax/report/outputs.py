@@ -35,7 +35,8 @@ class Outputs(NamedTuple):
     Attributes:
       logits: `[n, C]`.
       labels: `[n]`, -1 for an image that was skipped.
-      embedding: of the last layer's input, for the images that `analysis.chosen` takes; None if it is not known.
+      embedding: of the last layer's input, for the images that `analysis.chosen` takes; None if it is not known, or
+        has no t-SNE.
     """
 
     logits: np.ndarray
@@ -60,7 +61,7 @@ def analyse(comparisons: list[Comparison], out: epath.Path, data_dir: str | None
         for found in group.runs:
             try:
                 _analyse(found, out, data_dir, teachers, notes, features=found is group.first)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 notes.append(f"{found.folder}: no analysis: {error}")
     return notes
 
@@ -89,7 +90,7 @@ def _analyse(
         if run.objective.methods:
             try:
                 teacher = _teacher(run, network, teachers)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 notes.append(f"{found.folder}: analysed without its teacher: {error}")
     result = described(student, teacher, run.batches.source.class_names)
     if features:

@@ -20,6 +20,7 @@ from ldrld_jax.interop import hub
 from ldrld_jax.record.reader import last_evaluation, read_config, read_summary
 
 _KEYS = {"config", "overrides", "runs", "grid"}
+_LONGEST = 251  # bytes of a run's name: those of a file's name, which ends in ".txt" for the run's log
 
 
 def load(path: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-      name: the run's overrides, which also name its workdir.
+      name: the run's overrides, which also name its workdir; of many the first, with a digest of all.
       workdir: the run's folder.
       command: the command that trains it.
       identity: the identity of its config, as the run will save it.
@@ -154,6 +155,10 @@ def _check_form(sweep: Any, *, complete: bool = False) -> None:
     if not isinstance(sweep, dict) or (complete and "config" not in sweep) or not set(sweep) <= _KEYS:
         given = ", ".join(map(str, sweep)) if isinstance(sweep, dict) else repr(sweep)
         raise UserError(f"a sweep is a dict with config, and any of overrides, runs and grid, got {given}.")
+    if complete and not isinstance(sweep["config"], str):
+        raise UserError(
+            f"a sweep's config is the text FILE[:ARG], got {sweep['config']!r}. Name its file, or set --config."
+        )
     grid, overrides, runs = sweep.get("grid", {}), sweep.get("overrides", {}), sweep.get("runs", [{}])
     if not isinstance(grid, dict) or not all(isinstance(values, list | tuple) and values for values in grid.values()):
         raise UserError(f"a sweep's grid takes a list of values for each key, got {grid}.")
@@ -165,7 +170,7 @@ def _check_form(sweep: Any, *, complete: bool = False) -> None:
 
 def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str, Any]) -> Job:
     own_overrides = [f"{key}={value}" for key, value in own.items()]
-    name = ",".join(own_overrides).replace(" ", "").replace("/", "_") or "run"
+    name = _file_name(",".join(own_overrides).replace(" ", "").replace("/", "_") or "run")
     given = [*overrides, *own_overrides]
     config = config_lib.resolve(config_lib.load(file, given))
     teachers = []
@@ -179,6 +184,19 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]
     flags = [f"--config.{override}" for override in given]
     return Job(name, workdir / name, command + flags, config_lib.identity(config), teachers)
+
+
+def _file_name(name: str) -> str:
+    """Returns a name that a file may have: a longer one is cut, and gets a digest of the whole.
+
+    Example:
+      >>> _file_name("seed=0"), len(_file_name("seed=0," * 100))
+      ('seed=0', 251)
+    """
+    if len(whole := name.encode(errors="surrogateescape")) <= _LONGEST:
+        return name
+    digest = f"-{_short(name)}"
+    return whole[: _LONGEST - len(digest)].decode(errors="ignore") + digest
 
 
 def _recipes(config: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import free_bytes, human_bytes
+from ldrld_jax.files import check_writable, free_bytes, human_bytes
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.metrics import by_step
 from ldrld_jax.record.console import ProgressBar, say
@@ -142,7 +142,7 @@ class _Check:
     def __init__(self, run: Run, role: str, problems: _Problems, signals: Signals):
         self._run, self._role, self._problems, self._signals = run, role, problems, signals
         self._warnings: dict[str, None] = {}
-        self._data = run.data_note  # of the whole splits
+        self._data = problems.from_(lambda: run.data_note)  # of the whole splits
 
     def all(self, decoded: Any = None) -> float:
         """Checks everything and returns the seconds that the run will take, 0 where that is not known.
@@ -154,7 +154,7 @@ class _Check:
         say(opening(run, self._role))
         self._warnings |= dict.fromkeys(warnings(run))
         problems.from_(RunFolder(run).check)
-        if self._data != decoded:
+        if self._data is None or self._data != decoded:
             self._look_at_images("training", run.batches.source)
             self._look_at_images("evaluation", run.eval_source)
         if run.config.check.images is not None:  # from here on, only the sample is evaluated
@@ -188,6 +188,8 @@ class _Check:
                     labels.append(sample.read(np.array([index]), (self._run.config.seed, 0))[1].ravel())
                 except UserError as error:
                     broken.append(str(error))
+                except OSError as error:  # which data.on_error=skip does not skip
+                    self._problems[" ".join(str(error).split())] = None
             return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]
@@ -235,6 +237,8 @@ class _Check:
                 untrained.append(_Check(planned, "teacher", self._problems, self._signals))
         if untrained:
             seconds = sum(check.all(self._data) for check in untrained)
+            if (store := self._run.config.logits.get("dir")) is not None:  # its teacher's logits are not there yet
+                self._problems.from_(lambda: check_writable(store, "logits.dir"))
             say(f"teacher {config.teacher.model} is not trained yet: random weights stand in for its own")
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)

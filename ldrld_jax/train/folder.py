@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import replace_text
+from ldrld_jax.files import check_writable, replace_text
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
@@ -32,10 +32,10 @@ class RunFolder:
     run: Run
 
     def check(self) -> None:
-        """Raises a UserError unless the workdir is new or holds an intact earlier part of this run."""
+        """Raises a UserError unless the workdir can be made or holds an intact earlier part of this run."""
         workdir = self.run.workdir
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"{workdir} is a file. Choose another workdir.")
+        if self.finished() is None:  # a run that has ended may be read from anywhere
+            check_writable(workdir, "workdir")
         saved = read_config(workdir)
         if saved is not None:
             self._check_identity(str(workdir), identity(saved))

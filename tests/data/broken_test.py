@@ -8,6 +8,8 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
+from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.speed import measure
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import UserError
 from tests.data.images import make_image_folder
@@ -59,6 +61,39 @@ def test_hosts_agree_on_the_mask_whoever_has_the_broken_image(folder):
         parts = [half[step] for half in halves]
         for key, value in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), value)
+
+
+def test_a_missing_image_is_broken_and_the_list_is_another_one_once_it_is_there(folder, caplog):
+    cat, junk = folder / "train/cat/0.jpg", folder / "train/dog/0.jpg"
+    (folder / "train.csv").write_text("path,label\ntrain/cat/0.jpg,cat\ntrain/dog/0.jpg,dog\ntrain/dog/1.jpg,dog\n")
+    listed = make_train_batches(block(folder, name="file_list"), batch_size=3, seed=0).source
+    whole, data = fingerprint(listed), cat.read_bytes()
+    cat.unlink()
+    junk.unlink()
+    junk.mkdir()
+    with pytest.raises(UserError) as error:
+        listed.read(np.arange(3))
+    assert str(error.value) == (
+        f"{cat} is broken: it cannot be read (No such file or directory). Repair or remove it, or set "
+        "data.on_error=skip."
+    )
+    skipping = make_train_batches(block(folder, name="file_list", on_error="skip"), batch_size=3, seed=0).source
+    assert skipping.read(np.arange(3))[1].tolist() == [-1, -1, 1]
+    assert f"skipped {cat}: it cannot be read (No such file or directory) (1 skipped so far)" in caplog.messages
+    assert f"skipped {junk}: it cannot be read (Is a directory) (2 skipped so far)" in caplog.messages
+    assert fingerprint(skipping) != whole
+    junk.rmdir()
+    junk.write_bytes(b"1")
+    cat.write_bytes(data)
+    assert fingerprint(skipping)["images"] == 3
+
+
+def test_the_measurement_of_the_input_names_a_broken_image_or_skips_it(folder, caplog):
+    with pytest.raises(UserError, match=r"train/cat/1\.jpg is broken: .*truncated.* or set data\.on_error=skip"):
+        measure(block(folder), batch_size=6, seconds=0.0)
+    rates = measure(block(folder, on_error="skip"), batch_size=6, seconds=0.01)
+    assert list(rates) == ["read", "decode", "augment", "pipeline"]
+    assert [line.partition(": ")[0] for line in caplog.messages] == [f"skipped {folder}/train/cat/1.jpg"]
 
 
 def test_the_command_line_says_it_in_one_line(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -142,6 +143,49 @@ def test_a_numpy_archive_has_a_pair_of_arrays_a_split(arrays, tmp_path, names):
     (tmp_path / "data.npz").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read as a NumPy archive"):
         open_source(name, "train")
+
+
+@pytest.mark.parametrize(
+    ("save", "where", "damage", "reason"),
+    [
+        (np.savez, b"\x07" * 8, b"\x06", "Bad CRC-32 for file 'x_train.npy'"),
+        (np.savez, b"PK\1\2", b"??", "Bad magic number for central directory"),
+        (np.savez, b"PK\1\2", b"PK\1\2\x2d\3\x2d\0\0\0\x63", "That compression method is not supported"),
+        (np.savez_compressed, b"x_train.npy", b"x_train.npy" + b"\xff" * 40, "Error -3 .*: invalid block type"),
+    ],
+    ids=["a flipped bit", "its list", "its compression", "its stream"],
+)
+def test_a_damaged_archive_is_one_line_that_names_the_file(tmp_path, save, where, damage, reason):
+    file = tmp_path / "data.npz"
+    save(file, x_train=np.full((2, 8, 8, 1), 7, np.uint8), y_train=[0, 1])
+    start = (whole := file.read_bytes()).index(where)
+    file.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+    with pytest.raises(UserError) as error:
+        open_source(f"arrays:{file}", "train")
+    expected = rf"{re.escape(str(file))} cannot be read as a NumPy archive: {reason}\. Write it with numpy\.savez\."
+    assert re.fullmatch(expected, str(error.value))
+
+
+@pytest.mark.parametrize(("labels", "given"), [(["cat", "dog"], "<U3 (2,)"), ([], "float64 (0,)")])
+def test_labels_of_an_archive_that_are_no_numbers_are_one_line(tmp_path, labels, given):
+    file = tmp_path / "data.npz"
+    np.savez(file, x_train=np.zeros((len(labels), 8, 8, 1), np.uint8), y_train=labels)
+    with pytest.raises(UserError) as error:
+        open_source(f"arrays:{file}", "train")
+    assert str(error.value) == (
+        f"the labels of the train split of {file} must be integers [n], or [n, length] for one per token, got {given}. "
+        "Convert one-hot labels with argmax(-1)."
+    )
+
+
+@pytest.mark.parametrize(("kept", "reason"), [(0, "No data left in file"), (200, "File is not a zip file")])
+def test_a_torn_archive_is_one_line_that_names_the_file(arrays, tmp_path, kept, reason):
+    file = tmp_path / "data.npz"
+    np.savez(file, x_train=arrays[0], y_train=arrays[1])
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError) as error:
+        open_source(f"arrays:{file}", "train")
+    assert str(error.value) == f"{file} cannot be read as a NumPy archive: {reason}. Write it with numpy.savez."
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])

@@ -10,6 +10,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import InMemory
+from ldrld_jax.errors import UserError
 
 
 def block(folder, **changes):
@@ -46,6 +47,20 @@ def test_the_cache_counts_bytes(folder):
         assert isinstance(make_eval_source(data, open_source=opened), InMemory) is kept
     data.cache_mb, numbers = 1, as_source((np.zeros((9, 64, 64, 8), np.float32), np.arange(9) % 2))
     assert not isinstance(make_eval_source(data, open_source=opened), InMemory)
+
+
+@pytest.mark.parametrize(("key", "value"), [("crop_size", 4), ("rand_augment", 1)])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_what_is_done_to_grey_and_colours_alone_is_refused_for_other_channels(key, value, channels):
+    images = as_source((np.zeros((8, 8, 8, channels), np.uint8), np.arange(8) % 2))
+    data = config_lib.default().data
+    data[key] = value
+    with pytest.raises(UserError) as error:
+        make_train_batches(data, batch_size=4, seed=0, open_source=lambda *name, **options: images)
+    assert str(error.value) == (
+        f"data.{key}={value} is for images of 1 or 3 channels, and these have {channels}. Unset it; data.image_size "
+        "resizes images of any channels."
+    )
 
 
 def test_only_images_that_are_always_the_same_are_kept(folder):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
@@ -15,6 +16,14 @@ def test_every_stage_is_measured(loader, data_dir):
     rates = measure(data, batch_size=16, seconds=0.05)
     assert list(rates) == ["read", "decode", "augment", "pipeline"]
     assert all(rate > 0 for rate in rates.values())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_arrays_of_any_channels_are_measured(channels, tmp_path):
+    np.savez(tmp_path / "d.npz", x_train=np.zeros((8, 8, 8, channels), np.uint8), y_train=np.arange(8) % 2)
+    data = config_lib.load("configs/digits.py", [f"data.name=arrays:{tmp_path / 'd.npz'}"]).data
+    stages = ["read", "augment", "pipeline"] if channels in (2, 4) else ["read", "decode", "augment", "pipeline"]
+    assert list(measure(data, batch_size=8, seconds=0.0)) == stages
 
 
 def test_the_command_line_prints_a_table(data_dir, tmp_path, capsys, monkeypatch):

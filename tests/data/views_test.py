@@ -99,6 +99,16 @@ def test_a_rotation_is_pillows(rng):
     np.testing.assert_array_equal(view(data, generator(0, 0, 5)), np.asarray(decoded(data).rotate(angle)))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_any_number_of_channels_is_rotated_alike(channels, rng):
+    image = rng.integers(0, 256, (9, 7, channels), np.uint8)
+    turned = RandomRotation(AsStored((9, 7, channels)), 20.0)(image, generator(0, 0, 5))
+    angle = generator(0, 0, 5).uniform(-20, 20)
+    for channel in range(channels):
+        expected = Image.fromarray(np.ascontiguousarray(image[..., channel])).rotate(angle)
+        np.testing.assert_array_equal(turned[..., channel], np.asarray(expected))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_every_distortion_keeps_size_and_mode_and_grows_with_its_strength(name, mode, rng):

@@ -16,8 +16,8 @@ import yaml
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ldrld_jax import Trainer, load_torch_checkpoint
 from ldrld_jax import config as config_lib
-from ldrld_jax import load_torch_checkpoint
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.pipeline import _eval_view, make_eval_source
 from ldrld_jax.deploy import export
@@ -96,6 +96,33 @@ def test_in_a_process_without_flax_the_exported_student_equals_the_flax_student(
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(np.load(workdir / "all.npy"), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.load(workdir / "parts.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_student_of_images_that_no_file_holds_is_exported_and_predicts_arrays(
+    channels, tiny_net, tmp_path, rng, capsys
+):
+    arrays = {"x_train": rng.integers(0, 256, (40, 8, 8, channels), np.uint8), "y_train": np.arange(40) % 10}
+    np.savez(tmp_path / "d.npz", **arrays, x_test=arrays["x_train"][:10], y_test=arrays["y_train"][:10])
+    names = [f"data.name=arrays:{tmp_path / 'd.npz'}", "data.train_split=train", "data.eval_split=test"]
+    workdir = trained(tmp_path / "run", "unused", "mesh.data=1", *names)
+    described = json.loads((workdir / "export/preprocessing.json").read_text())
+    assert described["input"] == {"dtype": "uint8", "shape": ["batch", 8, 8, channels]}
+    assert described["before"] is None
+    assert described["inside"] == {"scale": 1 / 255, "resize": None, "mean": [0.305], "std": [0.376]}
+    logits = export.read_student(workdir / "export").program.call(arrays["x_train"])
+    best = Trainer.of_config(config_lib.load_run(str(workdir)), workdir)
+    np.testing.assert_allclose(logits, best.predict(arrays["x_train"]), rtol=0, atol=1e-5)
+    card = (workdir / "export/README.md").read_text()
+    assert "It takes any number of images and normalises the pixels itself" in card
+    assert "--mode predict" not in card
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for place in ("run", "run/export"):
+        assert main_lib.main(["--mode=predict", "--workdir", str(tmp_path / place), str(tmp_path / "a.png")]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"ldrld_jax: the student takes uint8 inputs [batch, 8, 8, {channels}] as they are, and no image files. "
+            "Call its program, as the README.md of its export shows."
+        )
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float64"])

@@ -211,6 +211,14 @@ def test_unreadable_images_get_a_line_each_and_the_others_are_predicted(command,
     assert capsys.readouterr().out == f"a/2.png  light, or white {100 * best:.2f} %, grey {100 * second:.2f} %\n"
 
 
+def test_a_standard_input_that_is_closed_is_one_line(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command("-") == 2
+    assert capsys.readouterr().err == (
+        "ldrld_jax: - reads the paths of images from standard input, which is closed. Pipe them, or name the images.\n"
+    )
+
+
 def test_if_no_image_is_readable_the_table_of_before_stays(command, tmp_path, capsys):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(b"junk")

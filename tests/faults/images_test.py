@@ -130,6 +130,32 @@ def test_tiny_imagenets_lists_are_read_in_every_form(tmp_path, form):
     ]
 
 
+@pytest.mark.parametrize(
+    ("torn", "content", "why"),
+    [
+        ("words.txt", b"n1\tcat, tabby\nn2\n", "its line 'n2' lacks the words of a class"),
+        ("val/val_annotations.txt", b"a.png\tn1\t0\nb.pn", "its line 'b.pn' lacks the class of an image"),
+    ],
+)
+def test_a_torn_list_of_tiny_imagenet_is_one_line_that_names_it(tmp_path, torn, content, why):
+    (tmp_path / "wnids.txt").write_text("n2\nn1\n")
+    (tmp_path / "words.txt").write_bytes(TINY_IMAGENET["tabs"][0])
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/val_annotations.txt").write_bytes(TINY_IMAGENET["tabs"][1])
+    (tmp_path / torn).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_folder("tiny_imagenet", "val", str(tmp_path))
+    assert str(error.value) == f"{tmp_path / torn} is torn: {why}. Get the dataset again."
+
+
+def test_a_list_of_tiny_imagenets_classes_that_is_no_text_names_what_it_leads_to(tmp_path):
+    (tmp_path / "wnids.txt").write_bytes(b"n1\n\xff/2\n")
+    with pytest.raises(UserError) as error:
+        open_folder("tiny_imagenet", "train", str(tmp_path))
+    place = tmp_path / "wnids.txt"
+    assert str(error.value) == f"{place} names '\xff/2', which leads out of the dataset. Get the dataset again."
+
+
 def twelve_bit_tiff(rows: list[list[int]]) -> bytes:
     """A grey TIFF of 12 bits a pixel, two pixels in three bytes."""
     height, width = len(rows), len(rows[0])

@@ -62,6 +62,26 @@ def test_classes_that_lie_apart_stay_apart_in_the_embedding(rng):
     assert found["silhouette"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("features", "labels"),
+    [
+        (np.eye(5), [0, 1, 2, 3, 4]),
+        (np.eye(5), [3] * 5),
+        (np.eye(1), [0]),
+        (np.ones((5, 4)), [0, 0, 1, 1, 1]),
+    ],
+    ids=["an image of each class", "a single class", "a single image", "a collapsed model"],
+)
+def test_where_no_silhouette_is_defined_there_is_no_embedding(features, labels):
+    assert analysis.embedding(features, np.array(labels)) is None
+
+
+def test_three_images_are_enough_for_an_embedding(rng):
+    found = analysis.embedding(rng.normal(size=(3, 4)), np.array([0, 0, 1]))
+    assert np.shape(found["xy"]) == (3, 2)
+    assert -1 <= found["silhouette"] <= 1
+
+
 def test_the_divergence_of_rows_is_that_of_their_probabilities(rng):
     teacher, student = rng.normal(size=(2, 5, 4))
     p, q = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) for logits in (teacher, student))

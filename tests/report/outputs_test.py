@@ -86,6 +86,39 @@ def test_an_analysis_is_of_the_best_checkpoint_and_its_teacher_and_made_once(tin
     assert "no analysis: there is no checkpoint" in note
 
 
+@pytest.mark.parametrize("labels", [range(10), [3] * 10], ids=["one of each class", "a single class"])
+def test_evaluation_images_without_a_silhouette_are_analysed_without_pictures_of_features(
+    tiny, tmp_path, rng, labels, capsys
+):
+    images = rng.integers(0, 256, (20, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=[*range(10)] * 2, x_test=images[:10], y_test=[*labels])
+    names = [f"data.name=arrays:{tmp_path / 'd.npz'}", "data.train_split=train", "data.eval_split=test"]
+    untrained(tiny(*names, "mesh.data=1"), tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--analyse", "--out", str(tmp_path / "out")]) == 0
+    assert "no analysis" not in capsys.readouterr().err
+    found = json.loads((tmp_path / "run/analysis.json").read_text())
+    assert (found["images"], found["embedding"], found["embedded"]) == (10, None, [])
+    page = (tmp_path / "out/report.html").read_text()
+    assert "accuracy by class" in page.lower()
+    assert "t-SNE of features," not in page
+
+
+def test_an_image_that_cannot_be_read_is_a_note_and_the_other_runs_are_analysed(tiny, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        untrained(tiny("mesh.data=1", f"seed={ord(name)}"), tmp_path / "runs" / name)
+    plan = Run.plan
+
+    def missing_for_a(config, workdir, **given):
+        if workdir.name == "a":
+            raise FileNotFoundError(2, "No such file or directory", "images/7.png")
+        return plan(config, workdir, **given)
+
+    monkeypatch.setattr(Run, "plan", missing_for_a)
+    [note] = analyse(tmp_path / "runs", tmp_path / "out")
+    assert note == f"{tmp_path / 'runs/a'}: no analysis: [Errno 2] No such file or directory: 'images/7.png'"
+    assert (tmp_path / "runs/b/analysis.json").exists()
+
+
 def test_the_images_shown_are_the_least_certain_and_those_that_differ_most():
     pixels = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 80, 40, 3), np.uint8)
     labels = np.array([0, 1, 0, 1, -1, 0])

@@ -1,11 +1,13 @@
 """A run is checked before it trains: everything that would stop it is named at once, and nothing is written."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from ldrld_jax import main as main_lib
+from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import check as check_lib
 from ldrld_jax.train import trainer
@@ -110,6 +112,31 @@ def test_a_step_that_is_not_finite_and_a_weak_teacher_are_problems(make, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_each_folder_that_cannot_be_made_is_a_problem(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.epochs=1", "epochs=1", "data.flip=False"]
+    problems = check(
+        tiny(*flags, f"teacher.workdir={tmp_path}/file/t", f"logits.dir={tmp_path}/file/l"), tmp_path / "file/w"
+    )
+    line = f"{tmp_path}/file is a file. Choose another"
+    assert problems == [f"{line} workdir.", f"{line} logits.dir."]  # the teacher's place is the same one
+
+
+def test_a_place_to_write_is_looked_for_as_far_as_something_is_to_be_written(make, tmp_path, monkeypatch):
+    """A finished run, and a store of all epochs, may be read from where nothing can be written."""
+    trainer = make(config={"logits.dir": str(tmp_path / "logits")})
+    monkeypatch.setattr("ldrld_jax.files.os.access", lambda path, mode: not path.is_relative_to(tmp_path))
+    refused = "may not be written to. Choose another"
+    assert [p.partition(f" {refused} ")[::2] for p in trainer.check()] == [
+        (str(tmp_path), "workdir, or change its permissions."),
+        (str(tmp_path), "logits.dir, or change its permissions."),
+    ]
+    monkeypatch.undo()
+    trainer.fit()
+    monkeypatch.setattr("ldrld_jax.files.os.access", lambda path, mode: False)
+    assert trainer.check() == []
+
+
 def test_a_store_that_the_disk_has_no_room_for_is_a_problem(make, tmp_path, monkeypatch):
     monkeypatch.setattr("ldrld_jax.logit_store.store.free_bytes", lambda path: 100)
     monkeypatch.setattr(check_lib, "free_bytes", lambda path: 100)
@@ -146,6 +173,53 @@ def test_a_broken_image_is_found_wherever_it_lies(tiny, tmp_path):
     folder = ["data.name=image_folder", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
     (problem,) = check(tiny(*folder, "data.crop_size=8", "epochs=1"), tmp_path / "run")
     assert "train/cat/31.png" in problem
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Flags of lists of the images of a folder, two of which are missing."""
+    root = make_folder(tmp_path / "images", train=20)
+    for split in ("train", "val"):
+        rows = [f"{image.relative_to(root)},{image.parent.name}\n" for image in sorted(root.glob(f"{split}/*/*.png"))]
+        (root / f"{split}.csv").write_text("".join(["path,label\n", *rows]))
+    for missing in ("train/cat/3.png", "train/dog/5.png"):
+        (root / missing).unlink()
+    lists = ["data.name=file_list", f"data.data_dir={root}", "data.train_split=train", "data.eval_split=val"]
+    return root, [*lists, "data.crop_size=8", "epochs=1"]
+
+
+def test_each_missing_image_of_a_list_is_a_problem_and_may_be_skipped(tiny, listed, tmp_path, capsys):
+    root, flags = listed
+    why = "is broken: it cannot be read (No such file or directory). Repair or remove it, or set data.on_error=skip."
+    problems = check(tiny(*flags), tmp_path / "run")
+    assert problems == [f"{root}/train/cat/3.png {why}", f"{root}/train/dog/5.png {why}"]
+    assert "60 of 60 decoded; 19 to 20 of each of 3 classes; 2 broken" in capsys.readouterr().out
+    assert check(tiny(*flags, "data.on_error=skip"), tmp_path / "run") == []
+
+
+def test_what_the_system_says_of_the_data_is_a_problem_and_the_check_goes_on(tiny, listed, tmp_path, monkeypatch):
+    """As of a disk that fails, or a data set object that opens a file that is not there."""
+    _, flags = listed
+    read = FolderRecords.__getitems__
+
+    def failing(records, indices):
+        if any("cat/7" in records.paths[i] for i in indices):
+            raise OSError(5, "Input/output error")
+        return read(records, indices)
+
+    def listing(records):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(FolderRecords, "__getitems__", failing)
+    monkeypatch.setattr(FolderRecords, "listing", listing)
+    problems = check(tiny(*flags, "data.on_error=skip"), tmp_path / "run")
+    assert problems == ["[Errno 116] Stale file handle", "[Errno 5] Input/output error"]
+
+
+def test_a_folder_that_is_missing_as_a_whole_is_a_single_problem(tiny, listed, tmp_path):
+    root, flags = listed
+    shutil.rmtree(root)
+    assert check(tiny(*flags, "data.on_error=skip"), tmp_path / "run")[0].startswith(f"there is no {root}/train.csv or")
 
 
 def test_a_config_that_contradicts_itself_is_an_error_of_its_own(tiny, tmp_path):

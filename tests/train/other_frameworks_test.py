@@ -111,7 +111,7 @@ def test_a_data_set_of_hugging_face_gives_the_images_that_it_was_made_of(make, d
     with pytest.raises(UserError, match="an Image and a ClassLabel are needed"):
         as_source(without)
     coarse = of("train").add_column("coarse", [0] * 90).cast_column("coarse", datasets.ClassLabel(names=["a", "b"]))
-    with pytest.raises(UserError, match="have several columns of ClassLabel: digit, coarse. Keep the one to use"):
+    with pytest.raises(UserError, match=r"have several columns of ClassLabel: digit, coarse\. Keep the one to use"):
         as_source(coarse)
     rows = [{"picture": None, "digit": 1}, {"picture": Image.new("RGB", (8, 8)), "digit": None}]
     broken = as_source(datasets.Dataset.from_list(rows, features=features))
