@@ -18,6 +18,10 @@ class BrokenImageError(ValueError):
     """An image whose bytes are broken; the message says why, and the caller adds which image it is."""
 
 
+class RaisedError(BrokenImageError):
+    """An example whose data set object raised; `__cause__` is what it raised."""
+
+
 # An encoded image, its pixels [height, width, 1 or 3] uint8, or why it could not be read.
 Encoded = bytes | np.ndarray | BrokenImageError
 

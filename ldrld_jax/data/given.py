@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldrld_jax.data.decode import BrokenImageError, pixels
+from ldrld_jax.data.decode import BrokenImageError, RaisedError, pixels
 from ldrld_jax.data.source import Source
 from ldrld_jax.errors import UserError
 
@@ -89,7 +89,9 @@ class ItemRecords:
         try:
             item = self.items[index]
         except Exception as error:  # of the user's code; what reads the record raises or skips it
-            return {"image": BrokenImageError(f"{type(error).__name__}: {error}"), "label": 0}
+            broken = RaisedError(f"{type(error).__name__}: {error}")
+            broken.__cause__ = error
+            return {"image": broken, "label": 0}
         return _record(item, self.name(index))
 
     def name(self, index: int) -> str:
@@ -217,7 +219,7 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
         raise UserError(f"the {title} have no examples.")
     first, label = (_record(data[0], f"{title}[0]")[key] for key in ("image", "label"))
     if isinstance(first, BrokenImageError):
-        raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.")
+        raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.") from first.__cause__
     names = getattr(data, "class_names", None) or getattr(data, "classes", None)
     if isinstance(names, Mapping):  # from names to labels, in any order
         names = sorted(names, key=names.__getitem__)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 
 from ldrld_jax.data.augment import generator
-from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.decode import BrokenImageError, RaisedError
 from ldrld_jax.data.views import AsStored, View
 from ldrld_jax.errors import UserError
 
@@ -108,6 +108,8 @@ class Source:
         labels = np.full((len(records), *self.label_shape), -1, np.int32)
         for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
             try:
+                if isinstance(record["image"], BrokenImageError):
+                    raise record["image"]
                 label = self._checked(record["label"])
                 image = view(record["image"], generator(*key, index) if view.random else None)
                 check_dtype(image.dtype, self.dtype)
@@ -135,10 +137,13 @@ class Source:
         """Skips a broken image, see `skip`.
 
         Raises:
-          UserError: if `on_error` is "raise", or too many are broken.
+          UserError: if `on_error` is "raise", or too many are broken; instead of one of a user's data set that raised,
+            what it raised.
         """
         name = self.records.name(index)
         if self.on_error == "raise":
+            if isinstance(error, RaisedError) and error.__cause__ is not None:
+                raise error.__cause__  # the user's code is mended by its traceback
             raise UserError(f"{name} is broken: {error}. Repair or remove it, or set data.on_error=skip.") from error
         self.skip(index, name, str(error))
 

@@ -321,7 +321,7 @@ def test_an_example_that_raises_is_broken(caplog):
             return np.full((4, 4, 1), index, np.uint8), 1
 
     source = as_source(Data(), title="data")
-    with pytest.raises(UserError, match=r"data\[2\].*OSError: truncated"):
+    with pytest.raises(OSError, match="truncated"):  # as it was raised, with its traceback
         source.read(np.arange(4))
     images, labels = dataclasses.replace(source, on_error="skip", max_skipped=1.0).read(np.arange(4))
     assert labels.tolist() == [1, 1, -1, 1] and not images[2].any()
