@@ -101,18 +101,15 @@ class ItemRecords:
         return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])], np.int32)
 
     def listing(self) -> Iterator[str]:
-        """Yields the type and the number of examples, and the object's own fingerprint or, without one, some labels.
+        """Yields the type and the number of examples, and some labels.
 
         Images tell nothing: a data set object may augment them at random.
         """
         yield f"{type(self.items).__name__} {len(self)}"
-        if (own := getattr(self.items, "_fingerprint", None)) is not None:
-            yield own
-        else:
-            yield " ".join(
-                str(np.asarray(record["label"]).tolist())
-                for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT))
-            )
+        yield " ".join(
+            str(np.asarray(record["label"]).tolist())
+            for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +129,16 @@ class HuggingFaceRecords(ItemRecords):
             {"image": BrokenImageError("its label is missing") if label is None else _bytes(image), "label": label or 0}
             for image, label in zip(rows[self.image], rows[self.label], strict=True)
         ]
+
+    def listing(self) -> Iterator[str]:
+        """Yields digests of the labels and of some images; the object's own fingerprint changes as its files move."""
+        yield f"{type(self.items).__name__} {len(self)}"
+        yield hashlib.sha256(self.labels().tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT)):
+            image = record["image"]
+            digest.update(image if isinstance(image, bytes) else str(image).encode())
+        yield digest.hexdigest()
 
     def labels(self) -> np.ndarray:
         labels = self.items.select_columns([self.label])[:][self.label]
@@ -159,6 +166,8 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
     """
     if isinstance(data, Source):
         return data
+    if num_classes is not None and not isinstance(num_classes, int | np.integer):
+        raise UserError(f"num_classes must be a whole number, got {num_classes!r}.")
     if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "__getitem__") for part in data):
         return _of_arrays(*data, num_classes=num_classes, title=title)
     if hasattr(data, "features") and hasattr(data, "cast_column"):
@@ -220,7 +229,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     first, label = (_record(data[0], f"{title}[0]")[key] for key in ("image", "label"))
     if isinstance(first, BrokenImageError):
         raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.") from first.__cause__
-    names = getattr(data, "class_names", None) or getattr(data, "classes", None)
+    given = (getattr(data, name, None) for name in ("class_names", "classes"))
+    names: Any = next((each for each in given if isinstance(each, Mapping | Sequence | np.ndarray) and len(each)), None)
     if isinstance(names, Mapping):  # from names to labels, in any order
         names = sorted(names, key=names.__getitem__)
     count = getattr(data, "num_classes", num_classes)

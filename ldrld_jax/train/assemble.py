@@ -130,7 +130,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
     if isinstance(teacher, HostTeacher):
         config.teacher.model = f"<{teacher.shown}>"
         return teacher
-    if teacher == "ema":
+    if isinstance(teacher, str) and teacher == "ema":
         config.teacher.model = "ema"
         return None
     if isinstance(teacher, str | pathlib.PurePath):
@@ -266,6 +266,11 @@ def check_observers(
     writers: Sequence[LineWriter], callbacks: Sequence[Callback], metrics: Mapping[str, Metric]
 ) -> None:
     """Raises a UserError if a run cannot call one of them, or a metric has the name of one that each run measures."""
+    for given, what in ((writers, "writers"), (callbacks, "callbacks")):
+        if not isinstance(given, list | tuple):
+            raise UserError(f"{what} must be a list, got {type(given).__name__}. Give [{type(given).__name__}(...)].")
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise UserError("metrics must be a dict from names to functions, {'name': function}.")
     for name, metric in metrics.items():
         if not callable(metric):
             raise UserError(f"the metric {name!r} must be a function of (logits, labels, where), got {metric!r}.")

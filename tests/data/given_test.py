@@ -340,3 +340,12 @@ def test_classes_by_name_are_in_the_order_of_their_labels():
         classes = {"z": 2, "a": 0, "b": 1}  # noqa: RUF012
 
     assert as_source(Data([(np.zeros((4, 4, 1), np.uint8), 2)])).class_names == ("a", "b", "z")
+
+
+@pytest.mark.parametrize("names", [np.array(["cat", "dog"]), 2])
+def test_names_of_classes_may_be_an_array_and_a_number_of_them_is_none(names):
+    class Data(list):
+        classes, num_classes = names, 2
+
+    expected = ("cat", "dog") if isinstance(names, np.ndarray) else ("0", "1")
+    assert as_source(Data([(np.zeros((4, 4, 1), np.uint8), 1)])).class_names == expected

@@ -85,6 +85,10 @@ WRONG = {
     ),
     "no optimizer": (dict(optimizer=3), "the optimizer must be one of optax"),
     "no writer": (dict(writers=[3]), "a writer must have write"),
+    "a writer without a list": (dict(writers=np), "writers must be a list, got module"),
+    "a metric without a name": (dict(metrics=[print]), "metrics must be a dict from names to functions"),
+    "an array as a teacher": (dict(teacher=np.zeros((64, 10))), "a model must be an nnx.Module"),
+    "a fraction of classes": (dict(num_classes=10.0), "num_classes must be a whole number, got 10.0"),
     "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
     "an unknown key": (dict(config={"data.maen": 1.0}), "Did you mean 'data.mean'"),
     "logits of other classes": (

@@ -99,6 +99,8 @@ def test_a_data_set_of_hugging_face_gives_the_images_that_it_was_made_of(make, d
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"])))[..., :1], digits["train"][0][7])
     assert fingerprint(source) == fingerprint(as_source(of("train")))
     assert fingerprint(source) != fingerprint(as_source(of("train").select(range(1, 90))))
+    moved = of("train").map(lambda row: row)  # another fingerprint of its own, as of a file that is touched
+    assert fingerprint(source) == fingerprint(as_source(moved.cast(features)))
     student = (lambda w, images, train: images.reshape(len(images), -1) @ w, np.zeros((192, 10), np.float32))
     keys = {"data.crop_size": 8, "data.resize_size": 8}
     common = dict(student=student, teacher=None, method="ce", config=keys)
