@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,9 @@ def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
 
         def masked(call, args, kwargs, context):
             norm = isinstance(context.module, flax.linen.BatchNorm) and context.method_name == "__call__"
-            if norm and train and where is not None and kwargs.get("mask") is None:
+            # A user's normalisation need not take a mask, and gets one where it calls Flax's.
+            masks = norm and "mask" in inspect.signature(context.orig_method).parameters
+            if masks and train and where is not None and kwargs.get("mask") is None:
                 kwargs = {**kwargs, "mask": example_mask(args[0], where)}
             return call(*args, **kwargs)
 

@@ -6,7 +6,9 @@ and everything outside (optimizer, checkpoints, shardings) stays plain JAX.
 
 import contextlib
 import contextvars
+import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +33,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     variable that is no `nnx.Param`, except for random streams: those are derived from `key` in each call.
 
     The model is switched by `train()` and `eval()`. It is called with `train` and `where` if it takes them. Each
-    `nnx.BatchNorm` inside it leaves out the examples that `where` `[N]` masks.
+    `nnx.BatchNorm` inside it, or class derived from that, leaves out the examples that `where` `[N]` masks.
 
     Example:
       >>> from ldrld_jax.models import create_model
@@ -41,11 +43,11 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
       ((2, 10), (3, 3, 16, 16))
     """
     modules = [module for _, module in nnx.iter_modules(model)]
-    if any(type(module) is nnx.BatchNorm for module in modules):
+    if any(isinstance(module, nnx.BatchNorm) for module in modules):
         model = nnx.clone(model)
         for _, module in nnx.iter_modules(model):
-            if type(module) is nnx.BatchNorm:
-                module.__class__ = _MaskedBatchNorm
+            if isinstance(module, nnx.BatchNorm):
+                module.__class__ = _masked_class(type(module))
     switched = any(hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
     takes = call_options(type(model).__call__)
     graph, params_state, other_state, streams = _split(model)
@@ -155,6 +157,17 @@ class _MaskedBatchNorm(nnx.BatchNorm):
         if mask is None and where is not None:
             mask = example_mask(x, where)
         return super().__call__(x, use_running_average, mask=mask)
+
+
+@functools.cache  # JAX keeps each class of modules that there ever was
+def _masked_class(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """Returns a class of normalisations, Flax's own or a user's, derived from `_MaskedBatchNorm` as well.
+
+    A user's class comes first: what it calls as `super().__call__` is then the masked one.
+    """
+    if issubclass(_MaskedBatchNorm, kind):
+        return _MaskedBatchNorm
+    return types.new_class(kind.__name__, (kind, _MaskedBatchNorm))
 
 
 def _streams(streams: Any, key: jax.Array | None) -> Any:
