@@ -48,7 +48,9 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
                 module.__class__ = _masked_class(type(module))
-    switched = any(hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
+    switches = [getattr(type(model), name) is not getattr(nnx.Module, name) for name in ("train", "eval")]
+    named = (hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
+    switched = any(switches) or any(named)  # a model with nothing to switch is traced faster without
     takes = call_options(type(model).__call__)
     graph, params_state, other_state, streams = _split(model)
 

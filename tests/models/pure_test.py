@@ -1,7 +1,8 @@
-"""Models of any library as pure functions: with padding left out."""
+"""Models of any library as pure functions: in the mode of the call, and with padding left out."""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,6 +10,35 @@ from flax import nnx
 from ldrld_jax.models.pure import pure
 
 IMAGES = np.ones((2, 3), np.float32)
+
+
+class Switched(nnx.Module):
+    """Has modes of its own, and no layer that Flax would switch."""
+
+    def __init__(self):
+        self.training = None
+
+    def train(self, **attributes):
+        self.training = True
+
+    def eval(self, **attributes):
+        self.training = False
+
+    def __call__(self, x):
+        return jnp.full(len(x), self.training)
+
+
+MODELS = {
+    "NNX with train() and eval()": Switched,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_called_in_the_mode_of_the_pass(name):
+    model = pure(MODELS[name]())
+    for train in (True, False):
+        found, _ = model.apply(model.params, model.batch_stats, IMAGES, train=train)
+        assert found.tolist() == [train, train]
 
 
 class Derived(nnx.BatchNorm):
