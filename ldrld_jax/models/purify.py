@@ -9,7 +9,7 @@ import contextvars
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     switches = [getattr(type(model), name) is not getattr(nnx.Module, name) for name in ("train", "eval")]
     named = (hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
     switched = any(switches) or any(named)  # a model with nothing to switch is traced faster without
-    takes = call_options(type(model).__call__)
+    takes = call_options(type(model).__call__, parts=list(_calls(modules)))
     graph, params_state, other_state, streams = _split(model)
 
     def apply(params, batch_stats, images, *, train, where=None, key=None):
@@ -64,6 +64,15 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
 
     params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in (params_state, other_state))
     return apply, params, batch_stats
+
+
+def _calls(modules: Sequence[nnx.Module]) -> Iterator[Callable[..., Any]]:
+    """Yields the functions by which modules, and Linen's inside them, are called."""
+    for module in modules:
+        if callable(module):
+            yield type(module).__call__
+        if isinstance(module, nnx.bridge.ToNNX):
+            yield type(module.to_nnx__module).__call__
 
 
 def is_random(model: nnx.Module) -> bool:
@@ -102,22 +111,45 @@ def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
             )
 
 
-def call_options(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def call_options(
+    function: Callable[..., Any], parts: Sequence[Callable[..., Any]] = ()
+) -> Callable[..., dict[str, Any]]:
     """Returns `options(train=, where=, key=)`: the keyword arguments among them that a model's function takes.
 
-    A model that takes `training` or `is_training` gets `train`, and one that takes `deterministic` its opposite.
+    A model that takes `training` or `is_training` gets `train`, and one that takes `deterministic` its opposite. One
+    that takes `**options` and names no mode passes them on, and gets the mode by the name that its parts have for it.
+
+    Args:
+      function: called with the options.
+      parts: what `**options` may be passed on to; empty if that is not known, and `train` is the name then.
 
     Example:
       >>> call_options(lambda x, *, deterministic: x)(train=True, where=None)
       {'deterministic': False}
+      >>> call_options(lambda x, **options: x, parts=[lambda x, training: x])(train=True)
+      {'training': True}
     """
-    takes = inspect.signature(function).parameters
+    takes = _named(function)
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds and not takes & {*_MODES, "deterministic"}:
+        # Not by "deterministic": Flax's own layers have it, and train() and eval() switch them.
+        names = set().union(*map(_named, parts)) if parts else {"train"}
+        takes |= {name for name in _MODES if name in names}
 
     def options(*, train: bool, where: jax.Array | None = None, key: jax.Array | None = None) -> dict[str, Any]:
-        known = {"train": train, "training": train, "is_training": train, "deterministic": not train}
-        return {name: value for name, value in (known | {"where": where, "key": key}).items() if name in takes}
+        known = dict.fromkeys(_MODES, train) | {"deterministic": not train, "where": where, "key": key}
+        return {name: value for name, value in known.items() if name in takes}
 
     return options
+
+
+_MODES = "train", "training", "is_training"
+
+
+def _named(function: Callable[..., Any]) -> set[str]:
+    """Returns the names of a function's parameters, without that of its `**options`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 _where: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("where", default=None)

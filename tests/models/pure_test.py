@@ -7,9 +7,38 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ldrld_jax.errors import UserError
 from ldrld_jax.models.pure import pure
 
 IMAGES = np.ones((2, 3), np.float32)
+
+
+class Inner(nn.Module):
+    """Returns 1 in training."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.full(len(x), train) + self.param("zero", nn.initializers.zeros, ())
+
+
+class Wrapped(nn.Module):
+    inner: nn.Module
+
+    def __call__(self, *arguments, **options):
+        return self.inner(*arguments, **options)
+
+
+class InnerNNX(nnx.Module):
+    def __call__(self, x, *, train=False):
+        return jnp.full(len(x), train)
+
+
+class WrappedNNX(nnx.Module):
+    def __init__(self):
+        self.inner = InnerNNX()
+
+    def __call__(self, *arguments, **options):
+        return self.inner(*arguments, **options)
 
 
 class Switched(nnx.Module):
@@ -28,7 +57,26 @@ class Switched(nnx.Module):
         return jnp.full(len(x), self.training)
 
 
+def wrapped() -> tuple[nn.Module, dict]:
+    module = Wrapped(Inner())
+    return module, module.init(jax.random.key(0), IMAGES)
+
+
+class Training(nnx.Module):
+    def __call__(self, x, *, training=False):
+        return jnp.full(len(x), training)
+
+
 MODELS = {
+    "function": lambda: (lambda v, x, **options: v["w"] + options["train"], {"w": np.zeros(2, np.float32)}),
+    "function with the name of a mode": lambda: (
+        lambda v, x, deterministic, **options: v["w"] + (not deterministic) + len(options),
+        {"w": np.zeros(2, np.float32)},
+    ),
+    "Linen": wrapped,
+    "NNX": WrappedNNX,
+    "NNX within Flax's own": lambda: nnx.Sequential(Training(), jnp.logical_not, jnp.logical_not),
+    "Linen within NNX": lambda: nnx.bridge.ToNNX(Inner(), rngs=nnx.Rngs(0)).lazy_init(IMAGES),
     "NNX with train() and eval()": Switched,
 }
 
@@ -39,6 +87,25 @@ def test_a_model_is_called_in_the_mode_of_the_pass(name):
     for train in (True, False):
         found, _ = model.apply(model.params, model.batch_stats, IMAGES, train=train)
         assert found.tolist() == [train, train]
+
+
+def test_layers_that_know_no_mode_get_none():
+    """Flax's own containers take options of any name, and pass them on to their first layer."""
+    model = pure(nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+    found, _ = model.apply(model.params, {}, IMAGES, train=True, key=jax.random.key(0))
+    assert (np.asarray(found) == 0).any()
+    module = nn.Sequential([nn.Dense(3)])
+    model = pure((module, module.init(jax.random.key(0), IMAGES)))
+    assert model.apply(model.params, {}, IMAGES, train=True)[0].shape == (2, 3)
+
+
+def test_the_apply_of_a_linen_module_is_refused_for_the_module():
+    module, variables = wrapped()
+    for function in (module.apply, jax.jit(module.apply)):
+        with pytest.raises(
+            UserError, match=r"method apply of the Linen module Wrapped, .* Give .*: \(module, variables\)"
+        ):
+            pure((function, variables))
 
 
 class Derived(nnx.BatchNorm):
