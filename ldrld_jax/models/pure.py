@@ -53,7 +53,7 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
       batch_norm_groups: see `BatchNorm.groups`; only this package's batch normalisation has groups.
 
     Raises:
-      UserError: if it is none of these.
+      UserError: if it is none of these, or has variables that no run can keep.
 
     Example:
       >>> apply = lambda variables, images, train: images.reshape(len(images), -1) @ variables["w"]
@@ -165,5 +165,19 @@ def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
 
 
 def _copied(tree: Tree) -> Tree:
-    """Copies arrays to the host: a training state's buffers are given away, and the user's must stay."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf), tree)
+    """Copies arrays to the host: a training state's buffers are given away, and the user's must stay.
+
+    Raises:
+      UserError: if one is a key of `jax.random.key`.
+    """
+
+    def copied(path: Any, leaf: Any) -> Any:
+        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            raise UserError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} of the model is a key of jax.random.key, "
+                "which no checkpoint holds. Draw from nnx.Rngs or Linen's make_rng, or keep "
+                "jax.random.key_data(key) in its place."
+            )
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf)
+
+    return jax.tree_util.tree_map_with_path(copied, tree)

@@ -279,15 +279,20 @@ def _check_images(config: ConfigDict, source: Readable) -> None:
 
 
 def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation, trained: Any) -> None:
-    """Raises a UserError if an optimizer cannot be initialised and updated as a step does it."""
+    """Raises a UserError if an optimizer cannot be initialised, updated and saved as a run does it."""
     try:
-        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
+        _, state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step calls, "
             "traced, init(parameters) and update(gradients, state, parameters) on a pair: the student's parameters and "
             "those that a method learns."
         ) from error
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise UserError(
+            f"the state of optim.name={config.optim.name} has a key of jax.random.key, which no checkpoint holds. Choose "
+            "another optimizer, or keep jax.random.key_data(key) in the state."
+        )
 
 
 def _check_average(config: ConfigDict, variables: Variables) -> None:

@@ -108,6 +108,16 @@ def test_the_apply_of_a_linen_module_is_refused_for_the_module():
             pure((function, variables))
 
 
+class Keyed(nnx.Module):
+    def __init__(self):
+        self.noise = nnx.Variable(jax.random.key(0))
+
+
+def test_a_key_among_the_variables_is_refused_by_name():
+    with pytest.raises(UserError, match=r"^noise of the model is a key of jax\.random\.key, which no checkpoint holds"):
+        pure(Keyed())
+
+
 class Derived(nnx.BatchNorm):
     pass
 
