@@ -106,8 +106,7 @@ def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
         if bad:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use another "
-                "checkpoint."
+                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use other weights."
             )
 
 

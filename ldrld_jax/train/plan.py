@@ -23,6 +23,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.models import MODELS
+from ldrld_jax.models.purify import check_finite
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import batch_norm_groups, open_input
@@ -194,6 +195,8 @@ class Run:
             )
         elif config.student.checkpoint is not None:
             _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
+        elif config.student.model not in MODELS:  # a user's weights, not random ones
+            check_finite(variables.params, {}, f"the student {config.student.model}")
         return network, variables
 
     def look(self) -> None:
@@ -290,8 +293,8 @@ def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation
         ) from error
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
         raise UserError(
-            f"the state of optim.name={config.optim.name} has a key of jax.random.key, which no checkpoint holds. Choose "
-            "another optimizer, or keep jax.random.key_data(key) in the state."
+            f"the state of optim.name={config.optim.name} has a key of jax.random.key, which no checkpoint holds. "
+            "Choose another optimizer, or keep jax.random.key_data(key) in the state."
         )
 
 
