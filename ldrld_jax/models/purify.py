@@ -106,7 +106,8 @@ def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
         if bad:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use other weights."
+                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use other "
+                "weights."
             )
 
 
@@ -218,23 +219,23 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
     return jax.tree_util.tree_map_with_path(renewed, streams)
 
 
-def last_layer_path(params: Tree, classes: int) -> tuple[str, ...]:
-    """Returns the path of a network's last layer, which has its only matrix with a column for each class.
+def last_matrix_path(params: Tree, classes: int) -> tuple[str, ...]:
+    """Returns the path of a network's last matrix, the only one with a column for each class.
 
     Raises:
       UserError: if there is no such matrix, or several.
 
     Example:
-      >>> last_layer_path({"conv": {"kernel": np.zeros((3, 3, 1, 4))}, "fc": {"kernel": np.zeros((4, 10))}}, 10)
-      ('fc',)
+      >>> last_matrix_path({"conv": {"kernel": np.zeros((3, 3, 1, 4))}, "fc": {"kernel": np.zeros((4, 10))}}, 10)
+      ('fc', 'kernel')
     """
-    kernels = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
-    if len(kernels) != 1:
+    matrices = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
+    if len(matrices) != 1:
         raise UserError(
-            f"the last layer must be the only matrix of {classes} columns, and the network has {len(kernels)}. Choose "
+            f"the last layer must be the only matrix of {classes} columns, and the network has {len(matrices)}. Choose "
             "another model, method or checkpoint."
         )
-    return kernels[0][:-1]
+    return matrices[0]
 
 
 def _str_keys(tree: Any) -> Any:

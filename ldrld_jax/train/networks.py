@@ -20,7 +20,7 @@ from ldrld_jax.interop.hub import is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import MODELS, create_model, outline, own_model
 from ldrld_jax.models.pure import Pure, pure
-from ldrld_jax.models.purify import check_finite, last_layer_path
+from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
@@ -139,7 +139,7 @@ class Networks:
         Raises:
           UserError: see `restore`.
         """
-        head = last_layer_path(variables.params, self.num_classes)
+        head = last_matrix_path(variables.params, self.num_classes)[:-1]
         kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
         place = epath.Path(path)
         if not is_folder(path):

@@ -13,7 +13,7 @@ import optax
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
-from ldrld_jax.models.purify import last_layer_path
+from ldrld_jax.models.purify import last_matrix_path
 from ldrld_jax.train.objective import Objective, at_least_float32
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
@@ -382,10 +382,10 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
       >>> last_layer(Variables(params, {}), 10).shape
       (10, 4)
     """
-    layer = variables.params
-    for name in last_layer_path(layer, classes):
-        layer = layer[name]
-    return layer["kernel"].T
+    matrix = variables.params
+    for name in last_matrix_path(matrix, classes):
+        matrix = matrix[name]
+    return matrix.T
 
 
 def _rows(batch: Batch, views: int) -> Batch:

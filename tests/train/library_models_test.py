@@ -35,3 +35,7 @@ def test_weights_that_are_not_finite_from_the_start_are_named(make, tmp_path):
     ):
         make(student=student).fit()
     assert not list(tmp_path.iterdir())
+
+
+def test_wkd_takes_a_last_layer_of_any_name(make):
+    assert make(method="wkd", epochs=1).fit().summary["steps"] == 3
