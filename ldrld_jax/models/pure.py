@@ -172,7 +172,7 @@ def _copied(tree: Tree) -> Tree:
     """
 
     def copied(path: Any, leaf: Any) -> Any:
-        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise UserError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} of the model is a key of jax.random.key, "
                 "which no checkpoint holds. Draw from nnx.Rngs or Linen's make_rng, or keep "

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,20 +17,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.code import is_code
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.models import MODELS
-from ldrld_jax.models.purify import check_finite
+from ldrld_jax.models.purify import check_finite, last_matrix_path
+from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import batch_norm_groups, open_input
-from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
+from ldrld_jax.train.shapes import Forward, check_evaluation, check_training
 from ldrld_jax.train.state import Placement, TrainState, Variables, trainable
 from ldrld_jax.train.step import Network
 
@@ -41,6 +43,7 @@ class Run:
     """The parts of a run whose config has been checked; nothing is on disk or on a device yet.
 
     Attributes:
+      forwards: the evaluations of `networks_used`.
       warnings: lines on what is odd and does not stop the run; its summary repeats them.
     """
 
@@ -51,6 +54,7 @@ class Run:
     batches: TrainBatches
     objective: Objective
     given: Given = NOTHING
+    forwards: tuple[Forward, ...] = ()
     warnings: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
@@ -102,10 +106,14 @@ class Run:
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
         optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
+        run = dataclasses.replace(run, forwards=tuple(run.check_evaluation(*fed) for fed in run.networks_used))
+        if config.student.model not in MODELS:
+            check_training(config.student.model, network, variables, source, masked=padded)
         _check_optimizer(config, optimizer, trainable(variables, objective.init()))
         _check_average(config, variables)
-        if config.student.model in given.models or is_code(config.student.model) or source.label_shape:
-            run.check_model(config.student.model, network, variables)
+        if objective.needs_last_layer:
+            for teacher in run.forwards[1:]:
+                last_matrix_path(teacher.params, len(source.class_names))
         return run
 
     @property
@@ -125,30 +133,35 @@ class Run:
         """The factory of networks for the run's data."""
         return Networks.of(self.batches.source, self.config.precision, self.given.models)
 
-    def check_model(self, name: str, network: Network, variables: Variables) -> None:
-        """Traces a model on the shapes of both splits.
+    @property
+    def networks_used(self) -> list[tuple[str, ConfigDict]]:
+        """The models that the step runs, the student first, each with the block that says how images are fed to it."""
+        config, found = self.config, [(self.config.student.model, self.config.data)]
+        if not self.objective.methods or config_lib.teaches_itself(config) or self.teacher_is_outside:
+            return found
+        models, given = config_lib.teacher_models(config), config.teacher.checkpoint or ""
+        paths = [given] if len(models) == 1 else given.split(",")
+        for model, path in itertools.zip_longest(models, paths[: len(models)], fillvalue=""):
+            saved = read_config(path) if path and is_folder(path) else None  # fed as that run was
+            found.append((model, config.teacher.data if saved is None else ConfigDict(saved["data"])))
+        return found
+
+    @property
+    def teacher_is_outside(self) -> bool:
+        """Whether the teacher is a function on the host or a file of logits, which no program runs."""
+        return config_lib.teaches_from_file(self.config) or self.given.host_teacher(self.config) is not None
+
+    def check_evaluation(self, model: str, data: ConfigDict) -> Forward:
+        """Traces the evaluation of a model on both splits, and returns that of the training images.
 
         Raises:
-          UserError: if it fails there, or returns anything but logits `[n, C]`, `[n, ..., C]` for several labels each.
+          UserError: if it fails, or returns anything but logits.
         """
-        for source in (self.batches.source, self.eval_source):
-            self._check_model(name, network, variables, source)
-
-    def _check_model(self, name: str, network: Network, variables: Variables, source: Readable) -> None:
-        images = jax.ShapeDtypeStruct((2, *source.image_shape), source.dtype)
-        try:
-            logits, _ = jax.eval_shape(lambda v, x: network(v, x, train=False), variables, images)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"the model {name} fails on images {images.shape} {images.dtype}: {' '.join(str(error).split())}"
-            ) from error
-        classes, labels = len(source.class_names), f" and labels [n, {', '.join(map(str, source.label_shape))}]"
-        if getattr(logits, "shape", None) != (2, *source.label_shape, classes):
-            raise UserError(
-                f"the model {name} returns {getattr(logits, 'shape', type(logits).__name__)} for 2 images, and must "
-                f"return logits {(2, *source.label_shape, classes)}: the data have {classes} classes"
-                f"{labels if source.label_shape else ''}."
-            )
+        train, evaluation = self.batches.source, self.eval_source
+        forward = check_evaluation(self.networks, model, data.image_size, train)
+        if tuple(train.image_shape) != tuple(evaluation.image_shape) or train.label_shape != evaluation.label_shape:
+            check_evaluation(self.networks, model, data.image_size, evaluation)
+        return forward
 
     @functools.cached_property
     def data_note(self) -> dict[str, Any]:
