@@ -267,6 +267,8 @@ def check_observers(
 ) -> None:
     """Raises a UserError if a run cannot call one of them, or a metric has the name of one that each run measures."""
     for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise UserError(f"the name of a metric must be text, got {name!r}.")
         if not callable(metric):
             raise UserError(f"the metric {name!r} must be a function of (logits, labels, where), got {metric!r}.")
         if name in MEASURED:

@@ -31,7 +31,7 @@ from ldrld_jax.train.input import batch_norm_groups, open_input
 from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
-from ldrld_jax.train.shapes import Forward, check_evaluation, check_training
+from ldrld_jax.train.shapes import Forward, check_evaluation, check_metrics, check_training
 from ldrld_jax.train.state import Placement, TrainState, Variables, trainable
 from ldrld_jax.train.step import Network
 
@@ -104,6 +104,9 @@ class Run:
         logit_store.check_classes(config, len(source.class_names))
         _check_images(config, source)
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
+        rows = -(-config.batch_size // batches.divisor) * batches.divisor // config.accumulate * objective.views
+        check_metrics(given.metrics, rows, source, config.precision, masked=padded)
+        check_metrics(given.metrics, config.eval_batch_size, eval_source, config.precision)
         optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
         run = dataclasses.replace(run, forwards=tuple(run.check_evaluation(*fed) for fed in run.networks_used))

@@ -1,7 +1,8 @@
-"""Checks of what a run is given by tracing it on shapes, before anything is computed."""
+"""Checks of what a run is given by tracing it on shapes, before anything is computed: models and metrics."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.models.table import traced
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.state import Variables
-from ldrld_jax.train.step import Network
+from ldrld_jax.train.step import Metric, Network
 
 _IMAGES = 2  # in a traced pass: with one, a shape that lacks the axis of the examples could be taken for logits
 
@@ -140,6 +141,45 @@ def _check_logits(model: str, returns: str, logits: Any, source: Readable) -> No
         f"the model {model} {returns} {shown} for {_IMAGES} images, and must return logits {wanted}: the data have "
         f"{wanted[-1]} classes{labels}."
     )
+
+
+def check_metrics(
+    metrics: Mapping[str, Metric],
+    rows: int,
+    source: Readable,
+    precision: str,
+    *,
+    masked: bool = True,
+) -> None:
+    """Traces a user's metrics.
+
+    Args:
+      metrics: by name.
+      rows: of a batch.
+      source: the split.
+      precision: of the run.
+      masked: whether batches have a mask.
+
+    Raises:
+      UserError: if one fails, or returns anything but a real number, integer or boolean for each label.
+    """
+    labels = jax.ShapeDtypeStruct((rows, *source.label_shape), jnp.int32)
+    dtype = jnp.float64 if precision == "float64" else jnp.float32
+    logits = jax.ShapeDtypeStruct((*labels.shape, len(source.class_names)), dtype)
+    where = jax.ShapeDtypeStruct(labels.shape, bool) if masked else None
+    for name, metric in metrics.items():
+        given = f"logits {logits.shape}, labels {labels.shape} and {'a mask' if masked else 'where=None'}"
+        try:
+            found = jax.eval_shape(metric, logits, labels, where)
+        except Exception as error:
+            raise UserError(f"the metric {name!r} fails on {given}: {_cause(error)}") from error
+        real = (jnp.floating, jnp.integer, jnp.bool)
+        if getattr(found, "shape", None) != labels.shape or not any(jnp.issubdtype(found.dtype, kind) for kind in real):
+            shown = _form(found) if hasattr(found, "shape") else type(found).__name__
+            raise UserError(
+                f"the metric {name!r} returns {shown} for {given}, and must return a real number, an integer or a "
+                f"boolean for each label, {labels.shape}. The run takes the mean."
+            )
 
 
 def _form(array: Any) -> str:

@@ -1,4 +1,4 @@
-"""Models that `ldrld_jax.Trainer` is given: what they may hold and return, looked at before training."""
+"""Models and metrics that `ldrld_jax.Trainer` is given: what they may hold and return, looked at before training."""
 
 import flax.linen as nn
 import jax
@@ -203,3 +203,52 @@ def test_a_mask_of_minus_infinity_is_kept_and_stops_no_run(make):
 
 def test_wkd_takes_a_last_layer_of_any_name(make):
     assert make(method="wkd", epochs=1).fit().summary["steps"] == 3
+
+
+METRICS = {
+    "a column": (lambda z, y, where: z.max(-1, keepdims=True), r"returns float32 \(40, 1\) for logits \(40, 10\)"),
+    "a mean": (lambda z, y, where: z.mean(), r"returns float32 \(\) for logits \(40, 10\), labels \(40,\) and a mask"),
+    "a number of Python": (lambda z, y, where: 1.0, r"returns float32 \(\) for .* for each label, \(40,\)"),
+    "nothing": (lambda z, y, where: None, "returns NoneType for "),
+    "logits": (lambda z, y, where: z, r"returns float32 \(40, 10\) for "),
+    "complex numbers": (lambda z, y, where: 1j * z.max(-1), r"returns complex64 \(40,\) for "),
+    "two arguments": (
+        lambda z, y: z,
+        r"fails on logits \(40, 10\), .* takes 2 positional arguments but 3 were given\.$",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", METRICS)
+def test_a_metric_that_has_no_number_for_each_label_is_one_line_before_anything_is_trained(make, tmp_path, wrong):
+    metric, message = METRICS[wrong]
+    with pytest.raises(UserError, match=f"^the metric 'own' {message}") as error:
+        make(metrics={"own": metric}).fit()
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_is_traced_without_a_mask_where_batches_have_none(make):
+    masked = {"kept": lambda logits, labels, where: where * 1.0}
+    with pytest.raises(UserError, match=r"^the metric 'kept' fails on .* labels \(45,\) and where=None: TypeError"):
+        make(metrics=masked, batch_size=45).fit()
+
+
+def test_a_metric_for_each_text_is_refused_also_where_a_text_has_as_many_labels_as_there_are_texts(make):
+    tokens = np.arange(64).reshape(8, 8) % 10
+    student = lambda v, x, train: v["w"][x], weights()
+    data = dict(train=(tokens, tokens), evaluation=(tokens, tokens), num_classes=10, batch_size=8)
+    with pytest.raises(UserError, match=r"^the metric 'text' returns float32 \(8,\) .* for each label, \(8, 8\)"):
+        metrics = {"text": lambda logits, labels, where: logits.mean((1, 2))}
+        make(student=student, method="ce", teacher=None, metrics=metrics, **data).fit()
+
+
+def test_a_metric_that_is_given_to_an_evaluation_alone_is_looked_at_there(make):
+    make(epochs=1).fit()
+    with pytest.raises(UserError, match=r"^the metric 'own' returns float32 \(24, 1\) for logits \(24, 10\)"):
+        make(epochs=1, metrics={"own": METRICS["a column"][0]}).evaluate()
+
+
+def test_the_name_of_a_metric_is_text(make):
+    with pytest.raises(UserError, match=r"^the name of a metric must be text, got 1\.$"):
+        make(metrics={1: lambda logits, labels, where: labels})
