@@ -22,7 +22,7 @@ from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.plan import Run, batch_norm_groups
 from ldrld_jax.train.step import Network, make_eval_step
-from ldrld_jax.train.teacher import NetworkTeacher, Teacher, is_outside, outlined, weights_of
+from ldrld_jax.train.teacher import NetworkTeacher, Teacher, outlined, weights_of
 
 Tree = Any
 
@@ -67,7 +67,7 @@ def programs_of(run: Run) -> Iterator[Program]:
     config, mesh = run.config, run.mesh
     groups = batch_norm_groups(config)
     network, variables = run.networks.outline(config.student.model, config.data, batch_norm_groups=groups)
-    outside = is_outside(run)
+    outside = run.teacher_is_outside
     teacher = outlined(run, network) if run.objective.methods and not outside else None
     optimizer = run.make_optimizer()
     state = run.state_shapes(variables, optimizer)

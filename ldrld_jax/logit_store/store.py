@@ -19,7 +19,6 @@ import numpy as np
 import tensorstore as ts
 from ml_collections import ConfigDict
 
-from ldrld_jax.data.source import digest_of
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes
 from ldrld_jax.identity import flat
@@ -104,6 +103,7 @@ def make_key(
     *,
     classes: int,
     records: Any,
+    listing: str,
     augment_seed: int,
     label_shape: tuple[int, ...] = (),
     networks: Sequence[Any] = (),
@@ -116,6 +116,7 @@ def make_key(
       config: the run's resolved config.
       classes: number of classes.
       records: the training set, see `data.source.Records`.
+      listing: digest of its list, see `data.source.digest_of`.
       augment_seed: seed of the crops, mirrors and random views.
       label_shape: of an example's labels, see `data.source.Source`.
       networks: the teacher's networks, several for an ensemble.
@@ -132,7 +133,7 @@ def make_key(
         **({} if name is None else {"name": name}),
     }
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
-    data |= {"records": len(records), "images": checksum_of_images(records), "listing": digest_of(records)}
+    data |= {"records": len(records), "images": checksum_of_images(records), "listing": listing}
     key = {"format": 1, "dtype": config.logits.dtype, "classes": classes, "augment_seed": augment_seed}
     key["top_k"] = config.logits.top_k
     if label_shape:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.core
@@ -47,11 +48,12 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
         - `(apply, variables)` with any function `apply(variables, images, train=...)`, whose variables are any
           pytree; its floating-point arrays are trained. `apply` gets `where` and `key` if it takes them.
 
-        A model that takes `training`, `is_training` or `deterministic` gets those in place of `train`.
+        A model that takes `training`, `is_training` or `deterministic` gets those in place of `train`; one that takes
+        `**options` and none of these gets what the modules inside it take, or `train` if it shows none.
       batch_norm_groups: see `BatchNorm.groups`; only this package's batch normalisation has groups.
 
     Raises:
-      UserError: if it is none of these.
+      UserError: if it is none of these, or has variables that no run can keep.
 
     Example:
       >>> apply = lambda variables, images, train: images.reshape(len(images), -1) @ variables["w"]
@@ -66,6 +68,12 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
         return _of_linen(*model)
     if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+        function = inspect.unwrap(model[0], stop=inspect.ismethod)  # of a jitted one, say
+        if isinstance(module := getattr(function, "__self__", None), flax.linen.Module) and function == module.apply:
+            raise UserError(
+                f"a model is the method apply of the Linen module {type(module).__name__}, which would train all "
+                "collections and change none. Give the module itself: (module, variables)."
+            )
         return _of_function(*model)
     linen = " with its variables: (module, variables)" if isinstance(model, flax.linen.Module) else ""
     raise UserError(
@@ -94,14 +102,16 @@ def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
     if "params" not in variables:
         raise UserError(f"the variables of {type(module).__name__} have no 'params'. Give what module.init returned.")
     batch_stats = {name: tree for name, tree in variables.items() if name != "params"}
-    takes = call_options(type(module).__call__)
+    takes = call_options(type(module).__call__, parts=list(_calls_inside(module)))
 
     def apply(params, batch_stats, images, *, train, where=None, key=None):
         key = jax.random.key(0) if key is None else key
 
         def masked(call, args, kwargs, context):
             norm = isinstance(context.module, flax.linen.BatchNorm) and context.method_name == "__call__"
-            if norm and train and where is not None and kwargs.get("mask") is None:
+            # A user's normalisation need not take a mask, and gets one where it calls Flax's.
+            masks = norm and "mask" in inspect.signature(context.orig_method).parameters
+            if masks and train and where is not None and kwargs.get("mask") is None:
                 kwargs = {**kwargs, "mask": example_mask(args[0], where)}
             return call(*args, **kwargs)
 
@@ -121,6 +131,15 @@ def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
 
     # Whether a module draws shows only when it is run, and a key that nobody asks for costs nothing.
     return Pure(apply, _copied(variables["params"]), _copied(batch_stats), True, own)
+
+
+def _calls_inside(module: flax.linen.Module) -> Iterator[Callable[..., Any]]:
+    """Yields the functions by which the modules are called that a module is made of, as far as its fields show them."""
+    fields = [getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"]
+    for part in jax.tree.leaves(fields):
+        if isinstance(part, flax.linen.Module):
+            yield type(part).__call__
+            yield from _calls_inside(part)
 
 
 def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
@@ -146,5 +165,19 @@ def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
 
 
 def _copied(tree: Tree) -> Tree:
-    """Copies arrays to the host: a training state's buffers are given away, and the user's must stay."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf), tree)
+    """Copies arrays to the host: a training state's buffers are given away, and the user's must stay.
+
+    Raises:
+      UserError: if one is a key of `jax.random.key`.
+    """
+
+    def copied(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise UserError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} of the model is a key of jax.random.key, "
+                "which no checkpoint holds. Draw from nnx.Rngs or Linen's make_rng, or keep "
+                "jax.random.key_data(key) in its place."
+            )
+        return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf)
+
+    return jax.tree_util.tree_map_with_path(copied, tree)

@@ -6,8 +6,10 @@ and everything outside (optimizer, checkpoints, shardings) stays plain JAX.
 
 import contextlib
 import contextvars
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     variable that is no `nnx.Param`, except for random streams: those are derived from `key` in each call.
 
     The model is switched by `train()` and `eval()`. It is called with `train` and `where` if it takes them. Each
-    `nnx.BatchNorm` inside it leaves out the examples that `where` `[N]` masks.
+    `nnx.BatchNorm` inside it, or class derived from that, leaves out the examples that `where` `[N]` masks.
 
     Example:
       >>> from ldrld_jax.models import create_model
@@ -41,13 +43,15 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
       ((2, 10), (3, 3, 16, 16))
     """
     modules = [module for _, module in nnx.iter_modules(model)]
-    if any(type(module) is nnx.BatchNorm for module in modules):
+    if any(isinstance(module, nnx.BatchNorm) for module in modules):
         model = nnx.clone(model)
         for _, module in nnx.iter_modules(model):
-            if type(module) is nnx.BatchNorm:
-                module.__class__ = _MaskedBatchNorm
-    switched = any(hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
-    takes = call_options(type(model).__call__)
+            if isinstance(module, nnx.BatchNorm):
+                module.__class__ = _masked_class(type(module))
+    switches = [getattr(type(model), name) is not getattr(nnx.Module, name) for name in ("train", "eval")]
+    named = (hasattr(module, name) for module in modules for name in ("deterministic", "use_running_average"))
+    switched = any(switches) or any(named)  # a model with nothing to switch is traced faster without
+    takes = call_options(type(model).__call__, parts=list(_calls(modules)))
     graph, params_state, other_state, streams = _split(model)
 
     def apply(params, batch_stats, images, *, train, where=None, key=None):
@@ -60,6 +64,15 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
 
     params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in (params_state, other_state))
     return apply, params, batch_stats
+
+
+def _calls(modules: Sequence[nnx.Module]) -> Iterator[Callable[..., Any]]:
+    """Yields the functions by which modules, and Linen's inside them, are called."""
+    for module in modules:
+        if callable(module):
+            yield type(module).__call__
+        if isinstance(module, nnx.bridge.ToNNX):
+            yield type(module.to_nnx__module).__call__
 
 
 def is_random(model: nnx.Module) -> bool:
@@ -93,27 +106,50 @@ def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
         if bad:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use another "
-                "checkpoint."
+                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use other "
+                "weights."
             )
 
 
-def call_options(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def call_options(
+    function: Callable[..., Any], parts: Sequence[Callable[..., Any]] = ()
+) -> Callable[..., dict[str, Any]]:
     """Returns `options(train=, where=, key=)`: the keyword arguments among them that a model's function takes.
 
-    A model that takes `training` or `is_training` gets `train`, and one that takes `deterministic` its opposite.
+    A model that takes `training` or `is_training` gets `train`, and one that takes `deterministic` its opposite. One
+    that takes `**options` and names no mode passes them on, and gets the mode by the name that its parts have for it.
+
+    Args:
+      function: called with the options.
+      parts: what `**options` may be passed on to; empty if that is not known, and `train` is the name then.
 
     Example:
       >>> call_options(lambda x, *, deterministic: x)(train=True, where=None)
       {'deterministic': False}
+      >>> call_options(lambda x, **options: x, parts=[lambda x, training: x])(train=True)
+      {'training': True}
     """
-    takes = inspect.signature(function).parameters
+    takes = _named(function)
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds and not takes & {*_MODES, "deterministic"}:
+        # Not by "deterministic": Flax's own layers have it, and train() and eval() switch them.
+        names = set().union(*map(_named, parts)) if parts else {"train"}
+        takes |= {name for name in _MODES if name in names}
 
     def options(*, train: bool, where: jax.Array | None = None, key: jax.Array | None = None) -> dict[str, Any]:
-        known = {"train": train, "training": train, "is_training": train, "deterministic": not train}
-        return {name: value for name, value in (known | {"where": where, "key": key}).items() if name in takes}
+        known = dict.fromkeys(_MODES, train) | {"deterministic": not train, "where": where, "key": key}
+        return {name: value for name, value in known.items() if name in takes}
 
     return options
+
+
+_MODES = "train", "training", "is_training"
+
+
+def _named(function: Callable[..., Any]) -> set[str]:
+    """Returns the names of a function's parameters, without that of its `**options`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 _where: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("where", default=None)
@@ -157,6 +193,17 @@ class _MaskedBatchNorm(nnx.BatchNorm):
         return super().__call__(x, use_running_average, mask=mask)
 
 
+@functools.cache  # JAX keeps each class of modules that there ever was
+def _masked_class(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """Returns a class of normalisations, Flax's own or a user's, derived from `_MaskedBatchNorm` as well.
+
+    A user's class comes first: what it calls as `super().__call__` is then the masked one.
+    """
+    if issubclass(_MaskedBatchNorm, kind):
+        return _MaskedBatchNorm
+    return types.new_class(kind.__name__, (kind, _MaskedBatchNorm))
+
+
 def _streams(streams: Any, key: jax.Array | None) -> Any:
     """Returns a model's random streams, each at its start from a key of its own."""
     key = jax.random.key(0) if key is None else key
@@ -172,23 +219,23 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
     return jax.tree_util.tree_map_with_path(renewed, streams)
 
 
-def last_layer_path(params: Tree, classes: int) -> tuple[str, ...]:
-    """Returns the path of a network's last layer, which has its only matrix with a column for each class.
+def last_matrix_path(params: Tree, classes: int) -> tuple[str, ...]:
+    """Returns the path of a network's last matrix, the only one with a column for each class.
 
     Raises:
       UserError: if there is no such matrix, or several.
 
     Example:
-      >>> last_layer_path({"conv": {"kernel": np.zeros((3, 3, 1, 4))}, "fc": {"kernel": np.zeros((4, 10))}}, 10)
-      ('fc',)
+      >>> last_matrix_path({"conv": {"kernel": np.zeros((3, 3, 1, 4))}, "fc": {"kernel": np.zeros((4, 10))}}, 10)
+      ('fc', 'kernel')
     """
-    kernels = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
-    if len(kernels) != 1:
+    matrices = [path for path, x in flatten_dict(params).items() if len(x.shape) == 2 and x.shape[1] == classes]
+    if len(matrices) != 1:
         raise UserError(
-            f"the last layer must be the only matrix of {classes} columns, and the network has {len(kernels)}. Choose "
+            f"the last layer must be the only matrix of {classes} columns, and the network has {len(matrices)}. Choose "
             "another model, method or checkpoint."
         )
-    return kernels[0][:-1]
+    return matrices[0]
 
 
 def _str_keys(tree: Any) -> Any:

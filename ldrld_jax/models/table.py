@@ -47,24 +47,29 @@ def summarize(name: str) -> ModelSummary:
     image_size, num_classes = natives.get(name.partition("_")[0], (32, 100))
     apply, params, batch_stats = purify(outline(name, num_classes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    forward = flops(lambda v, x: apply(*v, x, train=False)[0], (params, batch_stats), (1, image_size, image_size, 3))
-    return ModelSummary(name, image_size, num_classes, parameters, forward)
+    forward = lambda v, x: apply(*v, x, train=False)[0]  # noqa: E731
+    flops, _ = traced(forward, (params, batch_stats), (1, image_size, image_size, 3))
+    return ModelSummary(name, image_size, num_classes, parameters, flops)
 
 
-def flops(
-    forward: Callable[[Any, jax.Array], jax.Array],
+def traced(
+    forward: Callable[[Any, jax.Array], Any],
     variables: Any,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> int:
+) -> tuple[int, Any]:
     """Counts the FLOPs of `forward(variables, images)` in convolutions and matrix products, two per multiply-add.
 
     Args:
       forward: a network's forward pass.
       variables: arrays or their shapes.
       shape, dtype: of the images, `[n, height, width, channels]`, or of other inputs.
+
+    Returns:
+      The FLOPs, and what `forward` returns as shapes.
     """
-    return _flops(jax.make_jaxpr(forward)(variables, jax.ShapeDtypeStruct(shape, dtype)))
+    jaxpr, returned = jax.make_jaxpr(forward, return_shape=True)(variables, jax.ShapeDtypeStruct(shape, dtype))
+    return _flops(jaxpr), returned
 
 
 def model_table(names: Iterable[str] = MODELS) -> str:

@@ -269,9 +269,11 @@ def check_observers(
     for given, what in ((writers, "writers"), (callbacks, "callbacks")):
         if not isinstance(given, list | tuple):
             raise UserError(f"{what} must be a list, got {type(given).__name__}. Give [{type(given).__name__}(...)].")
-    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+    if not isinstance(metrics, Mapping):
         raise UserError("metrics must be a dict from names to functions, {'name': function}.")
     for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise UserError(f"the name of a metric must be text, got {name!r}.")
         if not callable(metric):
             raise UserError(f"the metric {name!r} must be a function of (logits, labels, where), got {metric!r}.")
         if name in MEASURED:

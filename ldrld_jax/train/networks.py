@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,7 +20,7 @@ from ldrld_jax.interop.hub import is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import MODELS, create_model, outline, own_model
 from ldrld_jax.models.pure import Pure, pure
-from ldrld_jax.models.purify import check_finite, last_layer_path
+from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
@@ -86,11 +87,14 @@ class Networks:
 
     def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
         """Makes a model with shapes in place of its weights; see `random`."""
-        if model in self.given or model not in MODELS:
+        if not self._is_ours(model):
             network, variables = self.random(model, data, seed=0, batch_norm_groups=batch_norm_groups)
             return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
         module = outline(model, self.num_classes, self.channels, **dtypes(self.precision))
         return self._network(pure(module, batch_norm_groups=batch_norm_groups), data)
+
+    def _is_ours(self, model: str) -> bool:
+        return model in MODELS and model not in self.given
 
     def restore(self, path: str, model: str, data: ConfigDict) -> tuple[Network, Variables]:
         """Loads a model from a run's best checkpoint, fed as that run was, or from a PyTorch file, fed as `data` says.
@@ -116,9 +120,11 @@ class Networks:
             raise UserError(
                 f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run."
             )
-        network, like = self.outline(model, run.data)
+        ours = self._is_ours(model)
+        network, like = self.outline(model, run.data) if ours else self.random(model, run.data, seed=0)
         variables = Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
-        check_finite(*variables, path)
+        stats = variables.batch_stats if ours else _finite_at_first(like.batch_stats, variables.batch_stats)
+        check_finite(variables.params, stats, path)
         return network, variables
 
     def without_head(self, path: str, model: str, data: ConfigDict, variables: Variables) -> Variables:
@@ -133,7 +139,7 @@ class Networks:
         Raises:
           UserError: see `restore`.
         """
-        head = last_layer_path(variables.params, self.num_classes)
+        head = last_matrix_path(variables.params, self.num_classes)[:-1]
         kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
         place = epath.Path(path)
         if not is_folder(path):
@@ -162,3 +168,8 @@ class Networks:
                 f"data.{name} must have 1 or {self.channels} numbers (the image's channels), got {len(values)}."
             )
         return tuple(values)
+
+
+def _finite_at_first(first: Any, now: Any) -> Any:
+    """Returns variables that are not trained, with 0 for what was not finite at first, as a mask of -inf is not."""
+    return jax.tree.map(lambda first, now: np.where(np.isfinite(first), now, 0), first, now)

@@ -1,25 +1,20 @@
 """The lines that a run says of itself at its start, and its warnings, which its summary and the report repeat."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.interop import hub
 from ldrld_jax.losses import SLDConfig
-from ldrld_jax.models.table import flops
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.train.given import is_function
-from ldrld_jax.train.networks import Networks, is_folder
+from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
-from ldrld_jax.train.teacher import is_outside
 
 _MOST_NAMED = 5  # classes
 
@@ -37,8 +32,9 @@ def opening(run: Run, role: str) -> str:
         f"({data.train_split}), {len(run.eval_source):,} to evaluate on ({evaluated}), {len(source.class_names)} "
         f"classes, {shape}",
         "models": "; ".join(
-            [_cost(run, role, config.student.model, data)]
-            + [_cost(run, "teacher", model, config.teacher.data) for model in _teachers(run)]
+            f"{role if i == 0 else 'teacher'} {model}, {forward.parameters:,} parameters, {forward.flops / 1e6:,.1f} "
+            f"MFLOPs per {kind}"
+            for i, ((model, _), forward) in enumerate(zip(run.networks_used, run.forwards, strict=True))
         ),
         "device": f"{devices.size} x {devices.flat[0].device_kind} ({devices.flat[0].platform}), {config.precision}",
         "training": f"{config.method}, {config.epochs} epochs of {run.batches.steps_per_epoch} steps, batches of "
@@ -48,34 +44,8 @@ def opening(run: Run, role: str) -> str:
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
 
 
-def _teachers(run: Run) -> list[str]:
-    """Returns the models that the step runs as teachers."""
-    if not run.objective.methods or config_lib.teaches_itself(run.config) or is_outside(run):
-        return []
-    return config_lib.teacher_models(run.config)
-
-
-def _cost(run: Run, role: str, model: str, data: ConfigDict) -> str:
-    source = run.batches.source
-    count = _count if model in run.given.models else _counted
-    parameters, forward = count(run.networks, model, tuple(source.image_shape), source.dtype, data.image_size)
-    return f"{role} {model}, {parameters:,} parameters, {forward / 1e6:,.1f} MFLOPs per {_kind(source)}"
-
-
 def _kind(source: Any) -> str:
     return "example" if source.raw else "image"
-
-
-def _count(networks: Networks, model: str, shape: tuple[int, ...], dtype: Any, size: int | None) -> tuple[int, int]:
-    """Returns the numbers of parameters and of FLOPs of the forward pass of one image."""
-    network, variables = networks.outline(model, ConfigDict({"mean": (0.0,), "std": (1.0,), "image_size": size}))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
-    return parameters, flops(lambda v, x: network(v, x, train=False)[0], variables, (1, *shape), dtype)
-
-
-_counted = functools.lru_cache(maxsize=64)(
-    _count
-)  # the runs of a process share their models; a large one takes seconds
 
 
 def _rate(optim: ConfigDict) -> str:
@@ -104,7 +74,8 @@ def warnings(run: Run) -> Iterator[str]:
             f"kd_warmup_epochs={config.kd_warmup_epochs} is not less than the {config.epochs} epochs of the run: the "
             "methods never get their full weight. Lower it"
         )
-    if config.logits.get("dir") and (functions := [n for n in _teachers(run) if is_function(run.given.models.get(n))]):
+    teachers = [name for name, _ in run.networks_used[1:]]
+    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.given.models.get(n))]):
         yield (
             f"the logit store knows {', '.join(functions)} by its variables alone: if its function depends on anything "
             "else and that changes, set another logits.dir"

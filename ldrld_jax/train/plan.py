@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +17,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.code import is_code
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.models import MODELS
+from ldrld_jax.models.purify import check_finite, last_matrix_path
+from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import batch_norm_groups, open_input
-from ldrld_jax.train.networks import Networks
+from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
+from ldrld_jax.train.shapes import Forward, check_evaluation, check_metrics, check_training
 from ldrld_jax.train.state import Placement, TrainState, Variables, trainable
 from ldrld_jax.train.step import Network
 
@@ -40,6 +43,7 @@ class Run:
     """The parts of a run whose config has been checked; nothing is on disk or on a device yet.
 
     Attributes:
+      forwards: the evaluations of `networks_used`.
       warnings: lines on what is odd and does not stop the run; its summary repeats them.
     """
 
@@ -50,6 +54,7 @@ class Run:
     batches: TrainBatches
     objective: Objective
     given: Given = NOTHING
+    forwards: tuple[Forward, ...] = ()
     warnings: list[str] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
@@ -99,12 +104,19 @@ class Run:
         logit_store.check_classes(config, len(source.class_names))
         _check_images(config, source)
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
+        rows = -(-config.batch_size // batches.divisor) * batches.divisor // config.accumulate * objective.views
+        check_metrics(given.metrics, rows, source, config.precision, masked=padded)
+        check_metrics(given.metrics, config.eval_batch_size, eval_source, config.precision)
         optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
+        run = dataclasses.replace(run, forwards=tuple(run.check_evaluation(*fed) for fed in run.networks_used))
+        if config.student.model not in MODELS:
+            check_training(config.student.model, network, variables, source, masked=padded)
         _check_optimizer(config, optimizer, trainable(variables, objective.init()))
         _check_average(config, variables)
-        if config.student.model in given.models or is_code(config.student.model) or source.label_shape:
-            run.check_model(config.student.model, network, variables)
+        if objective.needs_last_layer:
+            for teacher in run.forwards[1:]:
+                last_matrix_path(teacher.params, len(source.class_names))
         return run
 
     @property
@@ -124,30 +136,35 @@ class Run:
         """The factory of networks for the run's data."""
         return Networks.of(self.batches.source, self.config.precision, self.given.models)
 
-    def check_model(self, name: str, network: Network, variables: Variables) -> None:
-        """Traces a model on the shapes of both splits.
+    @property
+    def networks_used(self) -> list[tuple[str, ConfigDict]]:
+        """The models that the step runs, the student first, each with the block that says how images are fed to it."""
+        config, found = self.config, [(self.config.student.model, self.config.data)]
+        if not self.objective.methods or config_lib.teaches_itself(config) or self.teacher_is_outside:
+            return found
+        models, given = config_lib.teacher_models(config), config.teacher.checkpoint or ""
+        paths = [given] if len(models) == 1 else given.split(",")
+        for model, path in itertools.zip_longest(models, paths[: len(models)], fillvalue=""):
+            saved = read_config(path) if path and is_folder(path) else None  # fed as that run was
+            found.append((model, config.teacher.data if saved is None else ConfigDict(saved["data"])))
+        return found
+
+    @property
+    def teacher_is_outside(self) -> bool:
+        """Whether the teacher is a function on the host or a file of logits, which no program runs."""
+        return config_lib.teaches_from_file(self.config) or self.given.host_teacher(self.config) is not None
+
+    def check_evaluation(self, model: str, data: ConfigDict) -> Forward:
+        """Traces the evaluation of a model on both splits, and returns that of the training images.
 
         Raises:
-          UserError: if it fails there, or returns anything but logits `[n, C]`, `[n, ..., C]` for several labels each.
+          UserError: if it fails, or returns anything but logits.
         """
-        for source in (self.batches.source, self.eval_source):
-            self._check_model(name, network, variables, source)
-
-    def _check_model(self, name: str, network: Network, variables: Variables, source: Readable) -> None:
-        images = jax.ShapeDtypeStruct((2, *source.image_shape), source.dtype)
-        try:
-            logits, _ = jax.eval_shape(lambda v, x: network(v, x, train=False), variables, images)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"the model {name} fails on images {images.shape} {images.dtype}: {' '.join(str(error).split())}"
-            ) from error
-        classes, labels = len(source.class_names), f" and labels [n, {', '.join(map(str, source.label_shape))}]"
-        if getattr(logits, "shape", None) != (2, *source.label_shape, classes):
-            raise UserError(
-                f"the model {name} returns {getattr(logits, 'shape', type(logits).__name__)} for 2 images, and must "
-                f"return logits {(2, *source.label_shape, classes)}: the data have {classes} classes"
-                f"{labels if source.label_shape else ''}."
-            )
+        train, evaluation = self.batches.source, self.eval_source
+        forward = check_evaluation(self.networks, model, data.image_size, train)
+        if tuple(train.image_shape) != tuple(evaluation.image_shape) or train.label_shape != evaluation.label_shape:
+            check_evaluation(self.networks, model, data.image_size, evaluation)
+        return forward
 
     @functools.cached_property
     def data_note(self) -> dict[str, Any]:
@@ -194,6 +211,8 @@ class Run:
             )
         elif config.student.checkpoint is not None:
             _, variables = self.networks.restore(config.student.checkpoint, config.student.model, config.data)
+        elif config.student.model not in MODELS:  # a user's weights, not random ones
+            check_finite(variables.params, {}, f"the student {config.student.model}")
         return network, variables
 
     def look(self) -> None:
@@ -279,15 +298,20 @@ def _check_images(config: ConfigDict, source: Readable) -> None:
 
 
 def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation, trained: Any) -> None:
-    """Raises a UserError if an optimizer cannot be initialised and updated as a step does it."""
+    """Raises a UserError if an optimizer cannot be initialised, updated and saved as a run does it."""
     try:
-        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
+        _, state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step calls, "
             "traced, init(parameters) and update(gradients, state, parameters) on a pair: the student's parameters and "
             "those that a method learns."
         ) from error
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise UserError(
+            f"the state of optim.name={config.optim.name} has a key of jax.random.key, which no checkpoint holds. "
+            "Choose another optimizer, or keep jax.random.key_data(key) in the state."
+        )
 
 
 def _check_average(config: ConfigDict, variables: Variables) -> None:

@@ -13,7 +13,7 @@ import optax
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
-from ldrld_jax.models.purify import last_layer_path
+from ldrld_jax.models.purify import last_matrix_path
 from ldrld_jax.train.objective import Objective, at_least_float32
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
@@ -238,7 +238,8 @@ def make_train_step(
         if rate is not None:
             metrics["learning_rate"] = Mean(rate, jnp.ones(()))  # of a step, however many its examples
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
-        finite = jnp.isfinite(metrics["loss"].total) & all_finite((after, method_params))
+        finite = jnp.isfinite(metrics["loss"].total) & all_finite((params, method_params))
+        finite &= still_finite(state.student.batch_stats, batch_stats)
         if skip_non_finite:
             return _unless_non_finite(state, new, finite, metrics)
         return new, metrics | {"non_finite": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
@@ -339,13 +340,28 @@ def all_finite(tree: Tree) -> jax.Array:
 
     Checking the weights after an update covers the gradients: a gradient that is not finite gives no finite weight.
     """
-    # Vectors of one length, most of a network's leaves, are looked at together: XLA for CPU takes a fifth of its time
-    # for a program with a reduction a leaf. Parameters of one shape lie alike on the devices, so none travels.
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in _stacked(tree)]))
+
+
+def still_finite(before: Tree, after: Tree) -> jax.Array:
+    """Returns whether all numbers of a tree are finite that were finite before.
+
+    What a model keeps beside its parameters may hold others for good, as a mask of -inf does.
+    """
+    pairs = zip(_stacked(before), _stacked(after), strict=True)
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs], bool))
+
+
+def _stacked(tree: Tree) -> list[jax.Array]:
+    """Returns the leaves of a tree, with those that are vectors of one length and dtype as one matrix.
+
+    They are most of a network's leaves, and XLA for CPU takes a fifth of its time for a program with a reduction a
+    leaf. Parameters of one shape lie alike on the devices, so none travels.
+    """
     vectors, others = dict[Any, list[jax.Array]](), list[jax.Array]()
     for leaf in jax.tree.leaves(tree):
         (vectors.setdefault((leaf.shape, leaf.dtype), []) if leaf.ndim == 1 else others).append(leaf)
-    together = [jnp.stack(leaves) for leaves in vectors.values()]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in together + others]))
+    return [jnp.stack(leaves) for leaves in vectors.values()] + others
 
 
 def _unless_non_finite(old: TrainState, new: TrainState, finite: jax.Array, metrics: Means) -> tuple[TrainState, Means]:
@@ -366,10 +382,10 @@ def last_layer(variables: Variables, classes: int) -> jax.Array:
       >>> last_layer(Variables(params, {}), 10).shape
       (10, 4)
     """
-    layer = variables.params
-    for name in last_layer_path(layer, classes):
-        layer = layer[name]
-    return layer["kernel"].T
+    matrix = variables.params
+    for name in last_matrix_path(matrix, classes):
+        matrix = matrix[name]
+    return matrix.T
 
 
 def _rows(batch: Batch, views: int) -> Batch:

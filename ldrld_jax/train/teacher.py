@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import made_by
+from ldrld_jax.data.source import digest_of
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
@@ -152,7 +153,7 @@ def obtain_teacher(
 
 def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
     """Returns the teachers that a run trains before its student: the recipe and the workdir of each."""
-    config, outside = run.config.teacher, config_lib.teaches_itself(run.config) or is_outside(run)
+    config, outside = run.config.teacher, config_lib.teaches_itself(run.config) or run.teacher_is_outside
     if not run.objective.methods or outside or config.checkpoint is not None or config.epochs is None:
         return []
     return list(config_lib.teacher_runs(run.config, run.workdir))
@@ -254,11 +255,6 @@ def _evaluated(run: Run) -> dict[str, Any]:
     return {"split": run.config.data.eval_split, **run.data_note["eval"]}
 
 
-def is_outside(run: Run) -> bool:
-    """Returns whether a run's teacher is a function on the host or a file of logits, which no program runs."""
-    return config_lib.teaches_from_file(run.config) or run.given.host_teacher(run.config) is not None
-
-
 def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = None) -> NetworkTeacher | SelfTeacher:
     """Returns a run's teacher with its weights on the devices, without training or measuring it.
 
@@ -270,7 +266,7 @@ def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = No
     Raises:
       UserError: if the teacher is no network of ours.
     """
-    if is_outside(run):
+    if run.teacher_is_outside:
         raise UserError(f"the teacher {run.config.teacher.model} runs outside of JAX. Choose a run with another one.")
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
@@ -360,6 +356,7 @@ def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
         classes=len(source.class_names),
         label_shape=source.label_shape,
         records=source.records,
+        listing=digest_of(source.records),
         augment_seed=run.batches.augmented_by,
         **parts,
     )

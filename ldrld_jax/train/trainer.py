@@ -40,6 +40,7 @@ from ldrld_jax.train.loop import fit
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
+from ldrld_jax.train.shapes import check_metrics
 from ldrld_jax.train.state import Placement, Variables
 from ldrld_jax.train.step import Metric, Network
 from ldrld_jax.train.teacher import SelfTeacher, StoredTeacher, Teacher, checkpoints_of, obtain_teacher, top1_of
@@ -96,7 +97,8 @@ class Trainer:
       config: any other key of a config (docs/configs.md), `{"data.mean": (0.5,), "data.flip": True}`.
       writers: objects with `write(step, epoch, split, values)`, which get each line of metrics.jsonl.
       callbacks: called after evaluations and saves.
-      metrics: `{name: function}` of `(logits, labels, where)`, which returns a number for each row.
+      metrics: `{name: function}` of `(logits, labels, where)`, which returns a number for each label, `[n]` or
+        `[n, ...]`; the run takes the mean over those that the mask `where` keeps, which is None without padding.
 
     Raises:
       UserError: if an argument is nothing that a run can use.
@@ -328,6 +330,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
     with precision_scope(config.precision, config.matmul_precision), workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         best = _best(config, workdir, given)
+        check_metrics(given.metrics, config.eval_batch_size, best.source, config.precision)
         evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
         variables = Placement(mesh, config.mesh.fsdp).put_variables(best.variables)
         with waiting(evaluator.doing) as at:

@@ -89,7 +89,7 @@ def test_predictions_load_a_checkpoint_once_and_again_when_there_is_a_better_one
         trainer.predict(images)
 
 
-@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated", "ignore:Specifying a key")
 @pytest.mark.parametrize(
     ("optimizer", "why"),
     [
@@ -97,9 +97,11 @@ def test_predictions_load_a_checkpoint_once_and_again_when_there_is_a_better_one
         ("rprop", "optim.name=rprop cannot "),
         ("optimistic_adam", "optim.name=optimistic_adam cannot "),
         (optax.contrib.reduce_on_plateau(), "optim.name=<optimizer> cannot update the student"),
+        ("noisy_sgd", "the state of optim.name=noisy_sgd has a key of jax.random.key, which no checkpoint holds"),
+        (optax.add_noise(0.1, 0.5, key=0), "the state of optim.name=<optimizer> has a key of jax.random.key"),
     ],
 )
-def test_an_optimizer_that_needs_more_than_gradients_is_refused_before_the_teacher_trains(
+def test_an_optimizer_that_needs_more_than_gradients_or_a_checkpoint_is_refused_before_the_teacher_trains(
     make, tmp_path, optimizer, why
 ):
     with pytest.raises(UserError, match=why) as error:

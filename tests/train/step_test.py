@@ -26,6 +26,7 @@ from ldrld_jax.train.step import (
     last_layer,
     make_eval_step,
     make_train_step,
+    still_finite,
 )
 from tests.tiny_net import TinyNet
 
@@ -241,6 +242,15 @@ def test_a_number_that_is_not_finite_is_found_in_every_leaf_by_one_reduction_a_l
     assert found(tree)
     assert not any(found(tree | {name: x.at[(0,) * x.ndim].set(jnp.inf)}) for name, x in tree.items())
     assert found.lower(tree).as_text().count("stablehlo.reduce(") == 6  # of 3, of 2, c, e, f; and of these
+
+
+def test_what_was_not_finite_before_need_not_be_after():
+    before = {"mask": jnp.array([0.0, -jnp.inf]), "mean": jnp.zeros(2), "count": jnp.int32(3)}
+    assert still_finite(before, before)
+    assert still_finite(before, before | {"mask": jnp.zeros(2)})
+    assert not still_finite(before, before | {"mask": jnp.full(2, -jnp.inf)})
+    assert not still_finite(before, before | {"mean": jnp.array([0.0, jnp.nan])})
+    assert still_finite({}, {})
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(network, x64):
