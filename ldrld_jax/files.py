@@ -171,11 +171,13 @@ def check_writable(path: epath.PathLike, what: str) -> None:
     if not is_local(epath.Path(path)):
         return
     place = pathlib.Path(path)
-    nearest = next(p for p in [place, *place.parents] if p.exists() or p.is_symlink())
-    if not nearest.is_dir():
-        raise UserError(f"{nearest} is {'a file' if nearest.exists() else 'a broken link'}. Choose another {what}.")
+    # These functions of os take what lies in a folder that may not be entered as absent, and raise nothing.
+    nearest = next(p for p in [place, *place.parents] if os.path.lexists(p))
+    if not os.path.isdir(nearest):  # noqa: PTH112
+        there = os.path.exists(nearest)  # noqa: PTH110
+        raise UserError(f"{nearest} is {'a file' if there else 'a broken link'}. Choose another {what}.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{nearest} may not be written to. Choose another {what}, or change its permissions.")
+        raise UserError(f"{nearest} is not writable. Choose another {what}, or change its permissions.")
 
 
 def human_bytes(size: float) -> str:

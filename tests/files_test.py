@@ -42,9 +42,7 @@ def test_where_no_folder_can_be_made_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))  # to root all may be written
     with pytest.raises(UserError) as error:
         files.check_writable(tmp_path / "new/run", "logits.dir")
-    assert (
-        str(error.value) == f"{tmp_path} may not be written to. Choose another logits.dir, or change its permissions."
-    )
+    assert str(error.value) == f"{tmp_path} is not writable. Choose another logits.dir, or change its permissions."
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 

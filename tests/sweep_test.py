@@ -122,11 +122,11 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message)
         (["experiments/methods.py", "--grid", "seed=1", "--grid", "seed=2"], "Give its values in one: --grid seed="),
         (
             ["experiments/methods.py", "--config.seed=7"],
-            "--config.seed=7 changes no run: each of the sweep's",
+            "--config.seed=7 changes no run: each run of the sweep sets seed",
         ),
         (
             ["experiments/methods.py", "--config.method=ce"],
-            "changes no run: each of the sweep's has a method of its",
+            "changes no run: each run of the sweep sets method itself",
         ),
         (["experiments/methods.py", "--workdir="], "--workdir is empty"),
     ],

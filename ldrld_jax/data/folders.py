@@ -206,12 +206,17 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
     try:
         rows = list(csv.DictReader(lines)) if found[0].suffix == ".csv" else [json.loads(line) for line in lines]
         for number, row in enumerate(rows, 1):
-            if row["path"] in _NOTHING or row["label"] in _NOTHING:
+            if any(row[key] is None or not str(row[key]).strip() for key in ("path", "label")):
                 raise ValueError(f"in image {number}, which has no path or no label")
+            if not isinstance(row["path"], str):
+                raise ValueError(f"in image {number}, whose path {row['path']!r} is no text")
             if None in row:
                 raise ValueError(f"in image {number}, which has more fields than the header: quote a path with a comma")
             if not isinstance(row["label"], str | int) or isinstance(row["label"], bool) or _is_fraction(row["label"]):
-                raise ValueError(f"in image {number}, whose label {row['label']!r} is no name and no whole number")
+                raise ValueError(
+                    f"in image {number}, whose label {row['label']!r} is no name and no whole number: write 1 for 1.0, "
+                    "or a name such as id1"
+                )
         return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
@@ -221,10 +226,8 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
 
 def _is_fraction(label: str | int) -> bool:
     """Returns whether a label is a number as floating-point columns have it, such as 3.0, which would sort as text."""
-    return isinstance(label, str) and re.fullmatch(r"\s*-?\d+(\.\d*([eE][-+]?\d+)?|[eE][-+]?\d+)\s*", label) is not None
+    return isinstance(label, str) and re.fullmatch(r"\s*-?\d+\.\d*([eE][-+]?\d+)?\s*", label) is not None
 
-
-_NOTHING = (None, "")  # what a line that is too short, or an empty field, gives
 
 FOLDERS: dict[str, Callable[[epath.Path, str, str], tuple[list[tuple[str, int]], tuple[str, ...]]]] = {
     "file_list": _file_list,

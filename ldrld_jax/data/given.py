@@ -230,9 +230,10 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     if isinstance(first, BrokenImageError):
         raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.") from first.__cause__
     given = (getattr(data, name, None) for name in ("class_names", "classes"))
-    names: Any = next((each for each in given if isinstance(each, Mapping | Sequence | np.ndarray) and len(each)), None)
-    if isinstance(names, Mapping):  # from names to labels, in any order
-        names = sorted(names, key=names.__getitem__)
+    names: Any = next((each for each in given if _lists(each)), None)
+    if isinstance(names, Mapping):  # from labels to names, or from names to labels, in any order
+        numbered = all(isinstance(key, int) for key in names)
+        names = [names[key] for key in sorted(names)] if numbered else sorted(names, key=names.__getitem__)
     count = getattr(data, "num_classes", num_classes)
     if names is None and count is None:
         raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
@@ -277,6 +278,12 @@ def _of_hugging_face(data: Any, title: str) -> Source:
     return Source(records, tuple(data.features[label].names), (None, None, 3))
 
 
+def _lists(names: Any) -> bool:
+    """Returns whether something holds names of classes, as lists, arrays and dicts do."""
+    holds = hasattr(names, "__iter__") and hasattr(names, "__len__") and not isinstance(names, str)
+    return holds and len(names) > 0
+
+
 def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
     return tuple(map(str, names if names is not None else range(count or 0)))
 
@@ -299,7 +306,8 @@ def _label(label: Any, name: str) -> int | np.ndarray:
     """Returns a class, or an array of them, int32; raises a UserError with the example's name for any other thing."""
     array = np.asarray(label)
     if array.dtype.kind not in "iub":
-        raise UserError(f"{name} has the label {str(label)[:60]}, and labels are whole numbers from 0.")
+        shown = " ".join(str(label).split())[:60]
+        raise UserError(f"{name} has the label {shown}, and labels are whole numbers from 0. Convert it.")
     return int(array) if array.ndim == 0 else array.astype(np.int32)
 
 

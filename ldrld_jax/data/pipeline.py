@@ -162,7 +162,7 @@ def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
 
 
 def _check_uncropped(source: Source, data: ConfigDict) -> None:
-    """Raises a UserError if the config asks for what is done to grey and colours alone."""
+    """Raises a UserError if the config asks for an operation that exists for grey and RGB images alone."""
     for key, value in {"crop_size": None, "rand_augment": 0}.items():
         if data[key] != value:
             raise UserError(

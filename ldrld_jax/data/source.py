@@ -167,7 +167,7 @@ class Source:
 
 def _check_range(image: np.ndarray, dtype: np.dtype) -> None:
     """Raises a BrokenImageError if a whole number does not fit the narrower type that a batch has."""
-    narrows = image.dtype.kind in "iu" and image.dtype.itemsize > np.dtype(dtype).itemsize
+    narrows = image.dtype.kind in "iu" and not np.can_cast(image.dtype, dtype)
     if narrows and not np.array_equal(image, image.astype(dtype)):
         raise BrokenImageError(f"it has numbers beyond those of {np.dtype(dtype)}")
 
@@ -265,13 +265,8 @@ def fingerprint(source: Any) -> dict[str, Any]:
     Copies, such as decoded images, also have the digest of the source that they are from, `original`.
     """
     records = getattr(source, "uncached", source).records
-    original = getattr(records, "original", None)
-    return {"images": len(source), "digest": digest_of(records), **({"original": original} if original else {})}
-
-
-def digest_of(records: Records) -> str:
-    """Returns a digest of a list of records, see `Records.listing`."""
     digest = hashlib.sha256()
     for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()[:32]
+    original = getattr(records, "original", None)
+    return {"images": len(source), "digest": digest.hexdigest()[:32], **({"original": original} if original else {})}

@@ -116,7 +116,7 @@ def make_key(
       config: the run's resolved config.
       classes: number of classes.
       records: the training set, see `data.source.Records`.
-      listing: digest of its list, see `data.source.digest_of`.
+      listing: digest of its list, see `data.source.fingerprint`.
       augment_seed: seed of the crops, mirrors and random views.
       label_shape: of an example's labels, see `data.source.Source`.
       networks: the teacher's networks, several for an ensemble.

@@ -60,6 +60,8 @@ class Writer:
         return len(self._lines)
 
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        for other in self._others:  # first: a line of one that raises is written again by the run that resumes
+            other.write(step, epoch, split, dict(values))
         line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
         self._lines.append(line)
         if not is_local(self._path):
@@ -68,8 +70,6 @@ class Writer:
             append_text(self._path, _dump(line))
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
-        for other in self._others:
-            other.write(step, epoch, split, dict(values))
 
     def flush(self) -> None:
         """Brings what was written to the disk, so that a machine that goes down does not lose it."""

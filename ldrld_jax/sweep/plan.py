@@ -139,7 +139,7 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
         key, _, value = override.partition("=")
         if all(key in run for run in runs):
             raise UserError(
-                f"--config.{override} changes no run: each of the sweep's has a {key} of its own. Give "
+                f"--config.{override} changes no run: each run of the sweep sets {key} itself. Give "
                 f"--grid {key}={value}."
             )
     overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]

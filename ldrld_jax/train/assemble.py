@@ -64,7 +64,7 @@ def assemble(
     ):
         if given and key in config:
             raise UserError(
-                f"Trainer(config=...) has {key}={config[key]!r}, which its argument {argument} says. Remove it."
+                f"Trainer(config=...) has {key}={config[key]!r}, which the argument {argument} sets. Remove the key."
             )
     if evaluation is not None and config.get("data.held_out"):
         raise UserError(
@@ -139,7 +139,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
         return None
-    paths = [str(one) for one in teacher if isinstance(one, str | pathlib.PurePath)]
+    paths = [expand_home(str(one)) for one in teacher if isinstance(one, str | pathlib.PurePath)]
     if paths and len(paths) < len(teacher):
         raise UserError("several teachers are all paths or all models, got both. Load the paths as models first.")
     if not paths:
@@ -230,6 +230,7 @@ def _set_data(
     if isinstance(train, str | pathlib.PurePath):
         if not (evaluation is None or isinstance(evaluation, str)):
             raise UserError("where train is a name, evaluation must be the name of a split, or None for the usual one.")
+        train = expand_home(str(train))
         if pathlib.Path(train).is_dir():
             if config.data.name == default().data.name:
                 config.data.name = "image_folder"
@@ -270,7 +271,7 @@ def check_observers(
         if not isinstance(given, list | tuple):
             raise UserError(f"{what} must be a list, got {type(given).__name__}. Give [{type(given).__name__}(...)].")
     if not isinstance(metrics, Mapping):
-        raise UserError("metrics must be a dict from names to functions, {'name': function}.")
+        raise UserError(f"metrics must be a dict from names to functions, got {type(metrics).__name__}.")
     for name, metric in metrics.items():
         if not isinstance(name, str):
             raise UserError(f"the name of a metric must be text, got {name!r}.")

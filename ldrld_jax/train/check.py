@@ -152,7 +152,7 @@ class _Check:
         """
         run, problems = self._run, self._problems
         say(opening(run, self._role))
-        self._warnings |= dict.fromkeys(warnings(run))
+        self._warnings |= dict.fromkeys(problems.from_(lambda: list(warnings(run))) or [])
         problems.from_(RunFolder(run).check)
         if self._data is None or self._data != decoded:
             self._look_at_images("training", run.batches.source)

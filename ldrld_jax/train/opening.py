@@ -8,8 +8,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.folders import FolderRecords
+from ldrld_jax.data.given import ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.interop import hub
+from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.train.given import is_function
@@ -129,7 +131,8 @@ def _absent(source: Any) -> list[int]:
     """
     records: Any = getattr(getattr(source, "uncached", source), "records", None)
     known = isinstance(records, FolderRecords) or (isinstance(records, Selected) and records.given_labels is not None)
-    if source.label_shape or not (known or isinstance(source, InMemory)):
+    reads_all = type(records) is ItemRecords  # an object gives a label with its image
+    if source.label_shape or reads_all or not (known or isinstance(source, InMemory)):
         return []
     return np.setdiff1d(np.arange(len(source.class_names)), records.labels()).tolist()
 
@@ -140,8 +143,13 @@ def _evaluated_on_training_images(run: Run) -> bool:
     if data.held_out:
         return False
     if run.given.train is not None:
-        train, evaluation = run.data_note["train"], run.data_note["eval"]
-        return train["digest"] is not None and train["digest"] == evaluation["digest"]
+        sources: tuple[Any, Any] = (run.batches.source, run.eval_source)
+        train, evaluation = (getattr(source, "uncached", source).records for source in sources)
+        if isinstance(train, Selected):
+            train = train.records
+        # The list of a data set object has its labels alone.
+        alike = run.data_note["train"]["digest"] == run.data_note["eval"]["digest"]
+        return alike and checksum_of_images(train) == checksum_of_images(evaluation)
     part, _, cut = data.eval_split.partition("[")
     return data.eval_split == data.train_split or (bool(cut) and part == data.train_split)
 

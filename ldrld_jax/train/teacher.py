@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import made_by
-from ldrld_jax.data.source import digest_of
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
+from ldrld_jax.files import check_writable
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, make_key
@@ -124,6 +124,8 @@ def obtain_teacher(
         return _from_file(run)
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
+    if (store := run.config.logits.get("dir")) and not (epath.Path(store) / "key.json").exists():
+        check_writable(store, "logits.dir")  # before a teacher is trained; a whole store may be read-only
     for recipe, place in recipes(run):
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
@@ -356,7 +358,7 @@ def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
         classes=len(source.class_names),
         label_shape=source.label_shape,
         records=source.records,
-        listing=digest_of(source.records),
+        listing=run.data_note["train"]["digest"],
         augment_seed=run.batches.augmented_by,
         **parts,
     )

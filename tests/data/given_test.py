@@ -273,6 +273,7 @@ def test_numbers_from_1_are_told_from_folders_without_images(arrays, tmp_path):
     ("text", "message"),
     [
         ("path,label\na.png,0.0\nb.png,1.0\n", "image 1, whose label '0.0' is no name and no whole number"),
+        ("path,label\na.png,  \n", "image 1, which has no path or no label"),
         ("path,label\nmy,pic.png,dog\n", "image 1, which has more fields than the header: quote a path with a comma"),
         ("path,label\na.png,2480528\nb.png,2435098\n", "has 2 labels that are numbers up to 2480528, and numbers"),
     ],
@@ -288,6 +289,17 @@ def test_a_label_of_json_is_a_name_or_a_whole_number(tmp_path):
         (tmp_path / "train.jsonl").write_text(f'{{"path": "a.png", "label": {value}}}\n')
         with pytest.raises(UserError, match=shown):
             open_source("file_list", "train", str(tmp_path))
+
+
+def test_a_path_of_json_is_text(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"path": 3, "label": "cat"}\n')
+    with pytest.raises(UserError, match="image 1, whose path 3 is no text"):
+        open_source("file_list", "train", str(tmp_path))
+
+
+def test_names_that_look_like_large_numbers_are_names(arrays, tmp_path):
+    (tmp_path / "train.csv").write_text("path,label\na.png,12e45\nb.png,9f\n")
+    assert open_source("file_list", "train", str(tmp_path)).class_names == ("12e45", "9f")
 
 
 def test_blanks_around_a_label_are_not_part_of_it(arrays, tmp_path):
@@ -333,11 +345,17 @@ def test_numbers_that_no_batch_holds_are_refused():
     assert source.read(np.array([0]))[0].tolist() == [[1, 2]]
     with pytest.raises(UserError, match="it has numbers beyond those of int32"):
         source.read(np.array([1]))
+    items = Items([np.array([1, 2], np.int32), np.array([3_000_000_000, 1], np.uint32)], [0, 1], num_classes=2)
+    with pytest.raises(UserError, match="it has numbers beyond those of int32"):
+        as_source(items).read(np.array([1]))
 
 
-def test_classes_by_name_are_in_the_order_of_their_labels():
+@pytest.mark.parametrize(
+    "names", [{"z": 2, "a": 0, "b": 1}, {2: "z", 0: "a", 1: "b"}, {0: "a", 1: "b", 2: "z"}.values()]
+)
+def test_classes_in_a_dict_are_in_the_order_of_their_labels(names):
     class Data(list):
-        classes = {"z": 2, "a": 0, "b": 1}  # noqa: RUF012
+        classes = names
 
     assert as_source(Data([(np.zeros((4, 4, 1), np.uint8), 2)])).class_names == ("a", "b", "z")
 

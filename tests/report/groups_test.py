@@ -95,6 +95,11 @@ def test_rank_matrices_are_the_factors_and_their_product():
     assert (round(irw[0][1], 4), round(erd[0][1], 4), round(product[0][1], 4)) == (0.4, 1.7214, 0.6886)
 
 
+def test_a_schedule_of_a_methods_numbers_is_part_of_the_method():
+    runs = [found(loss_schedule__gamma=None), found(method="wkd", loss_schedule__gamma="cosine:600@9:0@15", last=97.0)]
+    assert column(runs, "against our kd") == ["+1.00", ""]
+
+
 def test_runs_on_other_images_under_one_name_are_neither_averaged_nor_compared(tmp_path):
     runs = [("a", "kd", 95.0, "f1"), ("b", "kd", 50.0, "c1"), ("c", "dkd", 60.0, "c1"), ("d", "kd", 52.0, "c1")]
     for seed, (name, method, last, digest) in enumerate(runs):

@@ -126,7 +126,7 @@ def test_a_place_to_write_is_looked_for_as_far_as_something_is_to_be_written(mak
     """A finished run, and a store of all epochs, may be read from where nothing can be written."""
     trainer = make(config={"logits.dir": str(tmp_path / "logits")})
     monkeypatch.setattr("ldrld_jax.files.os.access", lambda path, mode: not path.is_relative_to(tmp_path))
-    refused = "may not be written to. Choose another"
+    refused = "is not writable. Choose another"
     assert [p.partition(f" {refused} ")[::2] for p in trainer.check()] == [
         (str(tmp_path), "workdir, or change its permissions."),
         (str(tmp_path), "logits.dir, or change its permissions."),

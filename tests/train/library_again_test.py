@@ -187,6 +187,10 @@ def test_a_home_directory_is_expanded(make, monkeypatch, tmp_path):
     assert str(ldrld_jax.Trainer.of_config(trainer.config, "~/y").workdir) == f"{tmp_path}/y"
     with pytest.raises(UserError, match=rf"the teacher's {tmp_path} holds no run"):
         make(teacher="~/")
+    with pytest.raises(UserError, match=rf"for the teacher: '{tmp_path}/a'"):
+        make(teacher=["~/a", "~/b"])
+    (tmp_path / "images").mkdir()
+    assert make(train="~/images", evaluation=None).config.data.data_dir == f"{tmp_path}/images"
 
 
 def test_a_run_of_an_object_is_no_teacher_by_its_folder(make, tmp_path):
@@ -204,6 +208,8 @@ def test_a_writer_that_raises_loses_no_training(make, tmp_path):
     with pytest.raises(RuntimeError, match="503"):
         make(writers=[Service()]).fit()
     assert saved(tmp_path / "run", 3)
+    result = make().fit()
+    assert [line["step"] for line in result.metrics if line["split"] == "eval"] == [3, 6]
 
 
 def test_a_store_of_a_functions_logits_says_what_it_knows(make, tmp_path):

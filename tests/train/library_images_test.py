@@ -6,6 +6,7 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.given import as_source
 from ldrld_jax.errors import UserError
+from ldrld_jax.train.opening import warnings
 from ldrld_jax.train.plan import Run
 from tests.data.given_test import Items
 
@@ -59,3 +60,12 @@ def test_what_is_done_to_pixels_is_refused_for_raw_images(make, rng):
 
 def plan_of(trainer):
     return Run.plan(config_lib.resolve(trainer.config, trainer.given.methods), trainer.workdir, given=trainer.given)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "objects"])
+def test_an_evaluation_on_the_images_trained_on_is_said(make, rng, kind):
+    images, labels = rng.integers(0, 256, (40, 8, 8, 1), np.uint8), np.arange(40) % 10
+    of = (lambda x: (x, labels)) if kind == "arrays" else lambda x: Items(x, labels, num_classes=10)
+    for evaluation, said in ((images, True), (255 - images, False)):
+        run = plan_of(make(train=of(images), evaluation=of(evaluation), num_classes=10))
+        assert any("evaluated on images that it is trained on" in line for line in warnings(run)) == said

@@ -68,16 +68,16 @@ WRONG = {
     ),
     "a student and its name": (
         dict(config={"student.model": "resnet8"}),
-        "has student.model='resnet8', which its",
+        "has student.model='resnet8', which the argument",
     ),
     "a teacher and its name": (
         dict(config={"teacher.model": "resnet8"}),
-        "has teacher.model='resnet8', which its",
+        "has teacher.model='resnet8', which the argument",
     ),
-    "data and their name": (dict(config={"data.name": "mnist"}), "data.name='mnist', which its argument train says"),
+    "data and their name": (dict(config={"data.name": "mnist"}), "data.name='mnist', which the argument train sets"),
     "an optimizer and its name": (
         dict(optimizer=optax.sgd(0.1), config={"optim.name": "adamw"}),
-        "optim.name='adamw', which its argument optimizer says",
+        "optim.name='adamw', which the argument optimizer sets",
     ),
     "two evaluations": (
         dict(config={"data.held_out": 0.2}),
@@ -86,7 +86,7 @@ WRONG = {
     "no optimizer": (dict(optimizer=3), "the optimizer must be one of optax"),
     "no writer": (dict(writers=[3]), "a writer must have write"),
     "a writer without a list": (dict(writers=np), "writers must be a list, got module"),
-    "a metric without a name": (dict(metrics=[print]), "metrics must be a dict from names to functions"),
+    "a metric without a name": (dict(metrics=[print]), "metrics must be a dict from names to functions, got list"),
     "an array as a teacher": (dict(teacher=np.zeros((64, 10))), "a model must be an nnx.Module"),
     "a fraction of classes": (dict(num_classes=10.0), "num_classes must be a whole number, got 10.0"),
     "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
