@@ -160,7 +160,6 @@ def _short(key: str) -> str:
 
 def _comparable(group: Group, other: Group) -> bool:
     mine, theirs = group.first.identity, other.first.identity
-    shared = (
-        key for key in mine.keys() & theirs.keys() if not key.startswith((*_OF_METHOD, "standardize", "loss_schedule."))
-    )
+    of_method = (*_OF_METHOD, "standardize", "loss_schedule.")
+    shared = (key for key in mine.keys() & theirs.keys() if not key.startswith(of_method))
     return all(mine[key] == theirs[key] for key in shared)
