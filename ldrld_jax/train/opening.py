@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.folders import FolderRecords
-from ldrld_jax.data.given import ItemRecords
+from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.interop import hub
 from ldrld_jax.logit_store.store import checksum_of_images
@@ -19,6 +19,7 @@ from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
 
 _MOST_NAMED = 5  # classes
+_FEW = 10_000  # images whose records are read for their labels
 
 
 def opening(run: Run, role: str) -> str:
@@ -130,9 +131,11 @@ def _absent(source: Any) -> list[int]:
     Of several labels per example, as tokens of a vocabulary, many may be rare.
     """
     records: Any = getattr(getattr(source, "uncached", source), "records", None)
-    known = isinstance(records, FolderRecords) or (isinstance(records, Selected) and records.given_labels is not None)
-    reads_all = type(records) is ItemRecords  # an object gives a label with its image
-    if source.label_shape or reads_all or not (known or isinstance(source, InMemory)):
+    selected = isinstance(records, Selected) and records.given_labels is not None
+    known = selected or isinstance(records, FolderRecords | ArrayRecords)
+    # TFDS and data set objects give a label with its image; an object may decode that.
+    few = isinstance(source, InMemory) and len(source) <= _FEW and type(records) is not ItemRecords
+    if source.label_shape or not (known or few):
         return []
     return np.setdiff1d(np.arange(len(source.class_names)), records.labels()).tolist()
 
