@@ -89,7 +89,9 @@ class Networks:
         """Makes a model with shapes in place of its weights; see `random`."""
         if not self._is_ours(model):
             network, variables = self.random(model, data, seed=0, batch_norm_groups=batch_norm_groups)
-            return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+            # NumPy's float64 becomes float32 on the devices, unless the run is in float64.
+            dtype = jax.dtypes.canonicalize_dtype
+            return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x.dtype)), variables)
         module = outline(model, self.num_classes, self.channels, **dtypes(self.precision))
         return self._network(pure(module, batch_norm_groups=batch_norm_groups), data)
 
