@@ -60,9 +60,10 @@ def _unread(config: ConfigDict, given: Methods = NONE, *, on_host: bool = False)
     reasons = dict[str, str]()
     for name in [name for name in METHODS if name not in names]:
         fallback = vars(METHODS[name].config())
-        fields = {f"loss.{name}.{key}": (value, fallback[key]) for key, value in config.loss.get(name, {}).items()}
-        fields[f"loss_weight.{name}"] = (config.loss_weight.get(name), None)
-        reasons |= {key: because for key, (value, usual) in fields.items() if value not in (None, usual)}
+        changed = [key for key, value in config.loss.get(name, {}).items() if value not in (None, fallback[key])]
+        reasons |= {f"loss.{name}.{key}": because for key in changed}
+        if config.loss_weight.get(name) is not None:
+            reasons[f"loss_weight.{name}"] = because
     now, usual = dict(leaves(config)), dict(leaves(default()))
     for key, (read, reason) in _conditions(config).items():
         if not read and now[key] not in (None, usual[key]):

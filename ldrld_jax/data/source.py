@@ -228,7 +228,7 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """A subset of records by index; `given_labels` take the place of theirs, as noise, or to read none again."""
+    """A subset of records by index; `given_labels` replace theirs: noisy ones, or those that have been read."""
 
     records: Records
     indices: np.ndarray

@@ -134,8 +134,8 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         config.teacher.model = "ema"
         return None
     if isinstance(teacher, str | pathlib.PurePath):
-        teacher = expand_home(str(teacher))
-        teacher = [teacher] if pathlib.Path(teacher).exists() else str(teacher).split(",")
+        whole = str(teacher)
+        teacher = [whole] if pathlib.Path(expand_home(whole)).exists() else whole.split(",")
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
         return None

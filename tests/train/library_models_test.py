@@ -180,7 +180,7 @@ def test_a_model_that_a_run_cannot_use_is_one_line_before_anything_is_trained(ma
 
 
 def test_each_network_is_traced_once_for_its_checks_and_its_cost(make, capsys):
-    """In evaluation, and the student in training as well; then its steps and its evaluations are compiled."""
+    """Traces are of evaluation, and the student's of training as well; then its steps and evaluations are compiled."""
     calls = []
 
     def apply(v, x, train):
