@@ -169,9 +169,9 @@ def agreement(labels: jax.Array, classes: jax.Array, ranks: jax.Array, where: ja
       {'agreement': 100.0, 'top_d_overlap': 50.0, 'label_in_top_d': 0.0}
     """
     depth = classes.shape[-1]
-    shared = jnp.sum(ranks < depth, axis=-1, dtype=float)
+    shared = _percent(jnp.sum(ranks < depth, axis=-1), where)  # divided at the end: float32 has no third
     return {
         "agreement": _percent(ranks[..., 0] == 0, where),
-        "top_d_overlap": _percent(shared / depth, where),
+        "top_d_overlap": shared._replace(count=shared.count * depth),
         "label_in_top_d": _percent(jnp.any(classes == labels[..., None].astype(classes.dtype), axis=-1), where),
     }

@@ -71,7 +71,7 @@ def _plain(value: Any) -> Any:
 
 
 def _ours(table: dict[str, Any], of: Any) -> list[tuple[str, Any]]:
-    """Without what other tests have entered."""
+    """Leaves out what other tests have entered."""
     return [(name, entry) for name, entry in table.items() if of(entry).__module__.startswith("ldrld_jax.")]
 
 

@@ -40,7 +40,7 @@ KEYS = set(config_lib.flat(config_lib.default().to_dict()))
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
-    """From top to bottom in one scope; a block that defines a config is read as a config file, too."""
+    """Runs the blocks in order in one scope; a block that defines a config is also read as a config file."""
     monkeypatch.chdir(tmp_path)
     scope: dict = {"__name__": "page"}
     with methods_restored():

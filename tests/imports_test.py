@@ -79,7 +79,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_importing_the_package_loads_not_even_jax_and_the_losses_load_nothing_else():
-    """Its own share of an import is a millisecond; a test in seconds would measure the machine."""
+    """Checks names, since the package's own share is a millisecond: a test in seconds would measure the machine."""
     code = "import sys, ldrld_jax; print([*sys.modules]); ldrld_jax.ldrld_loss; print([*sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     package, losses = ({name.partition(".")[0] for name in ast.literal_eval(line)} for line in printed.splitlines())

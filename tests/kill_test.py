@@ -82,7 +82,7 @@ class Process:
         return self._process.poll() is not None
 
     def until(self, condition) -> None:
-        """Until `condition(self)` or the end."""
+        """Waits for `condition(self)` or the end."""
         while not self.ended() and not condition(self):
             time.sleep(0.001)
 
@@ -193,7 +193,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterru
 
 
 def test_kill_9_of_a_script_with_a_trainer_changes_nothing(data_dir, rng, tmp_path, monkeypatch):
-    """Its student has Dropout, and its teacher runs on the host."""
+    """Trains a student that has Dropout, by a teacher that runs on the host."""
     images, labels = open_source("digits", "train[:90]", data_dir).read(np.arange(90))
     np.savez(tmp_path / "data.npz", images=images, labels=labels, weights=rng.normal(size=(64, 10)).astype(np.float32))
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "whole"), str(tmp_path / "data.npz")])

@@ -61,6 +61,8 @@ def test_agreement_by_hand():
     assert means["agreement"].value == 50.0  # 0 = 0, 3 != 0
     assert means["top_d_overlap"].value == 25.0  # {0, 1} and {0, 2} share one of two, {3, 2} and {0, 1} none
     assert means["label_in_top_d"].value == 50.0
+    thirds = agreement(jnp.zeros(9, int), jnp.tile(jnp.arange(3.0), (9, 1)), jnp.tile(jnp.arange(3), (9, 1)))
+    assert thirds["top_d_overlap"].value == 100.0
     alone = agreement(jnp.array([2, -1]), classes, ranks, where=jnp.array([True, False]))
     assert {name: mean.value for name, mean in alone.items()} == dict(
         agreement=100.0, top_d_overlap=50.0, label_in_top_d=100.0

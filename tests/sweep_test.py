@@ -160,7 +160,7 @@ def test_the_sweep_of_every_method_leaves_none_out_and_scales_what_depends_on_th
 
 
 class _Instant:
-    """In place of a process: what a run leaves, as soon as it starts."""
+    """A stand-in for a process, which leaves what a run leaves as soon as it starts."""
 
     started: ClassVar[list[str]] = []
 

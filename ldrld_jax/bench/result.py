@@ -44,7 +44,7 @@ class Bench:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each part's time in percent of a step of the real loop, at most 100."""
+        """The time of each part in percent of a step of the real loop, at most 100."""
         return {name: min(100.0, 100 * seconds / self.run_seconds) for name, seconds in self.part_seconds.items()}
 
     @property

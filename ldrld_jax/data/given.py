@@ -168,7 +168,8 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
         return data
     if num_classes is not None and not isinstance(num_classes, int | np.integer):
         raise UserError(f"num_classes must be a whole number, got {num_classes!r}.")
-    if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "__getitem__") for part in data):
+    examples = isinstance(data, list) and any(isinstance(part, tuple | Mapping) for part in data)
+    if isinstance(data, tuple | list) and len(data) == 2 and not examples:
         return _of_arrays(*data, num_classes=num_classes, title=title)
     if hasattr(data, "features") and hasattr(data, "cast_column"):
         return _of_hugging_face(data, title)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,13 +152,17 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
 
 
 def _digest(path: str) -> str | None:
-    """Returns a digest of the weights of a run's best checkpoint or of a file; None if there is nothing."""
+    """Returns a digest of the weights of a run's best checkpoint, a file or a zarr array; None if there is nothing."""
     name, _, member = path.partition("::")
     place = epath.Path(hub.download(name) if hub.is_on_hub(name) else name)
     if not place.exists():
         return None
     if not place.is_dir():
         return hashlib.sha256(place.read_bytes() + member.encode()).hexdigest()[:32]
+    if place.suffix == ".zarr":
+        files = sorted(file for file in pathlib.Path(place).rglob("*") if file.is_file())
+        parts = {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     checkpoints = Checkpoints(place / "checkpoints")
     step = next(iter(checkpoints.by_preference(best=True)), None)
     if step is None or step not in checkpoints.readable_steps:

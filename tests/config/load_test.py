@@ -134,7 +134,7 @@ def test_resolve_keeps_what_the_run_reads_and_nothing_else():
 
 
 def test_the_teachers_recipe_is_the_plain_run_of_its_model():
-    """So that a teacher trained by hand is found again by `teacher.workdir`."""
+    """Lets `teacher.workdir` find a teacher that was trained by hand."""
     resolved = config_lib.resolve(config_lib.load("configs/cifar100.py", ["teacher.optim.learning_rate=.01"]))
     recipe = config_lib.resolve(config_lib.teacher_recipe(resolved, "resnet32x4"))
     by_hand = config_lib.load(

@@ -112,6 +112,18 @@ def test_an_example_of_another_dtype_is_broken(arrays):
     assert whole.read(np.arange(2))[0].dtype == np.int32
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_list_holds_examples_however_few(arrays, count):
+    images, labels = arrays
+    pairs = [(image, int(label)) for image, label in zip(images[:count], labels, strict=False)]
+    for examples in (pairs, [{"image": image, "label": label} for image, label in pairs]):
+        read, found = as_source(examples, num_classes=3).read(np.arange(count))
+        np.testing.assert_array_equal(read, images[:count])
+        np.testing.assert_array_equal(found, labels[:count])
+    read, _ = as_source([images, labels]).read(np.arange(len(labels)))
+    np.testing.assert_array_equal(read, images)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

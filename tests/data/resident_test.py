@@ -47,7 +47,7 @@ def both(source, steps, *, start=0, devices=1, **options):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("batch_size", [8, 13])
 def test_the_batches_are_those_of_the_stream_over_epochs(devices, batch_size):
-    """With 50 images: full batches, remainders, and on eight devices 13 rows padded to 16."""
+    """Reads 50 images: full batches, remainders, and on eight devices 13 rows padded to 16."""
     resident, stream = both(Noise(50), 20, devices=devices, batch_size=batch_size)
     chex.assert_trees_all_equal(jax.device_get(resident), stream)
     assert {batch["image"].dtype for batch in resident} == {np.dtype(np.uint8)}
@@ -108,7 +108,7 @@ def test_cifar_crops_are_bitwise_equal(cifar100_dir):
 
 
 def test_a_run_is_the_same_with_either_loader(tiny, tmp_path):
-    """On eight devices, losses and evaluations bit for bit; a workdir of one is known to the other."""
+    """Compares losses and evaluations on eight devices, bit for bit; each loader knows the other's workdir."""
     lines = {}
     for loader in ("stream", "resident"):
         config = tiny(f"data.loader={loader}", "data.flip=True")

@@ -49,7 +49,7 @@ def test_a_training_crop_is_pillows_crop_and_resize(rng):
 
 
 def test_a_large_jpeg_is_decoded_at_part_of_its_size(rng, monkeypatch):
-    """Half the pixels a side, and nearly the same crop."""
+    """Decodes half the pixels a side, for nearly the same crop."""
     data = jpeg(rng, 1000, 750)
     loaded = []
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_grey_palette_and_cmyk_become_colour(picture):
 
 
 def test_transparency_lies_on_white(picture):
-    """Not the colour that happens to be stored under a transparent pixel."""
+    """Rejects the colour that happens to be stored under a transparent pixel."""
     transparent = picture.convert("RGBA")
     alpha = np.full((32, 48), 255, np.uint8)
     alpha[:, :10] = 0

@@ -41,7 +41,7 @@ def test_the_texts_are_what_the_library_wants_of_any_python():
 
 
 def test_the_config_trains_evaluates_reports_and_exports_from_the_command_line(tmp_path, capsys, monkeypatch):
-    """On a fiftieth of the texts, with a teacher that compiles at once."""
+    """Uses a fiftieth of the texts, and a teacher that compiles at once."""
     (tmp_path / "own.py").write_text(BIGRAMS)
     monkeypatch.chdir(tmp_path)
     flags = {"epochs": 1, "teacher.epochs": 1, "teacher.model": "own:bigrams", "data.fraction": 0.02}

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 
 from ldrld_jax import config as config_lib
@@ -19,7 +20,7 @@ from ldrld_jax.train.plan import Run
 
 
 def test_nothing_is_written_through_a_link(tiny, tmp_path):
-    """In a run's folder from elsewhere, names that a run writes are links to a file of ours."""
+    """Starts in somebody else's run, where names that a run writes are links to a file of ours."""
     ours = tmp_path / "ours"
     ours.write_text("precious")
     run = tmp_path / "run"
@@ -105,6 +106,26 @@ def test_a_teacher_that_has_moved_is_the_same_and_one_with_other_weights_is_not(
     write_safetensors(tmp_path / "b.safetensors", {"w": np.ones(3, np.float32)})
     with pytest.raises(UserError, match=r"teacher\.checkpoint of the run .* not those that it began with"):
         folder(tmp_path / "b.safetensors").check()
+
+
+def test_logits_in_a_zarr_folder_are_those_that_a_run_began_with(tiny, tmp_path):
+    path = tmp_path / "logits.zarr"
+    config = tiny("method=kd", "teacher.model=logits", f"teacher.checkpoint={path}")
+    folder = RunFolder(Run.plan(config_lib.resolve(config), epath.Path(tmp_path / "run")))
+
+    def write(logits: np.ndarray) -> None:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+        array = tensorstore.open(spec, create=True, delete_existing=True, dtype="float32", shape=logits.shape).result()
+        array.write(logits).result()
+
+    logits = np.random.default_rng(0).normal(size=(90, 10)).astype(np.float32)
+    write(logits)
+    (tmp_path / "run").mkdir()
+    folder.write()
+    folder.check()
+    write(-logits)
+    with pytest.raises(UserError, match=r"teacher\.checkpoint of the run .* not those that it began with"):
+        folder.check()
 
 
 def test_a_checkpoint_of_before_a_teacher_moved_is_of_the_run_beside_it():

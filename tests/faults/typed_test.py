@@ -160,7 +160,7 @@ README = ROOT / "README.md"
 def test_the_readmes_own_method_trains_and_its_run_is_evaluated_exported_and_reported(
     tiny, tmp_path, data_dir, monkeypatch, capsys
 ):
-    """In processes without the config, METHODS does not have the method."""
+    """Uses processes without the config, in which METHODS does not have the method."""
     from ldrld_jax.losses import METHODS
     from ldrld_jax.report import __main__ as report
 

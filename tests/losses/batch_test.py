@@ -90,7 +90,7 @@ def test_without_an_axis_name_each_shard_is_a_batch(name, rng, x64, mesh):
 
 @pytest.mark.parametrize("rows", [4, 5, 7])
 def test_the_factors_of_skds_masks_are_shares_up_to_the_median(rng, x64, rows):
-    """By NumPy's median over the rows that are kept, with a tie in it."""
+    """Compares with NumPy's median over the rows that are kept, with a tie in it."""
     teacher, student = 2 * rng.normal(size=(2, rows + 2, 6))
     teacher[2, ::-1] = teacher[1]
     where = np.arange(rows + 2) < rows

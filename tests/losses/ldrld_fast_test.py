@@ -237,7 +237,7 @@ def collectives(compiled):
 
 @pytest.mark.parametrize(("axis_type", "classes"), [(AxisType.Auto, 1003), (AxisType.Explicit, 100)])
 def test_batch_sharded_logits_are_not_gathered(classes, axis_type, rng):
-    """Under plain jit over a mesh, as the trainer calls it: scalars alone travel."""
+    """Compiles plain jit over a mesh, as the trainer calls it: scalars alone travel."""
     teacher, student = logits(rng, 16, classes)
     cfg = LDRLDConfig()
     expected, expected_gradient = value_and_grad(teacher, student, cfg)

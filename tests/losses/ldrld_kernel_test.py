@@ -126,7 +126,7 @@ def test_each_term_and_its_gradient_are_the_plain_versions(kernel, shape, scale,
 
 @KERNEL
 def test_every_field_of_the_config_counts(kernel, rng):
-    """At a depth of 9, more than a register of a TPU has rows."""
+    """Tests a depth of 9, which is more than the rows of a TPU's register."""
     cfg = LDRLDConfig(depth=9, rank_by="teacher", temperature=1.5, use_erd=False, irw_epsilon=0.5)
     assert_close_to_plain(*logits(rng, 4, 20), cfg, kernel)
 
@@ -311,7 +311,7 @@ def test_one_program_is_exported_for_three_platforms(rng):
     ids=["by rows", "by rows over some axes, in the types", "copied, and too few rows"],
 )
 def test_under_jit_no_logits_travel(sizes, spec, axis_type, rows, rng):
-    """Each device runs the kernel on its share of the rows; scalars, or numbers of each row, travel.
+    """Runs the kernel on each device's share of the rows; scalars, or numbers of each row, travel.
 
     Where all devices hold all rows, the gradient travels once, as all of them get all of it.
     """

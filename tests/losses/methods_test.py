@@ -39,7 +39,7 @@ LABELLED = ["dkd", "nkd", "rld", "sld", "wkd", "wsld"]
 
 
 def default(name):
-    """For five classes, and with views that count."""
+    """Makes a config for five classes, with views that count."""
     fields = {"ldrld": dict(depth=3), "bild": dict(top_k=3), "crld": dict(weak_threshold=0.5)}
     return METHODS[name].config(**fields.get(name, {}))
 

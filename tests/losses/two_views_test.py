@@ -15,7 +15,7 @@ def views(rng, x64):
 
 @pytest.mark.parametrize(("name", "cfg"), [("crld", CRLDConfig(weak_threshold=0.3)), ("sld", SLDConfig())])
 def test_an_example_is_its_two_views(name, cfg, views):
-    """It counts if both are kept, with the mean of their weights; what the other view then holds is never seen."""
+    """Counts an example if both views are kept, with the mean of their weights; no loss sees what is dropped."""
     (teacher, student), labels = views
     where = np.array([[True, True, False, True, True], [True, False, True, True, True]])
     weights = np.array([[1.0, 9.0, 9.0, 2.0, 0.0], [3.0, 9.0, 9.0, 1.0, 2.0]])

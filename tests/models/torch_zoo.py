@@ -39,7 +39,7 @@ def state_dict(model: str) -> dict[str, np.ndarray]:
 
 
 def logits() -> dict[tuple[str, str], np.ndarray]:
-    """By model and kind: `eval`, `train`, `eval_96x160`."""
+    """Returns the logits by model and kind: `eval`, `train`, `eval_96x160`."""
     golden = {}
     for name in _FILES:
         with np.load(_GOLDEN / f"{name}.npz") as file:

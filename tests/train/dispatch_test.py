@@ -38,7 +38,7 @@ def test_several_steps_in_one_dispatch_are_the_single_steps(resident, tmp_path):
 
 
 def test_they_resume_bitwise_from_any_step(resident, tmp_path, monkeypatch, programs):
-    """On eight devices; a signal after the fourth dispatch: after steps 4, 5, 6 and 7, of which 6 is a checkpoint's."""
+    """Stops eight devices after step 7: their dispatches end at steps 4, 5, 6, which is a checkpoint's, and 7."""
     flags = ["mesh.data=8", "steps_per_dispatch=4", "checkpoint.every_steps=6"]
     trainer.train(resident(*flags), tmp_path / "straight")
     assert programs() == {"stepped": (1, 1), "steps": (1, 1), "evaluate_split": (1, 1)}

@@ -46,7 +46,7 @@ def test_slds_own_target_is_switched_on_by_the_epoch(tiny, teacher_dir, tmp_path
 
 
 def test_numbers_of_the_loss_change_by_epoch(tiny, rng):
-    """In each epoch the objective is the one that has that epoch's numbers for good."""
+    """Compares each epoch's objective with the one that has that epoch's numbers for good."""
     teacher, student = (jnp.asarray(rng.normal(size=(6, 10)), jnp.float32) for _ in range(2))
 
     def loss(epoch, *flags):
@@ -92,7 +92,7 @@ def test_a_schedule_of_nothing_or_out_of_range_is_one_line_and_no_workdir(tiny, 
 
 
 def test_wkds_cost_is_that_of_the_teachers_last_layer(tiny, teacher_dir, tmp_path, monkeypatch):
-    """At every step it is made from the rows as they lie in the teacher's checkpoint."""
+    """Makes the cost of every step from the rows as they lie in the teacher's checkpoint."""
     flags = ["method=wkd", f"teacher.checkpoint={teacher_dir}", "epochs=1", "data.train_split=train[:40]"]
     seen = []
     method = METHODS["wkd"]
@@ -116,7 +116,7 @@ def test_wkd_wants_one_teacher_with_one_last_layer(tiny, teacher_dir, tmp_path):
 
 
 def test_two_views_of_each_image_are_compared(tiny, teacher_dir, tmp_path):
-    """Without augmentation both views are the image itself, and the loss that of one view."""
+    """Leaves out augmentation: both views are the image itself, and the loss is that of one view."""
     losses = {}
     for views in (1, 2):
         flags = ["method=mlkd", f"teacher.checkpoint={teacher_dir}", f"loss.mlkd.views={views}", "data.pad=0"]
@@ -175,7 +175,7 @@ def test_an_ensemble_needs_a_checkpoint_for_each(tiny, teacher_dir, tmp_path):
 
 
 def test_self_distillation_is_from_the_moving_average(tiny, tmp_path):
-    """At the first step the average is the student in evaluation mode; it moves by 1 - decay of the way."""
+    """Follows the average, which is the student at first and then moves by 1 - decay of the way."""
     flags = ["method=kd", "teacher.model=ema", "ema_decay=.75", "epochs=1", "data.train_split=train[:40]"]
     summary = trainer.train(tiny(*flags), tmp_path)
     assert summary["teacher_top1"] is None

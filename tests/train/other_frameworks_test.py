@@ -73,7 +73,7 @@ def onnx_teacher(weights, tmp_path):
 
 @pytest.mark.parametrize("of", [torch_teacher, onnx_teacher])
 def test_a_teacher_of_another_framework_teaches_what_its_weights_say(make, digits, weights, tmp_path, of):
-    """Its run is the one that the same weights teach in JAX, to rounding."""
+    """Compares with the run that the same weights teach in JAX, to rounding."""
     keys = {"data.mean": (MEAN,), "data.std": (STD,)}
     result = make(teacher=of(weights, tmp_path), config=keys).fit()
     assert result.summary["teacher_top1"] == pytest.approx(expected_top1(weights, *digits["evaluation"]))

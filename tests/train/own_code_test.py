@@ -114,7 +114,7 @@ def test_a_student_that_asks_for_the_size_of_a_batch_is_not_exported_and_told_wh
 
 @pytest.mark.parametrize("changes", [{"method": "kd"}, {"teacher.model": "own:Net", "teacher.epochs": 1}])
 def test_what_only_training_uses_is_left_out_of_a_run_that_is_loaded_again(own, changes, monkeypatch):
-    """Its schedules are of a loss that is left out, and Weights & Biases need not be installed there."""
+    """Leaves out a loss and its schedules; Weights & Biases need not be installed there."""
     config = load("configs/digits.py", [f"{key}={value}" for key, value in {**FLAGS, **changes}.items()])
     config.loss_schedule.temperature, config.log.wandb.project = "linear:4@1:2@2", "digits"
     (own / "run").mkdir()

@@ -137,7 +137,7 @@ def test_microbatches_stay_on_their_devices(distillation, tmp_path):
 
 
 def test_fsdp_leaves_each_device_an_eighth(tiny, tmp_path):
-    """At most a seventh: what eight devices do not divide, the biases of the head, is on each of them."""
+    """Allows a seventh: what eight devices do not divide, the biases of the head, is on each of them."""
     flags = ["student.model=resnet8x4", "mesh.data=8", "method=kd", "teacher.checkpoint=x", "teacher.model=resnet8x4"]
     sizes = {}
     for fsdp in (True, False):

@@ -156,7 +156,7 @@ def test_the_diagnostics_of_a_student_that_is_the_teacher(network, x64):
 
 @pytest.mark.parametrize(("classes", "depth"), [(5, 2), (5, 5), (30, 7)])
 def test_student_and_teacher_are_compared_as_two_selections_would(classes, depth, rng):
-    """By masks of each side's largest classes, to the last bit: ties, ruled-out classes and masked rows included."""
+    """Compares with masks of each side's largest classes, bit for bit, with ties, ruled-out classes and masked rows."""
     teacher, student = np.round(rng.normal(size=(2, 60, classes)), 1).astype(np.float32)
     teacher[rng.random(teacher.shape) < 0.3] = student[rng.random(student.shape) < 0.3] = -np.inf
     teacher[30:50] = student[30:50]

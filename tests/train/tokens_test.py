@@ -104,7 +104,7 @@ def measured(tokens, labels, student, teacher) -> dict[str, float]:
 
 
 def test_loss_and_metrics_are_those_of_the_labels_kept_alone(make):
-    """At a rate of 0 one line covers the epoch, and each batch counts for as many labels as it keeps."""
+    """Trains at a rate of 0: one line covers the epoch, and each batch counts for as many labels as it keeps."""
     student, teacher = weights(0, np.float64), weights(1, np.float64)
     still = {"precision": "float64", "optim.learning_rate": 0.0, "log.every_steps": 3}
     run = make(student=(table, student), teacher=(table, teacher), epochs=1, config=still)
@@ -153,7 +153,7 @@ def stepped(run: ldrld_jax.Trainer) -> tuple[list[dict[str, float]], np.ndarray]
 
 
 def test_unequal_numbers_of_labels_a_device_and_a_microbatch_give_one_devices_step(make):
-    """Each of eight devices has two examples of 0 to 6 labels each, and each of two microbatches one of them."""
+    """Gives each of eight devices two examples of 0 to 6 labels, one in each of two microbatches."""
     found = []
     for devices, accumulate in ((1, 1), (8, 2)):
         config = {"precision": "float64", "mesh.data": devices, "accumulate": accumulate, "optim.clip_norm": 1.0}

@@ -127,7 +127,7 @@ def test_every_image_counts_once_whatever_the_evaluation_batch(tiny, teacher_dir
 
 
 def test_a_split_on_the_devices_is_evaluated_as_one_that_streams(tiny, teacher_dir):
-    """In one dispatch, or where nothing may be kept in memory in eight."""
+    """Evaluates in one dispatch, or in eight where nothing may be kept in memory."""
     config = functools.partial(tiny, "eval_batch_size=7")
     assert trainer.evaluate(config(), teacher_dir) == trainer.evaluate(config("data.cache_mb=0"), teacher_dir)
 
