@@ -26,8 +26,8 @@ Time of a run: not yet measured. A run on a fifth of the images for 15 epochs: `
 The 240-epoch recipe of RepDistiller, mdistiller and the LDRLD code, with the LDRLD code's warm-up "official"; the
 teacher's recipe has no warm-up, as published. alpha and beta are the official README's values for resnet32x4-resnet8x4.
 None are published for other pairs, which use the same until a sweep (`experiments/ablations.py:weights`) finds better.
-DKD's beta is 8 by default; its authors take 2 for resnet56-resnet20 and resnet110-resnet32, and 6 for
-wrn_40_2-wrn_16_2, wrn_40_2-wrn_40_1, vgg13-vgg8 and vgg13-MobileNetV2: add `--config.loss.dkd.beta=2` for dkd there.
+DKD's beta is 8 by default. Its authors use 2 for resnet56-resnet20 and resnet110-resnet32, and 6 for wrn_40_2-wrn_16_2,
+wrn_40_2-wrn_40_1, vgg13-vgg8 and vgg13-MobileNetV2: add `--config.loss.dkd.beta=2` or `=6` when you run dkd on them.
 """
 
 from ml_collections import ConfigDict

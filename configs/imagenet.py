@@ -5,7 +5,7 @@ python -m ldrld_jax.main --config configs/imagenet.py --workdir runs/r34-r18 \
 python -m ldrld_jax.main --config configs/imagenet.py:imagenet_resnet50-imagenet_mobilenetv1 --workdir runs/r50-mv1 \
     --config.data.data_dir DIR --config.teacher.checkpoint resnet50-0676ba61.pth
 
-published  ResNet34 (73.31) -> ResNet18 (69.75): LDRLD 71.88 (ICCV 2025), DKD 71.70, KD 70.66 to 71.37
+published  ResNet34 (73.31) -> ResNet18 (69.76): LDRLD 71.88 (ICCV 2025), DKD 71.70, KD 70.66 to 71.37
            ResNet50 (76.13) -> MobileNetV1: LDRLD 73.12 (ICCV 2025), DKD 72.05, KD 70.50
            with T 1, weights of .5 and .5 for KD, beta .5 (MobileNetV1: 2) and a warm-up of 1 epoch for DKD. Set
            loss.kd.temperature=1 ce_weight=.5 kd_weight=.5 for KD,

@@ -9,9 +9,9 @@ published  none: the texts ship with Python (pydoc_data), so everything can be t
 ours       kd 56.41, ce 55.94, topk_tail 56.65, and 62.22 for the teacher: top-1 in percent of the next characters,
            seed 0, Python 3.11, jax 0.10.2 on a CPU; cross-entropy 1.589, 1.610, 1.591 and 1.320 nats a character
 time       3 minutes of processor time for teacher and student, on a busy machine
-Another version of Python has other texts of about the same length. Model and data are code of a module, as a user's
-own: `--mode eval` and `--mode export` need `--config.student.model=ldrld_jax.examples.tokens:small
---config.data.name=ldrld_jax.examples.tokens:texts` as well.
+Another version of Python has other texts of about the same length. The model and the data are named by
+`module:function`, like a user's own, so `--mode eval` and `--mode export` also need
+`--config.student.model=ldrld_jax.examples.tokens:small --config.data.name=ldrld_jax.examples.tokens:texts`.
 """
 
 from ml_collections import ConfigDict

@@ -131,7 +131,8 @@ class Optim:
     weight_decay: NotNegative = 5e-4  # decay of all parameters; sgd adds it to the gradient before the momentum
     # largest norm of the gradient, to which larger ones are scaled down; unset: no limit
     clip_norm: Positive | None = None
-    schedule: Literal["step", "cosine", "constant"] = "step"  # course of the learning rate, by step
+    # course of the learning rate: lowered at decay_epochs, falling to 0 along half a cosine, or constant
+    schedule: Literal["step", "cosine", "constant"] = "step"
     decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # epochs after which schedule=step lowers the learning rate
     decay_rate: NotNegative = 0.1  # factor of the learning rate at each of decay_epochs
     # rise of the learning rate at the start; official: as the published LDRLD code does it
@@ -214,7 +215,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every_steps: Count = 50  # steps whose mean is a line of metrics.jsonl
+    every_steps: Count = 50  # number of steps that each training line of metrics.jsonl averages
     tensorboard: bool = True  # write TensorBoard's event files too
     writers: Text | None = None  # further writers, "my_module:make_writer" each, separated by commas
     wandb: Wandb = Wandb()
@@ -225,8 +226,8 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every_steps: Count | None = None  # steps between checkpoints, besides those after evaluations; unset: none besides
-    keep_last: Count = 2  # number of last checkpoints that are kept besides the best
+    every_steps: Count | None = None  # steps between checkpoints saved in addition to one per evaluation; unset: none
+    keep_last: Count = 2  # number of newest checkpoints that are kept in addition to the best
     keep_every_epochs: Count | None = None  # epochs between checkpoints that are kept for good; unset: none
 
 
@@ -245,7 +246,7 @@ class Config:
     ce_weight: NotNegative | None = None
     # weight of all distillation terms; unset: the method's published one, or 1 for several
     kd_weight: NotNegative | None = None
-    # epochs in which the distillation terms grow, by min(epoch / this, 1); unset: the method's, for several the longest
+    # epochs over which the weight of the distillation terms rises linearly to kd_weight; unset: the methods' longest
     kd_warmup_epochs: Whole | None = None
     loss_schedule: LossSchedule = LossSchedule()  # numbers of the loss by epoch, as FORM:VALUE@EPOCH:VALUE@EPOCH
     standardize: bool = False  # standardise the logits of both sides before every method
@@ -376,7 +377,7 @@ def check_value(key: str, value: Any, kind: Any) -> None:
             raise unknown(key, value, get_args(kind))
     elif get_origin(kind) is tuple:
         if not value and kind != tuple[Whole, ...]:
-            raise UserError(f"{key} must hold a number at least, got {value!r}.")
+            raise UserError(f"{key} must hold at least one number, got {value!r}.")
         for item in value:
             if isinstance(item, bool) or not isinstance(item, int | float):
                 raise UserError(f"{key} must be numbers, got {value!r}.")

@@ -18,9 +18,9 @@ _FED = {"data.mean", "data.std", "data.image_size"}  # and a run's teacher is fe
 def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, *, on_host: bool = False) -> list[str]:
     """Returns the warnings about an unresolved config, a line each.
 
-    A key that is set and not read is one, unless the config file set it for a run that would read it: files have a
-    recipe for the teacher, and the fields of LDRLD, also for runs with a trained teacher or of another method. So is a
-    batch size that is not the config file's together with the file's learning rate.
+    One warns of a key that has no effect, unless the config file set it for a run that would read it: files have a
+    recipe for the teacher, and the fields of LDRLD, also for runs with a trained teacher or of another method. Another
+    warns of the config file's learning rate with a batch size that is not the file's.
 
     Args:
       config: with its overrides.
@@ -40,7 +40,7 @@ def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, 
 
 
 def _said(reasons: dict[str, str]) -> list[str]:
-    return [f"{key} is set and not read, because {why}" for key, why in reasons.items()]
+    return [f"{key} is set but has no effect, because {why}" for key, why in reasons.items()]
 
 
 def _learning_rate(config: ConfigDict, file: ConfigDict, path: str) -> list[str]:
@@ -112,7 +112,7 @@ def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str
         kept, because = {"model", "min_top1"}, "the teacher runs on the host"
     elif config.teacher.checkpoint is not None:
         runs = all(pathlib.Path(path).is_dir() for path in config.teacher.checkpoint.split(","))
-        kept, because = _TRAINED | (set() if runs else _FED), "teacher.checkpoint is trained already"
+        kept, because = _TRAINED | (set() if runs else _FED), "teacher.checkpoint names a trained teacher"
     elif config.teacher.epochs is None and config.teacher.model and has_weights(config):
         kept, because = _TRAINED | _FED | {"seed"}, "teacher.epochs is not set"
     else:

@@ -161,7 +161,7 @@ def read_student(folder: epath.PathLike) -> Student:
         jax.jit(program.call).lower(jax.ShapeDtypeStruct((1, *shape), program.in_avals[0].dtype))
     except Exception as error:  # flatbuffers and JAX raise many types for corrupt bytes
         raise UserError(
-            f"{folder / _PROGRAM} is torn, or of a version of JAX too far from {jax.__version__}: {error}. "
+            f"{folder / _PROGRAM} is truncated, or JAX {jax.__version__} cannot read its version: {error}. "
             "Export it again with --mode export."
         ) from error
     if described["before"] is not None:

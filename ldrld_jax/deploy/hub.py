@@ -110,7 +110,7 @@ def _upload(folder: epath.Path, remote: hub.HubFile) -> str:
             commit_message="Upload a student of ldrld_jax",
         )
     except Exception as error:  # see hub.download
-        raise hub.refused(f"{folder} is written, and not uploaded to {remote}", error) from None
+        raise hub.refused(f"{folder} was written but not uploaded to {remote}", error) from None
     return str(remote._replace(revision=done.oid))
 
 

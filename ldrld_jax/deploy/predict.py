@@ -158,13 +158,13 @@ def problem(path: str, error: Exception) -> str:
 
     Example:
       >>> problem("scan.png", BrokenImageError("not an image (5 bytes)"))
-      'scan.png is broken or no image that is known: not an image (5 bytes)'
+      'scan.png is broken or not in a supported image format: not an image (5 bytes)'
       >>> problem("scan.png", FileNotFoundError(2, "No such file or directory"))
       'scan.png cannot be read: No such file or directory'
     """
     if isinstance(error, OSError):
         return f"{path} cannot be read: {error.strerror or error}"
-    return f"{path} is broken or no image that is known: {error}"
+    return f"{path} is broken or not in a supported image format: {error}"
 
 
 def line(path: str, guesses: Iterable[Guess]) -> str:

@@ -34,7 +34,7 @@ class DKDConfig(MethodConfig):
 
     Attributes:
       alpha: weight of the target part.
-      beta: weight of the non-target part; 8 for most CIFAR-100 pairs, 2 where the teacher is small.
+      beta: weight of the non-target part; the authors use 8, 6 or 2, depending on the pair (configs/cifar100.py).
       temperature: T > 0 of both parts.
       standardize: whether to standardise both sides' logits first.
       entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).

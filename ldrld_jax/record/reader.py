@@ -81,7 +81,7 @@ def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose:
     else:
         label = next(i for i, names in enumerate(zip(there, here, strict=True)) if len(set(names)) == 2)
         what = f"class {label} is {there[label]!r} there and {here[label]!r} here"
-    raise UserError(f"{whose} in {workdir} told other classes apart: {what}. Restore the data's class names.")
+    raise UserError(f"{whose} in {workdir} was trained on other classes: {what}. Restore the data's class names.")
 
 
 def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> dict[str, Any] | None:

@@ -181,7 +181,7 @@ def check_finite(step: int, means: Means) -> None:
         return
     advice = "Lower optim.learning_rate, or look at the data of that step."
     if not diverged:
-        advice = "Loss and weights are finite: mend what computes it."
+        advice = "The loss and the weights are finite: fix the metric that computes it."
     raise NonFiniteError(
         f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
         f"checkpoint is untouched. {advice}"

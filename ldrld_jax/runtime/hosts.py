@@ -23,7 +23,7 @@ from ldrld_jax.runtime.signals import Signals
 # JAX's heartbeat (100 s by default) detects a vanished machine; the lifeline detects a dead process at once.
 HEARTBEAT_SECONDS = 40
 _TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
-_APART = "the processes of the run did not come together"
+_APART = "the processes of the run could not connect to each other"
 _TOGETHER = (
     "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets them."
 )

@@ -46,7 +46,7 @@ def assemble(
     """Returns the config of a run and its objects; see `ldrld_jax.Trainer` for the arguments.
 
     Raises:
-      UserError: if one of them is nothing that a run can use.
+      UserError: if a run cannot use one of them.
     """
     made = default()
     arguments = {"epochs": epochs, "batch_size": batch_size, "seed": seed}

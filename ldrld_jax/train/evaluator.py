@@ -85,7 +85,7 @@ class Evaluator:
                 "its weights, and at data.mean and data.std."
             )
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise UserError(f"{', '.join(bad)} of the evaluation is not finite: mend what computes it.")
+            raise UserError(f"{', '.join(bad)} of the evaluation is not finite. Fix the metric that computes it.")
         return values
 
     def _dispatches(self, variables: Any, waiting: Callable[[], None]) -> Iterator[Packed]:

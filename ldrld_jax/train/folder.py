@@ -112,6 +112,13 @@ class RunFolder:
             done = (self.checkpoints().latest_step or 0) / self.run.batches.steps_per_epoch
             if done < decay:
                 return
+            if not decay:
+                own = config.optim.name.startswith("<")
+                depends = "an optimizer that is an object" if own else f"optim.schedule={config.optim.schedule}"
+                raise UserError(
+                    f"epochs cannot grow with {depends}, since the learning rate of each step may depend on them: the "
+                    f"run in {self.run.workdir} has {theirs['epochs']}. Choose another workdir."
+                )
             raise UserError(
                 f"epochs may grow only before the first decay (epoch {decay}), and {self.run.workdir} is at epoch "
                 f"{done:g}. Choose another workdir."

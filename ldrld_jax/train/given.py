@@ -22,7 +22,10 @@ from ldrld_jax.train.step import Metric
 
 @dataclasses.dataclass(frozen=True)
 class Callback:
-    """Functions called between two steps. The weights they get must be copied to be kept: the next step reuses them.
+    """Functions called between two steps.
+
+    They get the weights as a pair `(params, batch_stats)` of trees. Copy what is to be kept: the next step reuses the
+    arrays.
 
     Attributes:
       after_evaluation: called with the step, the evaluation's values by name, and the evaluated weights.

@@ -53,7 +53,8 @@ def _kind(source: Any) -> str:
 
 def _rate(optim: ConfigDict) -> str:
     schedule = f"{optim.schedule} after {', '.join(map(str, optim.decay_epochs))}" if optim.schedule == "step" else ""
-    warmup = "" if optim.warmup == "none" else f", {optim.warmup} warm-up of {optim.warmup_epochs} epochs"
+    count = f"{optim.warmup_epochs} epoch{'s' * (optim.warmup_epochs != 1)}"
+    warmup = "" if optim.warmup == "none" else f", {optim.warmup} warm-up of {count}"
     return f"{optim.learning_rate:g}, {schedule or optim.schedule}{warmup}"
 
 
@@ -118,11 +119,11 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
 
     Example:
       >>> no_images("to train on", [1], ["cat", "dog"])
-      'there is no image to train on of 1 of 2 classes: dog'
+      '1 of 2 classes have no image to train on: dog'
     """
     shown = ", ".join(names[label] for label in empty[:_MOST_NAMED])
     more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
-    return f"there is no image {purpose} of {len(empty)} of {len(names)} classes: {shown}{more}"
+    return f"{len(empty)} of {len(names)} classes have no image {purpose}: {shown}{more}"
 
 
 def _absent(source: Any) -> list[int]:

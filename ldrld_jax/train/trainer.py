@@ -53,7 +53,7 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-      trainer: of the run.
+      trainer: the run's.
       summary: the content of summary.json.
       metrics: the lines of metrics.jsonl, `{"step": ..., "epoch": ..., "split": ..., "values": {...}}` each.
     """
@@ -101,7 +101,7 @@ class Trainer:
         `[n, ...]`; the run takes the mean over those that the mask `where` keeps, which is None without padding.
 
     Raises:
-      UserError: if an argument is nothing that a run can use.
+      UserError: if a run cannot use an argument.
 
     Example:
       >>> from flax import nnx
@@ -181,10 +181,26 @@ class Trainer:
         trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
         return trainer
 
-    def fit(self, leave_within: float | None = None, **options: Any) -> "Result":
-        """Trains to the last epoch, or resumes there; see `train` for the arguments and the errors."""
+    def fit(
+        self, leave_within: float | None = None, *, profile: str | None = None, file: str | None = None
+    ) -> "Result":
+        """Trains to the last epoch, or resumes an interrupted run, and returns its `Result`.
+
+        Args:
+          leave_within: seconds after a first SIGTERM, SIGINT or SIGHUP when the process ends, whatever it is doing;
+            None sets no limit.
+          profile: a directory for a trace of some of the student's steps.
+          file: the config file that the config is of, for warnings about what differs from it.
+
+        Raises:
+          UserError: if the input is wrong; the workdir is untouched.
+          NonFiniteError: if the loss is not finite.
+          Interrupted: on one of those signals, once the state is saved.
+        """
         self._kept = None
-        summary = train(self.config, self.workdir, leave_within=leave_within, given=self.given, **options)
+        summary = train(
+            self.config, self.workdir, leave_within=leave_within, profile=profile, file=file, given=self.given
+        )
         return Result(self, summary, read_metrics(self.workdir))
 
     def check(self) -> list[str]:
@@ -303,7 +319,7 @@ def train(
     Raises:
       UserError: if the input is wrong; the workdir is untouched.
       NonFiniteError: if the loss is not finite.
-      Interrupted: on SIGTERM or SIGINT, once the state is saved.
+      Interrupted: on SIGTERM, SIGINT or SIGHUP, once the state is saved.
     """
     on_host = given.host_teacher(config) is not None
     remarks = config_lib.remarks(config, file, given.methods, on_host=on_host)

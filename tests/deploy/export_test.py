@@ -248,7 +248,7 @@ WRONG = {
     "nothing": ([], "predict needs images: --workdir DIR IMAGE..."),
     "a missing file": (["{place}/x.png"], "there is no image {place}/x.png"),
     "a folder": (["{place}"], "there is no image in {place}. Supported are .bmp, .gif,"),
-    "a text": (["{place}/a.txt"], "{place}/a.txt is broken or no image that is known: not an image (5 bytes)"),
+    "a text": (["{place}/a.txt"], "{place}/a.txt is broken or not in a supported image format: not an image (5 bytes)"),
     "no run": (["--workdir={place}/nothing", "{place}/a.txt"], "there is no checkpoint of a run in {place}/nothing"),
     "a config": (["--config.seed=1", "{place}/a.txt"], "holds an exported student, which no config changes"),
     "another flag": (["--top=3", "{place}/a.txt"], "there is no flag '--top=3'"),

@@ -195,7 +195,7 @@ def test_unreadable_images_get_a_line_each_and_the_others_are_predicted(command,
     out, err = capsys.readouterr()
     assert out == "found.csv: 4 images\n"
     assert err.splitlines() == [
-        "ldrld_jax: a/1.png is broken or no image that is known: not an image (4 bytes)",
+        "ldrld_jax: a/1.png is broken or not in a supported image format: not an image (4 bytes)",
         "ldrld_jax: gone.png cannot be read: No such file or directory",
     ]
     rows = list(csv.reader(io.StringIO((tmp_path / "found.csv").read_text())))[1:]

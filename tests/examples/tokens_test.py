@@ -53,7 +53,7 @@ def test_the_config_trains_evaluates_reports_and_exports_from_the_command_line(t
     assert run("--config", "configs/tokens.py", *(f"--config.{key}={value}" for key, value in flags.items())) == 0
     printed = capsys.readouterr().out
     assert " to evaluate on (0.02 of train), 128 classes, 64" in printed
-    assert "there is no image to evaluate on" not in printed
+    assert "have no image to evaluate on" not in printed
     (last,) = values(tmp_path / "run", "eval", "ce")
     assert 2 < last < 4.85  # guessing gives log(128)
     again = [f"--config.student.model={MODULE}:small", f"--config.data.name={MODULE}:texts"]

@@ -153,14 +153,14 @@ def test_a_class_that_was_renamed_is_no_label_of_a_run_from_before(on_folder, fo
     rename(folder)
     images = [str(folder / "val/cat/0.png")] if mode == "predict" else []
     assert main_lib.main(["--mode", mode, "--workdir", str(tmp_path / "run"), *images]) == 2
-    assert "told other classes apart: class 0 is 'bird' there and 'cat' here" in capsys.readouterr().err
+    assert "was trained on other classes: class 0 is 'bird' there and 'cat' here" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_classes_is_refused_and_a_run_without_a_note_says_so(on_folder, folder, tmp_path, capsys):
     trainer.train(on_folder("epochs=1"), tmp_path / "teacher")
     rename(folder)
     flags = ["method=kd", "teacher.model=tiny_net", f"teacher.checkpoint={tmp_path / 'teacher'}"]
-    with pytest.raises(UserError, match=r"the teacher in .* told other classes apart: class 0"):
+    with pytest.raises(UserError, match=r"the teacher in .* was trained on other classes: class 0"):
         trainer.train(on_folder(*flags), tmp_path / "student")
     (tmp_path / "teacher/data.json").unlink()
     trainer.train(on_folder(*flags, "epochs=1"), tmp_path / "student")

@@ -27,7 +27,7 @@ def test_a_run_says_of_itself_in_five_lines(tiny, tmp_path, data_dir):
         "models    student tiny_net, 346 parameters, 0.0 MFLOPs per image; teacher tiny_net, 346 parameters, 0.0 "
         "MFLOPs per image",
         "device    2 x cpu (cpu), float32",
-        "training  kd, 2 epochs of 3 steps, batches of 40; sgd, learning rate 0.05, cosine, linear warm-up of 1 epochs",
+        "training  kd, 2 epochs of 3 steps, batches of 40; sgd, learning rate 0.05, cosine, linear warm-up of 1 epoch",
         f"results   {tmp_path / 'run'}",
     ]
     assert list(warnings(run)) == []
@@ -39,9 +39,9 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
     expected = [
         "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64, and batch_size=8 here: the usual rule "
         "is 0.125 times it",
-        "loss.kd.temperature is set and not read, because method=ce",
-        "loss_weight.dkd is set and not read, because method=ce",
-        "there is no image to evaluate on of 1 of 3 classes: dog",
+        "loss.kd.temperature is set but has no effect, because method=ce",
+        "loss_weight.dkd is set but has no effect, because method=ce",
+        "1 of 3 classes have no image to evaluate on: dog",
     ]
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith("warning: ")] == [f"warning: {text}." for text in expected]
@@ -53,41 +53,44 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["logits.views=3"], ["logits.views is set and not read, because logits.dir is not set"]),
+        (["logits.views=3"], ["logits.views is set but has no effect, because logits.dir is not set"]),
         (["logits.views=3", "logits.dir=store"], []),
         (["loss.kd.temperature=4", "loss.dkd.top_k=0"], []),  # as if unset
         (
             ["teacher.checkpoint=t", "teacher.optim.momentum=.5"],
-            ["teacher.optim.momentum is set and not read, because teacher.checkpoint is trained already"],
+            ["teacher.optim.momentum is set but has no effect, because teacher.checkpoint names a trained teacher"],
         ),
         (
             ["teacher.checkpoint=t", "teacher.data.crop_size=9", "teacher.data.mean=(.5,)", "teacher.seed=1"],
             [
-                "teacher.data.crop_size is set and not read, because teacher.checkpoint is trained already",
-                "teacher.seed is set and not read, because teacher.checkpoint is trained already",
+                "teacher.data.crop_size is set but has no effect, because teacher.checkpoint names a trained teacher",
+                "teacher.seed is set but has no effect, because teacher.checkpoint names a trained teacher",
             ],
         ),
         (["teacher.optim.momentum=.5", "teacher.seed=1"], []),
         (
             ["teacher.model=ema", "teacher.checkpoint=t", "teacher.epochs=9"],
-            [f"teacher.{key} is set and not read, because teacher.model=ema" for key in ("checkpoint", "epochs")],
+            [f"teacher.{key} is set but has no effect, because teacher.model=ema" for key in ("checkpoint", "epochs")],
         ),
         (
             ["teacher.epochs=None", "teacher.model=a:b", "teacher.data.flip=True"],
-            ["teacher.data.flip is set and not read, because teacher.epochs is not set"],
+            ["teacher.data.flip is set but has no effect, because teacher.epochs is not set"],
         ),
         (["method=ce", "teacher.checkpoint=t", "teacher.optim.momentum=.5"], []),
         (["method=kd+ldrld", "loss.kd.temperature=3", "loss_weight.ldrld=2."], []),
-        (["loss.kd.temperature=3"], ["loss.kd.temperature is set and not read, because method=ldrld"]),
+        (["loss.kd.temperature=3"], ["loss.kd.temperature is set but has no effect, because method=ldrld"]),
         (
             ["data.label_noise=symmetric"],
-            ["data.label_noise is set and not read, because data.label_noise_rate is 0"],
+            ["data.label_noise is set but has no effect, because data.label_noise_rate is 0"],
         ),
-        (["data.label_noise_rate=.4"], ["data.label_noise_rate is set and not read, because data.label_noise is none"]),
+        (
+            ["data.label_noise_rate=.4"],
+            ["data.label_noise_rate is set but has no effect, because data.label_noise is none"],
+        ),
         (["data.label_noise=symmetric", "data.label_noise_rate=.4"], []),
-        (["data.resize_size=9"], ["data.resize_size is set and not read, because data.crop_size is not set"]),
+        (["data.resize_size=9"], ["data.resize_size is set but has no effect, because data.crop_size is not set"]),
         *[
-            ([f"{key}={value}", *others], [f"{key} is set and not read, because {why}"])
+            ([f"{key}={value}", *others], [f"{key} is set but has no effect, because {why}"])
             for key, value, others, why in (
                 ("data.pad", "2", ["data.augment=rotate"], "data.augment=rotate"),
                 ("data.crop_area", "(.2,1.)", [], "data.augment=pad_crop"),
@@ -123,7 +126,10 @@ def test_what_a_config_file_sets_and_does_not_read_itself_is_said(tmp_path):
     text = f"from ml_collections import ConfigDict\n\ndef get_config():\n    return {block}\n"
     (tmp_path / "file.py").write_text(text)
     path = str(tmp_path / "file.py")
-    beta, momentum = ("loss.dkd.beta", "method=kd"), ("teacher.optim.momentum", "teacher.checkpoint is trained already")
+    beta, momentum = (
+        ("loss.dkd.beta", "method=kd"),
+        ("teacher.optim.momentum", "teacher.checkpoint names a trained teacher"),
+    )
     for flags, expected in (
         (["teacher.epochs=1"], [beta]),
         (["teacher.checkpoint=t"], [beta]),
@@ -131,10 +137,10 @@ def test_what_a_config_file_sets_and_does_not_read_itself_is_said(tmp_path):
         (["teacher.checkpoint=t", "loss.dkd.beta=4.0", "method=ce"], [(beta[0], "method=ce")]),
         (["teacher.epochs=1", "method=dkd"], []),
     ):
-        lines = [f"{key} is set and not read, because {why}" for key, why in expected]
+        lines = [f"{key} is set but has no effect, because {why}" for key, why in expected]
         assert config_lib.remarks(config_lib.load(path, flags), path) == lines
     without = config_lib.remarks(config_lib.load(path, ["teacher.checkpoint=t"]))
-    assert without == [f"{key} is set and not read, because {why}" for key, why in (beta, momentum)]
+    assert without == [f"{key} is set but has no effect, because {why}" for key, why in (beta, momentum)]
 
 
 def test_a_summary_without_warnings_or_with_something_else_in_their_place_is_read(tmp_path):
@@ -253,4 +259,4 @@ def test_a_class_that_is_left_without_training_images_is_said(on_folder, folder,
         image.unlink()
     assert not [line for line in warnings(planned(on_folder(), tmp_path)) if "no image to train on" in line]
     found = list(warnings(planned(on_folder(*flags), tmp_path)))
-    assert "there is no image to train on of 1 of 3 classes: dog" in found
+    assert "1 of 3 classes have no image to train on: dog" in found

@@ -39,7 +39,7 @@ def test_a_sample_is_looked_at_and_its_time_is_that_of_the_whole(tiny, tmp_path,
     said = capsys.readouterr().out
     assert "training: 7 of 90 decoded; " in said
     assert "evaluation: 7 of 50 decoded; " in said
-    assert "there is no image" not in said  # seven of ten classes at most, which says nothing
+    assert "have no image" not in said  # seven of ten classes at most, which says nothing
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_all_problems_are_found_at_once(tiny, faulty, tmp_path, capsys):
     for problem, pattern in zip(problems, expected, strict=True):
         assert re.search(pattern, problem)
         assert "\n" not in problem
-    assert "warning: there is no image to evaluate on of 1 of 3 classes: dog." in capsys.readouterr().out
+    assert "warning: 1 of 3 classes have no image to evaluate on: dog." in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 

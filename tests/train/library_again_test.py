@@ -222,7 +222,7 @@ def test_a_store_of_a_functions_logits_says_what_it_knows(make, tmp_path):
 def test_what_a_teacher_that_is_trained_reads_depends_on_its_kind(make, tmp_path):
     host = ldrld_jax.HostTeacher(lambda images: np.zeros((len(images), 10), np.float32), name="host")
     config = {"teacher.data.mean": (0.4,), "teacher.data.image_size": 8}
-    because = "set and not read, because the teacher runs on the host"
+    because = "set but has no effect, because the teacher runs on the host"
     said = make(epochs=1, teacher=host, config=config, workdir=tmp_path / "host").fit().summary["warnings"]
     assert {f"teacher.data.{key} is {because}" for key in ("mean", "image_size")} <= set(said)
     own = make(epochs=1, config=config).fit().summary["warnings"]

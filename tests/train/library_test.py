@@ -354,7 +354,7 @@ def test_a_metric_that_is_not_finite_is_named_and_the_learning_rate_is_not_blame
 def test_a_metric_that_is_not_finite_in_the_evaluation_is_named_and_the_state_is_saved(make, tmp_path):
     few = {"data.remainder": "drop", "eval_batch_size": 45}
     lost = {"third": lambda z, y, where: jnp.full(len(y), 1.0 if len(y) == 40 else jnp.nan)}  # the training's batches
-    with pytest.raises(UserError, match=r"^third of the evaluation is not finite: mend what computes it\.$"):
+    with pytest.raises(UserError, match=r"^third of the evaluation is not finite\. Fix the metric that computes it\.$"):
         make(metrics=lost, config=few).fit()
     assert saved(tmp_path / "run", 2)
     mended = {"third": lambda logits, labels, where: 0.0 * labels}

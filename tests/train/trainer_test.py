@@ -205,6 +205,12 @@ def test_epochs_may_grow_before_the_first_decay_only(tiny, tmp_path):
         trainer.train(tiny(*schedule, "epochs=6"), tmp_path / "grown")
 
 
+def test_epochs_never_grow_on_a_cosine(tiny, tmp_path):
+    trainer.train(tiny("epochs=1"), tmp_path)
+    with pytest.raises(UserError, match=r"^epochs cannot grow with optim\.schedule=cosine, .* has 1\. Choose another"):
+        trainer.train(tiny("epochs=2"), tmp_path)
+
+
 def test_a_non_finite_term_stops_the_run_with_its_step_and_name(tiny, teacher_dir, tmp_path):
     config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "optim.learning_rate=1e30", "optim.warmup=none")
     with pytest.raises(NonFiniteError, match=r"^ce, .*ldrld.* not finite at step [23] "):
