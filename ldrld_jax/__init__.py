@@ -6,13 +6,14 @@ Importing the package loads nothing else: the losses, which need jax, and what n
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from ldrld_jax.interop.host_teacher import HostTeacher
     from ldrld_jax.interop.torch_import import load_torch_checkpoint
     from ldrld_jax.losses import METHODS, LDRLDConfig, LDRLDTerms, ldrld_loss, ldrld_terms, rank_weights
     from ldrld_jax.models import MODELS, create_model
+    from ldrld_jax.runtime.signals import Interrupted
     from ldrld_jax.train.given import Callback
     from ldrld_jax.train.trainer import Trainer
 
@@ -23,8 +24,10 @@ __all__ = [
     "MODELS",
     "Callback",
     "HostTeacher",
+    "Interrupted",
     "LDRLDConfig",
     "LDRLDTerms",
+    "NonFiniteError",
     "Trainer",
     "UserError",
     "create_model",
@@ -40,6 +43,7 @@ _LAZY = {
     ),
     "Callback": "ldrld_jax.train.given",
     "HostTeacher": "ldrld_jax.interop.host_teacher",
+    "Interrupted": "ldrld_jax.runtime.signals",
     "MODELS": "ldrld_jax.models",
     "Trainer": "ldrld_jax.train.trainer",
     "create_model": "ldrld_jax.models",

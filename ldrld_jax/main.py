@@ -194,12 +194,12 @@ def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
         return fail(str(error), 2)
     except OSError as error:
         return fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except Exception as error:
-        if (code := getattr(error, "exit_code", None)) is None:
-            raise
-        return fail(str(error), code)
+    except (KeyboardInterrupt, Exception) as error:
+        if (code := getattr(error, "exit_code", None)) is not None:
+            return fail(str(error), code)
+        if isinstance(error, KeyboardInterrupt):
+            return fail("interrupted", 130)
+        raise
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:

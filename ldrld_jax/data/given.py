@@ -5,14 +5,18 @@ An object is a data set here if it has `len(it)` and `it[i]`, which is a pair `(
 classes, one a token, in which -1 is left out. Further attributes, all optional:
 
 - `class_names` (or `classes`), the name of each label, or `num_classes`, their number;
-- `raw`: True if inputs go to the model as they are: token ids, spectrograms, images that are normalised already.
+- `raw`: True if inputs go to the model as they are: token ids, spectrograms, images that are normalised already;
+- `thread_safe`: True if several threads may read examples at once. Otherwise one does, as with PyTorch's data sets,
+  which may share a file handle or a random generator.
 
 Arrays and images of 8 bits are pixels; others are raw.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +31,7 @@ _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
 _GREY, _NUMBERS = ("1", "L", "LA", "La"), ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow
 _READ_TWICE = 16  # of 16 images mirrored at random, all are the same twice in one of 65,536 cases
+_ONE_AT_A_TIME = threading.Lock()  # of all data sets: two may be views of one
 _LABELS_LOOKED_AT = 64  # each reads an image of a data set object
 
 
@@ -86,8 +91,10 @@ class ItemRecords:
         return [self._record(i) for i in indices]
 
     def _record(self, index: int) -> dict[str, Any]:
+        safe = getattr(self.items, "thread_safe", False)
         try:
-            item = self.items[index]
+            with contextlib.nullcontext() if safe else _ONE_AT_A_TIME:
+                item = self.items[index]
         except Exception as error:  # of the user's code; what reads the record raises or skips it
             broken = RaisedError(f"{type(error).__name__}: {error}")
             broken.__cause__ = error

@@ -108,7 +108,9 @@ def make_key(
     label_shape: tuple[int, ...] = (),
     networks: Sequence[Any] = (),
     weights: Sequence[Any] = (),
+    structures: Sequence[str] = (),
     name: str | None = None,
+    fed: Mapping[str, Any] | None = None,
 ) -> Key:
     """Returns the key of a store: everything that determines the logits of an image in an epoch.
 
@@ -121,7 +123,9 @@ def make_key(
       label_shape: of an example's labels, see `data.source.Source`.
       networks: the teacher's networks, several for an ensemble.
       weights: the weights of each network.
+      structures: digests of modules that are given, see `models.structure`.
       name: of a teacher that is no network of ours.
+      fed: what such a teacher's images are normalised by, `mean` and `std`.
     """
     teacher = {
         "model": config.teacher.model,
@@ -130,7 +134,8 @@ def make_key(
         "matmul_precision": config.matmul_precision,
         **{name: [getattr(network, name) for network in networks] for name in ("mean", "std", "image_size")},
         "weights": [checksum(variables) for variables in weights],
-        **({} if name is None else {"name": name}),
+        **{key: value for key, value in (("name", name), ("fed", fed)) if value is not None},
+        **({"structure": " ".join(structures)} if structures else {}),
     }
     data = {name: value for name, value in config.data.items() if name not in _NOT_KEY}
     data |= {"records": len(records), "images": checksum_of_images(records), "listing": listing}
@@ -141,7 +146,8 @@ def make_key(
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
-_LATER = "data.listing"  # which stores of earlier versions lack
+# What stores of earlier versions lack.
+_LATER = "data.listing", "teacher.structure", "teacher.fed.mean", "teacher.fed.std"
 
 
 def _parts(key: Key) -> dict[str, Any]:
@@ -259,7 +265,7 @@ class LogitStore:
         try:
             note = json.loads(content.value)
             theirs, ours = _parts(note["key"]), _parts(self.key)
-            theirs.setdefault(_LATER, ours.get(_LATER))
+            theirs = {name: ours[name] for name in _LATER if name in ours} | theirs
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
         differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))

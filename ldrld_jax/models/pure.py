@@ -1,5 +1,6 @@
 """Models of any library as pure functions: NNX and Linen modules, and functions of their own variables."""
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -146,6 +147,8 @@ def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
     leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
     trained = [hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
+    if twice := sorted(name for name, count in collections.Counter(names).items() if count > 1):
+        raise UserError(f"the model has several variables that are named {twice[0]}. Rename the keys that hold a /.")
     takes = call_options(function)
 
     def joined(params: Tree) -> Any:

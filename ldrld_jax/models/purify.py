@@ -214,7 +214,8 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.zeros(leaf.shape, leaf.dtype)
         number += 1
-        return jax.random.fold_in(key, number)
+        own = jax.random.fold_in(key, number)
+        return jax.random.split(own, leaf.shape) if leaf.shape else own  # nnx.split_rngs gives each layer a key
 
     return jax.tree_util.tree_map_with_path(renewed, streams)
 

@@ -21,6 +21,16 @@ def mute() -> None:
     _muted = True
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun.
+
+    Example:
+      >>> counted(1, "epoch"), counted(20, "epoch")
+      ('1 epoch', '20 epochs')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def say(text: str) -> None:
     """Prints a line on standard output, above the progress bar if there is one.
 

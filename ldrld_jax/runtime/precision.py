@@ -1,5 +1,6 @@
 """Implements `precision` and `matmul_precision`: the dtypes of a run and the precision of its products."""
 
+import concurrent.futures
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -31,11 +32,16 @@ def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator
       precision: float32, bfloat16 or float64.
       products: of float32 matrix products and convolutions on a GPU or TPU; the losses' own are always exact.
     """
-    before = jax.config.read("jax_enable_x64")
-    # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads.
-    jax.config.update("jax_enable_x64", dtypes(precision)["param_dtype"] == jnp.float64)
+    wanted = dtypes(precision)["param_dtype"] == jnp.float64
+    # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads. And one that the
+    # caller is in holds for this thread alone: another one reads what holds for the process.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        before = thread.submit(jax.config.read, "jax_enable_x64").result()
+    jax.config.update("jax_enable_x64", wanted)
+    callers = jax.config.read("jax_enable_x64") != wanted
     try:
         with (
+            jax.enable_x64(wanted) if callers else contextlib.nullcontext(),
             jax.default_matmul_precision(products),
             jax.default_prng_impl("threefry2x32"),
             jax.threefry_partitionable(True),

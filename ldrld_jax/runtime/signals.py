@@ -11,8 +11,10 @@ from collections.abc import Iterator
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Error for a run that a signal ended after saving its state; `exit_code` is 128 + the signal's number.
+
+    A loop over runs that catches every `Exception` does not go on with the next run.
 
     Args:
       signum: the signal's number.

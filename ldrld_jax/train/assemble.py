@@ -87,6 +87,8 @@ def assemble(
     if isinstance(optimizer, str):
         set_value(made, "optim.name", optimizer, "Trainer(optimizer=...)")
     elif optimizer is not None:
+        if isinstance(optimizer, optax.MultiSteps):
+            optimizer = optimizer.gradient_transformation()
         if not isinstance(optimizer, optax.GradientTransformation):
             raise UserError(f"the optimizer must be one of optax, or a name, got {type(optimizer).__name__}.")
         made.optim.name = "<optimizer>"

@@ -56,8 +56,8 @@ class RunFolder:
         before, now = there.get("weights", {}), self._weights()
         if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
             raise UserError(
-                f"{' and '.join(changed)} of the run in {workdir}: the weights or their shapes are not those that it "
-                "began with. Restore them, or choose another workdir."
+                f"{' and '.join(changed)} of the run in {workdir}: the weights, their shapes or the module's other "
+                "attributes are not those that it began with. Restore them, or choose another workdir."
             )
         for split in ("train", "eval"):
             if there[split] != here[split]:

@@ -21,6 +21,7 @@ from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import MODELS, create_model, outline, own_model
 from ldrld_jax.models.pure import Pure, pure
 from ldrld_jax.models.purify import check_finite, last_matrix_path
+from ldrld_jax.models.structure import structure
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
@@ -75,6 +76,10 @@ class Networks:
         """Makes a model, without the preprocessing of its images; see `random`."""
         module = self.given[model] if model in self.given else self._made(model, seed)
         return pure(module, batch_norm_groups=batch_norm_groups)
+
+    def structure(self, model: str) -> str | None:
+        """Returns a digest of a given module besides its arrays, see `models.structure`; None for any other model."""
+        return structure(self.given.get(model))
 
     def _made(self, model: str, seed: int) -> Any:
         if model.startswith("<"):

@@ -175,6 +175,8 @@ def cross_entropy(
     own = at_labels(log_p, labels)
     if where is not None:
         own = jnp.where(where, own, 0.0)
+    if not smoothing:  # a class that is ruled out by a logit of -inf has no part
+        return mean_over_rows(-own, where=where)
     return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
 
 
@@ -250,6 +252,7 @@ def check_classes(
                 epoch=jnp.ones((), jnp.int32),
                 where=jnp.ones(y.shape, bool) if padded else None,
                 last_layer=jnp.eye(classes),
+                method_params=objective.init(),
             ),
             logits,
             labels,

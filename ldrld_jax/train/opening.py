@@ -13,6 +13,7 @@ from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.interop import hub
 from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
+from ldrld_jax.record.console import counted
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.train.given import is_function
 from ldrld_jax.train.networks import is_folder
@@ -40,8 +41,8 @@ def opening(run: Run, role: str) -> str:
             for i, ((model, _), forward) in enumerate(zip(run.networks_used, run.forwards, strict=True))
         ),
         "device": f"{devices.size} x {devices.flat[0].device_kind} ({devices.flat[0].platform}), {config.precision}",
-        "training": f"{config.method}, {config.epochs} epochs of {run.batches.steps_per_epoch} steps, batches of "
-        f"{config.batch_size}; {config.optim.name}, {rate}",
+        "training": f"{config.method}, {counted(config.epochs, 'epoch')} of "
+        f"{counted(run.batches.steps_per_epoch, 'step')}, batches of {config.batch_size}; {config.optim.name}, {rate}",
         "results": str(run.workdir),
     }
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
@@ -53,8 +54,7 @@ def _kind(source: Any) -> str:
 
 def _rate(optim: ConfigDict) -> str:
     schedule = f"{optim.schedule} after {', '.join(map(str, optim.decay_epochs))}" if optim.schedule == "step" else ""
-    count = f"{optim.warmup_epochs} epoch{'s' * (optim.warmup_epochs != 1)}"
-    warmup = "" if optim.warmup == "none" else f", {optim.warmup} warm-up of {count}"
+    warmup = "" if optim.warmup == "none" else f", {optim.warmup} warm-up of {counted(optim.warmup_epochs, 'epoch')}"
     return f"{optim.learning_rate:g}, {schedule or optim.schedule}{warmup}"
 
 

@@ -32,7 +32,7 @@ from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
 from ldrld_jax.train.shapes import Forward, check_evaluation, check_metrics, check_training
-from ldrld_jax.train.state import Placement, TrainState, Variables, trainable
+from ldrld_jax.train.state import Placement, TrainState, Variables, schedule_free, trainable
 from ldrld_jax.train.step import Network
 
 _LOOKED_AT = 64  # images of each split
@@ -178,6 +178,7 @@ class Run:
         """Digests of the models that are objects, as data.json has them: of a teacher's weights, if it teaches by them.
 
         Other models have a digest of their shapes: a resumed run does not use the weights that a student began with.
+        Modules have one of their structure as well.
         """
         config, found = self.config, dict[str, str]()
         teachers = [name for name in (config.teacher.get("model") or "").split(",") if name in self.given.models]
@@ -187,7 +188,14 @@ class Run:
             found["teacher.model"] = " ".join(digest(self._variables(name)) for name in teachers)
         if config.student.model in self.given.models:
             found["student.model"] = _shapes(self._variables(config.student.model))
+        for key, models in (("teacher.structure", teachers), ("student.structure", [config.student.model])):
+            if digests := self.structures(models):
+                found[key] = " ".join(digests)
         return found
+
+    def structures(self, models: Sequence[str]) -> list[str]:
+        """Returns the digests of those models that are given as modules, see `Networks.structure`."""
+        return [digest for digest in map(self.networks.structure, models) if digest is not None]
 
     def _variables(self, model: str) -> Variables:
         made = self.networks.pure(model)
@@ -290,7 +298,8 @@ def _check_images(config: ConfigDict, source: Readable) -> None:
     shape, models = source.image_shape, [config.student.model, *(config.teacher.get("model") or "").split(",")]
     if len(shape) != 3 or shape[0] not in (1, 3) or shape[-1] in (1, 3, 4):
         return
-    if not source.raw or any(model in MODELS for model in models):
+    moved = config.data.flip or (config.data.augment == "pad_crop" and config.data.pad)  # rows and columns, wherever
+    if not source.raw or moved or any(model in MODELS for model in models):
         raise UserError(
             f"the images have shape {shape}, which is channels first, and [height, width, channels] is needed: "
             "images.transpose(0, 2, 3, 1)."
@@ -301,12 +310,23 @@ def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation
     """Raises a UserError if an optimizer cannot be initialised, updated and saved as a run does it."""
     try:
         _, state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step calls, "
             "traced, init(parameters) and update(gradients, state, parameters) on a pair: the student's parameters and "
             "those that a method learns."
         ) from error
+    if (free := schedule_free(state)) is not None:
+        if config.ema_decay is not None:
+            raise UserError(
+                f"optim.name={config.optim.name} is schedule-free and averages the weights itself. Unset ema_decay."
+            )
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (free.z, trained)]
+        if structures[0] != structures[1]:
+            raise UserError(
+                f"optim.name={config.optim.name} is schedule-free for a part of the student only, whose average is not "
+                "known here. Let schedule_free wrap the optimizers of the parts instead."
+            )
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
         raise UserError(
             f"the state of optim.name={config.optim.name} has a key of jax.random.key, which no checkpoint holds. "

@@ -39,8 +39,15 @@ class TrainState(NamedTuple):
 
     @property
     def evaluated(self) -> Variables:
-        """The weights that are evaluated and exported: the moving average if there is one."""
-        return self.student if self.ema is None else self.ema
+        """The weights that are evaluated and exported: the moving average if there is one.
+
+        A schedule-free optimizer of optax has one in its state.
+        """
+        free = schedule_free(self.opt_state)
+        if self.ema is not None or free is None or isinstance(self.step, jax.ShapeDtypeStruct):
+            return self.student if self.ema is None else self.ema
+        params, _ = optax.contrib.schedule_free_eval_params(free, trainable(self.student, self.method_params))
+        return self.student._replace(params=params)
 
     @classmethod
     def first(
@@ -71,7 +78,7 @@ class TrainState(NamedTuple):
     def to_trees(self) -> dict[str, Any]:
         """Returns the trees of a checkpoint: `model`, which others load, holds the evaluated weights."""
         training = {"step": self.step, "method_params": self.method_params, "opt_state": self.opt_state}
-        if self.ema is not None:
+        if self.ema is not None or schedule_free(self.opt_state) is not None:
             training["student"] = self.student._asdict()
         return {"model": self.evaluated._asdict(), "training": training}
 
@@ -79,13 +86,13 @@ class TrainState(NamedTuple):
     def from_trees(cls, trees: dict[str, Any]) -> "TrainState":
         """Returns the state whose `to_trees` gave `trees`."""
         evaluated, training = Variables(**trees["model"]), trees["training"]
-        averaged = "student" in training
+        other = "student" in training
         return cls(
             step=training["step"],
-            student=Variables(**training["student"]) if averaged else evaluated,
+            student=Variables(**training["student"]) if other else evaluated,
             method_params=training["method_params"],
             opt_state=training["opt_state"],
-            ema=evaluated if averaged else None,
+            ema=evaluated if other and schedule_free(training["opt_state"]) is None else None,
         )
 
 
@@ -125,6 +132,12 @@ class Placement:
     def put_variables(self, variables: Variables) -> Variables:
         """Moves weights to the devices."""
         return jax.device_put(variables, self.of_variables(variables))
+
+
+def schedule_free(opt_state: Tree) -> Any:
+    """Returns the state of a schedule-free optimizer inside an optimizer's state; None if there is none."""
+    is_free = lambda x: isinstance(x, optax.contrib.ScheduleFreeState)  # noqa: E731
+    return next((x for x in jax.tree.leaves(opt_state, is_leaf=is_free) if is_free(x)), None)
 
 
 def trainable(student: Variables, method_params: dict[str, Tree]) -> tuple[Tree, dict[str, Tree]]:

@@ -234,7 +234,7 @@ def make_train_step(
             average = lambda old, new: ema_decay * old + (1 - ema_decay) * new if _is_float(new) else new  # noqa: E731
             ema = jax.tree.map(average, ema, after)
         taken = _steps_taken(state) if skip_non_finite else state.step
-        rate = _hyperparameter(state.opt_state) if schedule is None else schedule(taken)
+        rate = _hyperparameter(opt_state) if schedule is None else schedule(taken)
         if rate is not None:
             metrics["learning_rate"] = Mean(rate, jnp.ones(()))  # of a step, however many its examples
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)

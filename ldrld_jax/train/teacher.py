@@ -348,7 +348,7 @@ def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
     """Returns the store of a run's teacher in `logits.dir`, which may not exist yet."""
     source: Any = getattr(run.batches.source, "uncached", run.batches.source)
     if isinstance(teacher, HostTeacher):
-        parts: dict[str, Any] = {"name": teacher.name}
+        parts: dict[str, Any] = {"name": teacher.name, "fed": {"mean": teacher.mean, "std": teacher.std}}
     elif isinstance(teacher.network, Ensemble):
         parts = {"networks": teacher.network.networks, "weights": teacher.variables}
     else:
@@ -360,6 +360,7 @@ def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
         records=source.records,
         listing=run.data_note["train"]["digest"],
         augment_seed=run.batches.augmented_by,
+        structures=run.structures((run.config.teacher.model or "").split(",")),
         **parts,
     )
     return LogitStore(run.config.logits.dir, key)

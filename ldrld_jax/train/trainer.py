@@ -23,7 +23,7 @@ from ldrld_jax.data.source import check_dtype
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import LockedError, expand_home, is_locked
-from ldrld_jax.record.console import say, summary_table, waiting
+from ldrld_jax.record.console import counted, say, summary_table, waiting
 from ldrld_jax.record.reader import check_classes, read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.hosts import catch_signals_of_all, in_turn
@@ -368,7 +368,10 @@ def _train(
     for remark in folder.remarks():
         say(remark)
     if (summary := folder.finished()) is not None:
-        say(f"the {role}'s run in {workdir} is complete: {run.config.epochs} epochs, {run.steps} steps.")
+        say(
+            f"the {role}'s run in {workdir} is complete: {counted(run.config.epochs, 'epoch')}, "
+            f"{counted(run.steps, 'step')}."
+        )
     else:
         say(opening(run, role))
         _warn(run, [*remarks, *warnings(run)])

@@ -1,9 +1,11 @@
 """Data given as arrays, objects, NumPy archives and lists of files are read as they are, or refused in one line."""
 
+import concurrent.futures
 import dataclasses
 import io
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -379,3 +381,31 @@ def test_names_of_classes_may_be_an_array_and_a_number_of_them_is_none(names):
 
     expected = ("cat", "dog") if isinstance(names, np.ndarray) else ("0", "1")
     assert as_source(Data([(np.zeros((4, 4, 1), np.uint8), 1)])).class_names == expected
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_one_thread_at_a_time_reads_a_data_set_object_that_does_not_say_otherwise(safe):
+    """Lets the reader of an example wait for another reader, who comes only if two may read at once."""
+    both = threading.Barrier(2)
+
+    class Shared:
+        num_classes, thread_safe = 2, safe
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if armed:
+                try:
+                    both.wait(timeout=10 if safe else 0.2)
+                    met.append(index)
+                except threading.BrokenBarrierError:
+                    both.reset()
+            return np.zeros((2, 2, 1), np.uint8), index % 2
+
+    armed, met = False, []
+    sources = [as_source(Shared()), as_source(Shared())]  # as two subsets of one data set are
+    armed = True
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda source: source.read(np.array([1])), sources))
+    assert len(met) == 2 * safe

@@ -152,3 +152,46 @@ def test_padding_enters_no_statistic_of_a_normalisation_derived_from_flaxs(kind,
     (logits, stats), (alone, kept) = step(padded, np.arange(10) < 6), step(images, None)
     np.testing.assert_allclose(logits[:6], alone, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), stats, kept)
+
+
+def test_variables_whose_paths_read_alike_are_refused():
+    variables = {"a": {"b": np.ones(3, np.float32)}, "a/b": np.zeros(3, np.float32)}
+    with pytest.raises(UserError, match=r"^the model has several variables that are named a/b\. Rename"):
+        pure((lambda v, x, train: x, variables))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.drop = nnx.Linear(3, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.linear(x))
+
+
+class Scanned(nnx.Module):
+    """Layers under `nnx.scan`, each with a random stream of its own."""
+
+    def __init__(self, layers):
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return Block(rngs)
+
+        self.blocks = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        scan = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(x, self.blocks)
+
+
+def test_layers_that_are_scanned_draw_from_streams_of_their_own():
+    model = pure(Scanned(2))
+    kernel = np.stack([np.eye(3, dtype=np.float32)] * 2)
+    params = jax.tree.map(lambda leaf: kernel if leaf.ndim == 3 else np.zeros_like(leaf), model.params)
+    images = np.ones((1, 3), np.float32)
+    out = lambda seed: model.apply(params, model.batch_stats, images, train=True, key=jax.random.key(seed))[0]  # noqa: E731
+    found = np.stack([out(seed)[0] for seed in range(64)])
+    assert set(np.unique(found)) == {0.0, 4.0}  # kept by both layers, or dropped by one
+    assert 0.1 < (found == 4.0).mean() < 0.4  # a quarter; half, if both drew the same numbers
+    np.testing.assert_array_equal(found[0], out(0)[0])
+    np.testing.assert_array_equal(model.apply(params, model.batch_stats, images, train=False)[0], images)

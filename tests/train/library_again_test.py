@@ -38,9 +38,48 @@ def weights(value: float) -> dict[str, np.ndarray]:
 def test_other_weights_under_the_same_name_are_refused(make, first, then, key):
     summary = make(epochs=1, **first).fit().summary
     assert make(epochs=1, **first).fit().summary == summary  # the same again is complete
-    other = rf"^{key} of the run in .*: the weights or their shapes are not those that it began with"
+    other = rf"^{key}( and \w+\.structure)? of the run in .*: the weights, .* are not those that it began with"
     with pytest.raises(UserError, match=other):
         make(epochs=1, **then).fit()
+
+
+class Scaled(Net):
+    """A network of the same weights whatever the scale of its logits."""
+
+    def __init__(self, scale: float):
+        super().__init__(4)
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.scale * super().__call__(x)
+
+
+@pytest.mark.parametrize("part", ["teacher", "student"])
+def test_a_module_of_the_same_weights_that_computes_something_else_is_refused(make, part):
+    summary = make(epochs=1, **{part: Scaled(1.0)}).fit().summary
+    assert make(epochs=1, **{part: Scaled(1.0)}).fit().summary == summary
+    with pytest.raises(UserError, match=rf"^{part}\.structure of the run in .* other attributes are not those that"):
+        make(epochs=1, **{part: Scaled(2.0)}).fit()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "other", "key"),
+    [
+        (Scaled(1.0), Scaled(2.0), r"teacher\.structure"),
+        (
+            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=(0.5,)),
+            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=(0.05,)),
+            r"teacher\.fed\.std",
+        ),
+    ],
+    ids=["module", "host"],
+)
+def test_a_store_tells_teachers_of_the_same_weights_apart(make, tmp_path, teacher, other, key):
+    config = {"logits.dir": str(tmp_path / "logits"), "logits.views": 1}
+    for name in "ab":
+        make(epochs=1, teacher=teacher, workdir=tmp_path / name, config=config).fit()
+    with pytest.raises(UserError, match=rf"holds other logits: {key} \("):
+        make(epochs=1, teacher=other, workdir=tmp_path / "c", config=config).fit()
 
 
 def test_a_teacher_whose_first_weights_teach_nothing_may_have_others(make):

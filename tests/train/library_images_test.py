@@ -49,6 +49,9 @@ def test_channels_first_is_refused(make, rng):
     plan_of(
         make(train=(images, labels), evaluation=(images, labels), student=own, teacher=own)
     )  # raw, to its own model
+    for config in ({"data.flip": True}, {"data.pad": 1}):  # which would move channels
+        with pytest.raises(UserError, match=r"shape \(3, 8, 8\), which is channels first"):
+            plan_of(make(train=(images, labels), evaluation=(images, labels), student=own, teacher=own, config=config))
 
 
 def test_what_is_done_to_pixels_is_refused_for_raw_images(make, rng):
