@@ -296,6 +296,11 @@ class _Best(NamedTuple):
           UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
         """
         source: Any = getattr(self.source, "uncached", self.source)
+        if isinstance(image, tuple | Mapping):
+            raise UserError(
+                f"image {index} is a {type(image).__name__}, and predict takes images alone, without labels. Give "
+                "them as [image for image, label in data]."
+            )
         try:
             array = source.view(image if isinstance(image, bytes | np.ndarray) else as_array(image))
             check_dtype(array.dtype, source.dtype)
