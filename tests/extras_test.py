@@ -85,7 +85,9 @@ def test_an_export_without_its_extra_is_refused_before_it_begins(tmp_path, monke
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert main_lib.main(["--mode", "export", "--workdir", str(tmp_path), "--config", "configs/digits.py"]) == 2
-    assert capsys.readouterr().err == ("ldrld_jax: --mode export needs flatbuffers: pip install 'ldrld_jax[export]'.\n")
+    assert capsys.readouterr().err == (
+        "ldrld_jax: exporting a student needs flatbuffers: pip install 'ldrld_jax[export]'.\n"
+    )
     assert not (tmp_path / "export").exists()
 
 

@@ -89,10 +89,11 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
     for key, value in (("student.model", config.student.model), ("data.name", config.data.name)):
         if _is_own(value) and key not in named:
             again = f"This names code in a module. Repeat it if you trust it: --config.{key}={value}"
-            raise UserError(
-                f"the run in {workdir} has {key}={value}. "
-                f"{again if is_code(value) else 'It was given in Python: use ldrld_jax.Trainer'}."
+            python = (
+                "It was given in Python: make its ldrld_jax.Trainer again and use Trainer.evaluate, Trainer.predict or "
+                "Trainer.export"
             )
+            raise UserError(f"the run in {workdir} has {key}={value}. {again if is_code(value) else python}.")
 
 
 def _is_own(name: str) -> bool:

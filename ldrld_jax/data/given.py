@@ -9,7 +9,7 @@ classes, one a token, in which -1 is left out. Further attributes, all optional:
 - `thread_safe`: True if several threads may read examples at once. Otherwise one does, as with PyTorch's data sets,
   which may share a file handle or a random generator.
 
-Arrays and images of 8 bits are pixels; others are raw.
+Arrays and images of 8 bits are pixels; others are raw, as are texts `[length]` of 8 bits with a label per token.
 """
 
 import contextlib
@@ -179,6 +179,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
     if isinstance(data, tuple | list) and len(data) == 2 and not examples:
         return _of_arrays(*data, num_classes=num_classes, title=title)
     if hasattr(data, "features") and hasattr(data, "cast_column"):
+        _check_hugging_face(data, title)
         return _of_hugging_face(data, title)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | dict):
         return _of_items(data, num_classes=num_classes, title=title)
@@ -189,9 +190,9 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
 
 
 def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str) -> Source:
-    images = np.asanyarray(images)  # a memory map stays one
-    labels = np.asarray(labels)
-    if not labels.ndim or labels.dtype.kind not in "iu" or _is_one_hot(labels):
+    images = _as_one_array(images, f"inputs of the {title}")  # a memory map stays one
+    labels = np.asarray(_as_one_array(labels, f"labels of the {title}"))
+    if not labels.ndim or labels.dtype.kind not in "iu" or _is_one_hot(labels, images, num_classes):
         raise UserError(
             f"the labels of the {title} must be integers [n], or [n, length] for one per token, got {labels.dtype} "
             f"{labels.shape}{', one-hot' * (labels.dtype.kind in 'iu')}. Convert one-hot labels with argmax(-1)."
@@ -203,7 +204,7 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     if images.dtype == np.uint8 and images.ndim != 4 and labels.ndim == 1:
         raise UserError(
             f"the images of the {title} must be [n, height, width, channels], got {images.shape}. Add the axis that is "
-            "missing: images[..., None]."
+            "missing: images[..., None]; or, for tokens, give them as int32."
         )
     if images.dtype.kind not in "fiu" or images.ndim < 2:
         raise UserError(f"the images of the {title} must be numbers [n, ...], got {images.dtype} {images.shape}.")
@@ -226,9 +227,44 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     return Source(records, names, images.shape[1:], dtype=dtype, raw=raw, label_shape=labels.shape[1:])
 
 
-def _is_one_hot(labels: np.ndarray) -> bool:
-    """Returns whether labels `[n, C]` have a single 1 in each row, and zeros."""
-    return labels.ndim == 2 and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
+def _as_one_array(given: Any, what: str) -> np.ndarray:
+    """Returns what a user gives for all examples as one array.
+
+    Raises:
+      UserError: if it is a dict or no sequence, or the examples differ in shape.
+    """
+    if isinstance(given, Mapping):
+        raise UserError(
+            f"the {what} must be one array [n, ...], got a dict of {', '.join(map(str, given))}. Give one of them; the "
+            "label -1 leaves a token out."
+        )
+    try:
+        array = np.asanyarray(given)
+    except ValueError:  # NumPy's, for parts that differ in shape
+        array = None
+    if array is None or (array.dtype == object and array.ndim):
+        shapes = set()
+        for part in given:
+            with contextlib.suppress(ValueError):
+                shapes.add(np.shape(part))
+        if array is None or len(shapes) > 1:
+            raise UserError(
+                f"the {what} must have one shape, got {' and '.join(map(str, sorted(shapes)[:2])) or 'several'}. Pad "
+                "texts to one length, and label the padding -1."
+            )
+    if not array.ndim:
+        raise UserError(f"the {what} must be one array [n, ...], got {type(given).__name__}. Give an array.")
+    return array
+
+
+def _is_one_hot(labels: np.ndarray, images: np.ndarray, num_classes: int | None) -> bool:
+    """Returns whether labels `[n, C]` have a single 1 in each row and zeros elsewhere, and are not tags of tokens."""
+    if labels.ndim != 2:
+        return False
+    per_token = num_classes == 2 or labels.shape[1:] == images.shape[1:2]
+    if per_token and num_classes not in (None, labels.shape[1]):  # one-hot labels have a column per class
+        return False
+    return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
 def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
@@ -249,9 +285,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
         return Source(records, _class_names(names, count), (None, None, 3), label_shape=shape)
-    kind: dict[str, Any] = dict(
-        raw=bool(getattr(data, "raw", False)), dtype=_stored_as(first.dtype), changes=_changes(records)
-    )
+    raw = bool(getattr(data, "raw", False) or (shape and first.ndim != 3))  # as `_of_arrays` has it
+    kind: dict[str, Any] = dict(raw=raw, dtype=_stored_as(first.dtype), changes=_changes(records))
     return Source(records, _class_names(names, count), first.shape, label_shape=shape, **kind)
 
 
@@ -262,6 +297,20 @@ def _changes(records: ItemRecords) -> bool:
     )
     arrays = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, np.ndarray | bytes)]
     return any(not np.array_equal(a, b) for a, b in arrays)
+
+
+def _check_hugging_face(data: Any, title: str) -> None:
+    """Raises a UserError for a data set of Hugging Face that has no length, or whose rows are a function's."""
+    if not hasattr(data, "__len__"):
+        raise UserError(
+            f"the {title} are of type {type(data).__name__}, which has no length and no example per index. Give "
+            "a datasets.Dataset, as load_dataset returns it without streaming."
+        )
+    if data.format["type"] == "custom":
+        raise UserError(
+            f"the {title} have a transform (with_transform, set_transform), which may drop the columns of images and "
+            "labels. Apply it with dataset.map, or give a data set object of your own with (image, label) per index."
+        )
 
 
 def _of_hugging_face(data: Any, title: str) -> Source:
@@ -352,8 +401,8 @@ def _bytes(image: dict[str, Any] | None) -> bytes | BrokenImageError:
 
 
 def _stored_as(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype of a batch: 64-bit numbers become 32-bit ones."""
-    return {8: np.dtype(f"{dtype.kind}4")}.get(dtype.itemsize, dtype)
+    """Returns the dtype of a batch: 64-bit numbers become 32-bit ones, in the machine's byte order."""
+    return {8: np.dtype(f"{dtype.kind}4")}.get(dtype.itemsize, dtype.newbyteorder("="))
 
 
 def _spaced(count: int, most: int = _LOOKED_AT) -> list[int]:
@@ -385,7 +434,8 @@ def load_arrays(file: str, split: str) -> Source:
         if images in arrays and labels in arrays:
             every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]
             count = len(names) if names else 1 + max((int(array.max()) for array in every if array.size), default=0)
-            source = as_source((arrays[images], arrays[labels]), num_classes=count, title=f"{split} split of {file}")
+            title, told = f"{split} split of {file}", len(names) if names else None  # what is counted tells no one-hot
+            source = as_source((arrays[images], arrays[labels]), num_classes=told, title=title)
             return dataclasses.replace(source, class_names=_class_names(names, count))
     raise UserError(
         f"{file} has no x_{split} with y_{split}, and no {split}_images with {split}_labels; it has "

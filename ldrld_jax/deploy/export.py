@@ -1,4 +1,4 @@
-"""Exports the best student of a run as files that do not need this package: `--mode export`.
+"""Exports the best student of a run as files that do not need this package: `--mode export`, `Trainer.export`.
 
 student.stablehlo is the program with its weights (StableHLO, as serialised by `jax.export`); student.safetensors
 holds only the weights, for long-term storage; README.md is a model card.
@@ -16,16 +16,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code
-from ldrld_jax.data.pipeline import make_eval_source
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError, needs
-from ldrld_jax.files import is_link, named, read_json, replace_bytes, replace_text
+from ldrld_jax.files import expand_home, is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
 from ldrld_jax.record.reader import check_classes, read_config, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.given import NOTHING, Given
+from ldrld_jax.train.input import open_evaluation
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
@@ -51,26 +52,35 @@ class Student:
     labels: tuple[str, ...]
 
 
-def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
-    """Writes a run's best student to `workdir/export` and returns that folder.
+def export(
+    config: ConfigDict, workdir: epath.PathLike, folder: epath.PathLike | None = None, *, given: Given = NOTHING
+) -> epath.Path:
+    """Writes a run's best student to a folder and returns that folder.
 
     Args:
       config: the run's config, see `ldrld_jax.config.load_run`.
       workdir: the run's folder.
+      folder: a new or empty folder, or one of an earlier export; None for `workdir/export`.
+      given: parts of the run that are objects.
 
     Raises:
-      UserError: if the run does not exist, it trained another model, or its data set, which has the labels, is missing.
+      UserError: if the run does not exist, it trained another model, its data set, which has the labels, is missing, or
+        `folder` contains other files.
     """
-    with needs("--mode export", "export"):
+    with needs("exporting a student", "export"):
         import flatbuffers  # noqa: F401  # jax.export writes by it
         import safetensors  # noqa: F401
-    student, variables = student_of(config, workdir)
-    folder = epath.Path(workdir) / "export"
+    if folder is None:
+        folder = epath.Path(workdir) / "export"
+    else:
+        folder = epath.Path(expand_home(str(folder)))
+        _check_free(folder)
+    student, variables = student_of(config, workdir, given=given)
     if not first():
         return folder
     if is_link(folder):
         raise UserError(f"{folder} is a link, and nothing is written through one. Remove it.")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with named(folder):
         replace_bytes(folder / _PROGRAM, bytes(student.program.serialize()))
         save_torch_checkpoint(folder / _WEIGHTS, *variables)
@@ -91,23 +101,34 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return folder
 
 
-def student_of(config: ConfigDict, workdir: epath.PathLike) -> tuple[Student, Variables]:
-    """Returns the best student of a run and its weights.
+def _check_free(folder: epath.Path) -> None:
+    """Raises a UserError if files that are not of an export could be overwritten in a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and an export is a folder. Give a new folder.")
+    if folder.exists() and any(folder.iterdir()) and not is_exported(folder):
+        raise UserError(
+            f"{folder} contains files that are not of an export. Give a new or empty folder, or one of an earlier "
+            "export."
+        )
+
+
+def student_of(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> tuple[Student, Variables]:
+    """Returns the best student of a run and its weights; see `export` for the arguments.
 
     Raises:
       UserError: in the cases of `export`.
     """
     with precision_scope(config.precision, config.matmul_precision):
-        source = make_eval_source(config.data)
+        source = open_evaluation(config, given)
         check_classes(workdir, source.class_names, whose="the run")
-        networks = Networks.of(source, config.precision)
+        networks = Networks.of(source, config.precision, given.models)
         network, variables = networks.restore(str(workdir), config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         try:
             program = make_program(network, variables, source.image_shape, source.dtype)
         except Exception as error:  # JAX raises many types
-            if not is_code(config.student.model):
+            if not (is_code(config.student.model) or config.student.model in given.models):
                 raise
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
@@ -123,7 +144,8 @@ def make_program(network: Network, variables: Variables, shape: tuple[int, ...],
     """Returns the program that maps any number of inputs of a shape and dtype to logits."""
 
     def student(images: jax.Array) -> jax.Array:
-        return network(variables, images, train=False)[0].astype(jnp.float32)
+        constants = jax.tree.map(jnp.asarray, variables)  # a model may write to them, as to no array of NumPy
+        return network(constants, images, train=False)[0].astype(jnp.float32)
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *shape), dtype)

@@ -9,6 +9,7 @@ import jax
 import ldrld_jax
 from ldrld_jax.config import teaches_itself
 from ldrld_jax.interop.hub import CONFIG, WEIGHTS
+from ldrld_jax.models import MODELS
 
 # Licences as the publishers of the data state them; not legal advice.
 _LICENCES = {
@@ -39,12 +40,13 @@ def model_card(
       place: `hf://OWNER/NAME`, where this package reads the weights; None for an exported program.
     """
     (*labels, classes), raw = described["output"]["shape"][1:], described["inside"] is None
-    title = f"{config['student']['model']} on {config['data']['name']}"
+    model = _shown(config["student"]["model"])
+    title = f"{model} on {_shown(config['data']['name'])}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
         "data set": _data(config["data"]),
         "licence of the data": _LICENCES.get(config["data"]["name"].partition("/")[0], _UNKNOWN),
-        "student": f"{config['student']['model']}, {parameters:,} parameters, {classes} classes, {config['precision']}",
+        "student": f"{model}, {parameters:,} parameters, {classes} classes, {config['precision']}",
         "teacher": _teacher(config, summary),
         "method": _method(config),
         "seeds": _seeds(config),
@@ -55,7 +57,10 @@ def model_card(
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     task, each = ("other", "label") if raw or labels else ("image-classification", "image, whatever it shows")
-    use = _use_of_program(described, task) if place is None else _use_of_weights(config, described, task, place)
+    if place is None:
+        use = _use_of_program(described, task, published=config["student"]["model"] in MODELS)
+    else:
+        use = _use_of_weights(config, described, task, place)
     library = ("jax", "stablehlo") if place is None else ("ldrld_jax", "safetensors")
     return f"""---
 {_header(config, summary, title, task, library)}
@@ -77,10 +82,14 @@ classes for every {each}.
 """
 
 
-def _use_of_program(described: dict[str, Any], task: str) -> str:
+def _use_of_program(described: dict[str, Any], task: str, *, published: bool) -> str:
     shape, dtype = described["input"]["shape"][1:], described["input"]["dtype"]
     takes = "inputs as they are" if described["inside"] is None else "images and normalises the pixels itself"
     predict = "\n`python -m ldrld_jax.main --mode predict --workdir FOLDER IMAGE...` does all these steps."
+    if published:
+        names = "as a PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too."
+    else:
+        names = "under the model's own names, with PyTorch's names and axes for kernels, scales and statistics."
     return f"""```python
 from pathlib import Path
 import numpy as np
@@ -96,8 +105,8 @@ The program needs jax, numpy and flatbuffers. It takes any number of {takes}, an
 TPU.{"" if described["before"] is None or task == "other" else predict}
 
 `student.stablehlo` is a program: run it only if you trust its source. JAX promises to run it with versions up to six
-months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently, as a
-PyTorch state_dict under the published names; `ldrld_jax.load_torch_checkpoint` reads it too."""
+months newer and three weeks older than the one above. `student.safetensors` stores the same weights permanently,
+{names}"""
 
 
 def _use_of_weights(config: dict[str, Any], described: dict[str, Any], task: str, place: str) -> str:
@@ -130,7 +139,7 @@ def _header(
         "library_name": library[0],
         "pipeline_tag": task,
         "license": "unknown",
-        "datasets": [config["data"]["name"]],
+        "datasets": [_shown(config["data"]["name"])],
         "metrics": ["accuracy"],
         "tags": ["jax", library[1], "knowledge-distillation", *_methods(config)],
     }
@@ -140,14 +149,20 @@ def _header(
             for when in ("best", "last")
             for name in ("top1", "top5")
         ]
-        data = {"type": config["data"]["name"], "name": config["data"]["name"], "split": _evaluated_on(config["data"])}
+        name = _shown(config["data"]["name"])
+        data = {"type": name, "name": name, "split": _evaluated_on(config["data"])}
         result = {"task": {"type": task}, "dataset": data, "metrics": metrics}
         header["model-index"] = [{"name": title, "results": [result]}]
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
 
 
 def _methods(config: dict[str, Any]) -> list[str]:
-    return [] if config["method"] == "ce" else config["method"].split("+")
+    return [] if config["method"] == "ce" else _shown(config["method"]).split("+")
+
+
+def _shown(name: str) -> str:
+    """Returns a name without the angle brackets of an object's, which Markdown takes for HTML."""
+    return name.replace("<", "").replace(">", "")
 
 
 def _evaluated_on(data: dict[str, Any]) -> str:
@@ -155,11 +170,11 @@ def _evaluated_on(data: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    return f"{data['name']}, trained on `{data['train_split']}`, evaluated on `{_evaluated_on(data)}`"
+    return f"{_shown(data['name'])}, trained on `{data['train_split']}`, evaluated on `{_evaluated_on(data)}`"
 
 
 def _name(config: dict[str, Any]) -> str:
-    return "its own moving average" if teaches_itself(config) else config["teacher"]["model"]
+    return "its own moving average" if teaches_itself(config) else _shown(config["teacher"]["model"])
 
 
 def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ A parameter's path equals PyTorch's key except for the last name, so one rule se
 `layer1/0/conv1/kernel` is `layer1.0.conv1.weight`, transposed.
 """
 
+import collections
 import logging
 import re
 from collections.abc import Mapping
@@ -144,9 +145,12 @@ def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
       >>> {key: value.shape for key, value in state.items()}
       {'conv1.weight': (16, 8, 3, 3), 'bn1.running_var': (16,), 'bn1.num_batches_tracked': ()}
     """
-    state = {}
-    for path, value in _flat(params, batch_stats).items():
+    state, flat = {}, _flat(params, batch_stats)
+    count = collections.Counter(map(_torch_key, flat))
+    for path, value in flat.items():
         key = _torch_key(path)
+        if count[key] > 1:  # only in a user's model, such as one with a kernel and a scale in one module
+            key = ".".join(path)
         state[key] = np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
         if path[-1] == "var":
             state[key.replace("running_var", _COUNTER)] = np.zeros((), np.int64)

@@ -4,7 +4,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen
 import optax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code
@@ -20,7 +22,7 @@ from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
 from ldrld_jax.metrics import MEASURED
 from ldrld_jax.models import MODELS
 from ldrld_jax.record.reader import read_config
-from ldrld_jax.train.given import Callback, Given, LineWriter
+from ldrld_jax.train.given import Callback, Given, LineWriter, check_num_classes
 from ldrld_jax.train.step import Metric
 
 _FOLDER_SPLITS, _LOGITS = {"train_split": "train", "eval_split": "val"}, (".npy", ".zarr")
@@ -99,6 +101,7 @@ def assemble(
         methods=methods,
         train=splits[0],
         evaluation=splits[1],
+        num_classes=num_classes,
         optimizer=None if isinstance(optimizer, str) else optimizer,
         writers=tuple(writers),
         callbacks=tuple(callbacks),
@@ -138,6 +141,13 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
     if isinstance(teacher, str | pathlib.PurePath):
         whole = str(teacher)
         teacher = [whole] if pathlib.Path(expand_home(whole)).exists() else whole.split(",")
+    for one in teacher if isinstance(teacher, list) else [teacher]:
+        if callable(one) and not isinstance(one, nnx.Module | flax.linen.Module | HostTeacher | type):
+            raise UserError(
+                "a teacher must be an nnx.Module, (Linen module, variables), (apply, variables) or a HostTeacher, got "
+                f"{type(one).__name__}. Wrap it: ldrld_jax.HostTeacher(function), whose function maps NumPy images to "
+                "logits."
+            )
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
         return None
@@ -245,6 +255,7 @@ def _set_data(
     if hasattr(train, "as_data_source"):  # a builder of TFDS
         split = evaluation or config.data.eval_split
         opened = [Source(*open_builder(train.name, s, train)) for s in (config.data.train_split, split)]
+        check_num_classes(num_classes, len(opened[0].class_names))
         config.data.name, config.data.eval_split = f"<{train.name}>", split
         return opened[0], opened[1]
     first = as_source(train, num_classes=num_classes, title="training data")
@@ -258,8 +269,7 @@ def _set_data(
                 f"the evaluation data have other classes than the training data: {len(second.class_names)} and "
                 f"{len(first.class_names)}, or other names. Give both the same, in the same order."
             )
-    if num_classes is not None and len(first.class_names) != num_classes:
-        raise UserError(f"num_classes is {num_classes}, and the training data have {len(first.class_names)} classes.")
+    check_num_classes(num_classes, len(first.class_names))
     config.data.name = "<arrays>" if isinstance(train, tuple | list) else f"<{type(train).__name__}>"
     config.data.train_split, config.data.eval_split = "train", "evaluation"
     return first, second

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.code import call, is_code, load_object
 from ldrld_jax.data.source import Source
-from ldrld_jax.errors import needs
+from ldrld_jax.errors import UserError, needs
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import Method
 from ldrld_jax.record.mlflow_run import MLflowRun
@@ -47,6 +47,7 @@ class Given:
       teacher: one that runs on the host.
       methods: by that name.
       train, evaluation: the splits.
+      num_classes: the number of classes that the data must have; None for any.
       optimizer: in place of `optim`.
       writers: in addition to metrics.jsonl and TensorBoard's.
       callbacks: see `Callback`.
@@ -58,6 +59,7 @@ class Given:
     methods: Mapping[str, Method] = dataclasses.field(default_factory=dict)
     train: Source | None = None
     evaluation: Source | None = None
+    num_classes: int | None = None
     optimizer: optax.GradientTransformation | None = None
     writers: Sequence[LineWriter] = ()
     callbacks: Sequence[Callback] = ()
@@ -100,6 +102,15 @@ class Given:
     def for_teacher(self) -> "Given":
         """Returns the parts for the run of a teacher that is trained first, on the same data."""
         return Given(models=self.models, train=self.train, evaluation=self.evaluation)
+
+
+def check_num_classes(num_classes: int | None, found: int) -> None:
+    """Raises a UserError if `Trainer(num_classes=...)` is not the number of classes found in the training data."""
+    if num_classes not in (None, found):
+        raise UserError(
+            f"num_classes is {num_classes}, and the training data have {found} classes. Remove num_classes, or correct "
+            "the data."
+        )
 
 
 def is_function(model: Any) -> bool:

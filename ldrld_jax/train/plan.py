@@ -26,7 +26,7 @@ from ldrld_jax.models import MODELS
 from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
-from ldrld_jax.train.given import NOTHING, Given
+from ldrld_jax.train.given import NOTHING, Given, check_num_classes
 from ldrld_jax.train.input import batch_norm_groups, open_input
 from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
@@ -100,6 +100,7 @@ class Run:
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         padded = batches.masked or config.batch_size % batches.divisor != 0
         source = batches.source
+        check_num_classes(given.num_classes, len(source.class_names))
         check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=padded)
         logit_store.check_classes(config, len(source.class_names))
         _check_images(config, source)

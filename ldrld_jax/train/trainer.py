@@ -239,6 +239,26 @@ class Trainer:
             empty = np.zeros((0, *best.source.label_shape, len(best.source.class_names)), np.float32)
             return np.concatenate([*logits, empty])
 
+    def export(self, folder: epath.PathLike | None = None) -> epath.Path:
+        """Writes the best student as files that do not need this package, as `--mode export` does; see docs/deploy.md.
+
+        Args:
+          folder: a new or empty folder, or one of an earlier export; None for `workdir/export`.
+
+        Returns:
+          The folder.
+
+        Raises:
+          UserError: if there is no checkpoint yet, the folder contains other files, or the model cannot be traced for
+            batches of any size.
+        """
+        from ldrld_jax.deploy.export import export  # the only import that runs up, see tests/imports_test.py
+
+        config = config_lib.resolve(self.config, self.given.methods)
+        if not Checkpoints(self.workdir / "checkpoints").by_preference(best=True):
+            raise UserError(f"{self.workdir} has no checkpoint yet. Call fit() first.")
+        return export(config, self.workdir, folder, given=self.given)
+
     @contextlib.contextmanager
     def _best(self) -> Iterator["_Best"]:
         config = config_lib.resolve(self.config, self.given.methods)
@@ -276,6 +296,11 @@ class _Best(NamedTuple):
           UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
         """
         source: Any = getattr(self.source, "uncached", self.source)
+        if isinstance(image, tuple | Mapping):
+            raise UserError(
+                f"image {index} is a {type(image).__name__}, and predict takes images alone, without labels. Give "
+                "them as [image for image, label in data]."
+            )
         try:
             array = source.view(image if isinstance(image, bytes | np.ndarray) else as_array(image))
             check_dtype(array.dtype, source.dtype)

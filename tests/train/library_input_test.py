@@ -1,5 +1,7 @@
 """Arguments that `ldrld_jax.Trainer` cannot use get one line, and leave no workdir."""
 
+import itertools
+
 import numpy as np
 import optax
 import pytest
@@ -106,6 +108,63 @@ WRONG = {
 }
 
 
+# Refused by `Trainer(...)` itself, before `fit`.
+AT_ONCE = {
+    "a dict of inputs": (
+        dict(train=({"ids": np.zeros((3, 5), int), "mask": np.zeros((3, 5), int)}, np.zeros(3, int))),
+        r"inputs of the training data must be one array \[n, \.\.\.\], got a dict of ids, mask\. Give one of them",
+    ),
+    "texts that differ in length": (
+        dict(train=([[1, 2, 3], [4, 5]], [0, 1])),
+        r"inputs of the training data must have one shape, got \(2,\) and \(3,\)\. Pad texts .* label the padding -1",
+    ),
+    "labels that differ in length": (
+        dict(evaluation=(np.zeros((2, 3), int), [[0, 1, 1], [1, 0]])),
+        r"labels of the evaluation data must have one shape, got \(2,\) and \(3,\)\. Pad texts",
+    ),
+    "a function as a teacher": (
+        dict(teacher=lambda images: images),
+        r"a teacher must be .* or a HostTeacher, got function\. Wrap it: ldrld_jax\.HostTeacher\(function\), whose",
+    ),
+    "a function in an ensemble": (
+        dict(teacher=[(linear, {"w": np.ones((64, 10))}), lambda images: images]),
+        r"or a HostTeacher, got function\. Wrap it",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", AT_ONCE)
+def test_what_no_run_can_use_is_refused_by_the_constructor(make, tmp_path, wrong):
+    arguments, message = AT_ONCE[wrong]
+    with pytest.raises(UserError, match=message) as error:
+        make(**arguments)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_of_pytorch_as_a_teacher_is_told_of_the_host_teacher(make):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(UserError, match=r"or a HostTeacher, got Linear\. Wrap it: ldrld_jax\.HostTeacher"):
+        make(teacher=torch.nn.Linear(64, 10))
+
+
+def test_a_folder_must_have_the_number_of_classes_that_is_given(make, tmp_path):
+    for split, name in itertools.product(("train", "val"), "abc"):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(tmp_path / "data" / split / name / f"{i}.png")
+    student = (linear, {"w": np.zeros((192, 3), np.float32)})
+    sizes = {"data.crop_size": 8, "data.resize_size": 8}
+    folder = dict(student=student, teacher=None, method="ce", batch_size=8, config=sizes)
+    folder |= dict(train=str(tmp_path / "data"), evaluation=None)
+    with pytest.raises(UserError, match=r"num_classes is 5, and the training data have 3 classes\. Remove num_classes"):
+        make(**folder, num_classes=5).fit()
+    assert not (tmp_path / "run").exists()
+    (problem,) = make(**folder, num_classes=5).check()
+    assert "num_classes is 5, and the training data have 3 classes" in problem
+    assert make(**folder, num_classes=3, epochs=1).fit().summary["best_top1"] >= 0
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_no_run_can_use_is_one_line_and_no_workdir(make, tmp_path, wrong):
     arguments, message = WRONG[wrong]
@@ -122,6 +181,8 @@ def test_what_no_run_can_use_is_one_line_and_no_workdir(make, tmp_path, wrong):
         ([np.zeros((8, 8, 1), np.uint8), np.zeros((8, 8, 1), int)], "image 1 cannot be used: its dtype is int64"),
         (np.zeros((2, 9, 8, 1), np.uint8), r"image 0 cannot be used: its shape is \(9, 8, 1\)"),
         ([b"hello"], r"image 0 cannot be used: not an image \(5 bytes\)"),
+        ([(np.zeros((8, 8, 1), np.uint8), 3)], r"image 0 is a tuple, and predict takes images alone, without labels\."),
+        ([{"image": np.zeros((8, 8, 1), np.uint8), "label": 3}], "image 0 is a dict, and predict takes images alone"),
     ],
 )
 def test_an_image_that_is_not_as_the_training_data_is_not_predicted(make, images, message):
