@@ -19,7 +19,7 @@ _HEAD = """\
 `ldrld-jax help KEY` shows a key's type, default, range and meaning, and `--config.KEY=VALUE` sets it ([how configs
 work](configs.md)). "unset" means that the key has no value by default. A resumed run must have the same value of a key
 that is marked "yes" under identity; only `epochs` may grow, before the first decay of the learning rate,
-so never with `optim.schedule=cosine`.
+so never with `optim.schedule=cosine` or an optimizer that is an object.
 `python docs/generated.py` writes this page from `ldrld_jax/config/keys.py` and the methods' configs.
 """
 

@@ -18,9 +18,9 @@ _FED = {"data.mean", "data.std", "data.image_size"}  # and a run's teacher is fe
 def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, *, on_host: bool = False) -> list[str]:
     """Returns the warnings about an unresolved config, a line each.
 
-    One warns of a key that has no effect, unless the config file set it for a run that would read it: files have a
+    A warning names a key that has no effect, unless the config file set it for a run that would read it: files have a
     recipe for the teacher, and the fields of LDRLD, also for runs with a trained teacher or of another method. Another
-    warns of the config file's learning rate with a batch size that is not the file's.
+    names the config file's learning rate if the batch size is not the file's.
 
     Args:
       config: with its overrides.

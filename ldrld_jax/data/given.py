@@ -15,7 +15,6 @@ Arrays and images of 8 bits are pixels; others are raw, as are texts `[length]` 
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +30,7 @@ _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
 _GREY, _NUMBERS = ("1", "L", "LA", "La"), ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow
 _READ_TWICE = 16  # of 16 images mirrored at random, all are the same twice in one of 65,536 cases
-_ONE_AT_A_TIME = threading.Lock()  # of all data sets: two may be views of one
+_ONE_AT_A_TIME = threading.RLock()  # shared by all data sets: two may read one file, and one may read another
 _LABELS_LOOKED_AT = 64  # each reads an image of a data set object
 
 
@@ -175,7 +174,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
         return data
     if num_classes is not None and not isinstance(num_classes, int | np.integer):
         raise UserError(f"num_classes must be a whole number, got {num_classes!r}.")
-    examples = isinstance(data, list) and any(isinstance(part, tuple | Mapping) for part in data)
+    examples = isinstance(data, list) and any(map(_is_example, data))
     if isinstance(data, tuple | list) and len(data) == 2 and not examples:
         return _of_arrays(*data, num_classes=num_classes, title=title)
     if hasattr(data, "features") and hasattr(data, "cast_column"):
@@ -189,13 +188,21 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
     )
 
 
+def _is_example(part: Any) -> bool:
+    """Returns whether a part of a list is an example and neither images nor labels."""
+    pair = isinstance(part, list) and len(part) == 2 and np.ndim(part[1]) == 0 != np.ndim(part[0])
+    return pair or isinstance(part, tuple | Mapping)
+
+
 def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str) -> Source:
     images = _as_one_array(images, f"inputs of the {title}")  # a memory map stays one
     labels = np.asarray(_as_one_array(labels, f"labels of the {title}"))
     if not labels.ndim or labels.dtype.kind not in "iu" or _is_one_hot(labels, images, num_classes):
+        one_hot = bool(labels.ndim) and labels.dtype.kind in "iu"
         raise UserError(
             f"the labels of the {title} must be integers [n], or [n, length] for one per token, got {labels.dtype} "
-            f"{labels.shape}{', one-hot' * (labels.dtype.kind in 'iu')}. Convert one-hot labels with argmax(-1)."
+            f"{labels.shape}{', one-hot' * one_hot}. Convert one-hot labels with argmax(-1)"
+            f"{'; for one label per token, set num_classes' * one_hot}."
         )
     if len(images) != len(labels) or not len(labels):
         raise UserError(
@@ -213,7 +220,7 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     several = labels.ndim > 1
     if several and not (labels >= 0).any():
         raise UserError(f"every label of the {title} is below 0, so that none is left. Give the classes from 0.")
-    names = _class_names(None, int(labels.max()) + 1 if num_classes is None else num_classes)
+    names = named_classes(None, int(labels.max()) + 1 if num_classes is None else num_classes)
     bad = np.argwhere((labels < (-1 if several else 0)) | (labels >= len(names)))
     if len(bad):
         raise UserError(
@@ -248,10 +255,10 @@ def _as_one_array(given: Any, what: str) -> np.ndarray:
             with contextlib.suppress(ValueError):
                 shapes.add(np.shape(part))
         if array is None or len(shapes) > 1:
-            raise UserError(
-                f"the {what} must have one shape, got {' and '.join(map(str, sorted(shapes)[:2])) or 'several'}. Pad "
-                "texts to one length, and label the padding -1."
-            )
+            pictures = any(len(shape) > 1 for shape in shapes)
+            todo = "Resize images to one size" if pictures else "Pad texts to one length, and label the padding -1"
+            shown = " and ".join(map(str, sorted(shapes)[:2])) or "several"
+            raise UserError(f"the {what} must have one shape, got {shown}. {todo}.")
     if not array.ndim:
         raise UserError(f"the {what} must be one array [n, ...], got {type(given).__name__}. Give an array.")
     return array
@@ -284,10 +291,10 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     records = ItemRecords(data, title)
     shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
-        return Source(records, _class_names(names, count), (None, None, 3), label_shape=shape)
+        return Source(records, named_classes(names, count), (None, None, 3), label_shape=shape)
     raw = bool(getattr(data, "raw", False) or (shape and first.ndim != 3))  # as `_of_arrays` has it
     kind: dict[str, Any] = dict(raw=raw, dtype=_stored_as(first.dtype), changes=_changes(records))
-    return Source(records, _class_names(names, count), first.shape, label_shape=shape, **kind)
+    return Source(records, named_classes(names, count), first.shape, label_shape=shape, **kind)
 
 
 def _changes(records: ItemRecords) -> bool:
@@ -341,7 +348,7 @@ def _lists(names: Any) -> bool:
     return holds and len(names) > 0
 
 
-def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
+def named_classes(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
     return tuple(map(str, names if names is not None else range(count or 0)))
 
 
@@ -407,41 +414,3 @@ def _stored_as(dtype: np.dtype) -> np.dtype:
 
 def _spaced(count: int, most: int = _LOOKED_AT) -> list[int]:
     return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()
-
-
-def load_arrays(file: str, split: str) -> Source:
-    """Opens a split of a NumPy archive: `x_train` and `y_train`, or `train_images` and `train_labels`.
-
-    An array `class_names` names the classes; without it there are as many as the largest label of all splits asks for.
-
-    Args:
-      file: an .npz file.
-      split: "train", "test" or another.
-
-    Raises:
-      UserError: if the file cannot be read, or lacks the arrays.
-    """
-    try:
-        with pathlib.Path(file).open("rb") as opened:
-            archive = np.load(opened, allow_pickle=False)
-            images_of = (f"x_{split}", f"{split}_images")
-            arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
-            names = archive["class_names"].tolist() if "class_names" in archive.files else None
-    except Exception as error:  # of NumPy, zipfile or zlib, which have errors of their own for damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read as a NumPy archive: {reason}. Write it with numpy.savez.") from error
-    for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
-        if images in arrays and labels in arrays:
-            every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]
-            count = len(names) if names else 1 + max((int(array.max()) for array in every if array.size), default=0)
-            title, told = f"{split} split of {file}", len(names) if names else None  # what is counted tells no one-hot
-            source = as_source((arrays[images], arrays[labels]), num_classes=told, title=title)
-            return dataclasses.replace(source, class_names=_class_names(names, count))
-    raise UserError(
-        f"{file} has no x_{split} with y_{split}, and no {split}_images with {split}_labels; it has "
-        f"{', '.join(archive.files)}. Rename them, or set data.train_split and data.eval_split."
-    )
-
-
-def _is_labels(name: str) -> bool:
-    return name.startswith("y_") or name.endswith("_labels")

@@ -5,7 +5,8 @@ from typing import Any
 
 from ldrld_jax.code import call, is_code
 from ldrld_jax.data import decoded, folders, tfds_records
-from ldrld_jax.data.given import as_source, load_arrays
+from ldrld_jax.data.archives import load_arrays
+from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
 from ldrld_jax.files import expand_home
 

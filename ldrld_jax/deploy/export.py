@@ -144,7 +144,7 @@ def make_program(network: Network, variables: Variables, shape: tuple[int, ...],
     """Returns the program that maps any number of inputs of a shape and dtype to logits."""
 
     def student(images: jax.Array) -> jax.Array:
-        constants = jax.tree.map(jnp.asarray, variables)  # a model may write to them, as to no array of NumPy
+        constants = jax.tree.map(jnp.asarray, variables)  # as jax.Arrays, because a model may use .at
         return network(constants, images, train=False)[0].astype(jnp.float32)
 
     (batch,) = jax.export.symbolic_shape("batch")

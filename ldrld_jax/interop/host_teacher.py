@@ -39,6 +39,11 @@ class HostTeacher:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(float, np.ravel(values))))
+
     def __call__(self, images: np.ndarray, *, classes: int, label_shape: tuple[int, ...] = ()) -> np.ndarray:
         """Returns logits `[n, *label_shape, classes]` float32.
 

@@ -33,8 +33,8 @@ def precision_scope(precision: str, products: str = "tensorfloat32") -> Iterator
       products: of float32 matrix products and convolutions on a GPU or TPU; the losses' own are always exact.
     """
     wanted = dtypes(precision)["param_dtype"] == jnp.float64
-    # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads. And one that the
-    # caller is in holds for this thread alone: another one reads what holds for the process.
+    # jax.enable_x64 as a context holds for one thread: orbax would restore float32 in its threads. If the caller is
+    # inside such a context, this thread sees the caller's value; a new thread sees the process's, which is restored.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         before = thread.submit(jax.config.read, "jax_enable_x64").result()
     jax.config.update("jax_enable_x64", wanted)

@@ -112,8 +112,8 @@ class RunFolder:
             done = (self.checkpoints().latest_step or 0) / self.run.batches.steps_per_epoch
             if done < decay:
                 return
-            if not decay:
-                own = config.optim.name.startswith("<")
+            own = config.optim.name.startswith("<")
+            if own or config.optim.schedule == "cosine":
                 depends = "an optimizer that is an object" if own else f"optim.schedule={config.optim.schedule}"
                 raise UserError(
                     f"epochs cannot grow with {depends}, since the learning rate of each step may depend on them: the "

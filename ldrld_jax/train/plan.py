@@ -303,7 +303,7 @@ def _check_images(config: ConfigDict, source: Readable) -> None:
     if not source.raw or moved or any(model in MODELS for model in models):
         raise UserError(
             f"the images have shape {shape}, which is channels first, and [height, width, channels] is needed: "
-            "images.transpose(0, 2, 3, 1)."
+            f"images.transpose(0, 2, 3, 1){', or unset data.flip and data.pad' * bool(moved and source.raw)}."
         )
 
 

@@ -53,7 +53,7 @@ class Result:
     """The outcome of a run.
 
     Attributes:
-      trainer: the run's.
+      trainer: the `Trainer` that ran.
       summary: the content of summary.json.
       metrics: the lines of metrics.jsonl, `{"step": ..., "epoch": ..., "split": ..., "values": {...}}` each.
     """

@@ -5,12 +5,12 @@ import dataclasses
 import io
 import json
 import re
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldrld_jax.data import given
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.sources import open_source
@@ -118,7 +118,7 @@ def test_an_example_of_another_dtype_is_broken(arrays):
 def test_a_list_holds_examples_however_few(arrays, count):
     images, labels = arrays
     pairs = [(image, int(label)) for image, label in zip(images[:count], labels, strict=False)]
-    for examples in (pairs, [{"image": image, "label": label} for image, label in pairs]):
+    for examples in (pairs, list(map(list, pairs)), [{"image": image, "label": label} for image, label in pairs]):
         read, found = as_source(examples, num_classes=3).read(np.arange(count))
         np.testing.assert_array_equal(read, images[:count])
         np.testing.assert_array_equal(found, labels[:count])
@@ -385,8 +385,14 @@ def test_names_of_classes_may_be_an_array_and_a_number_of_them_is_none(names):
 
 @pytest.mark.parametrize("safe", [False, True])
 def test_one_thread_at_a_time_reads_a_data_set_object_that_does_not_say_otherwise(safe):
-    """Lets the reader of an example wait for another reader, who comes only if two may read at once."""
-    both = threading.Barrier(2)
+    """Lets another thread try the lock of all data sets while an example is read."""
+    free = []
+
+    def try_lock() -> bool:
+        taken = given._ONE_AT_A_TIME.acquire(blocking=False)
+        if taken:
+            given._ONE_AT_A_TIME.release()
+        return taken
 
     class Shared:
         num_classes, thread_safe = 2, safe
@@ -395,17 +401,29 @@ def test_one_thread_at_a_time_reads_a_data_set_object_that_does_not_say_otherwis
             return 4
 
         def __getitem__(self, index):
-            if armed:
-                try:
-                    both.wait(timeout=10 if safe else 0.2)
-                    met.append(index)
-                except threading.BrokenBarrierError:
-                    both.reset()
+            free.append(threads.submit(try_lock).result())
             return np.zeros((2, 2, 1), np.uint8), index % 2
 
-    armed, met = False, []
-    sources = [as_source(Shared()), as_source(Shared())]  # as two subsets of one data set are
-    armed = True
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda source: source.read(np.array([1])), sources))
-    assert len(met) == 2 * safe
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        source = as_source(Shared())  # which looks at an example of its own
+        free.clear()
+        source.read(np.array([1, 2]))
+        assert try_lock()
+    assert set(free) == {safe}
+
+
+def test_a_data_set_may_read_another(arrays):
+    images, labels = arrays
+    inner = as_source(Items(images, labels.tolist(), num_classes=3))
+
+    class Outer:
+        num_classes = 3
+
+        def __len__(self):
+            return len(inner)
+
+        def __getitem__(self, index):
+            (image,), (label,) = inner.read(np.array([index]))
+            return 255 - image, int(label)
+
+    np.testing.assert_array_equal(as_source(Outer()).read(np.arange(6))[0], 255 - images)

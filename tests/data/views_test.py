@@ -152,7 +152,7 @@ def test_grey_palette_and_cmyk_become_colour(picture):
 
 
 def test_transparency_lies_on_white(picture):
-    """Rejects the colour that happens to be stored under a transparent pixel."""
+    """Ignores the colour stored under a transparent pixel."""
     transparent = picture.convert("RGBA")
     alpha = np.full((32, 48), 255, np.uint8)
     alpha[:, :10] = 0

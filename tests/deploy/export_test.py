@@ -62,7 +62,7 @@ def trained(workdir: pathlib.Path, data_dir: str, *overrides: str) -> pathlib.Pa
 
 @pytest.fixture(scope="module")
 def run(tiny_net, data_dir, tmp_path_factory) -> pathlib.Path:
-    """Uses all that makes the evaluated weights others than the trained ones, and lays them on many devices."""
+    """Uses each option that makes the evaluated weights differ from the trained ones, on many devices."""
     return trained(tmp_path_factory.mktemp("run"), data_dir, "ema_decay=.5", "mesh.data=8", "mesh.fsdp=True")
 
 

@@ -67,8 +67,8 @@ def test_a_module_of_the_same_weights_that_computes_something_else_is_refused(ma
     [
         (Scaled(1.0), Scaled(2.0), r"teacher\.structure"),
         (
-            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=(0.5,)),
-            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=(0.05,)),
+            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=(np.float32(0.5),)),
+            ldrld_jax.HostTeacher(lambda x: x.reshape(len(x), -1)[:, :10], name="ours", std=np.array([0.05])),
             r"teacher\.fed\.std",
         ),
     ],

@@ -207,7 +207,7 @@ def test_a_folders_own_training_split_is_trained_on(make, tmp_path):
 
 
 def test_rows_of_two_axes_are_predicted_as_they_are_trained_on(make):
-    """Leaves out the axis that a grey picture of Pillow's gets."""
+    """Adds no channel axis, which a grey image of Pillow gets."""
     rows, labels = np.arange(90 * 12, dtype=np.uint8).reshape(90, 4, 3), np.zeros((90, 4), int)
     student = lambda v, x, train: x @ v["w"], {"w": np.ones((3, 2), np.float32)}
     data = dict(train=(rows, labels), evaluation=(rows[:9], labels[:9]), num_classes=2)
