@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldrld_jax.losses.common import check_rows
+
 
 class Mean(NamedTuple):
     """A mean that can be accumulated over steps, devices and hosts."""
@@ -36,7 +38,7 @@ MEASURED = frozenset(
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
     """Returns the mean of `values` `[...]` where `where` `[...]` is True, in float32 (float64 for float64)."""
     values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
-    kept = jnp.ones(values.shape, bool) if where is None else where
+    kept = jnp.ones(values.shape, bool) if where is None else check_rows("where", where, values.shape)
     return Mean(jnp.sum(jnp.where(kept, values, 0)), jnp.sum(kept, dtype=values.dtype))
 
 
@@ -107,6 +109,7 @@ def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
       >>> at_labels(jnp.array([[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]), jnp.array([1, -1, 2])).tolist()
       [0.75, nan, nan]
     """
+    labels = labels.astype(jnp.int32)  # a small dtype need not hold C
     labels = jnp.where(labels < 0, values.shape[-1], labels)  # negative indices would count from the end
     return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="fill")[..., 0]
 

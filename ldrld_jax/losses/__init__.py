@@ -171,7 +171,7 @@ class Method:
           params: the result of `init`, `at_epoch` or `from_teacher`, for a method that has one. None means
             `init(cfg)` for ctkd, an enabled swap for sld, and is an error for wkd.
           where: `[...]` bool; the mean is over the rows where it is True, the other rows may hold anything.
-          weights: `[...]`, non-negative; the mean is sum(w l) / sum(w).
+          weights: `[...]`, finite and not negative; the mean is sum(w l) / sum(w).
           axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split; without
             it the loss covers the local rows only. It is not needed under `jit` over a mesh.
         """

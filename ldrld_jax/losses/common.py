@@ -1,7 +1,9 @@
 """Helpers shared by all losses: validated configs, checked logits, the mean over the rows of a mask."""
 
 import dataclasses
+import functools
 import math
+import typing
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
@@ -79,9 +81,18 @@ class MethodConfig:
     """
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = _coerce(field.name, getattr(self, field.name), field.type)
-            object.__setattr__(self, field.name, value)
+        for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
+            object.__setattr__(self, name, _coerce(name, getattr(self, name), kind))
+
+
+@functools.cache
+def _kinds(config: type[MethodConfig]) -> dict[str, Any]:
+    """Returns the types of a config's fields; `from __future__ import annotations` makes them text."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    if any(isinstance(kind, str) for kind in kinds.values()):
+        hints = typing.get_type_hints(config, include_extras=True)
+        kinds = {name: hints[name] for name in kinds}
+    return kinds
 
 
 def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
@@ -130,7 +141,28 @@ def check_rows(name: str, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise ValueError(f"{name} must have the shape of the logits without classes, {shape}, got {rows.shape}.")
     if name == "where" and rows.dtype != jnp.bool_:
         raise ValueError(f"where must be boolean, got {rows.dtype}. Compare it with 0, or pass it as weights.")
+    if jnp.issubdtype(rows.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must be real numbers, got {rows.dtype}.")
     return rows
+
+
+def row_weights(
+    weights: jax.Array | None, where: jax.Array | None, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns the weight of each row, `shape`: 1 without weights, and 0 where `where` is False.
+
+    Raises:
+      ValueError: if a shape differs, `where` is not boolean, or the weight of a row that counts is negative or not
+        finite and its value is known; under `jit` it is not.
+    """
+    kept = jnp.ones(shape, dtype) if weights is None else check_rows("weights", weights, shape).astype(dtype)
+    if where is not None:
+        kept = jnp.where(check_rows("where", where, shape), kept, jnp.zeros((), dtype))
+    if weights is not None and not isinstance(kept, jax.core.Tracer):
+        wrong = ~((kept >= 0) & (kept < jnp.inf))
+        if wrong.any():
+            raise ValueError(f"weights must be finite and not negative, got {kept[wrong][0]}. Leave rows out by where.")
+    return kept
 
 
 def mean_over_rows(
@@ -147,26 +179,26 @@ def mean_over_rows(
     Args:
       values: `[...]`, floating.
       where: `[...]` bool; rows where it is False get weight 0.
-      weights: `[...]`, non-negative.
+      weights: `[...]`, finite and not negative.
       axis_name: mapped axes (`pmap`, `shard_map`) that both sums also run over.
 
     Returns:
       A scalar of the dtype of `values`; 0 if no row counts.
 
     Raises:
-      ValueError: if the shape of `weights` differs from that of `values`.
+      ValueError: if the shape of `where` or `weights` differs from that of `values`, `where` is not boolean, or a
+        weight is negative or not finite and its value is known; under `jit` such a NaN makes the mean NaN.
     """
-    kept = jnp.ones_like(values)
-    if weights is not None:
-        kept = check_rows("weights", weights, values.shape).astype(values.dtype)
+    kept = row_weights(weights, where, values.shape, values.dtype)
     if where is not None:
-        kept = jnp.where(where, kept, jnp.zeros((), values.dtype))
-        values = jnp.where(where, values, jnp.zeros((), values.dtype))  # 0 times NaN is NaN
+        values = jnp.where(jnp.asarray(where), values, jnp.zeros((), values.dtype))  # 0 times NaN is NaN
     total, count = jnp.sum(values * kept), jnp.sum(kept)
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
-    # The inner where keeps the division finite, so that the gradient of an empty mask is 0 and not NaN.
-    return jnp.where(count > 0, total / jnp.where(count > 0, count, jnp.ones_like(count)), jnp.zeros_like(total))
+    # The inner where keeps the division finite, so that the gradient of an empty mask is 0 and not NaN. A weight of NaN
+    # is no empty mask.
+    empty = count == 0
+    return jnp.where(empty, jnp.zeros_like(total), total / jnp.where(empty, jnp.ones_like(count), count))
 
 
 def batch_rows(
@@ -191,15 +223,13 @@ def batch_rows(
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     shape, dtype = student.shape[:-1], student.dtype
-    kept = jnp.ones(shape, dtype) if weights is None else check_rows("weights", weights, shape).astype(dtype)
-    if where is not None:
-        kept = jnp.where(where, kept, 0.0)
+    kept = row_weights(weights, where, shape, dtype)
     classes = student.shape[-1]
     teacher, student, kept = teacher.reshape(-1, classes), student.reshape(-1, classes), kept.reshape(-1)
     if axis_name is not None:
         teacher, student, kept = (_gathered(x, axis_name) for x in (teacher, student, kept))
     count, total = jnp.sum(kept > 0, dtype=dtype), jnp.sum(kept)
-    return teacher, student, kept * (count / jnp.where(total > 0, total, 1.0)), count
+    return teacher, student, kept * (count / jnp.where(total == 0, 1.0, total)), count
 
 
 def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:

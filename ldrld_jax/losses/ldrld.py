@@ -73,11 +73,14 @@ def _terms_of_rows(
     def at_top_of_row(z, top):
         chosen = take(z, jax.tree.map(lambda z: z[: cfg.depth], top), class_axis_name)
         chosen = jnp.maximum(chosen, RULED_OUT)
-        # Only differences matter. Taken before the division by T, they are exact for close logits.
-        return (chosen - jax.lax.stop_gradient(chosen[0])) / cfg.temperature
+        # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
+        # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
+        return (chosen - jax.lax.stop_gradient(jnp.max(chosen))) / cfg.temperature
 
     at_top = jax.vmap(at_top_of_row, out_axes=-1)
-    pairs, integrity = _local_terms(at_top(teacher, top), at_top(student, top), cfg)
+    # Where a NaN lies in the ranking side's row, the d classes are not known: it need not be among them.
+    known = jnp.where(jnp.isnan(top.values[:, 0]), jnp.nan, jnp.ones((), student.dtype))
+    pairs, integrity = _local_terms(at_top(teacher, top), known[None] * at_top(student, top), cfg)
     if classes - cfg.depth > 1:
         remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)
     else:  # The KL over at most one class is 0.
@@ -273,7 +276,7 @@ def ldrld_loss(
       student_logits: `[..., C]`, the same shape.
       cfg: an `LDRLDConfig`.
       where: `[...]` bool; the mean is over the rows where it is True, the others may hold NaN.
-      weights: `[...]`, non-negative; the mean is sum(w l) / sum(w).
+      weights: `[...]`, finite and not negative; the mean is sum(w l) / sum(w).
       axis_name: inside `pmap` or `shard_map`, the mapped axes that the mean also runs over; without it the
         mean is local.
       class_axis_name: inside `shard_map`, the mapped axes over which the classes are sharded, as in `ldrld_terms`.

@@ -216,8 +216,11 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
     Returns:
       pairs, integrity, pair_slopes, integrity_slopes: all times T^2; the slopes are 0 beyond the first d.
     """
-    # Only differences matter. Taken before the division by T, they are exact for close logits.
-    teachers, students = ([(z - side[0]) / cfg.temperature for z in side] for side in (teacher, student))
+    # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
+    # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
+    teachers, students = (
+        [(z - functools.reduce(jnp.maximum, side)) / cfg.temperature for z in side] for side in (teacher, student)
+    )
     t, s = _stack(teachers), _stack(students)
     rank = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
     real = rank < cfg.depth

@@ -46,7 +46,9 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
         axis_name: AxisName = None,
     ) -> dict[str, jax.Array]:
         del cfg, params
-        teacher_logits = jax.lax.stop_gradient(teacher_logits)
+        dtype = jnp.result_type(teacher_logits, student_logits, jnp.float32)
+        teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(dtype)
+        student_logits = student_logits.astype(dtype)
         if where is not None:
             # The function may read these rows. What is not finite there would reach the gradient, 0 times NaN is NaN;
             # other logits stay, since rows of zeros are no better for a function that divides by their norm.

@@ -83,7 +83,7 @@ def ranks_of(logits: jax.Array, top: Top) -> jax.Array:
     raised, classes = jnp.maximum(logits, lowest)[None], jnp.arange(logits.size, dtype=logits.dtype)[None]
     # A class never ranks before itself, also where XLA computes the logits anew: see `_by_rounds`.
     above = (raised > own) & (classes != top.classes[:, None])
-    before = above | ((raised == own) & (classes < top.classes[:, None]))
+    before = above | ((raised == own) & (classes < top.classes[:, None])) | jnp.isnan(own)  # a NaN ranks last
     return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
@@ -209,9 +209,10 @@ def _largest(values: jax.Array, classes: jax.Array, depth: int) -> Top:
     """
     values = jnp.maximum(values, jnp.asarray(RULED_OUT, values.dtype))
     found = []
-    for _ in range(depth):
+    for k in range(depth):
         value = jnp.max(values)
         lowest = -jnp.max(jnp.where(values == value, -classes, -jnp.inf))
+        lowest = jnp.where(jnp.isnan(value), classes[k], lowest)  # a NaN equals nothing; its class is any
         found.append((value, lowest))
         values = jnp.where(classes == lowest, -jnp.inf, values)
     return Top(*(jnp.stack(column) for column in zip(*found, strict=True)))

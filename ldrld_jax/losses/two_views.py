@@ -5,12 +5,14 @@ views: it counts if `where` is True for both, with the mean of their weights.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import (
+    Between,
     MethodConfig,
     Positive,
     check_rows,
@@ -37,8 +39,8 @@ class CRLDConfig(MethodConfig):
     """
 
     temperature: Positive = 4.0
-    weak_threshold: float = 0.9
-    strong_threshold: float = 0.2
+    weak_threshold: Annotated[float, Between(0, 1)] = 0.9
+    strong_threshold: Annotated[float, Between(0, 1)] = 0.2
     within_weight: float = 2.0
     cross_weight: float = 0.5
     views = 2  # a class attribute, not a field

@@ -1,0 +1,143 @@
+"""Losses at inputs that a mask of a vocabulary, a broken model or a wrong weight gives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldrld_jax.losses import METHODS, BiLDConfig, CRLDConfig, LDRLDConfig, MethodConfig, as_method, ldrld_loss
+from ldrld_jax.losses.common import Positive, mean_over_rows
+from ldrld_jax.losses.top import ranks_of, top_classes
+from ldrld_jax.metrics import at_labels, classification
+from tests.conftest import AS_USERS
+from tests.losses import ldrld_reference
+
+LARGEST_FIRST, OTHER = [9.0, 5.0, 4.0, 1.0, 0.0], [3.0, -3.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("temperature", [3.0, 4.0])
+@pytest.mark.parametrize("fill", [-1e9, -1e30, -np.inf])
+def test_a_class_that_the_teacher_rules_out_leaves_the_other_pairs_as_they_are(implementation, temperature, fill):
+    cfg = LDRLDConfig(depth=3, temperature=temperature)
+    with jax.enable_x64(True):
+        rows = np.array([[-1e4, *OTHER]]), np.array([LARGEST_FIRST])
+        expected, slopes = jax.value_and_grad(ldrld_reference.ldrld_loss, 1)(*map(jnp.asarray, rows), cfg)
+    ours = functools.partial(ldrld_loss, cfg=cfg, implementation=implementation)
+    rows = np.array([[fill, *OTHER]], np.float32), np.array([LARGEST_FIRST], np.float32)
+    program = jax.jit(jax.value_and_grad(ours, 1)).lower(*rows).compile(compiler_options=AS_USERS)
+    loss, gradient = program(*rows)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("temperature", [3.0, 4.0])
+@pytest.mark.parametrize("fill", [-1e9, -1e30, -np.inf])
+def test_a_class_that_the_student_rules_out_leaves_the_others_their_gradients(implementation, temperature, fill):
+    cfg = LDRLDConfig(depth=3, temperature=temperature, rank_by="teacher")
+    with jax.enable_x64(True):
+        rows = np.array([LARGEST_FIRST]), np.array([[-1e4, *OTHER]])
+        slopes = jax.grad(ldrld_reference.ldrld_loss, 1)(*map(jnp.asarray, rows), cfg)
+    ours = functools.partial(ldrld_loss, cfg=cfg, implementation=implementation)
+    rows = np.array([LARGEST_FIRST], np.float32), np.array([[fill, *OTHER]], np.float32)
+    program = jax.jit(jax.grad(ours, 1)).lower(*rows).compile(compiler_options=AS_USERS)
+    np.testing.assert_allclose(program(*rows)[0, 1:], slopes[0, 1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cfg", [LDRLDConfig(depth=3, use_remainder=False), LDRLDConfig(depth=3), LDRLDConfig()])
+@pytest.mark.parametrize("classes", [slice(None), slice(5, 6)], ids=["all", "one"])
+def test_a_students_row_of_nan_is_no_row_of_loss_0(cfg, classes):
+    teacher, student = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    student[1, classes] = np.nan
+    loss, gradient = jax.value_and_grad(ldrld_loss, 1)(teacher, student, cfg)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[1]).any()
+    kept = np.array([True, False, True, True])
+    masked = functools.partial(ldrld_loss, cfg=cfg, where=kept)
+    loss, gradient = jax.value_and_grad(masked, 1)(teacher, student)
+    np.testing.assert_allclose(loss, ldrld_loss(teacher[kept], student[kept], cfg), rtol=1e-6)
+    np.testing.assert_array_equal(gradient[1], 0)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_bild_of_a_row_of_nan_is_nan(broken):
+    logits = np.random.default_rng(0).normal(size=(2, 4, 12)).astype(np.float32)
+    logits[broken, 2] = np.nan
+    assert np.isnan(METHODS["bild"].loss(*logits, np.arange(4), BiLDConfig()))
+
+
+def test_a_teacher_of_nan_agrees_with_nobody():
+    top = top_classes(jnp.array([3.0, 1.0, 2.0]), 2)
+    np.testing.assert_array_equal(ranks_of(jnp.full(3, jnp.nan), top), [3, 3])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("weight", [np.nan, -1.0, np.inf])
+def test_a_weight_that_is_none_is_refused_and_under_jit_not_taken_for_an_empty_mask(name, weight):
+    method, rng = METHODS[name], np.random.default_rng(0)
+    cfg = method.config()
+    lead = (2, 4) if method.views(cfg) == 2 else (4,)
+    rows = rng.normal(size=(2, *lead, 12)).astype(np.float32)
+    labels, weights = np.broadcast_to(np.arange(4), lead), np.ones(lead, np.float32)
+    params = jnp.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
+    weights[..., 3] = weight
+    loss = lambda *rows, **given: method.loss(*rows, labels, cfg, params=params, **given)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^weights must be finite and not negative, got (nan|-1\.0|inf)\. Leave"):
+        loss(*rows, weights=weights)
+    where = np.broadcast_to(np.arange(4) < 3, lead)
+    np.testing.assert_allclose(loss(*rows, weights=weights, where=where), loss(*rows, where=where), rtol=1e-6)
+    if np.isnan(weight):
+        assert np.isnan(jax.jit(loss)(*rows, weights=weights))
+
+
+def test_weights_are_real_and_masks_have_the_shape_of_the_rows():
+    with pytest.raises(ValueError, match="weights must be real numbers, got complex64"):
+        mean_over_rows(jnp.ones(3), weights=jnp.ones(3, jnp.complex64))
+    for where in (np.ones((3, 1), bool), np.ones(1, bool), np.ones(3, int)):
+        with pytest.raises(ValueError, match="where must"):
+            mean_over_rows(jnp.ones(3), where=where)
+        with pytest.raises(ValueError, match="where must"):
+            classification(jnp.ones((3, 4)), jnp.zeros(3, int), where)
+    assert mean_over_rows(jnp.arange(3.0), where=[True, False, True]) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_users_loss_is_computed_and_averaged_in_float32(dtype):
+    method = as_method(lambda teacher, student, labels: jnp.sum((teacher - student) ** 2, axis=-1))
+    teacher, student = jnp.full((70_000, 3), 0.01, dtype), jnp.zeros((70_000, 3), dtype)
+    found = method.loss(teacher, student, jnp.zeros(70_000, int), method.config())
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, 3 * float(teacher[0, 0]) ** 2, rtol=1e-5)
+
+
+def test_types_of_a_config_may_be_text():
+    class Own(MethodConfig):
+        """A config as a module with `from __future__ import annotations` defines it."""
+
+        temperature: "Positive" = 4.0
+        top_k: "int | None" = None
+        exact: "bool" = False
+
+    kinds = jax.tree_util.register_static(dataclasses.dataclass(frozen=True, kw_only=True)(Own))
+    assert kinds(temperature=2, top_k=3) == kinds(temperature=2.0, top_k=3)
+    for wrong in ({"temperature": 0}, {"top_k": 2.5}, {"exact": 1}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+            kinds(**wrong)
+
+
+def test_thresholds_of_crld_are_probabilities():
+    for name in ("weak_threshold", "strong_threshold"):
+        with pytest.raises(ValueError, match=f"{name} must be between 0 and 1, got 90.0"):
+            CRLDConfig(**{name: 90.0})
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32])
+def test_labels_of_few_bits_are_the_same_classes(dtype):
+    values = jnp.arange(200.0)[None]
+    assert at_labels(values, jnp.array([100], dtype)) == 100.0
+    if np.issubdtype(dtype, np.signedinteger):
+        assert np.isnan(at_labels(values, jnp.array([-1], dtype)))
