@@ -177,12 +177,13 @@ def test_student_and_teacher_are_compared_as_two_selections_would(classes, depth
         largest, own = top_mask(teacher, depth), top_mask(student, depth)
         shares = {
             "agreement": jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1),
-            "top_d_overlap": jnp.sum(largest & own, axis=-1, dtype=float) / depth,
+            "top_d_overlap": jnp.sum(largest & own, axis=-1),
             "label_in_top_d": own[jnp.arange(60), labels],
         }
         return {name: mean_of(100 * share.astype(float), where) for name, share in shares.items()}
 
     want = defined(teacher, student)
+    want["top_d_overlap"] = want["top_d_overlap"]._replace(count=want["top_d_overlap"].count * depth)
     assert all(20 < mean.value < 90 for name, mean in want.items() if name == "agreement" or depth < classes)
     chex.assert_trees_all_equal({name: found[name] for name in want}, want)
 
