@@ -212,9 +212,10 @@ def _largest(values: jax.Array, classes: jax.Array, depth: int) -> Top:
     for k in range(depth):
         value = jnp.max(values)
         lowest = -jnp.max(jnp.where(values == value, -classes, -jnp.inf))
-        lowest = jnp.where(jnp.isnan(value), classes[k], lowest)  # a NaN equals nothing; its class is any
+        lost = jnp.isnan(value)
+        lowest = jnp.where(lost, classes[k], lowest)  # a NaN equals nothing, and its class is any
         found.append((value, lowest))
-        values = jnp.where(classes == lowest, -jnp.inf, values)
+        values = jnp.where(classes == lowest, jnp.where(lost, value, -jnp.inf), values)
     return Top(*(jnp.stack(column) for column in zip(*found, strict=True)))
 
 

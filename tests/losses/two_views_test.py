@@ -39,7 +39,7 @@ def test_crld_counts_only_what_the_teacher_is_sure_of(views):
     parts = lambda weak, strong: crld_parts(  # noqa: E731
         teacher, student, CRLDConfig(weak_threshold=weak, strong_threshold=strong)
     )
-    always, never = parts(0, 0), parts(1.1, 1.1)
+    always, never = parts(0, 0), parts(1, 1)
     assert never["within"] == never["cross"] == 0 and min(always.values()) > 0.1
     order = np.sort(sure, axis=-1)
     alone = parts(*order[:, -1] * (1 - 1e-12))  # the example of which the weak, and the strong view is surest
