@@ -109,6 +109,11 @@ def check_logits(teacher_logits: jax.Array, student_logits: jax.Array) -> None:
         )
 
 
+def computed_in(*logits: jax.Array) -> Any:
+    """Returns the dtype that a loss is computed in: float64 if any of the logits are, otherwise float32."""
+    return jnp.float64 if any(z.dtype == jnp.float64 for z in logits) else jnp.float32
+
+
 def prepare_logits(
     teacher_logits: jax.Array, student_logits: jax.Array, where: jax.Array | None = None, *, infinite: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +128,7 @@ def prepare_logits(
     """
     teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
     check_logits(teacher, student)
-    dtype = jnp.float64 if jnp.float64 in (teacher.dtype, student.dtype) else jnp.float32
+    dtype = computed_in(teacher, student)
     teacher, student = jax.lax.stop_gradient(teacher).astype(dtype), student.astype(dtype)
     if where is not None:
         kept = check_rows("where", where, student.shape[:-1])[..., None]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldrld_jax.losses.common import MethodConfig, check_rows, mean_over_rows
+from ldrld_jax.losses.common import MethodConfig, check_rows, computed_in, mean_over_rows
 from ldrld_jax.losses.top import AxisName
 
 
@@ -46,7 +46,7 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
         axis_name: AxisName = None,
     ) -> dict[str, jax.Array]:
         del cfg, params
-        dtype = jnp.result_type(teacher_logits, student_logits, jnp.float32)
+        dtype = computed_in(teacher_logits, student_logits)
         teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(dtype)
         student_logits = student_logits.astype(dtype)
         if where is not None:

@@ -106,7 +106,7 @@ def test_weights_are_real_and_masks_have_the_shape_of_the_rows():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_users_loss_is_computed_and_averaged_in_float32(dtype):
+def test_a_users_loss_is_computed_and_averaged_in_float32(dtype, strict_dtypes):
     method = as_method(lambda teacher, student, labels: jnp.sum((teacher - student) ** 2, axis=-1))
     teacher, student = jnp.full((70_000, 3), 0.01, dtype), jnp.zeros((70_000, 3), dtype)
     found = method.loss(teacher, student, jnp.zeros(70_000, int), method.config())
