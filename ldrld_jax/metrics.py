@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.losses.common import check_rows
-
 
 class Mean(NamedTuple):
     """A mean that can be accumulated over steps, devices and hosts."""
@@ -36,9 +34,15 @@ MEASURED = frozenset(
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
-    """Returns the mean of `values` `[...]` where `where` `[...]` is True, in float32 (float64 for float64)."""
+    """Returns the mean of `values` `[...]` where `where` `[...]` is True, in float32 (float64 for float64).
+
+    Raises:
+      ValueError: if `where` has another shape than `values`, or is not boolean.
+    """
+    if where is not None and (where.shape != values.shape or where.dtype != jnp.bool_):
+        raise ValueError(f"where must be boolean {values.shape}, got {where.dtype} {where.shape}.")
     values = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
-    kept = jnp.ones(values.shape, bool) if where is None else check_rows("where", where, values.shape)
+    kept = jnp.ones(values.shape, bool) if where is None else where
     return Mean(jnp.sum(jnp.where(kept, values, 0)), jnp.sum(kept, dtype=values.dtype))
 
 
