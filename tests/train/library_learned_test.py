@@ -1,4 +1,4 @@
-"""What a run of objects learns by: optimizers of any kind, and parameters of the user's own methods."""
+"""Learning in runs of objects: optimizers of any kind, and parameters of the user's own methods."""
 
 import dataclasses
 import signal
