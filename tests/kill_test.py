@@ -35,6 +35,7 @@ KILLS = int(os.environ.get("LDRLD_JAX_KILLS", "3"))
 def flags(data_dir, tmp_path_factory):
     overrides = [*tiny_overrides(data_dir), f"epochs={EPOCHS}", "checkpoint.every_steps=2", "data.cache_mb=0"]
     overrides += ["method=ldrld", "teacher.model=tiny_net", "teacher.epochs=1"]
+    overrides += ["checkpoint.min_seconds=0"]  # none is held, so that a checkpoint at most 4 steps old is on disk
     overrides += [f"teacher.workdir={tmp_path_factory.mktemp('teacher')}"]  # the first run trains it
     return ["--config", "tests/tiny_config.py", *(f"--config.{override}" for override in overrides)]
 
@@ -181,7 +182,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_resumes(flags, uninterru
     expected, *_ = uninterrupted
     stopped = 0
     for signum in (signal.SIGTERM, signal.SIGINT):
-        process = Process(flags, tmp_path / "run")
+        process = Process([*flags, "--config.checkpoint.min_seconds=1000"], tmp_path / "run")  # those held are written
         process.until(Process.writes)
         assert process.kill(signum) == 128 + signum
         assert process.resumed_from() == stopped  # no step is lost, none repeated
@@ -200,9 +201,10 @@ def test_kill_9_of_a_script_with_a_trainer_changes_nothing(data_dir, rng, tmp_pa
     exec(SCRIPT, {})
     start = lambda: Process([str(tmp_path / "data.npz")], tmp_path / "killed", ("-c", SCRIPT))  # noqa: E731
     process = start()
-    process.until(lambda process: newest_step(process.workdir) > 2)
+    process.until(lambda process: last_step(process.workdir) > 8)  # on disk is step 2; later ones are held for 10 s
     assert process.kill() == -signal.SIGKILL
+    newest = newest_step(process.workdir)
     last = start()
     assert last.wait() == 0, last.log.read_text()
-    assert 2 < last.resumed_from() < STEPS
+    assert 2 <= last.resumed_from() == newest < STEPS
     assert_same_run(last.workdir, tmp_path / "whole")

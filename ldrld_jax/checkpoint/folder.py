@@ -2,10 +2,13 @@
 
 import itertools
 import logging
+import math
+import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from ldrld_jax.checkpoint import orbax_io
@@ -32,13 +35,16 @@ class Checkpoints:
 
     Saving copies the arrays, then writes in the background. A checkpoint appears under its name only
     once it is whole. It contains checksums of its arrays, which are compared on restore. Nothing on
-    disk changes before `resume` or `save`.
+    disk changes before `resume` or `save`. Steps that are saved in quick succession are held in memory, and those of
+    them that the policy still keeps are written together, so that short epochs do not spend their time on files.
 
     Args:
       directory: created by the first save.
       run: JSON that identifies the run, stored in each checkpoint.
       keep_last: number of last checkpoints to keep, at least 1.
       keep_every: checkpoints that are saved now, and whose step is a multiple of this, are kept forever.
+      min_seconds: >= 0, from one write to the next; a step saved sooner is held until then or until `close`. A run of
+        several processes writes each step at once.
     """
 
     def __init__(
@@ -48,12 +54,17 @@ class Checkpoints:
         run: Json | None = None,
         keep_last: int = 2,
         keep_every: int | None = None,
+        min_seconds: float = 0.0,
     ):
         self._run = run or {}
         self._directory = epath.Path(directory).resolve()  # tensorstore accepts absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
         self._notes = {step: _of_step(step, read_note(self._path(step))) for step in self._steps_on_disk()}
         self._writing: tuple[int, Note, orbax_io.Writing] | None = None
+        # Nobody but this process holds all arrays, and the clocks of several do not agree on when to write.
+        self._min_seconds = min_seconds if jax.process_count() == 1 else 0.0
+        self._written = -math.inf  # when the last write began
+        self._held: dict[int, tuple[Note, dict[str, Any]]] = {}
 
     def _path(self, step: int, suffix: str = "") -> epath.Path:
         return self._directory / f"{step}{suffix}"
@@ -79,16 +90,13 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the highest top-1, the latest one among ties; None before the first evaluation."""
-        return max(self._top1s(), key=lambda step: (self._top1s()[step], step), default=None)
+        return _best(self._readable())
 
     def by_preference(self, *, best: bool) -> list[int]:
         """Returns the steps in order of preference: unreadable ones, then by top-1 (`best`) or the latest."""
-        top1s = self._top1s() if best else {}
+        top1s = _top1s(self._readable()) if best else {}
         readable = self._readable()
         return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
-
-    def _top1s(self) -> dict[int, float]:
-        return {step: note["top1"] for step, note in self._readable().items() if note["top1"] is not None}
 
     def _readable(self) -> dict[int, Note]:
         return {step: note for step, note in self._notes.items() if not isinstance(note, DamagedError)}
@@ -121,7 +129,7 @@ class Checkpoints:
           host: other state of the run, JSON.
           top1: the top-1 of an evaluation at this step, if any; added to an existing checkpoint without one.
         """
-        self.wait()
+        self._finish()
         if step in self._notes:
             if top1 is not None and self._note(step)["top1"] is None:
                 self._rate(step, host, top1)
@@ -132,9 +140,28 @@ class Checkpoints:
             "host": host,
             "top1": top1,
             "kept": self._is_kept(step),
-            "arrays": {name: describe(tree) for name, tree in trees.items()},
         }
+        kept = self._kept({**self._readable(), **{held: note for held, (note, _) in self._held.items()}, step: note})
+        self._held = {held: self._held[held] for held in self._held if held in kept}
+        if time.monotonic() - self._written < self._min_seconds and not note["kept"]:
+            # NumPy's view of a CPU's array is not enough: the next step writes into the donated memory.
+            self._held[step] = note, jax.tree.map(np.array, trees)
+            return
+        self._write_held()
+        self._write(step, note, trees)
+
+    def _write(self, step: int, note: Note, trees: dict[str, Any]) -> None:
+        """Begins to write a checkpoint."""
+        note = {**note, "arrays": {name: describe(tree) for name, tree in trees.items()}}
         self._writing = step, note, orbax_io.write(self._path(step), trees, signed(note))
+        self._written = time.monotonic()
+
+    def _write_held(self) -> None:
+        """Writes the held checkpoints, oldest first: those on disk give way to them one by one."""
+        while self._held:
+            step = min(self._held)
+            self._write(step, *self._held.pop(step))
+            self._finish()
 
     def _rate(self, step: int, host: Json, top1: float) -> None:
         """Adds the result of an evaluation that a signal had interrupted when the step was saved."""
@@ -144,15 +171,20 @@ class Checkpoints:
         self._tidy()
 
     def wait(self) -> None:
-        """Waits until the pending checkpoint is whole and superseded checkpoints are removed."""
+        """Waits until every saved checkpoint that is kept is whole on disk and superseded ones are removed."""
+        self._finish()
+        self._write_held()
+
+    close = wait
+
+    def _finish(self) -> None:
+        """Waits for the write in the background."""
         if self._writing is None:
             return
         (step, note, writing), self._writing = self._writing, None
         writing.wait()
         self._notes[step] = note
         self._tidy()
-
-    close = wait
 
     def resume(self, like: dict[str, Any]) -> Restored | None:
         """Restores the newest whole checkpoint; newer damaged ones are renamed to `<step>.corrupt`.
@@ -222,12 +254,12 @@ class Checkpoints:
         if changed:
             raise DamagedError(f"{name}/{changed[0]} has changed since it was saved, {len(changed)} such arrays")
 
-    def _kept(self) -> set[int]:
-        saved = sorted(self._readable())
-        best = [] if self.best_step is None else [self.best_step]
-        # Those of earlier versions do not say.
-        for_good = (step for step, note in self._readable().items() if note.get("kept", self._is_kept(step)))
-        return {*saved[-self._keep_last :], *best, *for_good}
+    def _kept(self, notes: dict[int, Note]) -> set[int]:
+        """Returns those of the steps that the policy keeps."""
+        best = _best(notes)
+        # Those of earlier versions do not say whether they are kept for good.
+        for_good = (step for step, note in notes.items() if note.get("kept", self._is_kept(step)))
+        return {*sorted(notes)[-self._keep_last :], *([] if best is None else [best]), *for_good}
 
     def _is_kept(self, step: int) -> bool:
         """Returns whether a checkpoint that is saved now is kept for good."""
@@ -237,7 +269,7 @@ class Checkpoints:
         """Removes checkpoints that the policy does not keep, and half-written or half-deleted ones of a killed run."""
         if jax.process_index() or not self._directory.exists():
             return
-        for step in self._readable().keys() - self._kept():
+        for step in self._readable().keys() - self._kept(self._readable()):
             del self._notes[step]
             self._path(step).rename(self._path(step, _DELETED))  # atomic, so half a checkpoint never passes for one
         for path in self._directory.iterdir():
@@ -254,6 +286,16 @@ class Checkpoints:
             "checkpoint %s is damaged (%s): set aside as %s, going on from step %d.",
             self._path(step), error, name, instead,
         )  # fmt: skip
+
+
+def _top1s(notes: dict[int, Note]) -> dict[int, float]:
+    return {step: note["top1"] for step, note in notes.items() if note["top1"] is not None}
+
+
+def _best(notes: dict[int, Note]) -> int | None:
+    """Returns the step of the highest top-1, the latest one among ties; None if no step was evaluated."""
+    top1s = _top1s(notes)
+    return max(top1s, key=lambda step: (top1s[step], step), default=None)
 
 
 def _of_step(step: int, note: Note | DamagedError) -> Note | DamagedError:

@@ -220,8 +220,7 @@ class Log:
     writers: Text | None = None  # further writers, "my_module:make_writer" each, separated by commas
     wandb: Wandb = Wandb()
     mlflow: Text | None = None  # experiment of MLflow to which metrics go too, with the extra mlflow
-    # seconds without progress until the stacks of all threads are printed; 0: never
-    watchdog_seconds: NotNegative = 300.0
+    watchdog_seconds: NotNegative = 300.0  # seconds without progress until all stacks are printed; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +228,7 @@ class Checkpoint:
     every_steps: Count | None = None  # steps between checkpoints saved in addition to one per evaluation; unset: none
     keep_last: Count = 2  # number of newest checkpoints that are kept in addition to the best
     keep_every_epochs: Count | None = None  # epochs between checkpoints that are kept for good; unset: none
+    min_seconds: NotNegative = 10.0  # seconds between writes; a checkpoint that comes sooner waits in memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
 
 _TERMS = 18  # for arguments up to 1, truncating the power series here omits less than 1e-16 of its value
@@ -74,7 +75,7 @@ def abkd_terms(
       (tests/losses/golden_2026_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    log_p, log_q = (jax.nn.log_softmax(z / cfg.temperature) for z in (teacher, student))
+    log_p, log_q = (numerics.log_softmax(z, cfg.temperature) for z in (teacher, student))
     return jnp.sum(_of_class(log_p, log_q, cfg.alpha, cfg.beta), axis=-1)
 
 

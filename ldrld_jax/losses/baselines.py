@@ -141,7 +141,7 @@ def kd_terms(
         weight = entropy_weight(teacher, student, cfg.entropy_temperature, cfg.entropy_bound)
     if cfg.standardize:
         teacher, student = standardize_logits(teacher), standardize_logits(student)
-    return weight * cfg.temperature**2 * numerics.kl(teacher / cfg.temperature, student / cfg.temperature)
+    return weight * cfg.temperature**2 * numerics.kl(teacher, student, cfg.temperature)
 
 
 def ctkd_init(cfg: CTKDConfig) -> dict[str, jax.Array]:
@@ -221,7 +221,7 @@ def ctkd_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     params = ctkd_init(cfg) if params is None else params
     temperature = ctkd_temperature(params).astype(student.dtype)
-    return temperature**2 * numerics.kl(teacher / temperature, student / temperature)
+    return temperature**2 * numerics.kl(teacher, student, temperature)
 
 
 def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:

@@ -101,7 +101,7 @@ def skd_parts(
       (tests/losses/golden_2026_test.py).
     """
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
-    kl = numerics.kl(teacher / cfg.temperature, student / cfg.temperature)
+    kl = numerics.kl(teacher, student, cfg.temperature)
     distances = jnp.where(count > 1, _direction_distances(teacher, student, kept, count, cfg.ridge), 0.0)
     parts = {
         "kl": cfg.kl_weight * cfg.temperature**2 * mean_over_rows(kl, weights=kept),
@@ -190,8 +190,8 @@ def luminet_parts(
       agrees with the published code to 1e-9 (tests/losses/golden_2026_test.py).
     """
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
-    teacher, student = (_standardized_classes(z, kept, count) / cfg.temperature for z in (teacher, student))
-    return {"": cfg.alpha**2 * mean_over_rows(numerics.kl(teacher, student), weights=kept)}
+    teacher, student = (_standardized_classes(z, kept, count) for z in (teacher, student))
+    return {"": cfg.alpha**2 * mean_over_rows(numerics.kl(teacher, student, cfg.temperature), weights=kept)}
 
 
 def _standardized_classes(z: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ def dist_parts(
       agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
-    p, q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.softmax(student / cfg.temperature)
+    p, q = (numerics.softmax(z, cfg.temperature) for z in (teacher, student))
     q = jnp.where(jnp.isnan(student), jnp.nan, q)  # XLA's exp of a NaN may be a number
     over_classes = _pearson(p, q, jnp.ones((1, q.shape[-1]), q.dtype), q.shape[-1])
     over_batch = _pearson(p.T, q.T, kept[None], jnp.maximum(count, 1.0))
@@ -161,7 +161,7 @@ def _mlkd_view(
     teacher, student, kept, count = batch_rows(teacher_logits, student_logits, where, weights, axis_name)
 
     def at(temperature: jax.Array) -> dict[str, jax.Array]:
-        log_p, log_q = jax.nn.log_softmax(teacher / temperature), jax.nn.log_softmax(student / temperature)
+        log_p, log_q = (numerics.log_softmax(z, temperature) for z in (teacher, student))
         classes, batch = _gram_distance(jnp.exp(log_p), jnp.exp(log_q), kept)
         return {
             "instance": temperature**2 * mean_over_rows(numerics.divergence(log_p, log_q), weights=kept),

@@ -21,7 +21,9 @@ from ldrld_jax.losses.numerics import (
     kl,
     label_mask,
     log_ratio,
+    log_softmax,
     pick,
+    softmax,
     with_labels,
 )
 from ldrld_jax.losses.top import top_mask
@@ -162,10 +164,10 @@ def dkd_terms(
     if cfg.entropy_weighting:
         scale *= entropy_weight(teacher, student, cfg.entropy_temperature, cfg.entropy_bound, log_of_max)
     student, target = with_labels(labels, student, where)
-    log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
+    log_p, log_q = (log_ratio(z, ~target, cfg.temperature) for z in (teacher, student))
     if cfg.top_k:
         keep = top_mask(teacher, cfg.top_k) & ~target
-        non_target = kl(teacher / cfg.temperature, student / cfg.temperature, keep)
+        non_target = kl(teacher, student, cfg.temperature, keep)
     else:
         non_target = divergence(log_p, log_q, ~target)
     return {
@@ -218,7 +220,7 @@ def nkd_terms(
     check_classes("nkd", student, 3)
     student, target = with_labels(labels, student, where)
     teacher_odds, student_odds = (pick(log_ratio(z, ~target), target) for z in (teacher, student))
-    log_p, log_q = (log_ratio(z / cfg.temperature, ~target) for z in (teacher, student))
+    log_p, log_q = (log_ratio(z, ~target, cfg.temperature) for z in (teacher, student))
     return {
         "target": -jax.nn.sigmoid(teacher_odds) * jax.nn.log_sigmoid(student_odds),
         "non_target": -cfg.gamma * cfg.temperature**2 * expectation(log_p, log_q, ~target),
@@ -270,7 +272,7 @@ def wsld_terms(
     # Log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
     teacher_ce, student_ce = (-jax.nn.log_sigmoid(pick(log_ratio(z, ~target), target)) for z in (teacher, student))
     bracket = jax.lax.stop_gradient(-jnp.expm1(-student_ce / (teacher_ce + 1e-7)))
-    p, log_q = jax.nn.softmax(teacher / cfg.temperature), jax.nn.log_softmax(student / cfg.temperature)
+    p, log_q = softmax(teacher, cfg.temperature), log_softmax(student, cfg.temperature)
     return -cfg.alpha * cfg.temperature**2 * bracket * jnp.sum(p * log_q, axis=-1)
 
 
@@ -319,13 +321,13 @@ def rld_terms(
     check_classes("rld", student, 2)
     student, target = with_labels(labels, student, where)
     best = label_mask(jnp.argmax(teacher, axis=-1), teacher)
-    confidence = pick(log_ratio(teacher / cfg.alpha_temperature, ~best), best)
-    student_odds = pick(log_ratio(student / cfg.alpha_temperature, ~target), target)
+    confidence = pick(log_ratio(teacher, ~best, cfg.alpha_temperature), best)
+    student_odds = pick(log_ratio(student, ~target, cfg.alpha_temperature), target)
     # XLA may compute logits anew for each use and round them differently: the label must not be below itself.
     # A label out of range has no class of its own; all classes are then kept, so that the student's NaN stays.
     own = jnp.where(jnp.any(target, axis=-1), pick(teacher, target), jnp.inf)
     below = ~target & (teacher < own[..., None])
-    masked = kl(teacher / cfg.temperature, student / cfg.temperature, keep=below)
+    masked = kl(teacher, student, cfg.temperature, below)
     return {
         "confidence": cfg.alpha * cfg.alpha_temperature**2 * bernoulli_kl(confidence, student_odds),
         "masked": cfg.beta * cfg.temperature**2 * masked,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ldrld_jax.losses.numerics import softmax
+
 GUARD = 1e-10
 """Keeps the argument of a logarithm away from 0, as in the published code."""
 
@@ -52,6 +54,6 @@ def entropy_weight(
       agrees with the published code to 1e-9 (tests/losses/golden_2026_test.py).
     """
     bound = math.log(student.shape[-1]) if bound is None else bound
-    probabilities = (jax.nn.softmax(jax.lax.stop_gradient(z) / temperature) for z in (teacher, student))
+    probabilities = (softmax(jax.lax.stop_gradient(z), temperature) for z in (teacher, student))
     of_teacher, of_student = (-jnp.sum(p * log(p), axis=-1) for p in probabilities)
     return (of_teacher + of_teacher * of_student / bound) / 2

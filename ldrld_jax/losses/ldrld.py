@@ -60,6 +60,13 @@ def _number_of_classes(logits: jax.Array, class_axis_name: AxisName) -> int:
     return logits.shape[-1] * (1 if class_axis_name is None else jax.lax.axis_size(class_axis_name))
 
 
+def _relative(logits: jax.Array, class_axis_name: AxisName) -> jax.Array:
+    """Returns logits relative to the largest finite one of their row, since only differences matter."""
+    finite = jnp.where(jnp.isfinite(logits), jax.lax.stop_gradient(logits), RULED_OUT)
+    largest = jnp.max(finite, axis=-1, keepdims=True)
+    return logits - (largest if class_axis_name is None else jax.lax.pmax(largest, class_axis_name))
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "class_axis_name"))
 def _terms_of_rows(
     teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig, class_axis_name: AxisName = None
@@ -163,8 +170,7 @@ def ldrld_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where, infinite=True)
     if isinstance(temperature := cfg.temperature, jax.Array):  # it changes by epoch, and cfg is static below
         terms = ldrld_terms(
-            teacher / temperature,
-            student / temperature,
+            *(_relative(z, class_axis_name) / temperature for z in (teacher, student)),
             dataclasses.replace(cfg, temperature=1.0, alpha=1.0, beta=1.0),
             where=where,
             class_axis_name=class_axis_name,

@@ -57,10 +57,34 @@ def pick(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
 
 
-def log_ratio(logits: jax.Array, keep: jax.Array) -> jax.Array:
+def below_largest(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    r"""Computes the distances of logits to the largest of their row at a temperature, `[..., C]`, at most 0.
+
+    .. math:: (z_c - \max_k z_k) / T
+
+    A softmax depends on them alone. Subtracted before the division, close logits are apart by exactly their difference,
+    however large they are. XLA would contract the division of z / T and a softmax's own subtraction into one operation
+    that rounds only one of the two.
+    """
+    return (logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature
+
+
+def log_softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """Computes the log-softmax of z / T, `[..., C]`."""
+    distances = below_largest(logits, temperature)
+    return distances - jnp.log(jnp.sum(jnp.exp(distances), axis=-1, keepdims=True))
+
+
+def softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """Computes the softmax of z / T, `[..., C]`."""
+    powers = jnp.exp(below_largest(logits, temperature))
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
+
+
+def log_ratio(logits: jax.Array, keep: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     r"""Compares every class with a set of classes K, `[..., C]`.
 
-    .. math:: z_c - \log \sum_{k \in K} e^{z_k}
+    .. math:: z_c / T - \log \sum_{k \in K} e^{z_k / T}
 
     Within K this is the log-softmax over K. For the one class outside K = all others, it is the log-odds
     :math:`\log (p_c / (1 - p_c))`. One log-sum-exp serves both, and no probability is subtracted from 1.
@@ -68,10 +92,12 @@ def log_ratio(logits: jax.Array, keep: jax.Array) -> jax.Array:
     Args:
       logits: `[..., C]`, floating.
       keep: `[..., C]` bool, the set K; at least one class of each row.
+      temperature: T > 0.
     """
     kept = jnp.where(keep, logits, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(kept, axis=-1, keepdims=True))
-    return logits - peak - jnp.log(jnp.sum(jnp.exp(kept - peak), axis=-1, keepdims=True))
+    mass = jnp.sum(jnp.exp((kept - peak) / temperature), axis=-1, keepdims=True)
+    return (logits - peak) / temperature - jnp.log(mass)  # the difference first: see below_largest
 
 
 def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
@@ -103,19 +129,22 @@ def divergence(log_p: jax.Array, log_q: jax.Array, keep: jax.Array | None = None
     return jnp.sum(p * difference + (q - p), axis=-1)
 
 
-def kl(teacher: jax.Array, student: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-    """Computes KL(softmax(teacher) || softmax(student)), `[..., C]` to `[...]`, in nats.
+def kl(
+    teacher: jax.Array, student: jax.Array, temperature: float | jax.Array, keep: jax.Array | None = None
+) -> jax.Array:
+    """Computes KL(softmax(teacher / T) || softmax(student / T)), `[..., C]` to `[...]`, in nats.
 
     Args:
-      teacher: `[..., C]` logits, divided by their temperature.
-      student: `[..., C]` logits, divided by their temperature.
+      teacher: `[..., C]` logits.
+      student: `[..., C]` logits.
+      temperature: T > 0.
       keep: `[..., C]` bool, the classes that both softmaxes cover; the KL of a row with none is 0.
     """
     if keep is None:
-        return divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
+        return divergence(log_softmax(teacher, temperature), log_softmax(student, temperature))
     # An empty set has no log-sum-exp: use that of all classes, and sum over none.
     domain = keep | ~jnp.any(keep, axis=-1, keepdims=True)
-    return divergence(log_ratio(teacher, domain), log_ratio(student, domain), keep)
+    return divergence(log_ratio(teacher, domain, temperature), log_ratio(student, domain, temperature), keep)
 
 
 def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:

@@ -98,11 +98,11 @@ def bild_terms(
 
     def led_by(leader: jax.Array) -> jax.Array:
         top = jax.vmap(lambda z: top_classes(z, cfg.top_k))(jax.lax.stop_gradient(leader))
-        chosen = (jax.vmap(take)(z, top) / cfg.temperature for z in rows)
+        chosen = (jax.vmap(take)(z, top) for z in rows)
         # All K^2 differences and a mask, to avoid a second gather.
         of_teacher, of_student = ((z[:, :, None] - z[:, None, :]).reshape(-1, cfg.top_k**2) for z in chosen)
         keep = jnp.broadcast_to(earlier.reshape(1, -1), of_student.shape)
-        return numerics.kl(of_teacher, of_student, keep).reshape(student.shape[:-1])
+        return numerics.kl(of_teacher, of_student, cfg.temperature, keep).reshape(student.shape[:-1])
 
     return {"teacher_led": led_by(rows[0]), "student_led": led_by(rows[1])}
 
@@ -148,12 +148,11 @@ def topk_tail_terms(
       (tests/losses/golden_2026_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    teacher, student = teacher / cfg.temperature, student / cfg.temperature
     depth = min(cfg.top_k, student.shape[-1])
     leaders = {0.0: (teacher,), 1.0: (student,)}.get(cfg.beta, (teacher, student))
     keep = jnp.any(jnp.stack([top_mask(jax.lax.stop_gradient(z), depth) for z in leaders]), axis=0)
     tail = cfg.tail and depth < student.shape[-1]
-    p, q = (_Buckets.of(z, keep, tail=tail) for z in (teacher, student))
+    p, q = (_Buckets.of(z, keep, cfg.temperature, tail=tail) for z in (teacher, student))
     if cfg.beta == 0:
         return p.divergence_from(q, keep)
     if cfg.beta == 1:
@@ -175,10 +174,10 @@ class _Buckets:
     rest: jax.Array | None
 
     @classmethod
-    def of(cls, logits: jax.Array, keep: jax.Array, *, tail: bool) -> "_Buckets":
+    def of(cls, logits: jax.Array, keep: jax.Array, temperature: float | jax.Array, *, tail: bool) -> "_Buckets":
         if not tail:
-            return cls(numerics.log_ratio(logits, keep), None)
-        classes = jax.nn.log_softmax(logits)
+            return cls(numerics.log_ratio(logits, keep, temperature), None)
+        classes = numerics.log_softmax(logits, temperature)
         # A union may hold all classes. Then any finite number works, because `divergence_from` ignores it.
         domain = ~keep | jnp.all(keep, axis=-1, keepdims=True)
         others = jnp.where(domain, classes, -jnp.inf)

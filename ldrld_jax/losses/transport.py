@@ -134,7 +134,7 @@ def wkd_terms(
     kernel = jnp.exp(-cost / cfg.regularization)
     dot = lambda a, b: jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     # The label's class has no mass on either side and receives none, so the cost keeps all classes.
-    log_mass = (numerics.log_ratio(z / cfg.temperature, ~target) for z in (student, teacher))
+    log_mass = (numerics.log_ratio(z, ~target, cfg.temperature) for z in (student, teacher))
     from_student, to_teacher = (jnp.exp(jnp.where(target, -jnp.inf, x)) for x in log_mass)
 
     def sinkhorn(scales: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:

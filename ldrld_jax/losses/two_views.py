@@ -132,9 +132,8 @@ def crld_parts(
       authors' own code.
     """
     rows = _Views.of("crld", teacher_logits, student_logits, where, weights)
-    teacher, student = rows.teacher / cfg.temperature, rows.student / cfg.temperature
-    within = jnp.sum(numerics.kl(teacher, student), axis=0)
-    cross = jnp.sum(numerics.kl(teacher, student[::-1]), axis=0)
+    within = jnp.sum(numerics.kl(rows.teacher, rows.student, cfg.temperature), axis=0)
+    cross = jnp.sum(numerics.kl(rows.teacher, rows.student[::-1], cfg.temperature), axis=0)
     sure = jnp.max(jax.nn.softmax(rows.teacher), axis=-1)
     weak, strong = sure[0] >= cfg.weak_threshold, sure[1] >= cfg.strong_threshold
 
@@ -218,14 +217,13 @@ def sld_parts(
     top = numerics.label_mask(jnp.argmax(rows.student, axis=-1), rows.student)
     swapped = _swapped(rows.teacher, target)
 
+    lead = numerics.pick(rows.student, top) - numerics.pick(rows.student, target)
+
     def at(temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-        student = rows.student / temperature
-        taught = numerics.kl(swapped / temperature, student)
-        p = jax.nn.softmax(student)
-        of_itself = (numerics.pick(p, top) - numerics.pick(p, target)) * (
-            numerics.pick(student, top) - numerics.pick(student, target)
-        )
-        return temperature**2 * taught, temperature**2 * of_itself
+        taught = numerics.kl(swapped, rows.student, temperature)
+        p = numerics.softmax(rows.student, temperature)
+        moved = numerics.pick(p, top) - numerics.pick(p, target)
+        return temperature**2 * taught, temperature * moved * lead
 
     # Sum over the temperatures and the views.
     taught, of_itself = (

@@ -64,8 +64,8 @@ def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
     Python runs signal handlers between two of its instructions, so a compilation or a hanging device delays them.
 
     Args:
-      leave_within: seconds after the first signal when the process ends, whatever it is doing; a second signal ends
-        it at once. Checkpoints on disk are always intact. None sets no limit.
+      leave_within: seconds that the step in flight may still take after the first signal; then the process ends
+        without saving. None sets no limit. A second signal ends it at once. Checkpoints on disk are always intact.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

@@ -128,12 +128,13 @@ class RunFolder:
             raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
 
     def checkpoints(self) -> Checkpoints:
-        """Returns the run's checkpoints, under the retention that its config asks for."""
+        """Returns the run's checkpoints, kept and written as its config says."""
         return Checkpoints(
             self.run.workdir / "checkpoints",
             run=identity(self.run.config),
             keep_last=self.run.config.checkpoint.keep_last,
             keep_every=self.run.keep_every,
+            min_seconds=self.run.config.checkpoint.min_seconds,
         )
 
     def finished(self) -> dict[str, Any] | None:

@@ -29,7 +29,8 @@ class Callback:
 
     Attributes:
       after_evaluation: called with the step, the evaluation's values by name, and the evaluated weights.
-      after_save: called with the step and the evaluated weights, once a checkpoint is being written.
+      after_save: called with the step and the evaluated weights, once a checkpoint has its copy of them; it may be
+        written later.
     """
 
     after_evaluation: Callable[[int, Mapping[str, float], Variables], None] | None = None

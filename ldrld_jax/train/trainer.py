@@ -187,8 +187,8 @@ class Trainer:
         """Trains to the last epoch, or resumes an interrupted run, and returns its `Result`.
 
         Args:
-          leave_within: seconds after a first SIGTERM, SIGINT or SIGHUP when the process ends, whatever it is doing;
-            None sets no limit.
+          leave_within: seconds that the step in flight may still take after a first SIGTERM, SIGINT or SIGHUP; then
+            the process ends without saving. None sets no limit. Saving has none.
           profile: a directory for a trace of some of the student's steps.
           file: the config file that the config is of, for warnings about what differs from it.
 

@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 import shutil
+import types
 
 import chex
 import jax
@@ -35,6 +36,52 @@ def test_the_last_ones_the_best_and_every_so_many_are_kept(tmp_path, policy, kep
     assert save(tmp_path, (1, 50.0), (2, 70.0), (3, 60.0), (4, None), (5, None), **policy) == kept
     checkpoints = Checkpoints(tmp_path)
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 5)
+
+
+HELD = {  # steps saved with their top-1, and what lies on disk before and after the end
+    "the last and the best": ([(1, 50.0), (2, 70.0), (3, 60.0), (4, None), (5, None)], {"keep_last": 1}, "1", "2 5"),
+    "equal ones": ([(1, 70.0), (2, 70.0), (3, 70.0)], {"keep_last": 1}, "1", "3"),
+    "the first is the best": ([(1, 70.0), (2, 60.0), (3, 65.0)], {"keep_last": 2}, "1", "1 2 3"),
+    "kept for good": ([(1, 9.0), (2, 8.0), (3, 7.0)], {"keep_last": 1, "keep_every": 2}, "1 2", "1 2 3"),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_steps_in_quick_succession_are_held_until_the_end_and_end_as_if_each_was_written(tmp_path, case):
+    saved, policy, before, after = HELD[case]
+    saver = Checkpoints(tmp_path, min_seconds=np.inf, **policy)
+    for step, top1 in saved:
+        state = trees(step)
+        saver.save(step, state, {"note": step / 3}, top1)
+        jax.tree.map(lambda array: array.delete(), state)  # as donation does
+    saver._finish()
+    assert " ".join(names(tmp_path)) == before
+    saver.close()
+    assert " ".join(names(tmp_path)) == after
+    at_once = save(tmp_path / "at once", *saved, **policy)
+    assert at_once == after.split()
+    for step in at_once:
+        like, restored = trees(0), Checkpoints(tmp_path).restore(int(step), trees(0))
+        chex.assert_trees_all_equal(restored, trees(int(step)))
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+        note = {path: json.loads((path / step / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+                for path in (tmp_path, tmp_path / "at once")}  # fmt: skip
+        assert note[tmp_path]["arrays"] == note[tmp_path / "at once"]["arrays"]
+
+
+def test_a_step_after_the_interval_is_written_with_those_that_were_held(tmp_path, monkeypatch):
+    now = types.SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr("ldrld_jax.checkpoint.folder.time", now)
+    saver = Checkpoints(tmp_path, keep_last=2, min_seconds=10.0)
+    saver.save(1, trees(1), {}, 50.0)
+    now.monotonic = lambda: 109.9
+    saver.save(2, trees(2), {}, 40.0)
+    saver._finish()
+    assert names(tmp_path) == ["1"]
+    now.monotonic = lambda: 110.0
+    saver.save(3, trees(3), {}, 30.0)
+    saver._finish()
+    assert names(tmp_path) == ["1", "2", "3"]
 
 
 def test_what_is_kept_for_good_stays_when_it_resumes_with_another_interval(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from ldrld_jax.losses import METHODS, BiLDConfig, CRLDConfig, LDRLDConfig, MethodConfig, as_method, ldrld_loss
 from ldrld_jax.losses.common import Positive, mean_over_rows
+from ldrld_jax.losses.schedule import with_values
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import at_labels, classification
 from tests.conftest import AS_USERS
@@ -112,6 +113,36 @@ def test_a_users_loss_is_computed_and_averaged_in_float32(dtype, strict_dtypes):
     found = method.loss(teacher, student, jnp.zeros(70_000, int), method.config())
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, 3 * float(teacher[0, 0]) ** 2, rtol=1e-5)
+
+
+# A class's statistics over the batch lose what an offset of its rows hides.
+OFFSET_BY_ROW = sorted(set(METHODS) - {"luminet"})
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("name", OFFSET_BY_ROW)
+def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
+    """At T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+    method, rng = METHODS[name], np.random.default_rng(0)
+    cfg = method.config()
+    if hasattr(cfg, "temperature"):
+        cfg = dataclasses.replace(cfg, temperature=3.0)
+    elif scheduled:
+        pytest.skip(f"{name} has no temperature")
+    lead = (2, 4) if method.views(cfg) == 2 else (4,)
+    rows = (rng.normal(size=(2, *lead, 12)) + 1e5 * rng.normal(size=(2, *lead, 1))).astype(np.float32)
+    labels = np.broadcast_to(np.arange(4), lead)
+    params = np.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
+
+    def loss(teacher, student, temperature):
+        used = with_values(cfg, {"temperature": temperature}) if scheduled else cfg
+        return method.loss(teacher, student, labels, used, params=params)
+
+    gradient = jax.jit(jax.grad(loss, 1))
+    found = gradient.lower(*rows, np.float32(3)).compile(compiler_options=AS_USERS)(*rows, np.float32(3))
+    with jax.enable_x64(True):
+        expected = gradient(*rows.astype(np.float64), np.float64(3))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_types_of_a_config_may_be_text():
