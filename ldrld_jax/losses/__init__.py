@@ -174,7 +174,12 @@ class Method:
           weights: `[...]`, finite and not negative; the mean is sum(w l) / sum(w).
           axis_name: inside `pmap` or `shard_map`, the mapped axes over which the batch is split; without
             it the loss covers the local rows only. It is not needed under `jit` over a mesh.
+
+        Raises:
+          ValueError: if `cfg` is of another method, or the method refuses its logits, labels, mask or weights.
         """
+        if not isinstance(cfg, self.config):
+            raise ValueError(f"cfg must be a {self.config.__name__}, got {type(cfg).__name__}.")
         rows: dict[str, Any] = dict(params=params, where=where, weights=weights)
         if axis_name is not None:
             rows["axis_name"] = axis_name

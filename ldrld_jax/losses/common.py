@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldrld_jax.losses.top import AxisName
 
@@ -37,6 +38,10 @@ def bounds_of(kind: Any) -> Between | None:
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """Converts `value` to `kind`, or raises a ValueError that states the allowed values."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a plain value, got a traced array: configs are static under jit.")
+    if getattr(value, "dtype", None) == bool and value.ndim == 0:
+        value = bool(value)
     if type(None) in get_args(kind):
         return None if value is None else _coerce(name, value, get_args(kind)[0])
     if bounds := bounds_of(kind):
@@ -46,20 +51,24 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return value
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        if isinstance(value, bool) or value not in choices:
+        if isinstance(value, bool) or np.ndim(value) or value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         return choices[choices.index(value)]
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}.")
         return value
-    if isinstance(value, bool | str):
+    if isinstance(value, bool | str) or np.ndim(value) or not np.isrealobj(value):
         raise ValueError(f"{name} must be a number, got {value!r}.")
+    try:
+        number = float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {value!r}.") from None
     if kind is int:
-        if int(value) != value or value < 0:
+        if not number.is_integer() or number < 0:
             raise ValueError(f"{name} must be a whole number and not negative, got {value!r}.")
         return int(value)
-    value = float(value)
+    value = number
     positive = kind is Positive
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         allowed = "finite and above 0" if positive else "finite and not negative"
@@ -233,8 +242,18 @@ def batch_rows(
     teacher, student, kept = teacher.reshape(-1, classes), student.reshape(-1, classes), kept.reshape(-1)
     if axis_name is not None:
         teacher, student, kept = (_gathered(x, axis_name) for x in (teacher, student, kept))
+    teacher, student, kept = (_whole(x) for x in (teacher, student, kept))
     count, total = jnp.sum(kept > 0, dtype=dtype), jnp.sum(kept)
     return teacher, student, kept * (count / jnp.where(total == 0, 1.0, total)), count
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Returns an array with every row on every device, if its rows are split over explicit axes of a mesh.
+
+    A product of rows with rows has no sharding of its own there; over automatic axes XLA chooses one.
+    """
+    split = any(axes is not None for axes in jax.typeof(x).sharding.spec)
+    return jax.sharding.reshard(x, jax.P()) if split else x
 
 
 def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:

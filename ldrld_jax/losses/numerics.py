@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
@@ -13,15 +14,17 @@ def label_mask(labels: jax.Array, logits: jax.Array) -> jax.Array:
     Raises:
       ValueError: unless there is one integer for each row of logits.
     """
-    labels = jnp.asarray(labels)
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of the logits without classes, {logits.shape[:-1]}, got {labels.shape}."
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integer classes, got {labels.dtype}.")
+    if labels.dtype.itemsize > 4:  # a cast to 32 bits would turn 2^32 + k into class k
+        labels = labels.clip(-1 if jnp.issubdtype(labels.dtype, jnp.signedinteger) else 0, logits.shape[-1])
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return classes == labels.astype(jnp.int32)[..., None]
+    return classes == jnp.asarray(labels, jnp.int32)[..., None]
 
 
 def with_labels(
@@ -46,7 +49,7 @@ def with_labels(
         stray &= where
     if not isinstance(stray, jax.core.Tracer) and stray.any():
         raise ValueError(
-            f"labels must be between 0 and {student_logits.shape[-1] - 1}, got {jnp.asarray(labels)[stray][0]}. Mask "
+            f"labels must be between 0 and {student_logits.shape[-1] - 1}, got {np.asarray(labels)[np.asarray(stray)][0]}. Mask "
             "rows without a label by where."
         )
     return student_logits * jnp.where(stray, jnp.nan, jnp.ones((), student_logits.dtype))[..., None], target

@@ -4,6 +4,7 @@ The loss is the bare term, without cross-entropy, warm-up or outer weight.
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import jax
@@ -53,7 +54,8 @@ def wkd_cost(rows: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
       `[C, C]`, symmetric, 0 on the diagonal; float32 (float64 for float64 rows), without gradient.
 
     Raises:
-      ValueError: if the rows have another number of axes or sharpen is negative.
+      ValueError: if the rows have another number of axes, there is one example of each class, or sharpen is negative
+        or not finite.
 
     Example:
       >>> wkd_cost(jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]), sharpen=0).tolist()
@@ -62,10 +64,10 @@ def wkd_cost(rows: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
     References:
       Lv, Yang, Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation", NeurIPS 2024.
     """
-    if rows.ndim not in (2, 3):
-        raise ValueError(f"rows must be [classes, d] or features [classes, n, d], got shape {rows.shape}.")
-    if sharpen < 0:
-        raise ValueError(f"sharpen must not be negative, got {sharpen}.")
+    if rows.ndim not in (2, 3) or (rows.ndim == 3 and rows.shape[1] < 2):
+        raise ValueError(f"rows must be [classes, d] or features [classes, n >= 2, d], got shape {rows.shape}.")
+    if not 0 <= sharpen < math.inf:
+        raise ValueError(f"sharpen must be finite and not negative, got {sharpen}.")
     rows = jax.lax.stop_gradient(rows).astype(jnp.float64 if rows.dtype == jnp.float64 else jnp.float32)
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     if rows.ndim == 3:

@@ -111,7 +111,7 @@ def five_epochs(place: pathlib.Path, **keys):
         "epochs": 5,
         "optim.schedule": "constant",
         "checkpoint.every_steps": 4,
-        "checkpoint.min_seconds": 0,
+        "checkpoint.min_seconds": 0.0,
         **({} if keys.get("method") == "ce" else teacher),
         **keys,
     }
