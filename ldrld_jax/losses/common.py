@@ -40,7 +40,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     """Converts `value` to `kind`, or raises a ValueError that states the allowed values."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a plain value, got a traced array: configs are static under jit.")
-    if getattr(value, "dtype", None) == bool and value.ndim == 0:
+    if isinstance(value, np.bool_ | jax.Array) and value.dtype == jnp.bool_ and value.ndim == 0:
         value = bool(value)
     if type(None) in get_args(kind):
         return None if value is None else _coerce(name, value, get_args(kind)[0])

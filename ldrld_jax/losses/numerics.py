@@ -48,10 +48,8 @@ def with_labels(
     if where is not None:
         stray &= where
     if not isinstance(stray, jax.core.Tracer) and stray.any():
-        raise ValueError(
-            f"labels must be between 0 and {student_logits.shape[-1] - 1}, got {np.asarray(labels)[np.asarray(stray)][0]}. Mask "
-            "rows without a label by where."
-        )
+        wrong, last = np.asarray(labels)[np.asarray(stray)][0], student_logits.shape[-1] - 1
+        raise ValueError(f"labels must be between 0 and {last}, got {wrong}. Mask rows without a label by where.")
     return student_logits * jnp.where(stray, jnp.nan, jnp.ones((), student_logits.dtype))[..., None], target
 
 

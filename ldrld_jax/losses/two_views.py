@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import (
@@ -208,9 +209,9 @@ def sld_parts(
       after epoch 150, so never in the published ImageNet runs of 100 epochs.
     """
     rows = _Views.of("sld", teacher_logits, student_logits, where, weights)
-    labels = jnp.asarray(labels)
-    if labels.shape == rows.student.shape[1:-1]:
-        labels = jnp.stack([labels, labels])
+    if jnp.shape(labels) == rows.student.shape[1:-1]:
+        labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        labels = labels[None].repeat(2, axis=0)
     kept = None if rows.where is None else jnp.stack([rows.where, rows.where])
     student, target = numerics.with_labels(labels, rows.student, kept)
     rows = dataclasses.replace(rows, student=student)

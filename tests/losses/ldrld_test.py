@@ -360,6 +360,13 @@ def test_a_traced_weight_multiplies_the_terms_outside(rng, x64):
     [
         (dict(depth=1), "depth must be at least 2"),
         (dict(depth=2.5), "whole number"),
+        (dict(depth=float("inf")), "depth must be a whole number and not negative, got inf"),
+        (dict(depth=10**400), "depth must be a number, got 1000"),
+        (dict(depth=None), "depth must be a number, got None"),
+        (dict(depth=np.array([3])), r"depth must be a number, got array\(\[3\]\)"),
+        (dict(alpha=jnp.array(True)), "alpha must be a number, got True"),
+        (dict(temperature=1j), "temperature must be a number, got 1j"),
+        (dict(rank_by=["student"]), r"rank_by must be one of student, teacher, got \['student'\]"),
         (dict(temperature=0), "temperature must be finite and above 0"),
         (dict(temperature=float("nan")), "temperature must be finite and above 0"),
         (dict(alpha=-1), "alpha must be finite and not negative"),
@@ -371,6 +378,15 @@ def test_a_traced_weight_multiplies_the_terms_outside(rng, x64):
 def test_a_config_out_of_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         LDRLDConfig(**fields)
+
+
+def test_a_config_takes_the_scalars_of_numpy_and_jax_and_no_traced_ones():
+    cfg = LDRLDConfig(depth=np.int64(3), temperature=jnp.float32(2), use_irw=np.False_, use_erd=jnp.array(False))
+    assert cfg == LDRLDConfig(depth=3, temperature=2.0, use_irw=False, use_erd=False)
+    assert hash(cfg) == hash(LDRLDConfig(depth=3, temperature=2.0, use_irw=False, use_erd=False))
+    assert type(cfg.use_irw) is type(cfg.use_erd) is bool
+    with pytest.raises(ValueError, match="alpha must be a plain value, got a traced array: configs are static"):
+        jax.jit(lambda alpha: LDRLDConfig(alpha=alpha).alpha)(3.0)
 
 
 def test_bad_arguments_are_refused():

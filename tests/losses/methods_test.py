@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from ldrld_jax.losses import METHODS, MethodConfig, as_method, standardize_logits, standardized
 from tests.conftest import AS_USERS
@@ -415,3 +417,40 @@ def test_a_users_own_loss_is_an_argument_of_jit_and_has_a_mean_over_devices(rng)
         jax.vmap(functools.partial(scalar.loss, cfg=scalar.config(), axis_name="rows"), axis_name="rows")(
             *(x.reshape(2, 4, *x.shape[1:]) for x in (teacher, student, labels))
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_over_the_explicit_axes_of_a_mesh_are_those_of_one_device(name, rng):
+    method, cfg = METHODS[name], default(name)
+    lead = (2, 16) if method.views(cfg) == 2 else (16,)
+    teacher, student, labels = batch(rng, *lead, dtype=np.float32)
+    params = 1 - jnp.eye(5) if name == "wkd" else method.init(cfg) if method.init is not None else None
+    loss = jax.value_and_grad(lambda student, *rest: method.loss(rest[0], student, rest[1], cfg, params=params))
+    expected = jax.jit(loss)(student, teacher, labels)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
+        rows = jax.P(*[None] * (len(lead) - 1), "data")
+        found = jax.jit(loss)(*(jax.device_put(z, rows) for z in (student, teacher, labels)))
+        assert found[1].sharding.spec[len(lead) - 1] == "data"
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("label", [2**32 + 1, -(2**32) + 1, 2**40])
+def test_a_label_beyond_32_bits_is_no_class(name, label, rng):
+    method, cfg = METHODS[name], default(name)
+    lead = (2, 3) if method.views(cfg) == 2 else (3,)
+    teacher, student, labels = batch(rng, *lead, dtype=np.float32)
+    labels[..., 1] = label
+    params = 1 - jnp.eye(5) if name == "wkd" else None
+    with pytest.raises(ValueError, match=f"labels must be between 0 and 4, got {label}"):
+        method.loss(teacher, student, labels, cfg, params=params)
+    where = np.broadcast_to(np.arange(3) != 1, lead)
+    assert np.isfinite(method.loss(teacher, student, labels, cfg, params=params, where=where))
+
+
+def test_the_config_of_another_method_is_refused(rng):
+    teacher, student, labels = batch(rng, 3)
+    for name, method in METHODS.items():
+        other = METHODS["kd" if name != "kd" else "nkd"].config()
+        with pytest.raises(ValueError, match=f"^cfg must be a {method.config.__name__}, got {type(other).__name__}"):
+            method.loss(teacher, student, labels, other)

@@ -70,7 +70,9 @@ def test_what_cannot_be_is_named():
         METHODS["wkd"].loss(z, z, labels, cfg, params=jnp.zeros((4, 4)))
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         WKDConfig(iterations=0)
-    with pytest.raises(ValueError, match=r"features \[classes, n, d\], got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"features \[classes, n >= 2, d\], got shape \(3,\)"):
         wkd_cost(jnp.zeros(3))
-    with pytest.raises(ValueError, match="sharpen must not be negative, got -1"):
+    with pytest.raises(ValueError, match="sharpen must be finite and not negative, got -1"):
         wkd_cost(z, sharpen=-1)
+    with pytest.raises(ValueError, match=r"got shape \(5, 1, 4\)"):  # one example has no covariance
+        wkd_cost(jnp.ones((5, 1, 4)))
