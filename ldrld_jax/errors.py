@@ -15,6 +15,17 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
+def one_line(error: Exception) -> str:
+    """Returns an error of a user's code as one line; JAX explains its own in further paragraphs.
+
+    Example:
+      >>> one_line(TypeError("dot_general requires equal sizes.\\n\\nSee the documentation."))
+      'TypeError: dot_general requires equal sizes.'
+    """
+    text = " ".join(str(error).partition("\n\n")[0].split())
+    return f"{type(error).__name__}: {text.rstrip('.')}."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Returns the error for a name that is not in a table, with the nearest known name.
 

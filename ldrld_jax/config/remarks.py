@@ -93,6 +93,7 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
         "logits.spread_rest": stored,
         "logits.views": (stored[0] or teaches_from_file(config), stored[1]),
         "teacher.ensemble": ("," in (config.teacher.model or ""), "teacher.model is one model"),
+        **dict.fromkeys(("kd_weight", "kd_warmup_epochs", "standardize"), (config.method != "ce", "method=ce")),
         "student.checkpoint_head": (config.student.checkpoint is not None, "student.checkpoint is not set"),
     }
 

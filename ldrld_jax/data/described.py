@@ -57,7 +57,9 @@ class Describer:
     known: ConfigDict
     images: str
 
-    def __call__(self, name: str, split: str, data_dir: str | None, *, train_split: str, **on_error: Any) -> Source:
+    def __call__(
+        self, name: str, split: str, data_dir: str | None, *, train_split: str, exif: bool, **on_error: Any
+    ) -> Source:
         """Describes a split.
 
         Raises:
@@ -66,7 +68,7 @@ class Describer:
         files = name in folders.FOLDERS or name == decoded.NAME
         listed = files and data_dir is not None and epath.Path(data_dir).is_dir()
         if listed or is_code(name) or name.startswith(ARRAYS):  # no description is anywhere else
-            return open_source(name, split, data_dir, train_split=train_split, **on_error)
+            return open_source(name, split, data_dir, train_split=train_split, exif=exif, **on_error)
         classes, shape, count = _folder(name, split) if files else _tfds(name, split, data_dir)
         classes = self._complete("classes", classes, name)
         shape = self._complete("image_shape", shape, name)

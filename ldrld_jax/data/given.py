@@ -9,7 +9,8 @@ classes, one a token, in which -1 is left out. Further attributes, all optional:
 - `thread_safe`: True if several threads may read examples at once. Otherwise one does, as with PyTorch's data sets,
   which may share a file handle or a random generator.
 
-Arrays and images of 8 bits are pixels; others are raw, as are texts `[length]` of 8 bits with a label per token.
+Arrays and images of 8 bits are pixels; others are raw, as are texts `[length]` of 8 bits with a label per token. Raw
+numbers of 64 bits become 32-bit ones, whatever `precision` is.
 """
 
 import contextlib
@@ -78,10 +79,12 @@ class ItemRecords:
     Attributes:
       items: the object, see the module.
       title: the name in error messages.
+      exif: whether images of Pillow are turned as their EXIF orientation says; False for `data.exif=False`.
     """
 
     items: Any
     title: str
+    exif: bool = True
 
     def __len__(self) -> int:
         return len(self.items)
@@ -98,7 +101,7 @@ class ItemRecords:
             broken = RaisedError(f"{type(error).__name__}: {error}")
             broken.__cause__ = error
             return {"image": broken, "label": 0}
-        return _record(item, self.name(index))
+        return _record(item, self.name(index), self.exif)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -151,7 +154,7 @@ class HuggingFaceRecords(ItemRecords):
         return np.array([-1 if label is None else label for label in labels], np.int32)
 
 
-def as_source(data: Any, *, num_classes: int | None = None, title: str = "data") -> Source:
+def as_source(data: Any, *, num_classes: int | None = None, title: str = "data", exif: bool = True) -> Source:
     """Returns a source of what a user gives as one split.
 
     Args:
@@ -159,6 +162,8 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
         `Source`.
       num_classes: for data that do not know it; unset, arrays have as many classes as their largest label asks for.
       title: the name in error messages.
+      exif: whether images of Pillow are turned as their EXIF orientation says. Those that are encoded are turned, or
+        not, as they are decoded.
 
     Raises:
       UserError: if it is none of these, or a label is out of range.
@@ -181,7 +186,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data")
         _check_hugging_face(data, title)
         return _of_hugging_face(data, title)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | dict):
-        return _of_items(data, num_classes=num_classes, title=title)
+        return _of_items(data, num_classes=num_classes, title=title, exif=exif)
     raise UserError(
         f"the {title} must be (images, labels), a data set with a length and one example per index, or a source, got "
         f"{type(data).__name__}. Give one of these."
@@ -274,10 +279,10 @@ def _is_one_hot(labels: np.ndarray, images: np.ndarray, num_classes: int | None)
     return bool(((labels == 0) | (labels == 1)).all() and (labels.sum(axis=1) == 1).all())
 
 
-def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
+def _of_items(data: Any, *, num_classes: int | None, title: str, exif: bool) -> Source:
     if not len(data):
         raise UserError(f"the {title} have no examples.")
-    first, label = (_record(data[0], f"{title}[0]")[key] for key in ("image", "label"))
+    first, label = (_record(data[0], f"{title}[0]", exif)[key] for key in ("image", "label"))
     if isinstance(first, BrokenImageError):
         raise UserError(f"{title}[0] is broken: {first}. Repair or remove it.") from first.__cause__
     given = (getattr(data, name, None) for name in ("class_names", "classes"))
@@ -285,10 +290,10 @@ def _of_items(data: Any, *, num_classes: int | None, title: str) -> Source:
     if isinstance(names, Mapping):  # from labels to names, or from names to labels, in any order
         numbered = all(isinstance(key, int) for key in names)
         names = [names[key] for key in sorted(names)] if numbered else sorted(names, key=names.__getitem__)
-    count = getattr(data, "num_classes", num_classes)
+    count = num_classes if getattr(data, "num_classes", None) is None else data.num_classes
     if names is None and count is None:
         raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
-    records = ItemRecords(data, title)
+    records = ItemRecords(data, title, exif)
     shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
         return Source(records, named_classes(names, count), (None, None, 3), label_shape=shape)
@@ -338,7 +343,7 @@ def _of_hugging_face(data: Any, title: str) -> Source:
         )
     (image,), (label,) = columns["Image"], columns["ClassLabel"]
     encoded = data.cast_column(image, type(data.features[image])(decode=False))
-    records = HuggingFaceRecords(encoded, title, image, label)
+    records = HuggingFaceRecords(encoded, title, image=image, label=label)
     return Source(records, tuple(data.features[label].names), (None, None, 3))
 
 
@@ -352,11 +357,11 @@ def named_classes(names: Sequence[str] | None, count: int | None) -> tuple[str, 
     return tuple(map(str, names if names is not None else range(count or 0)))
 
 
-def _record(item: Any, name: str) -> dict[str, Any]:
+def _record(item: Any, name: str, exif: bool) -> dict[str, Any]:
     try:
         image, label = (item["image"], item["label"]) if isinstance(item, dict) else item
         try:
-            image = image if isinstance(image, bytes) else as_array(image)
+            image = image if isinstance(image, bytes) else as_array(image, exif=exif)
         except BrokenImageError as error:  # the reader of the record raises or skips it
             image = error
         return {"image": image, "label": _label(label, name)}
@@ -375,21 +380,25 @@ def _label(label: Any, name: str) -> int | np.ndarray:
     return int(array) if array.ndim == 0 else array.astype(np.int32)
 
 
-def as_array(image: Any) -> np.ndarray:
+def as_array(image: Any, *, exif: bool) -> np.ndarray:
     """Returns an image as an array: `[height, width, channels]` uint8 of a picture of Pillow's, grey or in colour.
 
     Palettes, transparency and the like become colours as those of an encoded file do. Pictures of 16 or 32 bits stay
     numbers.
 
+    Args:
+      image: a picture of Pillow's, or what NumPy takes.
+      exif: whether a picture is turned as its EXIF orientation says.
+
     Raises:
       BrokenImageError: if a picture of Pillow's cannot be decoded.
 
     Example:
-      >>> as_array(Image.new("P", (3, 2))).shape, as_array(Image.new("1", (3, 2))).shape
-      ((2, 3, 3), (2, 3, 1))
+      >>> [as_array(Image.new(mode, (3, 2)), exif=True).shape for mode in ("P", "1")]
+      [(2, 3, 3), (2, 3, 1)]
     """
     if isinstance(image, Image.Image) and image.mode not in _NUMBERS:
-        image = pixels(image, channels=1 if image.mode in _GREY else 3, exif=False)
+        image = pixels(image, channels=1 if image.mode in _GREY else 3, exif=exif)
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 and array.dtype == np.uint8 else array  # a grey picture
 

@@ -173,7 +173,7 @@ def _check_uncropped(source: Source, data: ConfigDict) -> None:
 
 def as_asked(data: ConfigDict) -> dict[str, Any]:
     """Returns the arguments of `open_source` that do not differ between the splits, from a `data` block."""
-    return dict(train_split=data.train_split, on_error=data.on_error, max_skipped=data.max_skipped)
+    return dict(train_split=data.train_split, on_error=data.on_error, max_skipped=data.max_skipped, exif=data.exif)
 
 
 def _train_view(stored: tuple[Any, Any, int], data: ConfigDict) -> View:

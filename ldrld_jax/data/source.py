@@ -103,7 +103,8 @@ class Source:
           UserError: if an image is broken and `on_error` is "raise"; with "skip" its row is 0 and its labels are -1.
         """
         view = self.view
-        records = self.records.__getitems__(indices.tolist())
+        # A host may have no share of an epoch's last batch, and the reader of array_record takes no empty list.
+        records = self.records.__getitems__(indices.tolist()) if len(indices) else []
         images = np.zeros((len(records), *view.shape), self.dtype)
         labels = np.full((len(records), *self.label_shape), -1, np.int32)
         for row, (index, record) in enumerate(zip(indices.tolist(), records, strict=True)):
@@ -113,7 +114,7 @@ class Source:
                 label = self._checked(record["label"])
                 image = view(record["image"], generator(*key, index) if view.random else None)
                 check_dtype(image.dtype, self.dtype)
-                _check_range(image, self.dtype)
+                check_range(image, self.dtype)
                 images[row] = image
                 labels[row] = label
             except BrokenImageError as error:
@@ -165,7 +166,7 @@ class Source:
             )
 
 
-def _check_range(image: np.ndarray, dtype: np.dtype) -> None:
+def check_range(image: np.ndarray, dtype: np.dtype) -> None:
     """Raises a BrokenImageError if a whole number does not fit the narrower type that a batch has."""
     narrows = image.dtype.kind in "iu" and not np.can_cast(image.dtype, dtype)
     if narrows and not np.array_equal(image, image.astype(dtype)):

@@ -21,6 +21,7 @@ def open_source(
     train_split: str = "train",
     on_error: str = "raise",
     max_skipped: float = 0.05,
+    exif: bool = True,
 ) -> Source:
     """Opens a split of an image classification dataset, without TensorFlow.
 
@@ -32,6 +33,7 @@ def open_source(
       data_dir: the folder itself, or the folder of TFDS datasets; None for TFDS's default.
       train_split: the split that names the classes of an image folder, see `folders.open_folder`.
       on_error, max_skipped: see `Source`.
+      exif: see `given.as_source`.
 
     Raises:
       UserError: if the name or the split is unknown, or the dataset is missing; the message contains the
@@ -41,7 +43,7 @@ def open_source(
         source = load_arrays(expand_home(name.removeprefix(ARRAYS)), split)
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
     if is_code(name):
-        source = as_source(call(name, split), title=f"{split} split of {name}")
+        source = as_source(call(name, split), title=f"{split} split of {name}", exif=exif)
         return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
     if name == decoded.NAME:
         opened: tuple[Any, ...] = decoded.open_decoded(split, data_dir)

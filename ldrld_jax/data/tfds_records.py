@@ -84,24 +84,33 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
                 builder = make_builder(name, data_dir)
                 if not builder.is_prepared():
                     raise
-    if not any(builder.data_path.glob("*.array_record*")):
-        raise _not_prepared(name, data_dir, builder)
-    return open_builder(name, split, builder)
+    return _open(name, split, builder, data_dir)
 
 
-def open_builder(
-    name: str, split: str, builder: tfds.core.DatasetBuilder
-) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
-    """Returns what `open_tfds` does of a prepared builder of images with labels; `name` is for messages.
+def open_builder(split: str, builder: tfds.core.DatasetBuilder) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
+    """Returns what `open_tfds` does of a builder that a user gives.
 
     Raises:
-      UserError: if there is no such split, or its files are damaged.
+      UserError: if it is not prepared as array_record, its records lack an image or a label, there is no such split, or
+        its files are damaged.
     """
+    _check_features(builder.name, builder)
+    return _open(builder.name, split, builder, None)
+
+
+def _open(
+    name: str, split: str, builder: tfds.core.DatasetBuilder, data_dir: str | None
+) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
     features = builder.info.features
+    if not any(builder.data_path.glob("*.array_record*")):
+        raise _not_prepared(name, data_dir, builder)
     try:
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        count = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
         raise unknown(f"split of {name}", split, builder.info.splits) from None
+    if count <= 0:  # below 0 for a slice whose end is before its start
+        raise UserError(f"the split {split} of {name} has no images. Choose another slice.")
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     shards = {name: info.shard_lengths for name, info in builder.info.splits.items()}
     opened = TfdsRecords(records, f"{name}, {split}", f"{builder.info.version} {json.dumps(shards, sort_keys=True)}")
     opened.__getitems__(sorted({0, len(opened) - 1}))  # to report missing or damaged files before the run begins
@@ -124,6 +133,12 @@ def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         raise _unknown(name) from None
     except json_format.ParseError as error:
         raise UserError(f"the description of {name} in {data_dir} is damaged ({error}). Prepare it again.") from None
+    _check_features(name, builder)
+    return builder
+
+
+def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
+    """Raises a UserError unless a dataset's records have an image and a label of known classes."""
     features = builder.info.features
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
@@ -138,7 +153,6 @@ def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     channels = features["image"].shape[-1]
     if channels not in (1, 3):
         raise UserError(f"dataset {name} has images of {channels} channels; supported are 1 and 3. Choose another.")
-    return builder
 
 
 def _check_name(name: str) -> None:
@@ -152,7 +166,7 @@ def _unknown(name: str) -> UserError:
     return unknown("dataset", name, known)
 
 
-def _check_features(folder: epath.Path) -> None:
+def _check_imports(folder: epath.Path) -> None:
     """Rejects dataset descriptions that name foreign modules, because TFDS imports the modules they name.
 
     Raises:
@@ -176,7 +190,7 @@ def _class_names(content: Any) -> Iterator[str]:
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
-    _check_features(epath.Path(data_dir or tfds.core.constants.DATA_DIR) / re.split("[/:]", name)[0])
+    _check_imports(epath.Path(data_dir or tfds.core.constants.DATA_DIR) / re.split("[/:]", name)[0])
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ValueError as error:

@@ -32,6 +32,8 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
       >>> float(parts(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, int), NoConfig())[""])
       3.0
     """
+    if inspect.isclass(function):
+        raise ValueError(f"a loss must be a function, got the class {function.__name__}. Give {function.__name__}().")
     takes_where = "where" in inspect.signature(function).parameters
 
     def parts(
@@ -57,9 +59,13 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
             teacher_logits, student_logits = (jnp.where(kept, z, fixed(z)) for z in (teacher_logits, student_logits))
         options = {"where": where} if takes_where else {}
         loss = function(teacher_logits, student_logits, labels, **options)
+        name = getattr(function, "__name__", type(function).__name__)
+        if not hasattr(loss, "shape"):
+            raise ValueError(
+                f"{name} returns a {type(loss).__name__}, and must return an array: a scalar or one loss per example."
+            )
         if loss.shape == labels.shape:
             return {"": mean_over_rows(loss, where=where, weights=weights, axis_name=axis_name)}
-        name = getattr(function, "__name__", type(function).__name__)
         if loss.ndim:
             raise ValueError(
                 f"{name} returns {loss.shape}, and must return a scalar or one loss per example, {labels.shape}."

@@ -55,7 +55,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
     graph, params_state, other_state, streams = _split(model)
 
     def apply(params, batch_stats, images, *, train, where=None, key=None):
-        live = nnx.merge(graph, _int_keys(params), _int_keys(batch_stats), _streams(streams, key))
+        live = nnx.merge(graph, *map(_own_keys, (params, batch_stats), keys), _streams(streams, key))
         if switched:
             live.train() if train else live.eval()
         with _masked(where if train else None):
@@ -63,6 +63,7 @@ def purify(model: nnx.Module) -> tuple[Apply, Tree, Tree]:
         return logits, _str_keys(nnx.to_pure_dict(nnx.state(live, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))))
 
     params, batch_stats = (_str_keys(nnx.to_pure_dict(state)) for state in (params_state, other_state))
+    keys = _keys(params_state), _keys(other_state)
     return apply, params, batch_stats
 
 
@@ -90,8 +91,8 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
       >>> with_variables(model, params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
       (2, 10)
     """
-    graph, _, _, streams = _split(model)
-    return nnx.merge(graph, _int_keys(params), _int_keys(batch_stats), streams)
+    graph, *states, streams = _split(model)
+    return nnx.merge(graph, *map(_own_keys, (params, batch_stats), map(_keys, states)), streams)
 
 
 def _split(model: nnx.Module) -> Any:
@@ -244,7 +245,14 @@ def _str_keys(tree: Any) -> Any:
     return {str(key): _str_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _int_keys(tree: Any) -> Any:
+def _own_keys(tree: Any, keys: Any) -> Any:
+    """Converts the strings back to a model's own keys, `_keys`: a position in a list is a number, a name may be "1"."""
     if not isinstance(tree, dict):
         return tree
-    return {int(key) if key.isdigit() else key: _int_keys(value) for key, value in tree.items()}
+    names = {str(key): key for key in keys}
+    return {names[key]: _own_keys(value, keys[names[key]]) for key, value in tree.items()}
+
+
+def _keys(state: Any) -> Any:
+    """Returns the keys of a part of a model, as nested dicts without its arrays."""
+    return jax.tree.map(lambda _: None, nnx.to_pure_dict(state))

@@ -1,5 +1,6 @@
 """Assembles a run from Python objects: a config with a name for each of them, and the objects beside it."""
 
+import inspect
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,6 +68,12 @@ def assemble(
         if given and key in config:
             raise UserError(
                 f"Trainer(config=...) has {key}={config[key]!r}, which the argument {argument} sets. Remove the key."
+            )
+    for key in ("data.train_split", "data.eval_split", "data.data_dir"):
+        if key in config and _is_object(train) and not hasattr(train, "as_data_source"):
+            raise UserError(
+                f"Trainer(config=...) has {key}={config[key]!r}, which is for data with a name, and train is a "
+                f"{type(train).__name__}. Remove the key, and give a part of the data, or data.fraction."
             )
     if evaluation is not None and config.get("data.held_out"):
         raise UserError(
@@ -215,6 +222,8 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
             known = [name for name, entry in METHODS.items() if type(one) is entry.config]
             if not known:
                 raise UserError(f"{type(one).__name__} is the config of no method. Give the method itself.")
+            if known[0] in names:
+                raise UserError(f"method has {known[0]} twice, the second time as {one}. Give it once.")
             names += known
             for field, value in vars(one).items():
                 key = f"loss.{known[0]}.{field}"
@@ -224,6 +233,8 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
                         f"{value!r}. Give one of them."
                     )
                 set_value(config, key, value, "Trainer(method=...)")
+        elif inspect.isclass(one):
+            raise UserError(f"a method must be an object, got the class {one.__name__}. Give {one.__name__}(...).")
         elif isinstance(one, Method) or callable(one):
             names.append(_entered(one, given, unnamed="loss"))
             given[names[-1]] = as_method(one)
@@ -254,16 +265,18 @@ def _set_data(
         return None, None
     if hasattr(train, "as_data_source"):  # a builder of TFDS
         split = evaluation or config.data.eval_split
-        opened = [Source(*open_builder(train.name, s, train)) for s in (config.data.train_split, split)]
+        opened = [Source(*open_builder(s, train)) for s in (config.data.train_split, split)]
         check_num_classes(num_classes, len(opened[0].class_names))
         config.data.name, config.data.eval_split = f"<{train.name}>", split
         return opened[0], opened[1]
-    first = as_source(train, num_classes=num_classes, title="training data")
+    first = as_source(train, num_classes=num_classes, title="training data", exif=config.data.exif)
     if evaluation is None and not config.data.held_out:
         raise UserError('evaluation is missing. Give a split, or config={"data.held_out": 0.1} for a part of train.')
     second = None
     if evaluation is not None:
-        second = as_source(evaluation, num_classes=len(first.class_names), title="evaluation data")
+        second = as_source(
+            evaluation, num_classes=len(first.class_names), title="evaluation data", exif=config.data.exif
+        )
         if second.class_names != first.class_names:
             raise UserError(
                 f"the evaluation data have other classes than the training data: {len(second.class_names)} and "

@@ -58,12 +58,12 @@ def open_input(
 
 def _check_alike(train: Readable, evaluation: Readable) -> None:
     """Raises a UserError if a network that is trained on one split could not be evaluated on the other."""
-    ours, theirs = _form(train), _form(evaluation)
+    ours, theirs = form_of(train), form_of(evaluation)
     if ours != theirs:
         raise UserError(f"the training data are {ours}, and the evaluation data {theirs}. Give both alike.")
 
 
-def _form(source: Readable) -> str:
+def form_of(source: Readable) -> str:
     """Describes the inputs of a network; images may differ in size, and texts in length."""
     shape, dtype = source.image_shape, np.dtype(source.dtype)
     kind = "uint8" if dtype == np.uint8 else "fractions" if dtype.kind == "f" else "whole numbers"
@@ -82,7 +82,7 @@ def opener(split: Source | None) -> Open:
     """Returns a function like `open_source` that returns a split that is given as an object; itself without one."""
     if split is None:
         return open_source
-    return lambda *name, train_split, **on_error: dataclasses.replace(split, **on_error)
+    return lambda *name, train_split, exif, **on_error: dataclasses.replace(split, **on_error)
 
 
 def _divisor(config: ConfigDict, mesh: Mesh) -> int:

@@ -115,6 +115,11 @@ class Networks:
           UserError: if there is nothing at `path`, or it holds another model.
         """
         place = epath.Path(path)
+        if not is_folder(path) and model in self.given:
+            raise UserError(
+                f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give one, "
+                "or load the weights into the object."
+            )
         if not is_folder(path):
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)
@@ -172,7 +177,8 @@ class Networks:
     def _per_channel(self, name: str, values: Sequence[float]) -> tuple[float, ...]:
         if not self.raw and len(values) not in (1, self.channels):
             raise UserError(
-                f"data.{name} must have 1 or {self.channels} numbers (the image's channels), got {len(values)}."
+                f"data.{name} must have one number{'' if self.channels == 1 else f' or {self.channels}'} (the image's "
+                f"channels), got {len(values)}."
             )
         return tuple(values)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, one_line
 from ldrld_jax.losses import METHODS, Method, standardized
 from ldrld_jax.losses.common import mean_over_rows
 from ldrld_jax.losses.schedule import Schedule, with_values
@@ -259,3 +259,7 @@ def check_classes(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    except Exception as error:
+        if all(name in METHODS for name in objective.methods):
+            raise
+        raise UserError(f"method={'+'.join(objective.methods)} fails: {one_line(error)}") from error

@@ -27,7 +27,7 @@ from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given, check_num_classes
-from ldrld_jax.train.input import batch_norm_groups, open_input
+from ldrld_jax.train.input import batch_norm_groups, form_of, open_input
 from ldrld_jax.train.networks import Networks, is_folder
 from ldrld_jax.train.objective import Objective, check_classes, make_objective
 from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
@@ -169,10 +169,10 @@ class Run:
 
     @functools.cached_property
     def data_note(self) -> dict[str, Any]:
-        """The data in brief, as the run's data.json has it: class names, and of each split its size and digest."""
+        """The data in brief, as data.json has it: class names, their form, and the size and digest of each split."""
         source = self.batches.source
         splits = {"train": fingerprint(source), "eval": fingerprint(self.eval_source)}
-        return {"classes": list(source.class_names), **splits}
+        return {"classes": list(source.class_names), "form": form_of(source), **splits}
 
     @functools.cached_property
     def given_weights(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Checks of what a run is given by tracing it on shapes, before anything is computed: models and metrics."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ldrld_jax.data.stream import Readable
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, one_line
 from ldrld_jax.models.table import traced
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.state import Variables
@@ -86,6 +87,16 @@ def check_training(model: str, network: Network, variables: Variables, source: R
     Raises:
       UserError: if a step could not train it.
     """
+    if not jax.tree.leaves(variables.params):
+        raise UserError(f"the model {model} has no parameters, so that there is nothing to train. Give it some.")
+    dotted = collections.Counter(
+        _name(path).replace("/", ".") for path, _ in jax.tree_util.tree_leaves_with_path(variables)
+    )
+    if twice := [name for name, count in dotted.items() if count > 1]:
+        raise UserError(
+            f"the model {model} has two variables of the path {twice[0]}, where a name may not hold a dot, so that a "
+            "checkpoint would mix them up. Rename one."
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise UserError(
@@ -118,15 +129,9 @@ def check_training(model: str, network: Network, variables: Variables, source: R
 
 
 def _failure(model: str, fails: str, source: Readable, error: Exception) -> UserError:
-    cause, shape = _cause(error), (_IMAGES, *source.image_shape)
+    cause, shape = one_line(error), (_IMAGES, *source.image_shape)
     hint = " A model that passes **options on must name those that it takes." * ("unexpected keyword arg" in cause)
     return UserError(f"the model {model} {fails} on images {shape} {source.dtype}: {cause}{hint}")
-
-
-def _cause(error: Exception) -> str:
-    """Returns an error as one line; JAX explains its own in further paragraphs."""
-    text = " ".join(str(error).partition("\n\n")[0].split())
-    return f"{type(error).__name__}: {text.rstrip('.')}."
 
 
 def _check_logits(model: str, returns: str, logits: Any, source: Readable) -> None:
@@ -172,7 +177,7 @@ def check_metrics(
         try:
             found = jax.eval_shape(metric, logits, labels, where)
         except Exception as error:
-            raise UserError(f"the metric {name!r} fails on {given}: {_cause(error)}") from error
+            raise UserError(f"the metric {name!r} fails on {given}: {one_line(error)}") from error
         real = (jnp.floating, jnp.integer, jnp.bool)
         if getattr(found, "shape", None) != labels.shape or not any(jnp.issubdtype(found.dtype, kind) for kind in real):
             shown = _form(found) if hasattr(found, "shape") else type(found).__name__

@@ -231,8 +231,9 @@ def make_train_step(
         after = Variables(params, batch_stats)
         ema = state.ema
         if ema_decay is not None:
+            # At a decay of 0 nothing is left of the old, not even of a mask of -inf.
             average = lambda old, new: ema_decay * old + (1 - ema_decay) * new if _is_float(new) else new  # noqa: E731
-            ema = jax.tree.map(average, ema, after)
+            ema = jax.tree.map(average, ema, after) if ema_decay else after
         taken = _steps_taken(state) if skip_non_finite else state.step
         rate = _hyperparameter(opt_state) if schedule is None else schedule(taken)
         if rate is not None:

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +17,27 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
-from ldrld_jax.data.decode import BrokenImageError
-from ldrld_jax.data.given import as_array
-from ldrld_jax.data.source import check_dtype
-from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import LockedError, expand_home, is_locked
 from ldrld_jax.record.console import counted, say, summary_table, waiting
-from ldrld_jax.record.reader import check_classes, read_metrics
+from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
-from ldrld_jax.runtime.hosts import catch_signals_of_all, in_turn
+from ldrld_jax.runtime.hosts import catch_signals_of_all
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
 from ldrld_jax.train.assemble import assemble, check_observers
+from ldrld_jax.train.best import Best, open_best
 from ldrld_jax.train.check import check
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder, pinned
 from ldrld_jax.train.given import NOTHING, Callback, Given, LineWriter
-from ldrld_jax.train.input import open_evaluation
 from ldrld_jax.train.loop import fit
-from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.opening import opening, teacher_warnings, warnings
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.shapes import check_metrics
-from ldrld_jax.train.state import Placement, Variables
-from ldrld_jax.train.step import Metric, Network
+from ldrld_jax.train.state import Placement
+from ldrld_jax.train.step import Metric
 from ldrld_jax.train.teacher import SelfTeacher, StoredTeacher, Teacher, checkpoints_of, obtain_teacher, top1_of
 
 _POLL_SECONDS = 1.0
@@ -118,7 +113,7 @@ class Trainer:
       (8, 2)
     """
 
-    _kept: "tuple[Any, _Best] | None" = None  # what predicted last, and of which checkpoint that was
+    _kept: tuple[Any, Best] | None = None  # what predicted last, and of which checkpoint that was
 
     def __init__(
         self,
@@ -155,6 +150,8 @@ class Trainer:
             callbacks=callbacks,
             metrics=metrics or {},
         )
+        if workdir is None and jax.distributed.is_initialized():
+            raise UserError("a run of several processes needs one folder for all of them. Give Trainer(workdir=...).")
         place = tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else expand_home(str(workdir))
         self.workdir = epath.Path(place)
 
@@ -209,6 +206,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the best checkpoint on the evaluation split, see `evaluate`."""
+        self._check_trained()
         return evaluate(self.config, self.workdir, given=self.given)
 
     def student(self) -> Any:
@@ -228,8 +226,11 @@ class Trainer:
             Pillow's, or of encoded files' bytes, which are resized and cropped as those of the evaluation split are.
 
         Raises:
-          UserError: if there is no checkpoint yet, or an image is broken, or has another shape or dtype.
+          UserError: if there is no checkpoint yet, or an image is broken, or has another shape or dtype, or a number
+            that does not fit the dtype of the training data.
         """
+        if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, str | bytes):
+            raise UserError(f"images must be an array [n, ...] or a list, got {type(images).__name__}. Make them one.")
         with self._best() as best:
             size, logits = best.config.eval_batch_size, []
             for start in range(0, len(images), size):
@@ -254,69 +255,25 @@ class Trainer:
         """
         from ldrld_jax.deploy.export import export  # the only import that runs up, see tests/imports_test.py
 
-        config = config_lib.resolve(self.config, self.given.methods)
-        if not Checkpoints(self.workdir / "checkpoints").by_preference(best=True):
+        self._check_trained()
+        return export(config_lib.resolve(self.config, self.given.methods), self.workdir, folder, given=self.given)
+
+    def _check_trained(self) -> None:
+        """Raises a UserError if there is no checkpoint yet."""
+        if not Checkpoints(self.workdir / "checkpoints").steps:
             raise UserError(f"{self.workdir} has no checkpoint yet. Call fit() first.")
-        return export(config, self.workdir, folder, given=self.given)
 
     @contextlib.contextmanager
-    def _best(self) -> Iterator["_Best"]:
+    def _best(self) -> Iterator[Best]:
+        self._check_trained()
         config = config_lib.resolve(self.config, self.given.methods)
         checkpoints = Checkpoints(self.workdir / "checkpoints")
         steps = checkpoints.by_preference(best=True)[:1]
         saved = [(step, checkpoints.arrays(step, "model")) for step in steps if step in checkpoints.readable_steps]
         with precision_scope(config.precision, config.matmul_precision):
             if self._kept is None or self._kept[0] != (config, saved) or not saved:
-                self._kept = (config, saved), _best(config, self.workdir, self.given)
+                self._kept = (config, saved), open_best(config, self.workdir, self.given)
             yield self._kept[1]
-
-
-class _Best(NamedTuple):
-    """The best checkpoint of a run, with what its evaluation needs.
-
-    Attributes:
-      config: resolved.
-      networks: the factory of networks for the data.
-      network, variables: the student.
-      source: the evaluation split.
-      program: `program(variables, images)` returns the student's logits.
-    """
-
-    config: ConfigDict
-    networks: Networks
-    network: Network
-    variables: Variables
-    source: Readable
-    program: Callable[[Variables, Any], jax.Array]
-
-    def input(self, index: int, image: Any) -> np.ndarray:
-        """Returns an image as the network takes it: transformed as for the evaluation.
-
-        Raises:
-          UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
-        """
-        source: Any = getattr(self.source, "uncached", self.source)
-        if isinstance(image, tuple | Mapping):
-            raise UserError(
-                f"image {index} is a {type(image).__name__}, and predict takes images alone, without labels. Give "
-                "them as [image for image, label in data]."
-            )
-        try:
-            array = source.view(image if isinstance(image, bytes | np.ndarray) else as_array(image))
-            check_dtype(array.dtype, source.dtype)
-        except BrokenImageError as error:
-            raise UserError(f"image {index} cannot be used: {error}. Give images as in the training data.") from error
-        return array.astype(source.dtype)
-
-
-def _best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:
-    with in_turn("data"):
-        source = open_evaluation(config, given)
-    check_classes(workdir, source.class_names, whose="the run")
-    networks = Networks.of(source, config.precision, given.models)
-    network, variables = networks.restore(str(workdir), config.student.model, config.data)
-    program = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
-    return _Best(config, networks, network, variables, source, program)
 
 
 def train(
@@ -370,7 +327,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision), workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)
-        best = _best(config, workdir, given)
+        best = open_best(config, workdir, given)
         check_metrics(given.metrics, config.eval_batch_size, best.source, config.precision)
         evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
         variables = Placement(mesh, config.mesh.fsdp).put_variables(best.variables)

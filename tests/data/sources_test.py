@@ -5,6 +5,7 @@ import pytest
 
 from ldrld_jax.data.source import InMemory, Source
 from ldrld_jax.data.sources import open_source
+from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.data.views import CentreCrop
 from ldrld_jax.errors import UserError
 from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet
@@ -132,3 +133,29 @@ def test_a_label_out_of_range_is_an_error(tmp_path, label, caplog):
     assert labels.tolist() == [1, -1]
     assert not images[1].any()
     assert caplog.text.count("skipped record 1") == 1
+
+
+def test_an_empty_share_of_a_batch_is_read_as_nothing(imagenet, data_dir, tmp_path):
+    """The last batch of an epoch may leave a host of several without images."""
+    for name, split, folder in (("imagenet2012", "train", str(imagenet)), ("digits", "train[:9]", data_dir)):
+        source = open_source(name, split, folder)
+        source = source.of(source.records, CentreCrop(32, 24, source.image_shape[-1]))
+        images, labels = source.read(np.array([], int))
+        assert (images.shape[:1], labels.shape, labels.dtype) == ((0,), (0,), np.int32)
+        assert InMemory(source).read(np.array([], int))[1].shape == (0,)
+
+
+def test_a_split_without_images_is_told_from_one_that_is_not_there(data_dir):
+    for split in ("train[5:3]", "train[5:5]", "test[:0%]"):
+        with pytest.raises(UserError, match=r"^the split .* of digits has no images\. Choose another slice\.$"):
+            open_source("digits", split, data_dir)
+    with pytest.raises(UserError, match=r"there is no split of digits 'trian\[:3\]'"):
+        open_source("digits", "trian[:3]", data_dir)
+
+
+def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(UserError, match=r"^dataset cifar10 is not prepared in \S+\. Set data\.data_dir"):
+        open_builder("train", tfds.builder("cifar10", data_dir=tmp_path))
+    with pytest.raises(UserError, match=r"^dataset imdb_reviews has text \(Text\), label .*, but needs image"):
+        open_builder("train", tfds.builder("imdb_reviews", data_dir=tmp_path))

@@ -53,6 +53,8 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["method=ce", "kd_weight=3"], ["kd_weight is set but has no effect, because method=ce"]),
+        (["method=ce", "standardize=True"], ["standardize is set but has no effect, because method=ce"]),
         (["logits.views=3"], ["logits.views is set but has no effect, because logits.dir is not set"]),
         (["logits.views=3", "logits.dir=store"], []),
         (["loss.kd.temperature=4", "loss.dkd.top_k=0"], []),  # as if unset

@@ -9,7 +9,7 @@ from flax import nnx
 import ldrld_jax
 from ldrld_jax.errors import UserError
 from ldrld_jax.train import plan
-from ldrld_jax.train.trainer import Networks
+from ldrld_jax.train.networks import Networks
 from tests.train.conftest import linear
 from tests.train.trainer_test import saved
 

@@ -1,15 +1,17 @@
 """Arguments that `ldrld_jax.Trainer` cannot use get one line, and leave no workdir."""
 
+import io
 import itertools
 
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldrld_jax import LDRLDConfig
 from ldrld_jax.errors import UserError
+from ldrld_jax.losses import KDConfig
 from tests.train.conftest import linear
 from tests.train.library_test import Drop, Linen
 
@@ -126,6 +128,14 @@ AT_ONCE = {
         dict(teacher=lambda images: images),
         r"a teacher must be .* or a HostTeacher, got function\. Wrap it: ldrld_jax\.HostTeacher\(function\), whose",
     ),
+    "a split of arrays": (
+        dict(config={"data.train_split": "train[:50%]"}),
+        r"has data.train_split='train\[:50%\]', which is for data with a name, and train is a tuple\. Remove the key",
+    ),
+    "a split of the evaluation's arrays": (dict(config={"data.eval_split": "test"}), "has data.eval_split='test'"),
+    "a folder of arrays": (dict(config={"data.data_dir": "/data"}), "has data.data_dir='/data', which is for data"),
+    "the class of a config": (dict(method=LDRLDConfig), r"got the class LDRLDConfig\. Give LDRLDConfig\(\.\.\.\)"),
+    "a method twice": (dict(method=[KDConfig(temperature=2), KDConfig(temperature=3)]), "method has kd twice, the"),
     "a function in an ensemble": (
         dict(teacher=[(linear, {"w": np.ones((64, 10))}), lambda images: images]),
         r"or a HostTeacher, got function\. Wrap it",
@@ -190,6 +200,102 @@ def test_an_image_that_is_not_as_the_training_data_is_not_predicted(make, images
     trainer.fit()
     with pytest.raises(UserError, match=message):
         trainer.predict(images)
+
+
+@pytest.mark.parametrize("call", ["predict", "evaluate", "student", "export"])
+def test_nothing_is_asked_of_a_run_before_it_is_trained(make, digits, tmp_path, call):
+    arguments = [digits["evaluation"][0]] if call == "predict" else []
+    with pytest.raises(UserError, match=r"run has no checkpoint yet\. Call fit\(\) first\."):
+        getattr(make(), call)(*arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_evaluated_on_data_of_the_form_of_its_training_data(make, digits):
+    make(epochs=1).fit()
+    images, labels = digits["evaluation"]
+    expected = make(epochs=1).evaluate()
+    fractions = {name: (split[0] / np.float32(255), split[1]) for name, split in digits.items()}
+    for given in (fractions, {"evaluation": fractions["evaluation"]}):
+        with pytest.raises(
+            UserError, match=r"trained on data of uint8 pixels .*, and these are fractions raw .* alike"
+        ):
+            make(epochs=1, **given).evaluate()
+        with pytest.raises(UserError, match="trained on data of uint8 pixels"):
+            make(epochs=1, **given).predict(images)
+    with pytest.raises(UserError, match=r"the model <linear> fails on images \(2, 4, 8, 1\) uint8: TypeError"):
+        make(epochs=1, evaluation=(images[:, :4], labels)).evaluate()
+    assert make(epochs=1, evaluation=(images[::-1], labels[::-1])).evaluate() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda teacher, student: teacher, r"^method=.* fails: TypeError: .* takes 2 positional arguments but 3"),
+        (lambda *rows: (rows[0], rows[1]), r"returns a tuple, and must return an array"),
+        (lambda *rows: {"a": rows[0]}, r"returns a dict, and must return an array"),
+        (lambda teacher, student, labels: teacher @ student, r"^method=.* fails: TypeError: "),
+    ],
+    ids=["arguments", "tuple", "dict", "shapes"],
+)
+def test_a_loss_that_fails_is_one_line_of_a_check_too(make, tmp_path, method, message):
+    with pytest.raises(UserError, match=message):
+        make(method=method).fit()
+    assert len(make(method=method).check()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_turned_as_the_files_that_they_are_opened_from(make, rng):
+    """By EXIF, in a data set, in an evaluation and in `predict`, unless `data.exif=False`."""
+    files = []
+    for pixels in rng.integers(0, 256, (20, 8, 8, 3), np.uint8):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6  # a quarter turn
+        Image.fromarray(pixels).save(file, format="png", exif=exif)
+        files.append(file.getvalue())
+    opened = [Image.open(io.BytesIO(file)) for file in files]
+    student = linear, {"w": rng.normal(size=(192, 2)).astype(np.float32)}
+    logits = {}
+    for exif in (True, False):
+        data = [(image, i % 2) for i, image in enumerate(opened)]
+        config = {"data.exif": exif, "data.crop_size": 8, "data.resize_size": 8}
+        trainer = make(
+            student=student, method="ce", teacher=None, train=data, evaluation=data, num_classes=2, epochs=1,
+            config=config, workdir=None,
+        )  # fmt: skip
+        trainer.fit()
+        logits[exif] = trainer.predict(opened)
+        np.testing.assert_array_equal(trainer.predict(files), logits[exif])
+        upright = [np.asarray(ImageOps.exif_transpose(image) if exif else image) for image in opened]
+        np.testing.assert_array_equal(trainer.predict(np.stack(upright)), logits[exif])
+    assert np.abs(logits[True] - logits[False]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ((image for image in np.zeros((2, 8, 8, 1), np.uint8)), r"images must be an array .* or a list, got generator"),
+        (None, "images must be an array .* or a list, got NoneType"),
+        ("a.png", "images must be an array .* or a list, got str"),
+        (["a.png"], r"image 0 is a str, and predict takes .* Give pathlib\.Path\(path\)\.read_bytes\(\) of a file"),
+        ([None], "image 0 is a NoneType"),
+    ],
+    ids=["generator", "None", "text", "path", "hole"],
+)
+def test_what_is_no_sequence_of_images_is_not_predicted(make, images, message):
+    trainer = make(epochs=1)
+    trainer.fit()
+    with pytest.raises(UserError, match=message):
+        trainer.predict(images)
+
+
+def test_whole_numbers_that_do_not_fit_are_not_predicted(make):
+    tokens = np.arange(90 * 4).reshape(90, 4) % 10
+    student = lambda v, x, train: v["w"][x], {"w": np.eye(10, dtype=np.float32)}
+    trainer = make(student=student, teacher=student, epochs=1, train=(tokens, tokens), evaluation=(tokens, tokens))
+    trainer.fit()
+    assert trainer.predict(tokens).shape == (90, 4, 10)
+    with pytest.raises(UserError, match="image 0 cannot be used: it has numbers beyond those of int32"):
+        trainer.predict(tokens + 2**32)
 
 
 def test_pictures_of_pillow_are_predicted_as_their_arrays(make, digits):

@@ -31,6 +31,33 @@ class Masked(Flat):
         self.mask = nnx.Variable(jnp.where(jnp.tril(jnp.ones((3, 3))) > 0, 0, -jnp.inf))
 
 
+class Untrained(nnx.Module):
+    def __call__(self, x):
+        return x.reshape(len(x), -1)[:, :10]
+
+
+class Dotted(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        inner = nnx.Dict({"b": nnx.Linear(10, 10, rngs=rngs)})
+        self.parts = nnx.Dict({"a.b": nnx.Linear(64, 10, rngs=rngs), "a": inner})
+
+    def __call__(self, x):
+        return self.parts["a"]["b"](self.parts["a.b"](x.reshape(len(x), -1)))
+
+
+class Numbered(nnx.Module):
+    """Has names that are numbers beside other names, and a list."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.parts = nnx.Dict({"1": nnx.Linear(64, 10, rngs=rngs), "x": nnx.Linear(10, 10, rngs=rngs)})
+        self.more = nnx.List([nnx.Linear(10, 10, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.more[0](self.parts["x"](self.parts["1"](x.reshape(len(x), -1))))
+
+
 class Unfinished(Flat):
     def __call__(self, x):
         return self.tail(x)
@@ -146,6 +173,18 @@ WRONG = {
         dict(student=linen(8, sows=True)),
         r"^the model <Linen> changes its variables in training: losses/size/1 is float32 \(\) after a pass",
     ),
+    "nothing to train": (
+        dict(student=Untrained()),
+        r"^the model <Untrained> has no parameters, so that there is nothing to train",
+    ),
+    "names with a dot": (
+        dict(student=Dotted()),
+        r"^the model <Dotted> has two variables of the path params\.parts\.a\.b\.bias, where a name may not hold a dot",
+    ),
+    "a checkpoint of an object": (
+        dict(student=Flat(), config={"student.checkpoint": "/nowhere.pth"}),
+        r"^/nowhere\.pth is not the workdir of a run, from which alone the object <Flat> can get weights",
+    ),
     "whole numbers to train": (
         dict(student=Counted()),
         r"^the model <Counted> has parameters count of int32, which no gradient changes\. Make them an nnx\.Variable",
@@ -193,8 +232,18 @@ def test_each_network_is_traced_once_for_its_checks_and_its_cost(make, capsys):
     assert 1 not in {rows for rows, _ in calls}
 
 
-def test_a_mask_of_minus_infinity_is_kept_and_stops_no_run(make):
-    trainer = make(student=Masked(), method="ce", teacher=None, epochs=1, config={"ema_decay": 0.9})
+def test_names_may_be_numbers_beside_others(make, digits):
+    trainer = make(student=Numbered(), epochs=1)
+    student, images = trainer.fit().student, digits["evaluation"][0]
+    assert set(student.parts) == {"1", "x"}
+    (mean,), (std,) = trainer.config.data.mean, trainer.config.data.std
+    normalised = (images / np.float32(255) - np.float32(mean)) / np.float32(std)
+    np.testing.assert_allclose(student(normalised), trainer.predict(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_mask_of_minus_infinity_is_kept_and_stops_no_run(make, decay):
+    trainer = make(student=Masked(), method="ce", teacher=None, epochs=1, config={"ema_decay": decay})
     result = trainer.fit()
     assert (result.summary["steps"], result.summary["skipped_steps"]) == (3, 0)
     np.testing.assert_array_equal(result.student.mask[...], Masked().mask[...])
