@@ -137,6 +137,7 @@ def make_train_step(
     remat: bool = False,
     accumulate: int = 1,
     skip_non_finite: bool = False,
+    watch_optimizer: bool = False,
     unroll: bool = False,
     compared_depth: int = 7,
     extra_metrics: Mapping[str, Metric] = MappingProxyType({}),
@@ -169,6 +170,8 @@ def make_train_step(
       skip_non_finite: leave everything but the step number unchanged by a step whose loss or weights are
         not finite, and count it as `skipped` in the metrics. Otherwise such a step is counted as
         `non_finite`.
+      watch_optimizer: whether its state must stay finite as well: the sign of an infinite gradient, which Lion takes, is
+        a finite update, and its momentum is infinite for good.
       unroll: unroll the loop over microbatches, which is slow on a CPU.
       compared_depth: the number of largest classes that the metrics compare, see `agreement`.
       extra_metrics: further metrics by name, see `Metric`.
@@ -241,6 +244,8 @@ def make_train_step(
         new = TrainState(state.step + 1, after, method_params, opt_state, ema)
         finite = jnp.isfinite(metrics["loss"].total) & all_finite((params, method_params))
         finite &= still_finite(state.student.batch_stats, batch_stats)
+        if watch_optimizer:
+            finite &= still_finite(*(jax.tree.leaves(opt) for opt in (state.opt_state, opt_state)))
         if skip_non_finite:
             return _unless_non_finite(state, new, finite, metrics)
         return new, metrics | {"non_finite": Mean(jnp.where(finite, 0.0, 1.0), jnp.ones(()))}
@@ -339,7 +344,8 @@ def _steps_taken(state: TrainState) -> jax.Array:
 def all_finite(tree: Tree) -> jax.Array:
     """Returns whether all numbers of a tree are finite.
 
-    Checking the weights after an update covers the gradients: a gradient that is not finite gives no finite weight.
+    Checking the weights after an update covers the gradients of SGD and Adam, where one that is not finite gives no
+    finite weight.
     """
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in _stacked(tree)]))
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import ldrld_jax
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.losses import Method, MethodConfig, mean_parts
 from ldrld_jax.train import trainer
 from tests.train.trainer_test import comparable_lines, saved
@@ -127,3 +127,22 @@ def test_a_class_that_a_student_rules_out_has_no_part_in_the_cross_entropy(make,
         num_classes=10,
     ).fit()
     assert 1.0 < result.metrics[0]["values"]["ce_term"] < np.log(9) + 1e-6
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_an_infinite_gradient_is_seen_where_the_update_is_its_sign(make, non_finite):
+    """Lion's update by an infinite gradient is finite, and so is the loss, whose root is taken at 0."""
+
+    def steep(teacher_logits, student_logits, labels):
+        del teacher_logits, labels
+        return jnp.sum(jnp.sqrt(student_logits - jax.lax.stop_gradient(student_logits)), axis=-1)
+
+    white = np.full((80, 8, 8, 1), 255, np.uint8), np.arange(80) % 10
+    config = {"optim.name": "lion", "non_finite": non_finite, "ce_weight": 0.0, "data.mean": (0.0,)}
+    trainer = make(method=steep, train=white, evaluation=white, epochs=1, config=config)
+    if non_finite == "stop":
+        with pytest.raises(NonFiniteError, match="the weights not finite at step 1"):
+            trainer.fit()
+    else:
+        assert trainer.fit().summary["skipped_steps"] == 2
+        np.testing.assert_array_equal(trainer.predict(white[0]), 0)  # as it began
