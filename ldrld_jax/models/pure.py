@@ -57,7 +57,7 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
       UserError: if it is none of these, or has variables that no run can keep.
 
     Example:
-      >>> apply = lambda variables, images, train: images.reshape(len(images), -1) @ variables["w"]
+      >>> apply = lambda variables, images, train: images.reshape(images.shape[0], -1) @ variables["w"]
       >>> model = pure((apply, {"w": jnp.ones((4, 3))}))
       >>> model.apply(model.params, model.batch_stats, jnp.ones((5, 2, 2, 1)), train=True)[0].shape
       (5, 3)

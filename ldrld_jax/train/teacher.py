@@ -21,7 +21,7 @@ from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
-from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.evaluator import NOTHING_LEFT, Evaluator
 from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Variables
@@ -176,7 +176,9 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
                 best = np.argmax(function.of_batch(batch, **shape), axis=-1)
                 right += int(np.sum((best == batch["label"]) & batch["mask"]))
                 count += int(np.sum(batch["mask"]))
-        top1 = 100 * right / max(count, 1)
+        if not count:
+            raise UserError(NOTHING_LEFT)
+        top1 = 100 * right / count
     _introduce(run, "on the host", top1)
     if store is None:
         return OnHost(function, top1)

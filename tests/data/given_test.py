@@ -82,6 +82,13 @@ def test_an_object_gives_one_example_an_index(arrays, kind):
     assert_read(source, *arrays)
 
 
+def test_a_data_set_object_that_does_not_know_its_classes_has_those_that_are_given(arrays):
+    items = Items(*arrays, num_classes=None)
+    assert len(as_source(items, num_classes=7).class_names) == 7
+    with pytest.raises(UserError, match=r"the data do not say how many classes they have\. Set num_classes"):
+        as_source(items)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_a_picture_of_any_mode_is_read_as_its_file_is(arrays, mode):
     """A palette's indices are no grey, and a mask is no raw input."""

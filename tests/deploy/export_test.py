@@ -111,7 +111,7 @@ def test_a_student_of_images_that_no_file_holds_is_exported_and_predicts_arrays(
     assert described["before"] is None
     assert described["inside"] == {"scale": 1 / 255, "resize": None, "mean": [0.305], "std": [0.376]}
     logits = export.read_student(workdir / "export").program.call(arrays["x_train"])
-    best = Trainer.of_config(config_lib.load_run(str(workdir)), workdir)
+    best = Trainer.from_config(config_lib.load_run(str(workdir)), workdir)
     np.testing.assert_allclose(logits, best.predict(arrays["x_train"]), rtol=0, atol=1e-5)
     card = (workdir / "export/README.md").read_text()
     assert "It takes any number of images and normalises the pixels itself" in card
