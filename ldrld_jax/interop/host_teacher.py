@@ -181,4 +181,4 @@ def _read(path: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # of NumPy, tensorstore or safetensors, which have errors of their own
-        raise UserError(f"{path} is no file of logits that can be read: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{path} cannot be read as a file of logits: {' '.join(str(error).split())}.") from error

@@ -118,7 +118,9 @@ class Trainer:
       (8, 2)
     """
 
-    _kept: "tuple[Any, _Best] | None" = None  # what predicted last, and of which checkpoint that was
+    _kept: "tuple[Any, _Best] | None" = (
+        None  # of the last prediction: config and checkpoint, and the network made from them
+    )
 
     def __init__(
         self,
@@ -275,7 +277,7 @@ class Trainer:
         saved = [(step, checkpoints.arrays(step, "model")) for step in steps if step in checkpoints.readable_steps]
         with precision_scope(config.precision, config.matmul_precision):
             if self._kept is None or self._kept[0] != (config, saved) or not saved:
-                self._kept = (config, saved), _best(config, self.workdir, self.given)
+                self._kept = (config, saved), _open_best(config, self.workdir, self.given)
             yield self._kept[1]
 
 
@@ -303,7 +305,7 @@ class _Best(NamedTuple):
         Raises:
           UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
         """
-        source: Any = getattr(self.source, "uncached", self.source)
+        source = self.source.uncached
         if isinstance(image, tuple | Mapping):
             raise UserError(
                 f"image {index} is a {type(image).__name__}, and predict takes images alone, without labels. Give "
@@ -317,7 +319,7 @@ class _Best(NamedTuple):
         return array.astype(source.dtype)
 
 
-def _best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:
+def _open_best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> _Best:
     with in_turn("data"):
         source = open_evaluation(config, given)
     check_classes(workdir, source.class_names, whose="the run")
@@ -378,7 +380,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
     keep_compiled(config.compile_cache)
     with precision_scope(config.precision, config.matmul_precision), workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)
-        best = _best(config, workdir, given)
+        best = _open_best(config, workdir, given)
         check_metrics(given.metrics, config.eval_batch_size, best.source, config.precision)
         evaluator = Evaluator(best.network, best.source, config, mesh, given.metrics)
         variables = Placement(mesh, config.mesh.fsdp).put_variables(best.variables)
@@ -435,7 +437,7 @@ def _warn(run: Run, lines: Iterable[str]) -> None:
 
 def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals, given: Given) -> None:
     """Trains a teacher, or finds it trained; of several runs that share it one trains, and the others wait."""
-    waiting = False
+    told = False
     while True:
         try:
             _train(config_lib.resolve(recipe), workdir, signals, "teacher", given)
@@ -443,9 +445,9 @@ def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals,
         except LockedError:
             if jax.process_count() > 1:
                 raise
-        if not waiting:
+        if not told:
             say(f"another run trains the teacher in {workdir}: waiting for it")
-        waiting = True
+        told = True
         while is_locked(workdir):
             signals.check()
             time.sleep(_POLL_SECONDS)

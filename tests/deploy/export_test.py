@@ -129,7 +129,7 @@ def test_a_student_of_images_that_no_file_holds_is_exported_and_predicts_arrays(
 def test_a_student_of_another_precision_gives_float32_logits_without_it(precision, run):
     config = config_lib.load_run(str(run), [f"precision={precision}"])
     images, _ = make_eval_source(config.data).read(np.arange(5))
-    student, _ = export.student_of(config, run)
+    student, *_ = export.student_of(config, run)
     program = jax.export.deserialize(student.program.serialize())
     with precision_scope(precision):
         network, variables = Networks(10, 1, precision).restore(str(run), "tiny_net", config.data)
@@ -198,6 +198,9 @@ def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(t
     assert "| seeds | 3 |" in card
     assert "| licence of the data | not known to this software |" in card
     assert "| accuracy, best epoch | the run had not ended |" in card
+    config["teacher"]["checkpoint"] = "/home/me/run,1"  # a comma is part of a single teacher's path
+    card = model_card(config, None, described=described, parameters=1234)
+    assert "| teacher | resnet20, from run,1 |" in card
 
 
 def test_the_lines_of_the_models_card_run(run, monkeypatch, capsys):

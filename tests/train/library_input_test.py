@@ -120,7 +120,7 @@ WRONG = {
     "an unknown key": (dict(config={"data.maen": 1.0}), "Did you mean 'data.mean'"),
     "logits of other classes": (
         dict(student=(lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((64, 7), np.float32))),
-        r"returns \(2, 7\) for 2 images, and must return logits \(2, 10\)",
+        r"returns float32 \(2, 7\) for 2 images, and must return logits \(2, 10\)",
     ),
     "another shape": (
         dict(student=(linear, {"w": np.ones((49, 10), np.float32)})),
