@@ -214,8 +214,8 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
                 raise ValueError(f"in image {number}, which has more fields than the header: quote a path with a comma")
             if not isinstance(row["label"], str | int) or isinstance(row["label"], bool) or _is_fraction(row["label"]):
                 raise ValueError(
-                    f"in image {number}, whose label {row['label']!r} is neither a name nor a whole number: write 1 for "
-                    "1.0, or a name such as id1"
+                    f"in image {number}, whose label {row['label']!r} is neither a name nor a whole number: write 1 "
+                    "for 1.0, or a name such as id1"
                 )
         return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:

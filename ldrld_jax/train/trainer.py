@@ -193,8 +193,7 @@ class Trainer:
           leave_within: seconds that the step in flight may still take after a first SIGTERM, SIGINT or SIGHUP; then
             the process ends without saving. None sets no limit. Saving has none.
           profile: a directory for a trace of some of the student's steps.
-          file: used by the command line: the config file that the config is of, for warnings about what differs from
-            it.
+          file: used by the command line: the config file, for warnings about what differs from it.
 
         Raises:
           UserError: if the input is wrong; the workdir is untouched.
@@ -212,12 +211,9 @@ class Trainer:
         return check(self.config, self.workdir, given=self.given)
 
     def evaluate(self) -> dict[str, float]:
-        """Returns cross-entropy (nats), top-1 and top-5 (percent) of the best checkpoint, and the run's own metrics.
+        """Returns cross-entropy (nats), top-1, top-5 (percent) and the run's own metrics, of the best checkpoint.
 
         They are means over the evaluation split.
-
-        Raises:
-          UserError: if there is no checkpoint yet.
         """
         return evaluate(self.config, self.workdir, given=self.given)
 
