@@ -52,7 +52,7 @@ def epochs_of(config: Any) -> tuple[list[tuple[float, float]], list[float]]:
     """Returns wall and processor seconds of each epoch of a run except the first, and the losses of all epochs."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as workdir:
-        ldrld_jax.Trainer.of_config(config, workdir, writers=[clock]).fit()
+        ldrld_jax.Trainer.from_config(config, workdir, writers=[clock]).fit()
     return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock.ends)], clock.losses
 
 

@@ -48,7 +48,7 @@ def search(trials: int, workdir: pathlib.Path, overrides: Sequence[str] = ()) ->
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        run = ldrld_jax.Trainer.of_config(
+        run = ldrld_jax.Trainer.from_config(
             config_lib.load("configs/digits.py", keys),
             workdir / f"trial-{trial.number}",
             callbacks=[ldrld_jax.Callback(after_evaluation=rate)],

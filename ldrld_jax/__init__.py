@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ldrld_jax.models import MODELS, create_model
     from ldrld_jax.runtime.signals import Interrupted
     from ldrld_jax.train.given import Callback
-    from ldrld_jax.train.trainer import Trainer
+    from ldrld_jax.train.trainer import Result, Trainer
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "LDRLDConfig",
     "LDRLDTerms",
     "NonFiniteError",
+    "Result",
     "Trainer",
     "UserError",
     "create_model",
@@ -45,6 +46,7 @@ _LAZY = {
     "HostTeacher": "ldrld_jax.interop.host_teacher",
     "Interrupted": "ldrld_jax.runtime.signals",
     "MODELS": "ldrld_jax.models",
+    "Result": "ldrld_jax.train.trainer",
     "Trainer": "ldrld_jax.train.trainer",
     "create_model": "ldrld_jax.models",
     "load_torch_checkpoint": "ldrld_jax.interop.torch_import",

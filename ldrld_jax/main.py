@@ -241,14 +241,14 @@ def _train(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.train.trainer import Trainer
 
     file = args.config or DEFAULT_CONFIG
-    Trainer.of_config(config, args.workdir).fit(LEAVE_WITHIN, profile=args.profile, file=file)
+    Trainer.from_config(config, args.workdir).fit(leave_within=LEAVE_WITHIN, profile=args.profile, file=file)
 
 
 def _check(args: argparse.Namespace, config: "ConfigDict") -> int:
     from ldrld_jax.record.console import say
     from ldrld_jax.train.trainer import Trainer
 
-    if problems := Trainer.of_config(config, args.workdir).check():
+    if problems := Trainer.from_config(config, args.workdir).check():
         say("\n".join(f"problem: {problem}" for problem in problems))
         return fail(f"{len(problems)} problem{'s' * (len(problems) > 1)} would stop this run, see above.", 1)
     say("this run can start.")
@@ -259,7 +259,7 @@ def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.record.console import say
     from ldrld_jax.train.trainer import Trainer
 
-    for name, value in Trainer.of_config(config, args.workdir).evaluate().items():
+    for name, value in Trainer.from_config(config, args.workdir).evaluate().items():
         say(f"{name} {value:.4f}")
 
 

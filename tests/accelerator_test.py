@@ -13,7 +13,7 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
-from ldrld_jax.config import identity
+from ldrld_jax.identity import identity
 from ldrld_jax.train import trainer
 from ldrld_jax.train.networks import Networks
 from tests.conftest import ROOT

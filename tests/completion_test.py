@@ -8,6 +8,7 @@ import pytest
 from ldrld_jax import cli
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
+from ldrld_jax.identity import flat
 
 ZSH = r"""
 compdef() { print "compdef $@" }
@@ -78,6 +79,4 @@ def test_a_shell_completes_commands_flags_and_keys(shell, case, complete, capsys
 
 def test_every_config_key_is_completed(complete, capsys):
     found = complete("bash", "train", "--config.", capsys=capsys)
-    assert {word.removeprefix("--config.").rstrip("=") for word in found} == set(
-        config_lib.flat(config_lib.default().to_dict())
-    )
+    assert {word.removeprefix("--config.").rstrip("=") for word in found} == set(flat(config_lib.default().to_dict()))

@@ -21,6 +21,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.code import is_code, load_object
 from ldrld_jax.config import describe
+from ldrld_jax.identity import flat
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import MODELS
 from ldrld_jax.sweep import __main__ as sweep_lib
@@ -35,7 +36,7 @@ COMMANDS = [name for name, page in PAGES.items() if blocks(page, *SHELL)]
 NOT_RUN = dict(re.findall(r"^\| `([\w./ -]+)` \| (.+) \|$", PAGES["docs/tests.md"].read_text(), re.MULTILINE))
 OF_REPOSITORY = re.compile(r"(?:benchmarks|configs|docs|experiments|tests)/[^:]+")
 FILES = (".json", ".py", ".npz", ".safetensors", ".stablehlo")
-KEYS = set(config_lib.flat(config_lib.default().to_dict()))
+KEYS = set(flat(config_lib.default().to_dict()))
 
 
 @pytest.mark.parametrize("name", PYTHON)

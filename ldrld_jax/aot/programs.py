@@ -130,15 +130,14 @@ def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns a full batch with its rows split over the devices."""
-    batches = run.batches
-    rows = -(-batches.batch_size // batches.divisor) * batches.divisor
+    batches, rows = run.batches, run.batches.rows
     views = (batches.views,) if batches.views > 1 else ()
     labels = (rows, *batches.source.label_shape)
     batch = {
         "image": _struct((rows, *views, *batches.source.image_shape), batches.source.dtype, run, "data"),
         "label": _struct(labels, jnp.int32, run, "data"),
     }
-    if batches.masked or rows != batches.batch_size:
+    if batches.padded:
         batch["mask"] = _struct(labels, jnp.bool_, run, "data")
     return batch
 

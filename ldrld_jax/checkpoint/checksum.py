@@ -10,6 +10,14 @@ import numpy as np
 Described = dict[str, tuple[str, tuple[int, ...], int]]
 
 
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Returns the arrays of a tree by path, such as `conv1/kernel`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def describe(tree: Any) -> Described:
     """Returns dtype, shape and checksum of each array in a tree, by path.
 
@@ -22,16 +30,16 @@ def describe(tree: Any) -> Described:
       >>> describe({"w": np.float32([0.0, 1.0])})
       {'w': ('float32', (2,), 3196059648)}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    arrays = [leaf for _, leaf in leaves]
-    sums = np.array([_sum_here(array) for array in arrays], np.uint64)
-    spread = np.array([isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays], bool)
+    arrays = leaves_by_path(tree)
+    sums = np.array([_sum_here(array) for array in arrays.values()], np.uint64)
+    spread = np.array(
+        [isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays.values()], bool
+    )
     if spread.any():
         sums = np.where(spread, _over_hosts(sums), sums)
     return {
         path: (str(array.dtype), tuple(array.shape), int(total) % 2 ** (8 * _width(array.dtype)))
-        for path, array, total in zip(paths, arrays, sums, strict=True)
+        for (path, array), total in zip(arrays.items(), sums, strict=True)
     }
 
 

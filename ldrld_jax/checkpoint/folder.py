@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from ldrld_jax.checkpoint import orbax_io
-from ldrld_jax.checkpoint.checksum import Described, describe
+from ldrld_jax.checkpoint.checksum import Described, describe, leaves_by_path
 from ldrld_jax.checkpoint.note import DamagedError, Note, read_note, rewrite_note, signed
 from ldrld_jax.errors import UserError
 
@@ -93,7 +93,10 @@ class Checkpoints:
         return _best(self._readable())
 
     def by_preference(self, *, best: bool) -> list[int]:
-        """Returns the steps in order of preference: unreadable ones, then by top-1 (`best`) or the latest."""
+        """Returns the steps in the order in which to try them: by top-1 (`best`), or the latest first.
+
+        Unreadable ones come first, because one of them may have been the best: the caller reports it and goes on.
+        """
         top1s = _top1s(self._readable()) if best else {}
         readable = self._readable()
         return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
@@ -238,7 +241,7 @@ class Checkpoints:
 
     def _check_fit(self, step: int, name: str, tree: Any) -> None:
         saved = {path: array[:2] for path, array in self.arrays(step, name).items()}
-        wanted = {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in _leaves(tree).items()}
+        wanted = {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in leaves_by_path(tree).items()}
         differing = sorted(path for path in saved | wanted if saved.get(path) != wanted.get(path))
         if differing:
             path = differing[0]
@@ -344,17 +347,11 @@ def _compared(run: Json) -> Json:
 
 def _as_stored(saved: Described, like: Any) -> Any:
     """Returns the shapes of `like` with the dtypes of the saved arrays."""
-
-    def stored(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(saved[name][0]) if name in saved else leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(stored, like)
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    shapes = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(saved[name][0]) if name in saved else leaf.dtype)
+        for name, leaf in leaves_by_path(like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), shapes)
 
 
 def _said(array: tuple[str, tuple[int, ...]] | None) -> str:

@@ -1,4 +1,4 @@
-"""Configs: every key with its default, the files and flags that override them, and a run's identity.
+"""Configs: every key with its default, the files and flags that override them, and what a run makes of them.
 
 A file in `configs/` defines `get_config(arg="")` and returns an `ml_collections.ConfigDict` that holds
 only what differs from `default()`. `--config` executes that file: it is Python, trust it as such.
@@ -12,19 +12,17 @@ from ldrld_jax.config.resolve import (
     method_names,
     method_of,
     resolve,
+    teacher_checkpoints,
     teacher_models,
     teacher_recipe,
     teacher_runs,
     teaches_from_file,
     teaches_itself,
 )
-from ldrld_jax.identity import flat, identity
 
 __all__ = [
     "check",
     "default",
-    "flat",
-    "identity",
     "load",
     "load_run",
     "method_config",
@@ -33,6 +31,7 @@ __all__ = [
     "overridden",
     "remarks",
     "resolve",
+    "teacher_checkpoints",
     "teacher_models",
     "teacher_recipe",
     "teacher_runs",

@@ -7,7 +7,15 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.config.keys import default, leaves
 from ldrld_jax.config.load import load
-from ldrld_jax.config.resolve import NONE, Methods, has_weights, method_names, teaches_from_file, teaches_itself
+from ldrld_jax.config.resolve import (
+    NONE,
+    Methods,
+    has_weights,
+    method_names,
+    teacher_checkpoints,
+    teaches_from_file,
+    teaches_itself,
+)
 from ldrld_jax.losses import METHODS
 
 # What each teacher has that is trained already; the rest of its block is the recipe that would train it.
@@ -112,7 +120,7 @@ def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str
     elif on_host:
         kept, because = {"model", "min_top1"}, "the teacher runs on the host"
     elif config.teacher.checkpoint is not None:
-        runs = all(pathlib.Path(path).is_dir() for path in config.teacher.checkpoint.split(","))
+        runs = all(pathlib.Path(path).is_dir() for path in teacher_checkpoints(config))
         kept, because = _TRAINED | (set() if runs else _FED), "teacher.checkpoint names a trained teacher"
     elif config.teacher.epochs is None and config.teacher.model and has_weights(config):
         kept, because = _TRAINED | _FED | {"seed"}, "teacher.epochs is not set"

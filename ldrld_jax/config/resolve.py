@@ -200,6 +200,21 @@ def teacher_models(config: ConfigDict) -> list[str]:
     return config.teacher.model.split(",")
 
 
+def teacher_checkpoints(config: Mapping[str, Any]) -> list[str]:
+    """Returns the paths in `teacher.checkpoint`, one for each model; a comma is part of the path of a single teacher.
+
+    Example:
+      >>> teacher_checkpoints({"teacher": {"model": "resnet8", "checkpoint": "runs/a,b"}})
+      ['runs/a,b']
+      >>> teacher_checkpoints({"teacher": {"model": "resnet8,resnet20", "checkpoint": "runs/a,b"}})
+      ['runs/a', 'b']
+    """
+    models, given = (config["teacher"].get(key) or "" for key in ("model", "checkpoint"))
+    if not given:
+        return []
+    return given.split(",") if "," in models else [given]
+
+
 def teacher_runs(config: ConfigDict, workdir: epath.Path) -> list[tuple[ConfigDict, epath.Path]]:
     """Returns the recipe and the workdir of each teacher that a resolved config trains first.
 

@@ -209,18 +209,19 @@ def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
             if any(row[key] is None or not str(row[key]).strip() for key in ("path", "label")):
                 raise ValueError(f"in image {number}, which has no path or no label")
             if not isinstance(row["path"], str):
-                raise ValueError(f"in image {number}, whose path {row['path']!r} is no text")
+                raise ValueError(f"in image {number}, whose path {row['path']!r} is not text")
             if None in row:
                 raise ValueError(f"in image {number}, which has more fields than the header: quote a path with a comma")
             if not isinstance(row["label"], str | int) or isinstance(row["label"], bool) or _is_fraction(row["label"]):
                 raise ValueError(
-                    f"in image {number}, whose label {row['label']!r} is no name and no whole number: write 1 for 1.0, "
-                    "or a name such as id1"
+                    f"in image {number}, whose label {row['label']!r} is neither a name nor a whole number: write 1 "
+                    "for 1.0, or a name such as id1"
                 )
         return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
-            f"{found[0]} is no list of images: {type(error).__name__} {error}. Each line needs `path` and `label`."
+            f"{found[0]} is not a valid list of images: {type(error).__name__} {error}. Each line needs `path` and "
+            "`label`."
         ) from error
 
 

@@ -290,7 +290,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str, exif: bool) -> 
     if isinstance(names, Mapping):  # from labels to names, or from names to labels, in any order
         numbered = all(isinstance(key, int) for key in names)
         names = [names[key] for key in sorted(names)] if numbered else sorted(names, key=names.__getitem__)
-    count = num_classes if getattr(data, "num_classes", None) is None else data.num_classes
+    count = getattr(data, "num_classes", None)
+    count = num_classes if count is None else count
     if names is None and count is None:
         raise UserError(f"the {title} do not say how many classes they have. Set num_classes.")
     records = ItemRecords(data, title, exif)

@@ -151,7 +151,15 @@ def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
     Raises:
       UserError: if there is none, or its images were decoded with another `data.exif`.
     """
-    source = open_source(data.name, split, data.data_dir, **as_asked(data))
+    source = open_source(
+        data.name,
+        split,
+        data.data_dir,
+        train_split=data.train_split,
+        on_error=data.on_error,
+        max_skipped=data.max_skipped,
+        exif=data.exif,
+    )
     turned = getattr(source.records, "exif", data.exif)
     if turned != data.exif:
         raise UserError(
@@ -169,11 +177,6 @@ def _check_uncropped(source: Source, data: ConfigDict) -> None:
                 f"data.{key}={data[key]} is for images of 1 or 3 channels, and these have {source.image_shape[-1]}. "
                 "Unset it; data.image_size resizes images of any channels."
             )
-
-
-def as_asked(data: ConfigDict) -> dict[str, Any]:
-    """Returns the arguments of `open_source` that do not differ between the splits, from a `data` block."""
-    return dict(train_split=data.train_split, on_error=data.on_error, max_skipped=data.max_skipped, exif=data.exif)
 
 
 def _train_view(stored: tuple[Any, Any, int], data: ConfigDict) -> View:

@@ -56,11 +56,6 @@ class ResidentBatches(TrainBatches):
         replicated = self.sharding and NamedSharding(self.sharding.mesh, PartitionSpec())
         return jax.device_put(tree, replicated)
 
-    @property
-    def rows(self) -> int:
-        """The number of rows of a batch: `batch_size` rounded up to a multiple of the devices."""
-        return -(-self.batch_size // self.divisor) * self.divisor
-
 
 class Images:
     """A training set on the devices, which makes any batch there.

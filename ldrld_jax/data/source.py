@@ -88,6 +88,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def uncached(self) -> "Source":
+        """The source itself; `InMemory` has the source that it caches."""
+        return self
+
     def of(self, records: Records, view: View) -> "Source":
         """Returns a source of other records of the dataset with another view."""
         return dataclasses.replace(self, records=records, view=view, image_shape=view.shape, broken=set())
@@ -265,7 +270,7 @@ def fingerprint(source: Any) -> dict[str, Any]:
 
     Copies, such as decoded images, also have the digest of the source that they are from, `original`.
     """
-    records = getattr(source, "uncached", source).records
+    records = source.uncached.records
     digest = hashlib.sha256()
     for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")

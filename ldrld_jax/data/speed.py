@@ -42,7 +42,7 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
 
 
 def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[str, float]:
-    source: Any = getattr(batches.source, "uncached", batches.source)  # a cache would hide the cost
+    source = batches.source.uncached  # a cache would hide the cost
     draws, count = batches.draws(0), min(batches.batch_size, len(batches.source))
 
     def read(at: np.ndarray) -> Any:

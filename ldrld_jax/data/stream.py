@@ -10,6 +10,7 @@ import numpy as np
 
 from ldrld_jax.data.ahead import Batch, ahead
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
+from ldrld_jax.data.source import Source
 
 
 class Readable(Protocol):
@@ -32,6 +33,9 @@ class Readable(Protocol):
 
     @property
     def changes(self) -> bool: ...
+
+    @property
+    def uncached(self) -> Source: ...
 
     def __len__(self) -> int: ...
 
@@ -72,6 +76,16 @@ class TrainBatches:
     views: int = 1
     augment_seed: int | None = None
     cycle: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of a batch over all hosts: `batch_size` rounded up to a multiple of `divisor`."""
+        return _padded(self.batch_size, self.divisor)
+
+    @property
+    def padded(self) -> bool:
+        """True if a batch may have padding, or labels that are left out."""
+        return self.masked or self.rows != self.batch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,12 +183,16 @@ class Share:
         return batch | {"mask": padded(labels >= 0)} if self.masked else batch
 
 
+def _padded(batch_size: int, divisor: int) -> int:
+    return -(-batch_size // divisor) * divisor
+
+
 def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: int, *, masked: bool = False) -> Share:
     """Returns one host's rows of a batch of `indices`, padded to `batch_size` rounded up to `divisor`.
 
     Partial batches are padded to the full size, so that all batches have one shape on any number of devices.
     """
-    total = -(-batch_size // divisor) * divisor
+    total = _padded(batch_size, divisor)
     rows = total // hosts
     return Share(indices[host * rows : (host + 1) * rows], rows, masked or len(indices) < total)
 

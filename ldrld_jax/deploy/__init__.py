@@ -1,1 +1,1 @@
-"""A trained student out in the world: `--mode export` and `--mode predict`."""
+"""Deployment of a trained student: `--mode export` and `--mode predict`."""

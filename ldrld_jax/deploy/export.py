@@ -64,8 +64,8 @@ def export(
       given: parts of the run that are objects.
 
     Raises:
-      UserError: if the run does not exist, it trained another model, its data set, which has the labels, is missing, or
-        `folder` contains other files.
+      UserError: if the run does not exist or trained another model, if its data set is missing (the class names are
+        read from it), or if `folder` contains other files.
     """
     with needs("exporting a student", "export"):
         import flatbuffers  # noqa: F401  # jax.export writes by it
@@ -75,7 +75,7 @@ def export(
     else:
         folder = epath.Path(expand_home(str(folder)))
         _check_free(folder)
-    student, variables = student_of(config, workdir, given=given)
+    student, variables, saved = student_of(config, workdir, given=given)
     if not first():
         return folder
     if is_link(folder):
@@ -89,16 +89,21 @@ def export(
     digests = {name: _digest(folder / name) for name in (_PROGRAM, _WEIGHTS)}
     described = {**student.preprocessing, "labels": list(student.labels), "sha256": digests}
     replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
-    saved = read_config(workdir)  # resolved when the run's method was known
-    assert saved is not None  # student_of has read it
-    card = model_card(
+    replace_text(folder / "README.md", card_of(workdir, student, variables, saved))
+    return folder
+
+
+def card_of(
+    workdir: epath.PathLike, student: Student, variables: Variables, saved: dict[str, Any], place: str | None = None
+) -> str:
+    """Returns the model card of what `student_of` returns; see `model_card` for `place`."""
+    return model_card(
         saved,
         read_summary(workdir, numbers=("best_top1",)),
         described=student.preprocessing,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
+        place=place,
     )
-    replace_text(folder / "README.md", card)
-    return folder
 
 
 def _check_free(folder: epath.Path) -> None:
@@ -112,8 +117,10 @@ def _check_free(folder: epath.Path) -> None:
         )
 
 
-def student_of(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> tuple[Student, Variables]:
-    """Returns the best student of a run and its weights; see `export` for the arguments.
+def student_of(
+    config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
+) -> tuple[Student, Variables, dict[str, Any]]:
+    """Returns the best student of a run, its weights and the run's config; see `export` for the arguments.
 
     Raises:
       UserError: in the cases of `export`.
@@ -137,7 +144,9 @@ def student_of(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NO
             ) from error
     shapes: dict[str, Any] = dict(dtype=source.dtype, label_shape=source.label_shape)
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names), **shapes)
-    return Student(program, described, tuple(source.class_names)), variables
+    saved = read_config(workdir)  # resolved when the run's method was known
+    assert saved is not None  # its checkpoint has been read by it
+    return Student(program, described, tuple(source.class_names)), variables, saved
 
 
 def make_program(network: Network, variables: Variables, shape: tuple[int, ...], dtype: Any) -> jax.export.Exported:

@@ -9,20 +9,17 @@ import json
 import math
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 import ldrld_jax
-from ldrld_jax.deploy.export import Student, make_program, student_of
-from ldrld_jax.deploy.model_card import model_card
+from ldrld_jax.deploy.export import Student, card_of, make_program, student_of
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import is_link, named, read_json, replace_text
 from ldrld_jax.interop import hub
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.models import MODELS
-from ldrld_jax.record.reader import read_config, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import dtypes, precision_scope
 from ldrld_jax.train.networks import Networks
@@ -37,8 +34,8 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
     Args:
       config: the run's config, see `ldrld_jax.config.load_run`.
       workdir: the run's folder.
-      target: a folder; or `hf://OWNER/NAME`, with `@BRANCH` perhaps, to which `workdir/hub` is uploaded. A repository
-        that does not exist is made, and is private.
+      target: a folder; or `hf://OWNER/NAME`, optionally with `@BRANCH`, to which `workdir/hub` is uploaded. A
+        repository that does not exist is made, and is private.
 
     Raises:
       UserError: if there is no such run, an extra is not installed, the folder has files of something else, or the Hub
@@ -54,11 +51,9 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
             import huggingface_hub  # noqa: F401
     folder = epath.Path(target) if remote is None else epath.Path(workdir) / "hub"
     _check_writable(folder)
-    student, variables = student_of(config, workdir)
+    student, variables, saved = student_of(config, workdir)
     if not first():
         return target
-    saved = read_config(workdir)
-    assert saved is not None  # student_of has read it
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_checkpoint(folder / hub.WEIGHTS, *variables)
@@ -74,14 +69,8 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         "sha256": {hub.WEIGHTS: hashlib.sha256((folder / hub.WEIGHTS).read_bytes()).hexdigest()},
     }
     replace_text(folder / hub.CONFIG, json.dumps(content, indent=2) + "\n")
-    card = model_card(
-        saved,
-        read_summary(workdir, numbers=("best_top1",)),
-        described=student.preprocessing,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
-        place="hf://OWNER/NAME" if remote is None else str(remote),
-    )
-    replace_text(folder / _CARD, card)
+    place = "hf://OWNER/NAME" if remote is None else str(remote)
+    replace_text(folder / _CARD, card_of(workdir, student, variables, saved, place))
     return str(folder) if remote is None else _upload(folder, remote)
 
 
@@ -123,10 +112,11 @@ def read_student(place: str) -> Student:
     """Reads a student from the Hub, or from a folder that `export` wrote. No code in it is executed.
 
     Args:
-      place: `hf://OWNER/NAME`, with `@REVISION` perhaps, or the folder.
+      place: `hf://OWNER/NAME`, optionally with `@REVISION`, or the folder.
 
     Raises:
-      UserError: if it cannot be had, a file is damaged or of another kind, or its network is not one of `MODELS`.
+      UserError: if it cannot be downloaded, a file is damaged or of another kind, or its network is not one of
+        `MODELS`.
     """
     if hub.is_on_hub(place):
         place = hub.pinned(place)  # both files are of one commit

@@ -7,7 +7,7 @@ import flax
 import jax
 
 import ldrld_jax
-from ldrld_jax.config import teaches_itself
+from ldrld_jax.config import teacher_checkpoints, teaches_itself
 from ldrld_jax.interop.hub import CONFIG, WEIGHTS
 from ldrld_jax.models import MODELS
 
@@ -181,8 +181,8 @@ def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
     teacher = config["teacher"]
     if not teacher:
         return "none"
-    if teacher["checkpoint"] is not None:
-        origin = f", from {', '.join(path.rstrip('/').rpartition('/')[2] for path in teacher['checkpoint'].split(','))}"
+    if paths := teacher_checkpoints(config):
+        origin = f", from {', '.join(path.rstrip('/').rpartition('/')[2] for path in paths)}"
     else:
         origin = f", trained for {teacher['epochs']} epochs" if teacher["epochs"] is not None else ""
     top1 = None if summary is None else summary["teacher_top1"]

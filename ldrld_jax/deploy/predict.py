@@ -105,7 +105,7 @@ def predict(student: Student, paths: Sequence[str], top: int = 5) -> Iterator[tu
       top: number of classes, or all if there are fewer.
 
     Raises:
-      UserError: if the student takes no images, or tells several labels an image.
+      UserError: if the student does not take images, or predicts several labels per input.
     """
     view, rows = view_of(student.preprocessing), min(_BATCH, len(paths))
     if len(labels := student.program.out_avals[0].shape[1:-1]):

@@ -30,7 +30,7 @@ class HostTeacher:
 
     Example:
       >>> teacher = HostTeacher(lambda images: images.reshape(len(images), -1)[:, :10] / 255)
-      >>> teacher(np.full((2, 8, 8, 1), 255, np.uint8), classes=10).shape
+      >>> teacher(np.full((2, 8, 8, 1), 255, np.uint8)).shape
       (2, 10)
     """
 
@@ -44,8 +44,15 @@ class HostTeacher:
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, np.ravel(values))))
 
-    def __call__(self, images: np.ndarray, *, classes: int, label_shape: tuple[int, ...] = ()) -> np.ndarray:
+    def __call__(
+        self, images: np.ndarray, *, classes: int | None = None, label_shape: tuple[int, ...] = ()
+    ) -> np.ndarray:
         """Returns logits `[n, *label_shape, classes]` float32.
+
+        Args:
+          images: `[n, ...]`, see `function`.
+          classes: C; None for any.
+          label_shape: of an example's labels.
 
         Raises:
           UserError: if the function returns another shape, or a number that is not finite.
@@ -55,11 +62,13 @@ class HostTeacher:
             scale = 255 if images.dtype == np.uint8 else 1
             images = (images.astype(np.float32) / scale - mean) / std
         logits = np.asarray(self.function(images), np.float32)
-        wanted = (len(images), *label_shape, classes)
-        if logits.shape != wanted:
+        lead = (len(images), *label_shape)
+        if logits.shape[:-1] != lead or classes not in (None, logits.shape[-1]):
+            wanted = ", ".join(map(str, (*lead, "C" if classes is None else classes)))
+            of_classes = "" if classes is None else f" of {classes} classes"
             raise UserError(
-                f"the teacher {self.shown} returns {logits.shape} for {len(images)} images of {classes} classes, and "
-                f"must return logits {wanted}."
+                f"the teacher {self.shown} returns {logits.shape} for {len(images)} images{of_classes}, and must "
+                f"return logits [{wanted}]."
             )
         if not np.isfinite(logits).all():
             raise UserError(f"a logit of the teacher {self.shown} is not finite. Look at its weights and its images.")
@@ -172,4 +181,4 @@ def _read(path: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # of NumPy, tensorstore or safetensors, which have errors of their own
-        raise UserError(f"{path} is no file of logits that can be read: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{path} cannot be read as a file of logits: {' '.join(str(error).split())}.") from error

@@ -67,7 +67,7 @@ def download(name: str, file: str | None = None) -> pathlib.Path:
       file: another file of the same repository and revision; None for the one that is named.
 
     Raises:
-      UserError: if huggingface_hub is not installed, or the file cannot be had.
+      UserError: if huggingface_hub is not installed, or the file cannot be downloaded.
     """
     repo, revision, named = parse(name)
     with needs(f"reading {name}", "hub"):

@@ -254,7 +254,7 @@ def _harmless_globals() -> list[Any]:
 def _unreadable(name: str, error: Exception) -> UserError:
     if "Unsupported operand" in str(error) or "pickle protocol" in str(error):
         return UserError(
-            f"{name} is pickled by another protocol than PyTorch's own, which is refused. If you trust it, read it "
+            f"{name} uses a pickle protocol other than PyTorch's, which is refused. If you trust it, read it "
             "with PyTorch and write it again by torch.save(state_dict, path)."
         )
     wanted = re.search(r"GLOBAL (\S+)", str(error))

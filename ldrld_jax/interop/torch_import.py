@@ -32,7 +32,7 @@ logger = logging.getLogger("ldrld_jax")
 
 def load_torch_checkpoint(
     path: Any,
-    model_name: str,
+    name: str,
     num_classes: int,
     *,
     in_channels: int = 3,
@@ -50,7 +50,7 @@ def load_torch_checkpoint(
         The tensors may be in nested dicts and have any prefix, such as `module.`, and either PyTorch's
         names and layouts or Flax's. From a file with a student and a teacher, the one that fits is loaded,
         the student if both fit; of other networks that fit, `path::key` chooses one.
-      model_name: a key of `MODELS`.
+      name: a key of `MODELS`.
       num_classes: C, as in the checkpoint's training.
       in_channels: number of channels of the images.
       dtype: dtype of the computation and the logits.
@@ -65,20 +65,20 @@ def load_torch_checkpoint(
       >>> model(images, train=False).shape  # doctest: +SKIP
       (64, 100)
     """
-    model = outline(model_name, num_classes, in_channels, dtype=dtype, param_dtype=param_dtype)
+    model = outline(name, num_classes, in_channels, dtype=dtype, param_dtype=param_dtype)
     _, params, batch_stats = purify(model)
-    title = f"{model_name} with {num_classes} classes and {in_channels} channels"
-    return with_variables(model, *load_variables(path, model_name, params, batch_stats, title=title))
+    title = f"{name} with {num_classes} classes and {in_channels} channels"
+    return with_variables(model, *load_variables(path, name, params, batch_stats, title=title))
 
 
 def load_variables(
-    path: Any, model_name: str, params: Tree, batch_stats: Tree, *, title: str, kept: Tree | None = None
+    path: Any, name: str, params: Tree, batch_stats: Tree, *, title: str, kept: Tree | None = None
 ) -> tuple[Tree, Tree]:
     """Reads `(params, batch_stats)` of a model from a checkpoint.
 
     Args:
       path: see `load_torch_checkpoint`.
-      model_name: of the model.
+      name: of the model.
       params: its nested dicts as returned by `purify`, of arrays or shapes.
       batch_stats: the same for the batch statistics.
       title: of the model, for errors.
@@ -88,7 +88,7 @@ def load_variables(
       UserError: see `load_torch_checkpoint`.
     """
     expected = _expected(params, batch_stats)
-    tensors = _with_torch_names(read_tensors(path, model_name))
+    tensors = _with_torch_names(read_tensors(path, name))
     ours = to_state_dict(kept or {}, {})
     networks = {prefix: network | ours for prefix, network in _networks(tensors, expected).items()}
     misfits = {prefix: _misfits(tensors, expected) for prefix, tensors in networks.items()}
@@ -97,7 +97,7 @@ def load_variables(
     fitting = [p for p, student in zip(fitting, students, strict=True) if student == p or student not in fitting]
     if len(fitting) > 1:
         raise UserError(
-            f"{path} holds {len(fitting)} networks that fit {model_name}, under "
+            f"{path} holds {len(fitting)} networks that fit {name}, under "
             f"{', '.join(prefix.rstrip('.') or 'no key' for prefix in fitting)}. Choose one as {path}::KEY."
         )
     chosen = fitting[0] if fitting else min(networks, key=lambda prefix: sum(map(len, misfits[prefix].values())))

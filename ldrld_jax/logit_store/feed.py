@@ -21,10 +21,6 @@ Tell = Callable[[str], None]
 Batches = Any  # a `data.stream.TrainBatches`, not imported: the store does not depend on data
 
 
-def _unheard(doing: str) -> None:
-    del doing
-
-
 def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int]:
     """Returns the augmentation epochs that a run needs and its store lacks; prints the size of the store.
 
@@ -89,7 +85,7 @@ class LogitFeed:
         self._sheet: _Sheet | None = None  # collects the current epoch's logits if they are not stored
         self._has_taught = False
 
-    def __call__(self, step: int, batch: DeviceBatch, tell: Tell = _unheard) -> DeviceBatch:
+    def __call__(self, step: int, batch: DeviceBatch, tell: Tell) -> DeviceBatch:
         """Returns `teacher_logits` for the batch after `step` steps. Steps must be requested in order.
 
         An epoch is written to the store before the logits of its last batch are returned.
@@ -109,7 +105,7 @@ class LogitFeed:
         rows = self._rows(self._stored, position)
         return {"teacher_logits": self._global(batch_sharding(self._mesh), rows)}
 
-    def several(self, step: int, count: int, batch: Callable[[int], DeviceBatch], tell: Tell = _unheard) -> DeviceBatch:
+    def several(self, step: int, count: int, batch: Callable[[int], DeviceBatch], tell: Tell) -> DeviceBatch:
         """Returns `teacher_logits` `[count, n, ...]` for the `count` batches after `step` steps, all of one epoch.
 
         `batch(s)` returns the batch after `s` steps. See `__call__` for the rest.

@@ -28,6 +28,7 @@ Key = dict[str, Any]
 Logits = np.ndarray | TopLogits  # of an epoch: [examples, classes], or the largest of each example
 
 _FULL = "no space left for the logit store; its whole epochs are intact"
+_SAMPLES = 64  # images of a checksum
 _CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for several threads to share the reading
 
 # Keys of the data block that change neither the index of an image nor what the teacher sees of it. The key holds
@@ -170,10 +171,10 @@ def checksum(tree: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def checksum_of_images(records: Any, *, samples: int = 64) -> str:
+def checksum_of_images(records: Any) -> str:
     """Returns a checksum over evenly spaced images, as stored; it differs for another folder, order or selection."""
     digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(records) - 1, samples).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(records) - 1, _SAMPLES).astype(int)).tolist():
         image = records.__getitems__([index])[0]["image"]
         if isinstance(image, Exception):  # one that could not be read
             image = str(image).encode()
@@ -267,7 +268,9 @@ class LogitStore:
             theirs, ours = _parts(note["key"]), _parts(self.key)
             theirs = {name: ours[name] for name in _LATER if name in ours} | theirs
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{self.directory}/key.json is no key of a logit store. Set another logits.dir.") from None
+            raise UserError(
+                f"{self.directory}/key.json is not the key.json of a logit store. Set another logits.dir."
+            ) from None
         differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))
         if differing:
             shown = ", ".join(f"{part} ({theirs.get(part)!r} there, {ours.get(part)!r} here)" for part in differing)

@@ -113,20 +113,20 @@ class Method:
         returns the summands of the loss, a dict of scalars by name, so that each can be logged. A loss
         with a single part names it "".
       init: `init(cfg)` returns the parameters that the loss learns, a pytree; None if it learns none.
+      gradient_scale: `gradient_scale(epoch)` returns the scalar that multiplies the gradient of the learnt
+        parameters before the update; None leaves the gradient unchanged.
+      decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
       at_epoch: `at_epoch(cfg, epoch)` returns parameters that are not learnt but depend on the epoch, a
         scalar counted from 1; None if there are none.
       from_teacher: `from_teacher(rows)` returns parameters that are not learnt, computed from the `[C, d]`
         weights of the teacher's last layer; None if there are none.
-      gradient_scale: `gradient_scale(epoch)` returns the scalar that multiplies the gradient of the learnt
-        parameters before the update; None leaves the gradient unchanged.
+      ce_weight: the authors' weight of the cross-entropy.
+      kd_weight: the authors' weight of the distillation term.
+      kd_warmup_epochs: the number of epochs over which the authors ramp the term up linearly; 0 for none.
       top_needed: `top_needed(cfg)` returns K if the loss needs only the teacher's logits at the K largest classes of
         either side and, at most, the log-sum-exp of the others; None if it needs every logit. Without this function,
         every logit is assumed to be needed. See docs/logit_store.md.
       fixed: the fields of `config` that decide what is computed, so that no schedule may change them by epoch.
-      decomposes: True if the loss of a batch is the mean of the losses of its parts; False if it compares examples.
-      ce_weight: the authors' weight of the cross-entropy.
-      kd_weight: the authors' weight of the distillation term.
-      kd_warmup_epochs: the number of epochs over which the authors ramp the term up linearly; 0 for none.
     """
 
     config: type[MethodConfig]

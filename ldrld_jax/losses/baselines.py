@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
-from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.common import MethodConfig, Positive, computed_in, prepare_logits
 from ldrld_jax.losses.entropy import entropy_weight
 
 
@@ -88,7 +88,7 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     References:
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
-    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+    logits = logits.astype(computed_in(logits))
     # The result is compared with itself, as in rld's "below the label". XLA may compute it once for each use, with or
     # without the mean's multiplication contracted into the subtraction, and equal logits would differ. It contracts
     # nothing that is rounded after the multiplication.

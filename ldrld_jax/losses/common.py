@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.top import AxisName, concatenated
 
 Positive = Annotated[float, "positive"]
 
@@ -241,7 +241,7 @@ def batch_rows(
     classes = student.shape[-1]
     teacher, student, kept = teacher.reshape(-1, classes), student.reshape(-1, classes), kept.reshape(-1)
     if axis_name is not None:
-        teacher, student, kept = (_gathered(x, axis_name) for x in (teacher, student, kept))
+        teacher, student, kept = (concatenated(x, axis_name) for x in (teacher, student, kept))
     teacher, student, kept = (_whole(x) for x in (teacher, student, kept))
     count, total = jnp.sum(kept > 0, dtype=dtype), jnp.sum(kept)
     return teacher, student, kept * (count / jnp.where(total == 0, 1.0, total)), count
@@ -254,14 +254,6 @@ def _whole(x: jax.Array) -> jax.Array:
     """
     split = any(axes is not None for axes in jax.typeof(x).sharding.spec)
     return jax.sharding.reshard(x, jax.P()) if split else x
-
-
-def _gathered(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Returns the rows of all shards, concatenated; a psum marks the result as replicated, unlike an all-gather."""
-    shard, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    mine = (jnp.arange(shards) == shard).reshape(-1, *(1,) * x.ndim)
-    slots = jnp.where(mine, x[None], jnp.zeros((), x.dtype))
-    return jax.lax.psum(slots, axis_name).reshape(-1, *x.shape[1:])
 
 
 def check_views(method: str, remedy: str = "Stack the two views.", **arrays: jax.Array | None) -> None:

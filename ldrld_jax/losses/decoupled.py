@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses.baselines import standardize_logits
 from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.divergence import bernoulli_kl
 from ldrld_jax.losses.entropy import entropy_weight, log_of_max
 from ldrld_jax.losses.numerics import (
-    bernoulli_kl,
     check_classes,
     divergence,
     expectation,

@@ -148,13 +148,6 @@ def kl(
     return divergence(log_ratio(teacher, domain, temperature), log_ratio(student, domain, temperature), keep)
 
 
-def bernoulli_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
-    """Computes the KL of two Bernoulli distributions given by their log-odds, elementwise, in nats."""
-    hit = jax.nn.log_sigmoid(teacher_odds) - jax.nn.log_sigmoid(student_odds)
-    miss = jax.nn.log_sigmoid(-teacher_odds) - jax.nn.log_sigmoid(-student_odds)
-    return jax.nn.sigmoid(teacher_odds) * hit + jax.nn.sigmoid(-teacher_odds) * miss
-
-
 def sqrt(x: jax.Array) -> jax.Array:
     """Computes the square root of x >= 0 with slope 0 at 0; the true slope is infinite and would give NaN."""
     positive = ~(x <= 0)  # or NaN, which stays one

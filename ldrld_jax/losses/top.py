@@ -50,7 +50,7 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
     if axis_name is None:
         return top
     top = top._replace(classes=top.classes + _first_class(logits, axis_name))
-    return _largest(_concatenate(top.values, axis_name), _concatenate(top.classes, axis_name), depth)
+    return _largest(concatenated(top.values, axis_name), concatenated(top.classes, axis_name), depth)
 
 
 def not_in_top(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
@@ -219,12 +219,12 @@ def _largest(values: jax.Array, classes: jax.Array, depth: int) -> Top:
     return Top(*(jnp.stack(column) for column in zip(*found, strict=True)))
 
 
-def _concatenate(values: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Returns the `[k]` of all shards, concatenated; a psum marks the result as replicated."""
+def concatenated(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Returns the `[n, ...]` of all shards in one; a psum marks the result as replicated, unlike an all-gather."""
     shard, shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    mine = (jnp.arange(shards) == shard)[:, None]
-    slots = jnp.where(mine, values[None, :], jnp.zeros((), values.dtype))
-    return jax.lax.psum(slots, axis_name).reshape(-1)
+    mine = (jnp.arange(shards) == shard).reshape(-1, *(1,) * x.ndim)
+    slots = jnp.where(mine, x[None], jnp.zeros((), x.dtype))
+    return jax.lax.psum(slots, axis_name).reshape(-1, *x.shape[1:])
 
 
 def top_mask(logits: jax.Array, depth: int) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
-from ldrld_jax.losses.common import Between, MethodConfig, Positive, prepare_logits
+from ldrld_jax.losses.common import Between, MethodConfig, Positive, computed_in, prepare_logits
 
 _TINY = 1e-8  # added to costs and divisors, as in the published code
 
@@ -68,7 +68,7 @@ def wkd_cost(rows: jax.Array, *, sharpen: float = 1.0) -> jax.Array:
         raise ValueError(f"rows must be [classes, d] or features [classes, n >= 2, d], got shape {rows.shape}.")
     if not 0 <= sharpen < math.inf:
         raise ValueError(f"sharpen must be finite and not negative, got {sharpen}.")
-    rows = jax.lax.stop_gradient(rows).astype(jnp.float64 if rows.dtype == jnp.float64 else jnp.float32)
+    rows = jax.lax.stop_gradient(rows).astype(computed_in(rows))
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     if rows.ndim == 3:
         centred = rows - jnp.mean(rows, axis=1, keepdims=True)

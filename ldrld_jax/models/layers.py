@@ -21,7 +21,7 @@ class Mode(NamedTuple):
     where: jax.Array | None = None
 
 
-def at_least_float32(*dtypes: Dtype) -> Dtype:
+def accumulation_dtype(*dtypes: Dtype) -> Dtype:
     """Returns a dtype for sums that bfloat16 cannot hold: float64 if any dtype is float64, otherwise float32."""
     return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
 
@@ -101,7 +101,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, features: int, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs | None = None):
         del rngs  # not random; accepted so that all layers take the same arguments
-        stats_dtype = at_least_float32(dtype, param_dtype)
+        stats_dtype = accumulation_dtype(dtype, param_dtype)
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
         self.mean = nnx.BatchStat(jnp.zeros(features, stats_dtype))

@@ -16,7 +16,16 @@ from flax import nnx
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.models.layers import group_batch_norms
-from ldrld_jax.models.purify import Apply, Tree, call_options, example_mask, is_random, purify, with_variables
+from ldrld_jax.models.purify import (
+    Apply,
+    Tree,
+    call_options,
+    example_mask,
+    is_random,
+    path_name,
+    purify,
+    with_variables,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
       UserError: if it is none of these, or has variables that no run can keep.
 
     Example:
-      >>> apply = lambda variables, images, train: images.reshape(len(images), -1) @ variables["w"]
+      >>> apply = lambda variables, images, train: images.reshape(images.shape[0], -1) @ variables["w"]
       >>> model = pure((apply, {"w": jnp.ones((4, 3))}))
       >>> model.apply(model.params, model.batch_stats, jnp.ones((5, 2, 2, 1)), train=True)[0].shape
       (5, 3)
@@ -146,7 +155,7 @@ def _calls_inside(module: flax.linen.Module) -> Iterator[Callable[..., Any]]:
 def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
     leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
     trained = [hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in leaves]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
+    names = [path_name(path) or "array" for path, _ in leaves]
     if twice := sorted(name for name, count in collections.Counter(names).items() if count > 1):
         raise UserError(f"the model has several variables that are named {twice[0]}. Rename the keys that hold a /.")
     takes = call_options(function)
@@ -177,9 +186,8 @@ def _copied(tree: Tree) -> Tree:
     def copied(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise UserError(
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')} of the model is a key of jax.random.key, "
-                "which no checkpoint holds. Draw from nnx.Rngs or Linen's make_rng, or keep "
-                "jax.random.key_data(key) in its place."
+                f"{path_name(path)} of the model is a key of jax.random.key, which no checkpoint holds. Draw from "
+                "nnx.Rngs or Linen's make_rng, or keep jax.random.key_data(key) in its place."
             )
         return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.array(leaf)
 

@@ -100,15 +100,19 @@ def _split(model: nnx.Module) -> Any:
     return nnx.split(model, nnx.Param, nnx.Not(nnx.RngState), nnx.RngState)
 
 
+def path_name(path: Any) -> str:
+    """Returns the name of a tree's leaf from its path, such as `conv1/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def check_finite(params: Tree, batch_stats: Tree, origin: str) -> None:
     """Raises a UserError that names the first array of some weights with a number that is not finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "batch_stats": batch_stats}):
         bad = int(np.sum(~np.isfinite(np.asarray(leaf).astype(np.float64))))
         if bad:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {name}. Use other "
-                "weights."
+                f"{origin} holds weights that are not finite: {bad} of {leaf.size} numbers of {path_name(path)}. Use "
+                "other weights."
             )
 
 

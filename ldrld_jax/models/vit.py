@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ldrld_jax.models.initializers import normal, torch_default, torch_uniform
-from ldrld_jax.models.layers import Dtype, at_least_float32, linear
+from ldrld_jax.models.layers import Dtype, accumulation_dtype, linear
 
 # timm truncates N(0, .02^2) at +-2, a hundred standard deviations away.
 _normal = normal(0.02)
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         query, key, value = jnp.moveaxis(qkv, 2, 0)
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) * (width // self.heads) ** -0.5
         # The softmax is computed in float32 at least.
-        weights = nnx.softmax(scores.astype(at_least_float32(x.dtype))).astype(x.dtype)
+        weights = nnx.softmax(scores.astype(accumulation_dtype(x.dtype))).astype(x.dtype)
         return self.proj(jnp.einsum("nhqk,nkhd->nqhd", weights, value).reshape(x.shape))
 
 

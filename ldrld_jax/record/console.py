@@ -31,6 +31,18 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def duration(seconds: float) -> str:
+    """Formats a time in its two largest units.
+
+    Example:
+      >>> duration(3.9), duration(247), duration(7500)
+      ('3 s', '4 min 07 s', '2 h 05 min')
+    """
+    minutes, left = divmod(int(seconds), 60)
+    hours, over = divmod(minutes, 60)
+    return f"{hours} h {over:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
 def say(text: str) -> None:
     """Prints a line on standard output, above the progress bar if there is one.
 

@@ -15,9 +15,9 @@ _LENGTH = 500  # of a parameter's text, which every version takes
 
 
 class MLflowRun:
-    """Writer to a run of MLflow, which a resumed run goes on with.
+    """Writer to an MLflow run; a resumed training run continues the same one.
 
-    That library's environment says where the run is kept, `MLFLOW_TRACKING_URI` above all.
+    MLflow's environment variables, such as `MLFLOW_TRACKING_URI`, say where it is stored.
 
     Args:
       workdir: of the run; its name is the run's name there, and `mlflow_id` in it the run's id.

@@ -30,10 +30,15 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     config = read_json(path, "A run's config")
     keys = flat(config)
     if missing := {"seed", "epochs", *_TEXTS} - set(keys):
-        raise UserError(f"{path} is not of ldrld_jax: it lacks {', '.join(sorted(missing))}. Choose another workdir.")
+        raise UserError(
+            f"{path} was not written by ldrld_jax: it lacks {', '.join(sorted(missing))}. Choose another workdir."
+        )
     texts = [keys[key] for key in _TEXTS] + [keys.get("teacher.model") or ""]
     if not all(isinstance(text, str) for text in texts) or not is_number(keys["seed"]):
-        raise UserError(f"{path} is not of ldrld_jax: a name that is no text, or a seed that is no number.")
+        raise UserError(
+            f"{path} was not written by ldrld_jax: seed must be a number, and {', '.join(_TEXTS)} and teacher.model "
+            "text. Choose another workdir."
+        )
     return config
 
 
@@ -57,7 +62,7 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
         isinstance(weights, dict) and all(isinstance(digest, str) for digest in weights.values()),
     )
     if not all(whole):
-        raise UserError(f"{path} is no note of a run's data. Restore it, or choose another workdir.")
+        raise UserError(f"{path} is not a valid data.json. Restore it, or choose another workdir.")
     return data
 
 

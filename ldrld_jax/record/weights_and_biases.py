@@ -11,9 +11,9 @@ from ldrld_jax.files import named, replace_text
 
 
 class WeightsAndBiases:
-    """Writer to a run of Weights & Biases, which a resumed run goes on with.
+    """Writer to a run of Weights & Biases; a resumed training run continues the same one.
 
-    Where and whether it sends anything is said by that library's environment, such as `WANDB_MODE=offline`.
+    wandb's own environment variables, such as `WANDB_MODE=offline`, say whether and where it sends data.
 
     Args:
       workdir: of the run; its name is the run's name there, and `wandb_id` in it the run's id.

@@ -105,7 +105,7 @@ def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text:
                 report.notes.append(f"{run.folder}: its analysis.json cannot be drawn. Remove it, and analyse again.")
     try:
         if stranger := next((out / name for name, mark in _MARKS.items() if not _ours(out / name, mark)), None):
-            print(f"{stranger} is no report of this program, and stays as it is. Set --out.", file=sys.stderr)
+            print(f"{stranger} was not written by this program, and stays as it is. Set --out.", file=sys.stderr)
             return 2
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.md", f"{text}\n")

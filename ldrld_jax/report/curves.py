@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ldrld_jax.record.reader import is_number
 from ldrld_jax.report.charts import Point, Row, Series
 from ldrld_jax.report.groups import Comparison, Group
 from ldrld_jax.report.published import published
@@ -55,13 +56,13 @@ def sweeps(groups: Sequence[Group]) -> Iterator[tuple[str, list[Series]]]:
 
     Label noise of rate 0 is of every kind.
     """
-    keys = {key for group in groups for key, value in group.settings.items() if _is_number(value)}
+    keys = {key for group in groups for key, value in group.settings.items() if is_number(value)}
     for key in sorted(key for key in keys if not key.endswith("seed")):
         kind = key.removesuffix("_rate") if key.endswith("label_noise_rate") else ""
         lines: dict[tuple[str, ...], list[Point]] = defaultdict(list)
         for group in groups:
             value: Any = group.settings.get(key)
-            if _is_number(value):
+            if is_number(value):
                 rest = {name: other for name, other in group.shown.items() if name not in (key, kind)}
                 of_kind = str(group.settings.get(kind, "")) if value else ""
                 lines[group.method, _said(rest), of_kind].append(_point(value, group.values("last_top1")))
@@ -75,10 +76,6 @@ def sweeps(groups: Sequence[Group]) -> Iterator[tuple[str, list[Series]]]:
 
 def _said(settings: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:

@@ -4,11 +4,12 @@ import datetime
 import pathlib
 from collections.abc import Sequence
 
+from ldrld_jax.record.console import counted, duration
 from ldrld_jax.report.collect import Report, plausible
 from ldrld_jax.report.groups import Comparison
 from ldrld_jax.report.markup import Markup, html_table, tag
 from ldrld_jax.report.sections import Analyses, Section, sections
-from ldrld_jax.report.table import counted, duration, for_phones, results, spread
+from ldrld_jax.report.table import for_phones, results, spread
 
 _STYLE = pathlib.Path(__file__).parent / "style.css"
 

@@ -5,12 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ldrld_jax.record.console import counted
 from ldrld_jax.report import charts, curves, pictures
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison, Group, compare
 from ldrld_jax.report.markup import Markup, figure, grid, html_table, join, tag
 from ldrld_jax.report.published import EPOCHS, PAPERS, data_set, figures, name_of, protocol
-from ldrld_jax.report.table import counted, spread
+from ldrld_jax.report.table import spread
 
 Analyses = dict[str, dict[str, Any]]  # by folder
 Known = list[tuple[str, list[dict[str, Any]]]]  # the label of each group that has analyses, and those of its seeds

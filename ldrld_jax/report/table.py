@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ldrld_jax.record.console import duration
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison, Group, compare
 from ldrld_jax.report.published import published
@@ -96,28 +97,6 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
         return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def duration(seconds: float) -> str:
-    """Formats a time in its two largest units.
-
-    Example:
-      >>> duration(3.9), duration(247), duration(7500)
-      ('3 s', '4 min 07 s', '2 h 05 min')
-    """
-    minutes, left = divmod(int(seconds), 60)
-    hours, over = divmod(minutes, 60)
-    return f"{hours} h {over:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
-
-
-def counted(count: int, noun: str) -> str:
-    """Formats a number of things.
-
-    Example:
-      >>> counted(1, "note"), counted(2, "note")
-      ('1 note', '2 notes')
-    """
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def fitting(cells: Table, columns: int | None = None) -> str:

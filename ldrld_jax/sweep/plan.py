@@ -16,6 +16,7 @@ from etils import epath
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_locked, split_argument
+from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
 from ldrld_jax.record.reader import last_evaluation, read_config, read_summary
 
@@ -95,7 +96,7 @@ class Job:
         saved = read_config(self.workdir) if summary else None
         if summary is None or saved is None:
             return False
-        theirs, ours = config_lib.identity(saved), dict(self.identity)
+        theirs, ours = identity(saved), dict(self.identity)
         for key in ("student.checkpoint", "teacher.checkpoint"):
             if ours.get(key) and theirs.get(key):
                 ours[key] = hub.remembered(ours[key], theirs[key])  # a run pins what it takes from the Hub
@@ -183,7 +184,7 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
         given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config))}")
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]
     flags = [f"--config.{override}" for override in given]
-    return Job(name, workdir / name, command + flags, config_lib.identity(config), teachers)
+    return Job(name, workdir / name, command + flags, identity(config), teachers)
 
 
 def _file_name(name: str) -> str:
@@ -202,12 +203,12 @@ def _file_name(name: str) -> str:
 def _recipes(config: Any) -> list[dict[str, Any]]:
     """Returns the identities of a run's teacher recipes; runs with equal ones share their teachers."""
     models = config_lib.teacher_models(config)
-    return [config_lib.identity(config_lib.resolve(config_lib.teacher_recipe(config, model))) for model in models]
+    return [identity(config_lib.resolve(config_lib.teacher_recipe(config, model))) for model in models]
 
 
 def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
     """Returns the keys that runs sharing a logit store must agree on; a superfluous key only costs another store."""
-    keys = config_lib.identity(config)
+    keys = identity(config)
     seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
     seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}
     numbers = {"precision": config.precision, "matmul_precision": config.matmul_precision}

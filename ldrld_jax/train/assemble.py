@@ -305,9 +305,14 @@ def check_observers(
         if name in MEASURED:
             raise UserError(f"the metric {name!r} has the name of one that each run measures. Choose another name.")
     for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise UserError(f"a callback must be an ldrld_jax.Callback, got {type(callback).__name__}.")
+        if type(callback) is not Callback:  # a subclass too: the fields would hide its methods
+            raise UserError(
+                f"a callback must be ldrld_jax.Callback(after_save=function), got a {type(callback).__name__}. Pass a "
+                "method of it as Callback(after_save=callback.method)."
+            )
     for writer in writers:
+        if isinstance(writer, type):
+            raise UserError(f"a writer must be an object, got the class {writer.__name__}. Give {writer.__name__}().")
         if not hasattr(writer, "write"):
             raise UserError(
                 f"a writer must have write(step, epoch, split, values), and {type(writer).__name__} has not."

@@ -48,7 +48,7 @@ class Best(NamedTuple):
         Raises:
           UserError: if it is broken, or has another shape or dtype than the evaluation's; names it by `index`.
         """
-        source: Any = getattr(self.source, "uncached", self.source)
+        source = self.source.uncached
         if isinstance(image, tuple | Mapping):
             raise UserError(
                 f"image {index} is a {type(image).__name__}, and predict takes images alone, without labels. Give "

@@ -19,11 +19,12 @@ from ldrld_jax.data import workers
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
+from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.files import check_writable, free_bytes, human_bytes
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.metrics import by_step
-from ldrld_jax.record.console import ProgressBar, say
+from ldrld_jax.record.console import ProgressBar, duration, say
 from ldrld_jax.record.recorder import check_finite
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.mesh import make_mesh
@@ -83,30 +84,40 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
     """
     config = config_lib.resolve(config, given.methods)
     keep_compiled(config.compile_cache)
-    problems = _Problems()
+    problems = _Lines()
     with precision_scope(config.precision, config.matmul_precision), workers.scope(), catch_signals() as signals:
         place = epath.Path(workdir)
         run = problems.from_(lambda: Run.plan(pinned(config, place), place, given=given))
         if run is None:
             _check_parts(config, given, problems)
         elif seconds := _Check(run, "student", problems, signals).all():
-            say(f"in all    {_duration(seconds)}")
+            say(f"in all    {duration(seconds)}")
     return list(problems)
 
 
-class _Problems(dict[str, None]):
-    """Lines on what would stop a run, each once, in order."""
+class _Lines:
+    """Lines on what is wrong, each once, in order."""
+
+    def __init__(self) -> None:
+        self._lines = dict[str, None]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def add(self, *lines: str) -> None:
+        """Adds lines, each with single blanks between its words."""
+        self._lines |= dict.fromkeys(" ".join(line.split()) for line in lines)
 
     def from_(self, work: Callable[[], T]) -> T | None:
         """Returns what `work` returns; None after an error of the input, which becomes a line."""
         try:
             return work()
         except (UserError, NonFiniteError, OSError) as error:
-            self[" ".join(str(error).split())] = None
+            self.add(str(error))
             return None
 
 
-def _check_parts(config: ConfigDict, given: Given, problems: _Problems) -> None:
+def _check_parts(config: ConfigDict, given: Given, problems: _Lines) -> None:
     """Looks for problems beside the first, at which the plan stopped: in each part by itself."""
     data = dict(batch_size=config.batch_size, seed=config.seed, open_source=opener(given.train))
     problems.from_(lambda: make_mesh(config.mesh.data, config.mesh.model))
@@ -122,8 +133,8 @@ def _check_parts(config: ConfigDict, given: Given, problems: _Problems) -> None:
     models = [(student.model, student.checkpoint, config.data)]
     if teacher and not config_lib.teaches_itself(config) and not config_lib.teaches_from_file(config):
         names = config_lib.teacher_models(config)
-        paths = teacher.checkpoint.split(",") if teacher.checkpoint and len(names) > 1 else [teacher.checkpoint]
-        models += [(name, path, teacher.data) for name, path in zip(names, paths * len(names), strict=False)]
+        paths: list[Any] = config_lib.teacher_checkpoints(config) or [None] * len(names)
+        models += [(name, path, teacher.data) for name, path in zip(names, paths, strict=False)]
     for name, path, block in models:
         load = networks.outline if path is None else functools.partial(networks.restore, path)
         problems.from_(functools.partial(load, name, block))
@@ -139,9 +150,9 @@ class _Check:
       signals: looked at between images and batches.
     """
 
-    def __init__(self, run: Run, role: str, problems: _Problems, signals: Signals):
+    def __init__(self, run: Run, role: str, problems: _Lines, signals: Signals):
         self._run, self._role, self._problems, self._signals = run, role, problems, signals
-        self._warnings: dict[str, None] = {}
+        self._warnings = _Lines()
         self._data = problems.from_(lambda: run.data_note)  # of the whole splits
 
     def all(self, decoded: Any = None) -> float:
@@ -152,7 +163,7 @@ class _Check:
         """
         run, problems = self._run, self._problems
         say(opening(run, self._role))
-        self._warnings |= dict.fromkeys(problems.from_(lambda: list(warnings(run))) or [])
+        self._warnings.add(*(problems.from_(lambda: list(warnings(run))) or []))
         problems.from_(RunFolder(run).check)
         if self._data is None or self._data != decoded:
             self._look_at_images("training", run.batches.source)
@@ -168,14 +179,14 @@ class _Check:
             say(f"warning: {warning}.")
         return seconds
 
-    def _sample(self, source: Any) -> Source:
+    def _sample(self, split: Readable) -> Source:
         """Returns the images of a split that are looked at."""
-        source = getattr(source, "uncached", source)
+        source = split.uncached
         count = min(self._run.config.check.images or len(source), len(source))
         chosen = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
         return source.of(Selected(source.records, chosen), source.view)
 
-    def _look_at_images(self, split: str, source: Any) -> None:
+    def _look_at_images(self, split: str, source: Readable) -> None:
         """Decodes the images of a split; a broken one is a problem, unless so many may be skipped."""
         data, whole, names = self._run.config.data, len(source), source.class_names
         sample = dataclasses.replace(self._sample(source), on_error="raise")
@@ -189,14 +200,12 @@ class _Check:
                 except UserError as error:
                     broken.append(str(error))
                 except OSError as error:  # which data.on_error=skip does not skip
-                    self._problems[" ".join(str(error).split())] = None
+                    self._problems.add(str(error))
             return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]
-        bar, pool = (
-            ProgressBar(0, len(sample), f"{split} images", unit="image"),
-            ThreadPoolExecutor(makers(source, data.threads, 0).threads),
-        )
+        bar = ProgressBar(0, len(sample), f"{split} images", unit="image")
+        pool = ThreadPoolExecutor(makers(source, data.threads, 0).threads)
         try:
             for done, some in enumerate(pool.map(read, range(0, len(sample), _AT_ONCE)), 1):
                 self._signals.check()
@@ -207,19 +216,18 @@ class _Check:
             bar.close()
         told = np.concatenate(labels)
         counts = np.bincount(told[told >= 0], minlength=len(names))  # a token whose label is -1 is left out
-        left_out = "".join(f", {count:,} left out by the data block" for count in _left_out(source))
+        left_out = f", {count:,} left out by the data block" if (count := _left_out(source)) else ""
         say(
             f"images    {split}: {len(sample):,} of {whole:,} decoded{left_out}; {counts.min():,} to {counts.max():,} "
             f"of each of {len(names)} classes; {len(broken)} broken"
         )
         if len(sample) == whole and not sample.label_shape and (missing := np.flatnonzero(counts == 0).tolist()):
-            self._warnings[no_images("to evaluate on" if split == "evaluation" else "to train on", missing, names)] = (
-                None
-            )
+            purpose = "to evaluate on" if split == "evaluation" else "to train on"
+            self._warnings.add(no_images(purpose, missing, names))
         if data.on_error == "raise" or too_many(len(broken), len(sample), data.max_skipped):
-            self._problems |= dict.fromkeys(sorted(broken)[:_MOST_SHOWN])
+            self._problems.add(*sorted(broken)[:_MOST_SHOWN])
             if len(broken) > _MOST_SHOWN:
-                self._problems[f"{len(broken) - _MOST_SHOWN:,} more {split} images are broken."] = None
+                self._problems.add(f"{len(broken) - _MOST_SHOWN:,} more {split} images are broken.")
 
     def _teacher(self, student: Network) -> tuple[Teacher | None, float]:
         """Returns the teacher, measured, or with random weights if it must be trained, and the seconds that takes."""
@@ -243,7 +251,7 @@ class _Check:
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)
         if (top1 := top1_of(teacher)) is not None:
-            self._warnings |= dict.fromkeys(teacher_warnings(run, checkpoints_of(run), top1))
+            self._warnings.add(*teacher_warnings(run, checkpoints_of(run), top1))
             if config.check.images is None:  # a sample does not tell
                 self._problems.from_(lambda: check_top1(self._run, top1))
         if self._run.config.logits and isinstance(teacher, NetworkTeacher):
@@ -284,7 +292,7 @@ class _Check:
         evaluations = -(-config.epochs // config.eval_every_epochs)
         total = compiled + run.steps * one + evaluations * rated
         say(
-            f"time      {_duration(total)} for the {self._role}: {run.steps:,} steps of {1000 * one:,.1f} ms, "
+            f"time      {duration(total)} for the {self._role}: {run.steps:,} steps of {1000 * one:,.1f} ms, "
             f"{evaluations:,} evaluations of {rated:,.2f} s"
         )
         return total
@@ -299,10 +307,10 @@ class _Check:
         room = "" if free is None else f"; {human_bytes(free)} are free"
         say(f"disk      {needed}: {kept} checkpoints of {human_bytes(size)}{room}")
         if free is not None and kept * size > free:
-            self._problems[
+            self._problems.add(
                 f"{place} needs {needed}, and {human_bytes(free)} are free. Choose a workdir on a larger disk, or keep "
                 "fewer checkpoints: checkpoint.keep_last, checkpoint.keep_every_epochs."
-            ] = None
+            )
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -311,24 +319,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def _left_out(source: Any) -> Iterator[int]:
-    """Yields the number of records that the data block leaves out of a split, if it leaves any."""
-    records = getattr(source, "uncached", source).records
+def _left_out(source: Readable) -> int:
+    """Returns the number of records that the data block leaves out of a split."""
+    records = source.uncached.records
     kept = len(records)
     while isinstance(records, Selected):
         records = records.records
-    if len(records) > kept:
-        yield len(records) - kept
-
-
-def _duration(seconds: float) -> str:
-    """Formats a duration.
-
-    Example:
-      >>> _duration(8.4), _duration(200), _duration(9000)
-      ('8 s', '3 min 20 s', '2 h 30 min')
-    """
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{left} s"
-    return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return len(records) - kept

@@ -64,9 +64,7 @@ class Dispatcher:
             endless = run.batches.iterate(start, **made_by(run.config.data))
             made: Iterator[Any] = itertools.islice(endless, run.steps - start)
             if host_teacher is not None:
-                source = run.batches.source
-                shape = dict(classes=len(source.class_names), label_shape=source.label_shape)
-                made = host_teacher.beside(made, views=run.batches.views, **shape)
+                made = host_teacher.beside(made, views=run.batches.views, **run.label_form)
             batches = to_devices(watched(made), run.mesh)
             self._batch = lambda step: next(batches)
 

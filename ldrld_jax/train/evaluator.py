@@ -19,6 +19,7 @@ from ldrld_jax.metrics import Means, Packed, add, by_step, pack
 from ldrld_jax.runtime.mesh import Mesh, replicated, shares, to_devices
 from ldrld_jax.train.step import Ensemble, Metric, Network, make_eval_step
 
+NOTHING_LEFT = "no image of the evaluation split is left: all were skipped. Look at data.eval_split."
 _POLL_SECONDS = 5e-4, 0.01  # at first, and at most
 
 
@@ -78,7 +79,7 @@ class Evaluator:
                 total = add(total, means)
         values = {name: mean.value for name, mean in total.items()}
         if not total["ce"].count:
-            raise UserError("no image of the evaluation split is left: all were skipped. Look at data.eval_split.")
+            raise UserError(NOTHING_LEFT)
         if not math.isfinite(values["ce"]):
             raise NonFiniteError(
                 f"the cross-entropy of the evaluation is {values['ce']}: the network's logits are not finite. Look at "

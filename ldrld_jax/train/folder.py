@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -53,7 +54,7 @@ class RunFolder:
         if there is None:
             return
         check_classes(workdir, here["classes"], whose="the run")
-        before, now = there.get("weights", {}), self._weights()
+        before, now = there.get("weights", {}), self._weights
         if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
             raise UserError(
                 f"{' and '.join(changed)} of the run in {workdir}: the weights, their shapes or the module's other "
@@ -68,17 +69,16 @@ class RunFolder:
                     "workdir."
                 )
 
+    @functools.cached_property
     def _weights(self) -> dict[str, str]:
-        """Returns digests, by key, of the checkpoints that the config names, if they exist, and of given models."""
+        """The digests, by key, of the checkpoints that the config names, if they exist, and of given models."""
         config = self.run.config
-        given = {
-            "teacher.checkpoint": config.teacher.get("checkpoint"),
-            "student.checkpoint": config.student.checkpoint,
+        paths = {
+            "teacher.checkpoint": config_lib.teacher_checkpoints(config),
+            "student.checkpoint": [config.student.checkpoint] if config.student.checkpoint else [],
         }
-        one = not config.teacher or len(config_lib.teacher_models(config)) == 1
-        paths = {key: [path] if one or key[0] == "s" else path.split(",") for key, path in given.items() if path}
-        digests = {key: [_digest(path) for path in each] for key, each in paths.items()}
-        found = {key: " ".join(map(str, each)) for key, each in digests.items() if None not in each}
+        digests = {key: [_digest(path) for path in each] for key, each in paths.items() if each}
+        found = {key: " ".join(filter(None, each)) for key, each in digests.items() if None not in each}
         return found | self.run.given_weights
 
     def remarks(self) -> Iterator[str]:
@@ -97,14 +97,14 @@ class RunFolder:
         """Writes the run's config.json and data.json."""
         workdir = self.run.workdir
         replace_text(workdir / "config.json", self.run.config.to_json(indent=2) + "\n")
-        note = {**self.run.data_note, "weights": self._weights()}
+        note = {**self.run.data_note, "weights": self._weights}
         replace_text(workdir / "data.json", json.dumps(note, indent=2) + "\n")
 
     def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
         config, ours = self.run.config, identity(self.run.config)
         differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         if moved := {"teacher.checkpoint", "student.checkpoint"} & set(differing):  # the same weights elsewhere?
-            before, now = (read_data(self.run.workdir) or {}).get("weights", {}), self._weights()
+            before, now = (read_data(self.run.workdir) or {}).get("weights", {}), self._weights
             same = {key for key in moved if before.get(key) is not None and before[key] == now.get(key)}
             differing = [key for key in differing if key not in same]
         if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
@@ -149,7 +149,7 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     It is the commit that the run in `workdir` began with, or else the one that the name has now.
 
     Raises:
-      UserError: if a checkpoint cannot be had.
+      UserError: if a checkpoint cannot be downloaded.
     """
     pinned, saved = copy.deepcopy(config), read_config(workdir) or {}
     for block in ("student", "teacher"):

@@ -47,8 +47,7 @@ def open_input(
         described = Describer(config.compile, "eval_images") if absent else None
         eval_source = open_evaluation(config, given, described)
     _check_alike(batches.source, eval_source)
-    padded = not batches.drop_remainder or batches.masked or config.batch_size % batches.divisor
-    if config.data.mixup and padded:
+    if config.data.mixup and batches.padded:
         raise UserError(
             f"data.mixup blends the images of a batch, which may hold no padding: got {config.data.mixup}. Set "
             "data.remainder=drop, data.on_error=raise and a batch_size that the devices divide, or data.mixup=0."

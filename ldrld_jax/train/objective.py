@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError, one_line
 from ldrld_jax.losses import METHODS, Method, standardized
-from ldrld_jax.losses.common import mean_over_rows
+from ldrld_jax.losses.common import computed_in, mean_over_rows
 from ldrld_jax.losses.schedule import Schedule, with_values
 from ldrld_jax.metrics import MEASURED, at_labels
 
@@ -151,7 +151,7 @@ class Objective:
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Casts to float32, unless the array is float64."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return x.astype(computed_in(x))
 
 
 def cross_entropy(
@@ -188,7 +188,7 @@ def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProx
       given: methods that are objects, by the name that the config has for them.
     """
     weights = {key: config[key] for key in ("ce_weight", "kd_weight", "kd_warmup_epochs", "label_smoothing")}
-    methods = {}
+    methods = dict[str, Term]()
     for name in config_lib.method_names(config, given):
         method = config_lib.method_of(name, given)
         if name in METHODS:
@@ -196,11 +196,15 @@ def make_objective(config: ConfigDict, given: Mapping[str, Method] = MappingProx
         else:
             cfg, weight = method.config(), method.kd_weight if "+" in config.method else 1.0
         shown = name.strip("<>").rpartition(":")[2]
-        shown = f"own_{shown}" if shown in MEASURED else shown
-        others = (f"{shown}_{i}" for i in itertools.count(2))
-        shown = next(each for each in itertools.chain([shown], others) if each not in methods)
+        shown = _free_name(f"own_{shown}" if shown in MEASURED else shown, methods)
         methods[shown] = Term(standardized(method) if config.standardize else method, cfg, weight)
     return Objective(methods, **weights, schedules=_schedules(config, methods))
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    """Returns the name, with _2, _3, ... if it is taken."""
+    numbered = (f"{name}_{i}" for i in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
 def _schedules(config: ConfigDict, methods: Mapping[str, Term]) -> dict[str, Schedule]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
+from ldrld_jax.data.stream import Readable
 from ldrld_jax.interop import hub
 from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
@@ -48,7 +49,7 @@ def opening(run: Run, role: str) -> str:
     return "\n".join(f"{name:<8}  {fact}" for name, fact in facts.items())
 
 
-def _kind(source: Any) -> str:
+def _kind(source: Readable) -> str:
     return "example" if source.raw else "image"
 
 
@@ -86,8 +87,8 @@ def warnings(run: Run) -> Iterator[str]:
         )
     if run.batches.source.changes:
         yield (
-            "the training images differ each time they are read: a resumed run sees others than one that is not "
-            "interrupted"
+            "the training images differ each time they are read: a resumed run therefore sees other images than an "
+            "uninterrupted one would have"
         )
     yield from _late(run)
     if _evaluated_on_training_images(run):
@@ -126,12 +127,12 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
     return f"{len(empty)} of {len(names)} classes have no image {purpose}: {shown}{more}"
 
 
-def _absent(source: Any) -> list[int]:
+def _absent(source: Readable) -> list[int]:
     """Returns the classes without an image in a split, if that is known without reading many of them.
 
     Of several labels per example, as tokens of a vocabulary, many may be rare.
     """
-    records: Any = getattr(getattr(source, "uncached", source), "records", None)
+    records = source.uncached.records
     selected = isinstance(records, Selected) and records.given_labels is not None
     known = selected or isinstance(records, FolderRecords | ArrayRecords)
     # TFDS and data set objects give a label with its image; an object may decode that.
@@ -147,8 +148,7 @@ def _evaluated_on_training_images(run: Run) -> bool:
     if data.held_out:
         return False
     if run.given.train is not None:
-        sources: tuple[Any, Any] = (run.batches.source, run.eval_source)
-        train, evaluation = (getattr(source, "uncached", source).records for source in sources)
+        train, evaluation = (source.uncached.records for source in (run.batches.source, run.eval_source))
         if isinstance(train, Selected):
             train = train.records
         # The list of a data set object has its labels alone.
@@ -184,13 +184,13 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
 
 
 def _fed_otherwise(run: Run, path: str) -> str | None:
-    """Returns a line if a teacher of the Hugging Face Hub was trained with another normalisation than it gets."""
+    """Returns a line if a teacher of the Hugging Face Hub was trained with a different normalisation."""
     name, ours = path.partition("::")[0], run.config.teacher.data
     theirs = hub.normalisation(name) if hub.is_on_hub(name) else None
     if theirs is None or all(_alike(ours[key], theirs[key]) for key in theirs):
         return None
     needed = " ".join(f"teacher.data.{key}={','.join(map(str, value))}" for key, value in theirs.items())
-    return f"the teacher in {path} was trained with another normalisation than it gets: set {needed}"
+    return f"the teacher in {path} was trained with a different normalisation: set {needed}"
 
 
 def _alike(ours: Sequence[float], theirs: Sequence[float]) -> bool:

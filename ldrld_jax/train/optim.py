@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from jax import dtypes
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code, load_object
@@ -36,7 +35,7 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
     """
     boundaries = jnp.asarray(optim.decay_epochs, jnp.int32)
     total, warmup_steps = epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
-    number = lambda x: jnp.asarray(x, dtypes.canonicalize_dtype(float))  # noqa: E731
+    number = lambda x: jnp.asarray(x, jnp.result_type(float))  # noqa: E731
 
     def decays(step: jax.Array) -> jax.Array:
         return jnp.sum(step // steps_per_epoch >= boundaries)
@@ -110,7 +109,7 @@ def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformatio
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={optim.name} cannot be called with a learning rate alone: {error}.") from error
     if not isinstance(made, optax.GradientTransformation):
-        raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, no optax.GradientTransformation.")
+        raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, not an optax.GradientTransformation.")
     return made
 
 

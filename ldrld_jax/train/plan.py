@@ -98,21 +98,20 @@ class Run:
         _check_host_teacher(config, objective, given.host_teacher(config))
         given.check_writers(config)
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
-        padded = batches.masked or config.batch_size % batches.divisor != 0
         source = batches.source
         check_num_classes(given.num_classes, len(source.class_names))
-        check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=padded)
+        check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
         logit_store.check_classes(config, len(source.class_names))
         _check_images(config, source)
         run = cls(config, workdir, mesh, eval_source, batches, objective, given)
-        rows = -(-config.batch_size // batches.divisor) * batches.divisor // config.accumulate * objective.views
-        check_metrics(given.metrics, rows, source, config.precision, masked=padded)
+        rows = batches.rows // config.accumulate * objective.views
+        check_metrics(given.metrics, rows, source, config.precision, masked=batches.padded)
         check_metrics(given.metrics, config.eval_batch_size, eval_source, config.precision)
         optimizer = run.make_optimizer()
         network, variables = run.networks.outline(config.student.model, config.data)  # a wrong name shows here
         run = dataclasses.replace(run, forwards=tuple(run.check_evaluation(*fed) for fed in run.networks_used))
         if config.student.model not in MODELS:
-            check_training(config.student.model, network, variables, source, masked=padded)
+            check_training(config.student.model, network, variables, source, masked=batches.padded)
         _check_optimizer(config, optimizer, trainable(variables, objective.init()))
         _check_average(config, variables)
         if objective.needs_last_layer:
@@ -123,6 +122,12 @@ class Run:
     @property
     def steps(self) -> int:
         return self.config.epochs * self.batches.steps_per_epoch
+
+    @property
+    def label_form(self) -> dict[str, Any]:
+        """The arguments of a teacher outside of JAX that say which logits an example needs."""
+        source = self.batches.source
+        return {"classes": len(source.class_names), "label_shape": source.label_shape}
 
     @property
     def schedule(self) -> Schedule:
@@ -143,8 +148,7 @@ class Run:
         config, found = self.config, [(self.config.student.model, self.config.data)]
         if not self.objective.methods or config_lib.teaches_itself(config) or self.teacher_is_outside:
             return found
-        models, given = config_lib.teacher_models(config), config.teacher.checkpoint or ""
-        paths = [given] if len(models) == 1 else given.split(",")
+        models, paths = config_lib.teacher_models(config), config_lib.teacher_checkpoints(config)
         for model, path in itertools.zip_longest(models, paths[: len(models)], fillvalue=""):
             saved = read_config(path) if path and is_folder(path) else None  # fed as that run was
             found.append((model, config.teacher.data if saved is None else ConfigDict(saved["data"])))

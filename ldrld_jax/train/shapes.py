@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError, one_line
+from ldrld_jax.models.purify import path_name
 from ldrld_jax.models.table import traced
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.state import Variables
@@ -90,7 +91,7 @@ def check_training(model: str, network: Network, variables: Variables, source: R
     if not jax.tree.leaves(variables.params):
         raise UserError(f"the model {model} has no parameters, so that there is nothing to train. Give it some.")
     dotted = collections.Counter(
-        _name(path).replace("/", ".") for path, _ in jax.tree_util.tree_leaves_with_path(variables)
+        path_name(path).replace("/", ".") for path, _ in jax.tree_util.tree_leaves_with_path(variables)
     )
     if twice := [name for name, count in dotted.items() if count > 1]:
         raise UserError(
@@ -100,8 +101,8 @@ def check_training(model: str, network: Network, variables: Variables, source: R
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise UserError(
-                f"the model {model} has parameters {_name(path)} of {leaf.dtype}, which no gradient changes. Make them "
-                "an nnx.Variable, or of Linen another collection."
+                f"the model {model} has parameters {path_name(path)} of {leaf.dtype}, which no gradient changes. Make "
+                "them an nnx.Variable, or of Linen another collection."
             )
 
     def forward(variables: Variables, images: jax.Array) -> tuple[Any, Any, Any]:
@@ -118,7 +119,7 @@ def check_training(model: str, network: Network, variables: Variables, source: R
     except Exception as error:
         raise _failure(model, "fails in training", source, error) from error
     _check_logits(model, "in training returns", logits, source)
-    before, after = ({_name(path): _form(x) for path, x in jax.tree_util.tree_leaves_with_path(s)} for s in stats)
+    before, after = ({path_name(path): _form(x) for path, x in jax.tree_util.tree_leaves_with_path(s)} for s in stats)
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
             raise UserError(
@@ -136,12 +137,11 @@ def _failure(model: str, fails: str, source: Readable, error: Exception) -> User
 
 def _check_logits(model: str, returns: str, logits: Any, source: Readable) -> None:
     wanted = (_IMAGES, *source.label_shape, len(source.class_names))
-    if getattr(logits, "shape", None) == wanted and jnp.issubdtype(logits.dtype, jnp.floating):
+    shape = getattr(logits, "shape", None)
+    if shape == wanted and jnp.issubdtype(logits.dtype, jnp.floating):
         return
     labels = f" and labels [n, {', '.join(map(str, source.label_shape))}]" if source.label_shape else ""
-    shown = (
-        _form(logits) if getattr(logits, "shape", None) == wanted else getattr(logits, "shape", type(logits).__name__)
-    )
+    shown = type(logits).__name__ if shape is None else _form(logits)
     raise UserError(
         f"the model {model} {returns} {shown} for {_IMAGES} images, and must return logits {wanted}: the data have "
         f"{wanted[-1]} classes{labels}."
@@ -189,7 +189,3 @@ def check_metrics(
 
 def _form(array: Any) -> str:
     return f"{array.dtype} {tuple(array.shape)}"
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

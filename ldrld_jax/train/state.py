@@ -43,9 +43,11 @@ class TrainState(NamedTuple):
 
         A schedule-free optimizer of optax has one in its state.
         """
+        if self.ema is not None:
+            return self.ema
         free = schedule_free(self.opt_state)
-        if self.ema is not None or free is None or isinstance(self.step, jax.ShapeDtypeStruct):
-            return self.student if self.ema is None else self.ema
+        if free is None or isinstance(self.step, jax.ShapeDtypeStruct):  # the average has the student's shapes
+            return self.student
         params, _ = optax.contrib.schedule_free_eval_params(free, trainable(self.student, self.method_params))
         return self.student._replace(params=params)
 

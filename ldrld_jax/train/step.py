@@ -13,6 +13,7 @@ import optax
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
+from ldrld_jax.models.layers import accumulation_dtype
 from ldrld_jax.models.purify import last_matrix_path
 from ldrld_jax.train.objective import Objective, at_least_float32
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
@@ -60,7 +61,7 @@ class Network:
         return self.apply(variables.params, variables.batch_stats, x, train=train, where=where, key=key)
 
     def _normalised(self, images: jax.Array) -> jax.Array:
-        x = images.astype(jnp.float64 if self.dtype == jnp.float64 else jnp.float32) / 255
+        x = images.astype(accumulation_dtype(self.dtype)) / 255
         if self.image_size is not None and x.shape[1:3] != (self.image_size, self.image_size):
             x = jax.image.resize(x, (x.shape[0], self.image_size, self.image_size, x.shape[3]), "bilinear")
         mean, std = (jnp.asarray(values, x.dtype).reshape(1, 1, 1, -1) for values in (self.mean, self.std))
@@ -79,11 +80,9 @@ class Ensemble:
     networks: tuple[Network, ...]
     average: str = "logits"
 
-    def __call__(
-        self, variables: tuple[Variables, ...], images: jax.Array, *, train: bool, where: jax.Array | None = None
-    ) -> tuple[jax.Array, Tree]:
+    def __call__(self, variables: tuple[Variables, ...], images: jax.Array, *, train: bool) -> tuple[jax.Array, Tree]:
         """Returns logits as `Network` does, float32 at least, and no statistics."""
-        outputs = [n(v, images, train=train, where=where)[0] for n, v in zip(self.networks, variables, strict=True)]
+        outputs = [n(v, images, train=train)[0] for n, v in zip(self.networks, variables, strict=True)]
         logits = jnp.stack([at_least_float32(output) for output in outputs])
         if self.average == "probabilities":
             log_p = jax.nn.log_softmax(logits)
@@ -170,9 +169,10 @@ def make_train_step(
       skip_non_finite: leave everything but the step number unchanged by a step whose loss or weights are
         not finite, and count it as `skipped` in the metrics. Otherwise such a step is counted as
         `non_finite`.
-      watch_optimizer: whether its state must stay finite as well: the sign of an infinite gradient, which Lion takes, is
-        a finite update, and its momentum is infinite for good.
-      unroll: unroll the loop over microbatches, which is slow on a CPU.
+      watch_optimizer: whether its state must stay finite as well. Lion updates by the sign of a gradient: if that is
+        infinite, the update is finite, and the momentum infinite for good.
+      unroll: whether to unroll the loop over microbatches; XLA for CPU runs convolutions inside a loop several times
+        slower.
       compared_depth: the number of largest classes that the metrics compare, see `agreement`.
       extra_metrics: further metrics by name, see `Metric`.
     """
@@ -194,7 +194,7 @@ def make_train_step(
             examples = None if where is None else jnp.any(where, axis=tuple(range(1, where.ndim)))
             teacher_logits: Any = rows.get("teacher_logits")
             if teacher_logits is not None:
-                dtype = jnp.float64 if student.dtype == jnp.float64 else jnp.float32
+                dtype = accumulation_dtype(student.dtype)
                 sparse = isinstance(teacher_logits, TopLogits)
                 teacher_logits = teacher_logits.dense(dtype) if sparse else teacher_logits.astype(dtype)
             elif teacher is not None:
@@ -261,7 +261,7 @@ def rematerialised(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_float(x: jax.Array) -> bool:
-    """Returns whether an array of the state has an average; a model's counters, for one, have their last value."""
+    """Returns True for floating-point arrays, which are averaged; others, such as counters, keep their last value."""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
@@ -330,13 +330,12 @@ def _extra(metrics: Mapping[str, Metric], logits: jax.Array, labels: jax.Array, 
 
 def _hyperparameter(opt_state: Tree) -> jax.Array | None:
     """Returns the learning rate in the state of an `optax.inject_hyperparams` optimizer; None for any other."""
-    is_injected = lambda x: isinstance(getattr(x, "hyperparams", None), dict)  # noqa: E731
-    found = [x.hyperparams for x in jax.tree.leaves(opt_state, is_leaf=is_injected) if is_injected(x)]
-    return found[0].get("learning_rate") if found else None
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+    return found[0][1] if found else None
 
 
 def _steps_taken(state: TrainState) -> jax.Array:
-    """Returns the number of steps that the optimizer has taken, which sets its learning rate: a skipped one is none."""
+    """Returns the optimizer's own count of steps, which sets its learning rate and leaves out skipped steps."""
     counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
     return counts[-1][1] if counts else state.step
 
@@ -353,7 +352,7 @@ def all_finite(tree: Tree) -> jax.Array:
 def still_finite(before: Tree, after: Tree) -> jax.Array:
     """Returns whether all numbers of a tree are finite that were finite before.
 
-    What a model keeps beside its parameters may hold others for good, as a mask of -inf does.
+    A model's other variables may always hold values that are not finite, such as a mask of -inf.
     """
     pairs = zip(_stacked(before), _stacked(after), strict=True)
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old)) for old, new in pairs], bool))

@@ -21,7 +21,7 @@ from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
-from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.evaluator import NOTHING_LEFT, Evaluator
 from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Variables
@@ -124,14 +124,12 @@ def obtain_teacher(
         return _from_file(run)
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
-    if (store := run.config.logits.get("dir")) and not (epath.Path(store) / "key.json").exists():
-        check_writable(store, "logits.dir")  # before a teacher is trained; a whole store may be read-only
+    if (folder := run.config.logits.get("dir")) and not (epath.Path(folder) / "key.json").exists():
+        check_writable(folder, "logits.dir")  # before a teacher is trained; a whole store may be read-only
     for recipe, place in recipes(run):
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
-    store = open_store(run, teacher) if run.config.logits else None
-    top1 = store.teacher_top1(_evaluated(run)) if store else None
-    missing = missing_epochs(store, run.batches, run.config.epochs) if store else None
+    store, top1, missing = _opened_store(run, teacher)
     if missing != [] or top1 is None:  # else nobody runs it
         teacher = placed(run, teacher)
     if top1 is None:
@@ -163,11 +161,8 @@ def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
 
 def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
     """Returns a teacher that runs on the host, or the store of its logits, after measuring it."""
-    config, source = run.config, run.batches.source
-    shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
-    store = open_store(run, function) if config.logits else None
-    top1 = store.teacher_top1(_evaluated(run)) if store else None
-    missing = missing_epochs(store, run.batches, config.epochs) if store else None
+    config, shape = run.config, run.label_form
+    store, top1, missing = _opened_store(run, function)
     if top1 is None:
         right = count = 0
         with waiting("evaluating the teacher"):
@@ -176,7 +171,9 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
                 best = np.argmax(function.of_batch(batch, **shape), axis=-1)
                 right += int(np.sum((best == batch["label"]) & batch["mask"]))
                 count += int(np.sum(batch["mask"]))
-        top1 = 100 * right / max(count, 1)
+        if not count:
+            raise UserError(NOTHING_LEFT)
+        top1 = 100 * right / count
     _introduce(run, "on the host", top1)
     if store is None:
         return OnHost(function, top1)
@@ -197,8 +194,7 @@ def _from_file(run: Run) -> StoredTeacher:
     """
     config, batches = run.config, run.batches
     path, source = config.teacher.checkpoint, batches.source
-    shape: dict[str, Any] = dict(classes=len(source.class_names), label_shape=source.label_shape)
-    file = LogitsFile.open(path, images=len(source), **shape)
+    file = LogitsFile.open(path, images=len(source), **run.label_form)
     views, view = config.logits.get("views"), getattr(source, "view", None)
     random = (view is not None and view.random) or source.changes
     if views is None and (batches.pad or batches.flip or random):
@@ -215,8 +211,7 @@ def _from_file(run: Run) -> StoredTeacher:
             f"teacher.min_top1 is of the evaluation split, and {path} has logits of the training images alone. Unset "
             "it."
         )
-    stored: Any = getattr(source, "uncached", source)
-    labels = stored.records.labels()
+    labels = source.uncached.records.labels()
     right = 100 * float(np.mean((np.argmax(file.read(0), axis=-1) == labels)[labels >= 0]))
     say(f"teacher logits from {path}  top-1 {right:.2f} on the training images")
     return StoredTeacher(LogitFeed(file, batches, run.mesh, config.epochs, **made_by(config.data)), None, right)
@@ -243,6 +238,16 @@ def check_top1(run: Run, top1: float, origin: str = "") -> None:
             f"demands {config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
             "teacher.min_top1."
         )
+
+
+def _opened_store(
+    run: Run, teacher: NetworkTeacher | HostTeacher
+) -> tuple[LogitStore | None, float | None, list[int] | None]:
+    """Returns the store of a run's teacher, the top-1 in it and the epochs that it lacks; each may be None."""
+    if not run.config.logits:
+        return None, None, None
+    store = open_store(run, teacher)
+    return store, store.teacher_top1(_evaluated(run)), missing_epochs(store, run.batches, run.config.epochs)
 
 
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
@@ -295,13 +300,8 @@ def checkpoints_of(run: Run) -> list[str]:
 
     Teachers that are objects or a user's code may have none, and come with their weights.
     """
-    given = run.config.teacher.checkpoint
-    if given and len(config_lib.teacher_models(run.config)) == 1:
-        return [given]  # a comma is part of its name
-    if given:
-        return given.split(",")
     trained = config_lib.teacher_runs(run.config, run.workdir) if run.config.teacher.epochs else []
-    return [str(place) for _, place in trained]
+    return config_lib.teacher_checkpoints(run.config) or [str(place) for _, place in trained]
 
 
 def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:
@@ -346,7 +346,7 @@ def _each(teacher: NetworkTeacher, change: Callable[[Variables], Variables]) -> 
 
 def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
     """Returns the store of a run's teacher in `logits.dir`, which may not exist yet."""
-    source: Any = getattr(run.batches.source, "uncached", run.batches.source)
+    source = run.batches.source.uncached
     if isinstance(teacher, HostTeacher):
         parts: dict[str, Any] = {"name": teacher.name, "fed": {"mean": teacher.mean, "std": teacher.std}}
     elif isinstance(teacher.network, Ensemble):

@@ -53,9 +53,9 @@ class Result:
       metrics: the lines of metrics.jsonl, `{"step": ..., "epoch": ..., "split": ..., "values": {...}}` each.
     """
 
-    trainer: "Trainer"
+    trainer: "Trainer" = dataclasses.field(repr=False)
     summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    metrics: list[dict[str, Any]] = dataclasses.field(repr=False)
 
     @functools.cached_property
     def student(self) -> Any:
@@ -89,7 +89,7 @@ class Trainer:
         learning rate is then `config={"optim.learning_rate": ...}`. None is the `optim` block of `config`.
       epochs, batch_size, seed: as in a config; the batch is global.
       workdir: the run's folder, from which the same call resumes; None makes a temporary one.
-      config: any other key of a config (docs/configs.md), `{"data.mean": (0.5,), "data.flip": True}`.
+      config: any other key of a config (docs/keys.md), `{"data.mean": (0.5,), "data.flip": True}`.
       writers: objects with `write(step, epoch, split, values)`, which get each line of metrics.jsonl.
       callbacks: called after evaluations and saves.
       metrics: `{name: function}` of `(logits, labels, where)`, which returns a number for each label, `[n]` or
@@ -101,7 +101,7 @@ class Trainer:
     Example:
       >>> from flax import nnx
       >>> images, labels = np.zeros((8, 4, 4, 1), np.uint8), np.arange(8) % 2
-      >>> apply = lambda w, x, train: x.reshape(len(x), -1) @ w
+      >>> apply = lambda w, x, train: x.reshape(x.shape[0], -1) @ w
       >>> trainer = Trainer(
       ...     student=(apply, np.zeros((16, 2), np.float32)),
       ...     teacher=(apply, np.ones((16, 2), np.float32)),
@@ -113,7 +113,8 @@ class Trainer:
       (8, 2)
     """
 
-    _kept: tuple[Any, Best] | None = None  # what predicted last, and of which checkpoint that was
+    # Of the last prediction: its config and checkpoint, and the network made from them.
+    _kept: tuple[Any, Best] | None = None
 
     def __init__(
         self,
@@ -155,8 +156,11 @@ class Trainer:
         place = tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else expand_home(str(workdir))
         self.workdir = epath.Path(place)
 
+    def __repr__(self) -> str:
+        return f"Trainer({self.config.student.model} by {self.config.method}, workdir={str(self.workdir)!r})"
+
     @classmethod
-    def of_config(
+    def from_config(
         cls,
         config: ConfigDict,
         workdir: epath.PathLike,
@@ -178,16 +182,14 @@ class Trainer:
         trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
         return trainer
 
-    def fit(
-        self, leave_within: float | None = None, *, profile: str | None = None, file: str | None = None
-    ) -> "Result":
+    def fit(self, *, leave_within: float | None = None, profile: str | None = None, file: str | None = None) -> Result:
         """Trains to the last epoch, or resumes an interrupted run, and returns its `Result`.
 
         Args:
           leave_within: seconds that the step in flight may still take after a first SIGTERM, SIGINT or SIGHUP; then
             the process ends without saving. None sets no limit. Saving has none.
           profile: a directory for a trace of some of the student's steps.
-          file: the config file that the config is of, for warnings about what differs from it.
+          file: used by the command line: the config file, for warnings about what differs from it.
 
         Raises:
           UserError: if the input is wrong; the workdir is untouched.
@@ -205,7 +207,13 @@ class Trainer:
         return check(self.config, self.workdir, given=self.given)
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the metrics of the best checkpoint on the evaluation split, see `evaluate`."""
+        """Returns cross-entropy (nats), top-1, top-5 (percent) and the run's own metrics, of the best checkpoint.
+
+        They are means over the evaluation split.
+
+        Raises:
+          UserError: if there is no checkpoint yet, or the data are not of the form of the training data.
+        """
         self._check_trained()
         return evaluate(self.config, self.workdir, given=self.given)
 
@@ -384,7 +392,7 @@ def _warn(run: Run, lines: Iterable[str]) -> None:
 
 def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals, given: Given) -> None:
     """Trains a teacher, or finds it trained; of several runs that share it one trains, and the others wait."""
-    waiting = False
+    told = False
     while True:
         try:
             _train(config_lib.resolve(recipe), workdir, signals, "teacher", given)
@@ -392,9 +400,9 @@ def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals,
         except LockedError:
             if jax.process_count() > 1:
                 raise
-        if not waiting:
+        if not told:
             say(f"another run trains the teacher in {workdir}: waiting for it")
-        waiting = True
+        told = True
         while is_locked(workdir):
             signals.check()
             time.sleep(_POLL_SECONDS)

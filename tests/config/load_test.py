@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
+from ldrld_jax.identity import identity
 from ldrld_jax.losses import METHODS
 from ldrld_jax.models import create_model
 from tests.conftest import ROOT
@@ -141,7 +142,7 @@ def test_the_teachers_recipe_is_the_plain_run_of_its_model():
         "configs/cifar100.py",
         ["method=ce", "student.model=resnet32x4", "optim.learning_rate=.01", "optim.warmup=none"],
     )
-    assert config_lib.identity(recipe) == config_lib.identity(config_lib.resolve(by_hand))
+    assert identity(recipe) == identity(config_lib.resolve(by_hand))
 
 
 def test_a_checkpoint_goes_before_a_recipe():
@@ -173,9 +174,9 @@ def test_identity_leaves_out_where_and_how_fast():
             ],
         )
     )
-    assert config_lib.identity(config) == config_lib.identity(moved)
+    assert identity(config) == identity(moved)
     other = config_lib.resolve(config_lib.load("configs/digits.py", ["seed=1"]))
-    assert config_lib.identity(config) != config_lib.identity(other)
+    assert identity(config) != identity(other)
 
 
 def test_the_package_finds_its_configs_wherever_it_is_called_from(tmp_path, monkeypatch):

@@ -82,6 +82,13 @@ def test_an_object_gives_one_example_an_index(arrays, kind):
     assert_read(source, *arrays)
 
 
+def test_a_data_set_object_that_does_not_know_its_classes_has_those_that_are_given(arrays):
+    items = Items(*arrays, num_classes=None)
+    assert len(as_source(items, num_classes=7).class_names) == 7
+    with pytest.raises(UserError, match=r"the data do not say how many classes they have\. Set num_classes"):
+        as_source(items)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_a_picture_of_any_mode_is_read_as_its_file_is(arrays, mode):
     """A palette's indices are no grey, and a mask is no raw input."""
@@ -226,7 +233,7 @@ def test_a_list_of_files_names_paths_and_labels(arrays, tmp_path, suffix, labels
     with pytest.raises(UserError, match="the class 'bird', which no training image has"):
         open_source("file_list", "val", str(tmp_path))
     (tmp_path / f"val.{suffix}").write_text("nonsense\nmore\n")
-    with pytest.raises(UserError, match="is no list of images"):
+    with pytest.raises(UserError, match="is not a valid list of images"):
         open_source("file_list", "val", str(tmp_path))
     with pytest.raises(UserError, match=r"there is no .*other\.csv or \.jsonl"):
         open_source("file_list", "other", str(tmp_path))
@@ -286,7 +293,7 @@ def test_numbers_from_1_are_told_from_folders_without_images(arrays, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,label\na.png,0.0\nb.png,1.0\n", "image 1, whose label '0.0' is no name and no whole number"),
+        ("path,label\na.png,0.0\nb.png,1.0\n", "image 1, whose label '0.0' is neither a name nor a whole number"),
         ("path,label\na.png,  \n", "image 1, which has no path or no label"),
         ("path,label\nmy,pic.png,dog\n", "image 1, which has more fields than the header: quote a path with a comma"),
         ("path,label\na.png,2480528\nb.png,2435098\n", "has 2 labels that are numbers up to 2480528, and numbers"),
@@ -307,7 +314,7 @@ def test_a_label_of_json_is_a_name_or_a_whole_number(tmp_path):
 
 def test_a_path_of_json_is_text(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"path": 3, "label": "cat"}\n')
-    with pytest.raises(UserError, match="image 1, whose path 3 is no text"):
+    with pytest.raises(UserError, match="image 1, whose path 3 is not text"):
         open_source("file_list", "train", str(tmp_path))
 
 

@@ -111,7 +111,7 @@ def test_a_student_of_images_that_no_file_holds_is_exported_and_predicts_arrays(
     assert described["before"] is None
     assert described["inside"] == {"scale": 1 / 255, "resize": None, "mean": [0.305], "std": [0.376]}
     logits = export.read_student(workdir / "export").program.call(arrays["x_train"])
-    best = Trainer.of_config(config_lib.load_run(str(workdir)), workdir)
+    best = Trainer.from_config(config_lib.load_run(str(workdir)), workdir)
     np.testing.assert_allclose(logits, best.predict(arrays["x_train"]), rtol=0, atol=1e-5)
     card = (workdir / "export/README.md").read_text()
     assert "It takes any number of images and normalises the pixels itself" in card
@@ -129,7 +129,7 @@ def test_a_student_of_images_that_no_file_holds_is_exported_and_predicts_arrays(
 def test_a_student_of_another_precision_gives_float32_logits_without_it(precision, run):
     config = config_lib.load_run(str(run), [f"precision={precision}"])
     images, _ = make_eval_source(config.data).read(np.arange(5))
-    student, _ = export.student_of(config, run)
+    student, *_ = export.student_of(config, run)
     program = jax.export.deserialize(student.program.serialize())
     with precision_scope(precision):
         network, variables = Networks(10, 1, precision).restore(str(run), "tiny_net", config.data)
@@ -198,6 +198,9 @@ def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(t
     assert "| seeds | 3 |" in card
     assert "| licence of the data | not known to this software |" in card
     assert "| accuracy, best epoch | the run had not ended |" in card
+    config["teacher"]["checkpoint"] = "/home/me/run,1"  # a comma is part of a single teacher's path
+    card = model_card(config, None, described=described, parameters=1234)
+    assert "| teacher | resnet20, from run,1 |" in card
 
 
 def test_the_lines_of_the_models_card_run(run, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def written(teacher_dir, tmp_path_factory):
         config = config_lib.load_run(teacher_dir)
         assert hub.export(config, teacher_dir, str(place)) == str(place)
         images, _ = make_eval_source(config.data).read(np.arange(5))
-        student, _ = export.student_of(config, teacher_dir)
+        student, *_ = export.student_of(config, teacher_dir)
         return place, images, np.asarray(student.program.call(images))
 
 
@@ -142,7 +142,7 @@ def test_a_teacher_of_the_hub_has_the_weights_and_says_how_it_is_fed(written, se
     source = types.SimpleNamespace(class_names=range(10))
     run = types.SimpleNamespace(config=config, batches=types.SimpleNamespace(source=source))
     assert [*teacher_warnings(run, ["hf://me/net"], 90.0)] == [
-        "the teacher in hf://me/net was trained with another normalisation than it gets: set teacher.data.mean=0.305 "
+        "the teacher in hf://me/net was trained with a different normalisation: set teacher.data.mean=0.305 "
         "teacher.data.std=0.376"
     ]
     config.teacher.data.mean = (0.305,)

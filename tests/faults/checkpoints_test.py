@@ -138,7 +138,7 @@ def test_what_unpacks_to_far_more_than_it_is_is_refused_unread(torch, tmp_path, 
 
 def test_a_pickle_of_another_protocol_is_named(torch, tmp_path):
     torch.save({"a": torch.zeros(2), "b": {"c": "x"}}, tmp_path / "a.pth", pickle_protocol=4)
-    with pytest.raises(UserError, match=r"is pickled by another protocol than PyTorch's own"):
+    with pytest.raises(UserError, match=r"uses a pickle protocol other than PyTorch's"):
         load(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps({"a": list(range(9))}, protocol=5))
     with pytest.raises(UserError, match=r"b\.pth"):

@@ -117,6 +117,14 @@ def test_a_block_that_nothing_reads_is_said(flags, expected):
     assert config_lib.remarks(config_lib.load(path, flags), path) == expected
 
 
+@pytest.mark.parametrize("name", ["run_1", "run,1"])
+def test_a_comma_is_part_of_the_path_of_a_single_teacher(name, tmp_path):
+    (tmp_path / name).mkdir()
+    flags = [f"teacher.checkpoint={tmp_path / name}", "teacher.data.mean=(.1,)"]
+    (line,) = config_lib.remarks(config_lib.load("configs/digits.py", flags), "configs/digits.py")
+    assert line.startswith("teacher.data.mean is set but has no effect")
+
+
 @pytest.mark.parametrize("path", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
 def test_what_a_config_file_sets_for_another_run_is_not_said(path):
     for flags in ([], ["teacher.checkpoint=t"], ["method=kd", "teacher.checkpoint=t"], ["method=ce"]):

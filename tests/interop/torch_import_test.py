@@ -5,17 +5,19 @@ import pathlib
 import pickle
 import tarfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 
 import ldrld_jax
 from ldrld_jax import UserError
 from ldrld_jax.interop.torch_files import write_safetensors
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, save_torch_checkpoint, to_state_dict
-from ldrld_jax.models import outline
+from ldrld_jax.models import create_model, outline
 from ldrld_jax.models.purify import purify
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
@@ -67,6 +69,13 @@ def test_the_round_trip_is_bitwise(name, param_dtype, tmp_path):
     save_torch_checkpoint(tmp_path / "b.safetensors", *variables(model))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert_holds(model, state)
+
+
+def test_a_checkpoint_is_loaded_by_the_keywords_that_make_its_model(tmp_path):
+    which = dict(name="resnet8", num_classes=7, in_channels=1)
+    model = create_model(**which, rngs=nnx.Rngs(0))
+    save_torch_checkpoint(tmp_path / "a.safetensors", *variables(model))
+    chex.assert_trees_all_equal(variables(load_torch_checkpoint(tmp_path / "a.safetensors", **which)), variables(model))
 
 
 def test_pytorch_loads_what_is_saved(torch, tmp_path):

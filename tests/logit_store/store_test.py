@@ -139,7 +139,7 @@ def test_the_first_of_two_writers_sets_the_key(store):
 def test_a_file_that_is_no_key_is_refused(store):
     for text in ("{", "[]", '{"key": 3}'):
         pathlib.Path(store.directory, "key.json").write_text(text)
-        with pytest.raises(UserError, match=r"key\.json is no key"):
+        with pytest.raises(UserError, match=r"is not the key\.json of a logit store"):
             store.teacher_top1(TEST)
 
 

@@ -69,7 +69,8 @@ def test_a_file_that_is_no_report_is_not_written_over(tmp_path, capsys):
         (tmp_path / name).write_text("my own notes")
         assert main([str(tmp_path)]) == 2
         assert (
-            f"{tmp_path / name} is no report of this program, and stays as it is. Set --out." in capsys.readouterr().err
+            f"{tmp_path / name} was not written by this program, and stays as it is. Set --out."
+            in capsys.readouterr().err
         )
         assert (tmp_path / name).read_text() == "my own notes"
         (tmp_path / name).unlink()
@@ -212,5 +213,5 @@ def test_objects_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
     ]
     torn, typed, *copies = found.notes
     assert "torn/data.json is truncated or not JSON" in torn
-    assert "typed/data.json is no note of a run's data" in typed
+    assert "typed/data.json is not a valid data.json" in typed
     assert names(copies) == ["f", "typed"]

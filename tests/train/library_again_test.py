@@ -223,7 +223,7 @@ def test_a_home_directory_is_expanded(make, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(make(workdir="~/x").workdir) == f"{tmp_path}/x"
     trainer = make()
-    assert str(ldrld_jax.Trainer.of_config(trainer.config, "~/y").workdir) == f"{tmp_path}/y"
+    assert str(ldrld_jax.Trainer.from_config(trainer.config, "~/y").workdir) == f"{tmp_path}/y"
     with pytest.raises(UserError, match=rf"the teacher's {tmp_path} holds no run"):
         make(teacher="~/")
     with pytest.raises(UserError, match=rf"for the teacher: '{tmp_path}/a'"):

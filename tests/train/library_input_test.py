@@ -1,5 +1,6 @@
 """Arguments that `ldrld_jax.Trainer` cannot use get one line, and leave no workdir."""
 
+import dataclasses
 import io
 import itertools
 
@@ -9,11 +10,27 @@ import pytest
 from flax import nnx
 from PIL import Image, ImageOps
 
-from ldrld_jax import LDRLDConfig
+from ldrld_jax import Callback, LDRLDConfig
 from ldrld_jax.errors import UserError
 from ldrld_jax.losses import KDConfig
 from tests.train.conftest import linear
 from tests.train.library_test import Drop, Linen
+
+
+class Printer:
+    """A user's writer."""
+
+    def write(self, step, epoch, split, values):
+        print(step, epoch, split, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saver(Callback):
+    """A callback as other libraries have it: by methods."""
+
+    def save(self, step, variables):
+        print(step, variables)
+
 
 WRONG = {
     "no model": (dict(student=3), "a model must be an nnx.Module"),
@@ -93,11 +110,19 @@ WRONG = {
     "a metric without a name": (dict(metrics=[print]), "metrics must be a dict from names to functions, got list"),
     "an array as a teacher": (dict(teacher=np.zeros((64, 10))), "a model must be an nnx.Module"),
     "a fraction of classes": (dict(num_classes=10.0), "num_classes must be a whole number, got 10.0"),
-    "no callback": (dict(callbacks=[print]), "a callback must be an ldrld_jax.Callback"),
+    "the class of a writer": (dict(writers=[Printer]), r"must be an object, got the class Printer\. Give Printer\(\)"),
+    "no callback": (
+        dict(callbacks=[print]),
+        r"a callback must be ldrld_jax\.Callback\(after_save=function\), got a builtin_function_or_method\. Pass",
+    ),
+    "a callback of another class": (
+        dict(callbacks=[Saver()]),
+        r"got a Saver\. .* Callback\(after_save=callback\.method",
+    ),
     "an unknown key": (dict(config={"data.maen": 1.0}), "Did you mean 'data.mean'"),
     "logits of other classes": (
         dict(student=(lambda v, x, train: x.reshape(len(x), -1) @ v, np.ones((64, 7), np.float32))),
-        r"returns \(2, 7\) for 2 images, and must return logits \(2, 10\)",
+        r"returns float32 \(2, 7\) for 2 images, and must return logits \(2, 10\)",
     ),
     "another shape": (
         dict(student=(linear, {"w": np.ones((49, 10), np.float32)})),

@@ -85,6 +85,8 @@ def test_objects_give_bitwise_the_run_of_their_names(tiny, digits, teacher_dir, 
     best = trainer.evaluate(config, tmp_path / "names")
     assert objects.evaluate() == best
     assert result.summary["best_top1"] == best["top1"]
+    assert repr(objects) == f"Trainer(<TinyNet> by ldrld, workdir='{tmp_path}/objects')"
+    assert repr(result) == f"Result(summary={result.summary!r})"  # in a notebook, neither metrics nor an address
     images, labels = digits["evaluation"]
     assert 100 * np.mean(objects.predict(images).argmax(-1) == labels) == pytest.approx(best["top1"])
     mean, std = (np.float32(rest[f"data.{name}"]) for name in ("mean", "std"))
@@ -94,6 +96,11 @@ def test_objects_give_bitwise_the_run_of_their_names(tiny, digits, teacher_dir, 
 
 def _comparable(lines):
     return [{**x, "values": {k: v for k, v in x["values"].items() if not k.endswith("_per_second")}} for x in lines]
+
+
+def test_fit_takes_no_number_of_epochs(make):
+    with pytest.raises(TypeError, match="positional argument"):
+        make().fit(10)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +228,15 @@ def test_a_normalised_host_teacher_gets_what_it_asks_for():
     np.testing.assert_array_equal(got[0], np.full((2, 4, 4, 1), 2, np.float32))
 
 
+def test_a_host_teacher_is_called_as_the_function_that_it_has():
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert ldrld_jax.HostTeacher(lambda x: np.zeros((len(x), 7)))(images).shape == (2, 7)
+    for shape, shown in (((2,), r"\(2,\)"), ((), r"\(\)"), ((3, 7), r"\(3, 7\)")):
+        teacher = ldrld_jax.HostTeacher(lambda x, shape=shape: np.zeros(shape))
+        with pytest.raises(UserError, match=rf"returns {shown} for 2 images, and must return logits \[2, C\]"):
+            teacher(images)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -278,7 +294,7 @@ def test_a_file_that_holds_no_logits_is_one_line(make, tmp_path, name):
     elif name != "missing.npy":
         path.write_bytes(b"" if name == "empty.npy" else b"no logits")
     teacher = {"teacher.model": "logits", "teacher.checkpoint": str(path)}
-    with pytest.raises(UserError, match=f"{name} is no file of logits that can be read") as error:
+    with pytest.raises(UserError, match=f"{name} cannot be read as a file of logits") as error:
         make(teacher=None, config=teacher).fit()
     assert "\n" not in str(error.value)
 

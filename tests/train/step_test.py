@@ -190,7 +190,7 @@ def test_student_and_teacher_are_compared_as_two_selections_would(classes, depth
 
 def test_an_ensemble_averages_logits_or_probabilities(rng):
     outputs = [jnp.asarray(z, jnp.float32) for z in rng.normal(size=(2, 3, 4))]
-    networks = tuple(lambda variables, images, train, where, z=z: (z, ()) for z in outputs)
+    networks = tuple(lambda variables, images, train, z=z: (z, ()) for z in outputs)
     mean, _ = Ensemble(networks)((None, None), None, train=False)
     np.testing.assert_allclose(mean, (outputs[0] + outputs[1]) / 2, rtol=1e-6)
     log_p, _ = Ensemble(networks, "probabilities")((None, None), None, train=False)

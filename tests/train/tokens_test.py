@@ -225,6 +225,21 @@ def test_a_teacher_outside_of_jax_gives_logits_of_each_token(make, tmp_path, out
     assert taught.summary["teacher_top1"] == (pytest.approx(device) if outside == "host" else None)
 
 
+def test_a_teacher_on_the_host_is_not_measured_on_nothing(make):
+    class Nothing:
+        num_classes = V
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return EVALUATION[0][index], np.full(LENGTH, -1)
+
+    rows = weights(1)["w"]
+    with pytest.raises(UserError, match="no image of the evaluation split is left"):
+        make(teacher=ldrld_jax.HostTeacher(lambda x: rows[x]), evaluation=Nothing()).fit()
+
+
 def test_texts_are_held_out_and_thinned_as_if_of_one_class(make):
     run = make(evaluation=None, config={"data.held_out": 0.25, "data.fraction": 0.5})
     plan = Run.plan(config_lib.resolve(run.config), run.workdir, given=run.given)

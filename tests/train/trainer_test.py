@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.record.recorder import NonFiniteError
 from ldrld_jax.train import loop, trainer
+from ldrld_jax.train.plan import Run
 from tests.conftest import comparable_lines
 
 
@@ -215,6 +217,14 @@ def test_a_non_finite_term_stops_the_run_with_its_step_and_name(tiny, teacher_di
     config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "optim.learning_rate=1e30", "optim.warmup=none")
     with pytest.raises(NonFiniteError, match=r"^ce, .*ldrld.* not finite at step [23] "):
         trainer.train(config, tmp_path)
+
+
+def test_mixup_takes_batches_that_are_whole_whatever_becomes_of_a_remainder(tiny, tmp_path):
+    whole = config_lib.resolve(tiny("data.mixup=.4", "data.remainder=keep", "batch_size=30", "mesh.data=1"))
+    assert not Run.plan(whole, tmp_path).batches.padded
+    rest = config_lib.resolve(tiny("data.mixup=.4", "data.remainder=keep", "batch_size=40", "mesh.data=1"))
+    with pytest.raises(UserError, match="which may hold no padding"):
+        Run.plan(rest, tmp_path)
 
 
 def test_mixup_is_drawn_by_seed_and_step(tiny, tmp_path):
