@@ -13,10 +13,9 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import check_writable
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
-from ldrld_jax.logit_store.store import LogitStore, make_key
+from ldrld_jax.logit_store.store import LogitStore, check_new, make_key
 from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
@@ -125,7 +124,7 @@ def obtain_teacher(
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
     if (store := run.config.logits.get("dir")) and not (epath.Path(store) / "key.json").exists():
-        check_writable(store, "logits.dir")  # before a teacher is trained; a whole store may be read-only
+        check_new(store)  # before a teacher is trained; a whole store may be read-only
     for recipe, place in recipes(run):
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
