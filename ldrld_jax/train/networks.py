@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import load_model
-from ldrld_jax.code import is_code
+from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
+from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.interop.hub import is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import MODELS, create_model, outline, own_model
@@ -77,9 +78,19 @@ class Networks:
         module = self.given[model] if model in self.given else self._made(model, seed)
         return pure(module, batch_norm_groups=batch_norm_groups)
 
+    def is_own(self, model: str) -> bool:
+        """Returns whether a model is a user's: one that is given, or that `module:function` makes."""
+        return model in self.given or (is_code(model) and not isinstance(load_object(model), HostTeacher))
+
+    def own(self, model: str) -> Any:
+        """Returns a user's model, as `pure` takes it; None for any other."""
+        if not self.is_own(model):
+            return None
+        return self.given[model] if model in self.given else self._made(model, 0)
+
     def structure(self, model: str) -> str | None:
-        """Returns a digest of a given module besides its arrays, see `models.structure`; None for any other model."""
-        return structure(self.given.get(model))
+        """Returns a digest of a user's module besides its arrays, see `models.structure`; None for any other model."""
+        return structure(self.own(model))
 
     def _made(self, model: str, seed: int) -> Any:
         if model.startswith("<"):

@@ -79,7 +79,7 @@ def warnings(run: Run) -> Iterator[str]:
             "methods never get their full weight. Lower it"
         )
     teachers = [name for name, _ in run.networks_used[1:]]
-    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.given.models.get(n))]):
+    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.networks.own(n))]):
         yield (
             f"the logit store knows {', '.join(functions)} by its variables alone: if its function depends on anything "
             "else and that changes, set another logits.dir"
