@@ -38,6 +38,12 @@ def test_the_last_ones_the_best_and_every_so_many_are_kept(tmp_path, policy, kep
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 5)
 
 
+def test_only_what_is_named_by_a_number_is_a_checkpoint(tmp_path):
+    for name in ("\u00b2", "\u0663", "1a", "-1"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(tmp_path).steps == []
+
+
 @pytest.mark.parametrize("name", ["a[1]", "a*b", "a?b", "a b"])
 def test_a_folder_whose_name_is_a_pattern_holds_whole_checkpoints(tmp_path, name):
     assert save(tmp_path / name, (1, 50.0)) == ["1"]
