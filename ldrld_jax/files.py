@@ -155,6 +155,11 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
 
 
+def place_of(path: epath.Path) -> str:
+    """Returns one name for a folder, whatever links and relative parts a path to it has."""
+    return os.path.realpath(path) if is_local(path) else str(path)
+
+
 def free_bytes(path: epath.PathLike) -> int:
     """Returns the bytes that are free on the disk of a local path, which need not exist."""
     place = pathlib.Path(path).resolve()
