@@ -110,6 +110,11 @@ def change_config(run: pathlib.Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def colour(run: pathlib.Path) -> None:
+    data = json.loads((run / "config.json").read_text())["data"]
+    change_config(run, data=data | {"mean": [0.5] * 3, "std": [0.2] * 3})
+
+
 def tear_the_first_line(run: pathlib.Path) -> None:
     first, rest = (run / "metrics.jsonl").read_text().split("\n", 1)
     (run / "metrics.jsonl").write_text(f"{first[:-9]}\n{rest}")
@@ -236,6 +241,21 @@ ON_DISK = {
         "text that begins '<html",
     ),
     "teacher, an empty folder": (lambda p, *_: (p / "teacher").mkdir(), TEACHER, "holds no run (no config.json)"),
+    "teacher, a folder for the Hub": (
+        lambda p, *_: [(p / "teacher").mkdir(), (p / "teacher/model.safetensors").write_bytes(b"")],
+        TEACHER,
+        "is an exported network, not the workdir of a run. Give the file in it: {place}/teacher/model.safetensors.",
+    ),
+    "teacher, an exported program": (
+        lambda p, *_: (p / "t.stablehlo").write_bytes(b"StableHLO"),
+        [*TEACHER, "--config.teacher.checkpoint={place}/t.stablehlo"],
+        "is a program, not a checkpoint. Give the student.safetensors that lies beside it",
+    ),
+    "teacher, of images with other channels": (
+        lambda p, run, _: colour(shutil.copytree(run, p / "teacher")),
+        [*TEACHER, "--config.teacher.model=tiny_net"],
+        "the run in {place}/teacher was trained on images of 3 channels, and those here have 1. Name another run.",
+    ),
     "teacher, other weights": (
         lambda p, *_: save({"fc.weight": np.zeros((9, 9))}, p / "teacher"),
         TEACHER,

@@ -91,6 +91,7 @@ def export(
     replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
     saved = read_config(workdir)  # resolved when the run's method was known
     assert saved is not None  # student_of has read it
+    saved["precision"] = config.precision  # of the program
     card = model_card(
         saved,
         read_summary(workdir, numbers=("best_top1",)),
@@ -122,7 +123,7 @@ def student_of(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NO
         source = open_evaluation(config, given)
         check_classes(workdir, source.class_names, whose="the run")
         networks = Networks.of(source, config.precision, given.models)
-        network, variables = networks.restore(str(workdir), config.student.model, config.data)
+        network, variables = networks.of_run(workdir, config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         try:

@@ -59,6 +59,7 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         return target
     saved = read_config(workdir)
     assert saved is not None  # student_of has read it
+    saved["precision"] = config.precision  # by which the student is described
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_checkpoint(folder / hub.WEIGHTS, *variables)
@@ -68,7 +69,7 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         "architecture": saved["student"]["model"],
         "num_classes": len(student.labels),
         "id2label": dict(enumerate(student.labels)),
-        "precision": saved["precision"],
+        "precision": config.precision,
         "matmul_precision": config.matmul_precision,
         "preprocessing": student.preprocessing,
         "sha256": {hub.WEIGHTS: hashlib.sha256((folder / hub.WEIGHTS).read_bytes()).hexdigest()},

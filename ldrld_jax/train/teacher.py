@@ -239,9 +239,20 @@ def check_top1(run: Run, top1: float, origin: str = "") -> None:
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher {config.model} {origin}{' ' * bool(origin)}has top-1 {top1:.2f} %, and teacher.min_top1 "
-            f"demands {config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
-            "teacher.min_top1."
+            f"demands {config.min_top1:.2f} %. Check {to_check(run)}, or lower teacher.min_top1."
         )
+
+
+def to_check(run: Run) -> str:
+    """Names what may be wrong with a weak teacher."""
+    if config_lib.teaches_from_file(run.config):
+        return "the file and the order of its rows"
+    if run.teacher_is_outside:
+        return "its function and the images that it gets"
+    if not (paths := checkpoints_of(run)):
+        return "its weights and teacher.data.mean and std"
+    fed = all(map(is_folder, paths))  # by the numbers that it was trained with
+    return "its checkpoint" if fed else "its checkpoint and teacher.data.mean and std"
 
 
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
