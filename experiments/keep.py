@@ -15,9 +15,14 @@ PLACES = ("data.data_dir", "teacher.data.data_dir", "teacher.workdir", "logits.d
 
 
 def keep(run: pathlib.Path, to: pathlib.Path) -> None:
-    """Copies one finished run; the path of its teacher's file is reduced to the file name."""
-    to.mkdir(parents=True, exist_ok=True)
+    """Copies one finished run; the paths of checkpoints and of arrays are reduced to the files' names.
+
+    Raises:
+      ValueError: if a file is torn; nothing is copied.
+    """
     config = json.loads((run / "config.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    json.loads((run / "summary.json").read_text())
     for place in PLACES:
         *path, last = place.split(".")
         block = config
@@ -25,10 +30,15 @@ def keep(run: pathlib.Path, to: pathlib.Path) -> None:
             block = block.get(part, {})
         if last in block:
             block[last] = None
-    if (checkpoint := config.get("teacher", {}).get("checkpoint")) is not None:
-        config["teacher"]["checkpoint"] = pathlib.Path(checkpoint).name
+    for block in (config.get("student", {}), config.get("teacher", {})):
+        if (paths := block.get("checkpoint")) is not None:
+            block["checkpoint"] = ",".join(pathlib.Path(path).name for path in paths.split(","))
+    for data in (config.get("data", {}), config.get("teacher", {}).get("data", {})):
+        kind, colon, path = (data.get("name") or "").partition(":")
+        if kind == "arrays":
+            data["name"] = f"{kind}{colon}{pathlib.Path(path).name}"
+    to.mkdir(parents=True, exist_ok=True)
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if line["split"] in ("eval", "teacher_eval")]
     (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     shutil.copyfile(run / "summary.json", to / "summary.json")
@@ -39,9 +49,15 @@ def keep(run: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def main(source: str, target: str) -> None:
+    torn = []
     for summary in sorted(pathlib.Path(source).glob("*/summary.json")):
         name = summary.parent.name.replace(":", "_")  # Windows could not check out a colon
-        keep(summary.parent, pathlib.Path(target) / name)
+        try:
+            keep(summary.parent, pathlib.Path(target) / name)
+        except (ValueError, OSError) as error:  # no JSON, or no such file
+            torn.append(f"{summary.parent} is left out: {error}")
+    if torn:
+        sys.exit("\n".join(torn))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ from ldrld_jax.errors import UserError, needs
 
 
 def search(trials: int, workdir: pathlib.Path, overrides: Sequence[str] = ()) -> Any:
-    """Returns the study in `workdir` once it has `trials` finished trials, each a run in `workdir/trial-NUMBER`."""
+    """Returns the study in `workdir` once it has `trials` finished trials, each a run in `workdir/trial-NUMBER`.
+
+    Raises:
+      UserError: if no trial has run to its end, or a run cannot start.
+    """
     with needs("the search", "optuna"):
         import optuna
         from optuna.storages import JournalStorage
@@ -55,8 +59,11 @@ def search(trials: int, workdir: pathlib.Path, overrides: Sequence[str] = ()) ->
         )
         return run.fit().summary["last_top1"]
 
-    finished = sum(trial.state.is_finished() for trial in study.trials)
+    ended = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED  # one that failed is made up for
+    finished = sum(trial.state in ended for trial in study.trials)
     study.optimize(top1_of, n_trials=max(trials - finished, 0))
+    if not study.get_trials(deepcopy=False, states=ended[:1]):
+        raise UserError(f"no trial in {workdir} has run to its end. Name more by --trials, or another --workdir.")
     return study
 
 

@@ -155,6 +155,11 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
 
 
+def place_of(path: epath.Path) -> str:
+    """Returns one name for a folder, whatever links and relative parts a path to it has."""
+    return os.path.realpath(path) if is_local(path) else str(path)
+
+
 def free_bytes(path: epath.PathLike) -> int:
     """Returns the bytes that are free on the disk of a local path, which need not exist."""
     place = pathlib.Path(path).resolve()
@@ -162,7 +167,9 @@ def free_bytes(path: epath.PathLike) -> int:
 
 
 def check_writable(path: epath.PathLike, what: str) -> None:
-    """Raises a UserError if a local folder can neither be written to nor made; of a remote one nothing is known.
+    r"""Raises a UserError if a local folder can neither be written to nor made; of a remote one nothing is known.
+
+    Nor may tensorstore, which writes there, misread its path: it takes UTF-8 alone, and a \ for a /.
 
     Args:
       path: of the folder, which need not exist.
@@ -171,6 +178,8 @@ def check_writable(path: epath.PathLike, what: str) -> None:
     if not is_local(epath.Path(path)):
         return
     place = pathlib.Path(path)
+    if "\\" in (whole := str(place.resolve())) or any("\ud800" <= char <= "\udfff" for char in whole):
+        raise UserError(f"the path {whole!r} has a backslash, or bytes that are no UTF-8. Choose another {what}.")
     # These functions of os take what lies in a folder that may not be entered as absent, and raise nothing.
     nearest = next(p for p in [place, *place.parents] if os.path.lexists(p))
     if not os.path.isdir(nearest):  # noqa: PTH112

@@ -7,6 +7,7 @@ import runpy
 import pytest
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store
 from ldrld_jax.report import collect, table
 from ldrld_jax.train.objective import make_objective
@@ -69,6 +70,23 @@ def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
     assert json.loads(kept["summary.json"]) == {"last_top1": 5.0}
 
 
+def test_no_path_of_a_run_is_kept_and_a_torn_one_is_named(tmp_path):
+    keep = runpy.run_path(str(ROOT / "experiments/keep.py"))["main"]
+    config = {"student": {"checkpoint": "/x/a.pth"}, "teacher": {"checkpoint": "/x/r20.pth,/y/r56.pth"}}
+    config["data"] = {"name": "arrays:/x/b.npz"}
+    for name in ("a", "b", "c"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config) if name != "b" else "{")
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text("")
+        (tmp_path / "runs" / name / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match=rf"^{tmp_path}/runs/b is left out: Expecting property name"):
+        keep(str(tmp_path / "runs"), str(tmp_path / "kept"))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a", "c"]
+    kept = json.loads((tmp_path / "kept/c/config.json").read_text())
+    assert (kept["student"]["checkpoint"], kept["teacher"]["checkpoint"]) == ("a.pth", "r20.pth,r56.pth")
+    assert kept["data"]["name"] == "arrays:b.npz"
+
+
 def test_no_log_names_a_folder_of_a_machine():
     for path in (ROOT / "experiments").rglob("*.json"):
         assert not re.search(r'"/|://|~', path.read_text()), path
@@ -88,3 +106,17 @@ def test_a_search_goes_on_where_it_was_and_prunes_after_an_epoch(tiny, data_dir,
     again, second = search(2, tmp_path, few).trials
     assert again.value == first.value
     assert second.state == optuna.trial.TrialState.PRUNED and list(second.intermediate_values) == [1]
+
+
+def test_a_trial_that_failed_is_made_up_for(tiny, data_dir, teacher_dir, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    search = runpy.run_path(str(ROOT / "experiments/optuna_digits.py"))["search"]
+    few = [*tiny_overrides(data_dir), "student.model=tiny_net", "method=ldrld", f"teacher.checkpoint={teacher_dir}"]
+    few += ["data.held_out=.4", "epochs=1"]
+    with pytest.raises(UserError, match="batch_size"):
+        search(1, tmp_path, [*few, "batch_size=0"])
+    states = [trial.state.name for trial in search(1, tmp_path, few).trials]
+    assert states == ["FAIL", "COMPLETE"]
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: True)
+    with pytest.raises(UserError, match=r"no trial in .* has run to its end\. Name more by --trials"):
+        search(1, tmp_path / "other", few)

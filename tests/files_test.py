@@ -34,6 +34,8 @@ def test_where_no_folder_can_be_made_is_one_line(tmp_path, monkeypatch):
         "file": "file is a file. Choose another workdir.",
         "file/a/b": "file is a file. Choose another workdir.",
         "link/a": "link is a broken link. Choose another workdir.",
+        "a\\b": f"the path '{tmp_path}/a\\\\b' has a backslash, or bytes that are no UTF-8. Choose another workdir.",
+        "\udcff": f"the path '{tmp_path}/\\udcff' has a backslash, or bytes that are no UTF-8. Choose another workdir.",
     }.items():
         with pytest.raises(UserError) as error:
             files.check_writable(place, "workdir")

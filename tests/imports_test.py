@@ -39,7 +39,7 @@ ALLOWED = {
         *("checkpoint", "config", "data", "errors", "files", "identity", "losses", "record", "runtime", "train"),
     },
     "main": {"aot", "bench", "config", "data", "deploy", "errors", "files", "record", "runtime", "train"},
-    "sweep": {"config", "errors", "files", "identity", "interop", "main", "record", "report"},
+    "sweep": {"code", "config", "errors", "files", "identity", "interop", "main", "models", "record", "report"},
     "completion": set(),
     "cli": {"completion", "config", "errors", "main", "report", "sweep"},
 }

@@ -62,7 +62,7 @@ WRONG = [
     (["--config.data.name=cifra100"], "there is no dataset 'cifra100'. Did you mean 'cifar100'?"),
     (["--config.data.name=cifar100"], "tfds build cifar100 --file_format array_record --data_dir"),
     (["--config.data.train_split=training"], "there is no split of digits 'training'. Did you mean 'train'?"),
-    (["--config.data.mean=(.1,.2)"], r"data.mean must have one number \(the image's channels\), got 2"),
+    (["--config.data.mean=(.1,.2)"], "data.mean must have one number (the image's channels), got 2"),
     (["--config.data.loader=residnet"], "there is no data.loader 'residnet'"),
     (["--config.data.remainder=pad"], "there is no data.remainder 'pad'"),
     (["--config.data.threads=0"], "data.threads must be at least 1, got 0"),
@@ -108,6 +108,11 @@ def tear(path: pathlib.Path) -> None:
 def change_config(run: pathlib.Path, **changes) -> None:
     path = run / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def colour(run: pathlib.Path) -> None:
+    data = json.loads((run / "config.json").read_text())["data"]
+    change_config(run, data=data | {"mean": [0.5] * 3, "std": [0.2] * 3})
 
 
 def tear_the_first_line(run: pathlib.Path) -> None:
@@ -236,6 +241,21 @@ ON_DISK = {
         "text that begins '<html",
     ),
     "teacher, an empty folder": (lambda p, *_: (p / "teacher").mkdir(), TEACHER, "holds no run (no config.json)"),
+    "teacher, a folder for the Hub": (
+        lambda p, *_: [(p / "teacher").mkdir(), (p / "teacher/model.safetensors").write_bytes(b"")],
+        TEACHER,
+        "is an exported network, not the workdir of a run. Give the file in it: {place}/teacher/model.safetensors.",
+    ),
+    "teacher, an exported program": (
+        lambda p, *_: (p / "t.stablehlo").write_bytes(b"StableHLO"),
+        [*TEACHER, "--config.teacher.checkpoint={place}/t.stablehlo"],
+        "is a program, not a checkpoint. Give the student.safetensors that lies beside it",
+    ),
+    "teacher, of images with other channels": (
+        lambda p, run, _: colour(shutil.copytree(run, p / "teacher")),
+        [*TEACHER, "--config.teacher.model=tiny_net"],
+        "the run in {place}/teacher was trained on images of 3 channels, and those here have 1. Name another run.",
+    ),
     "teacher, other weights": (
         lambda p, *_: save({"fc.weight": np.zeros((9, 9))}, p / "teacher"),
         TEACHER,

@@ -28,13 +28,13 @@ def trap(tmp_path, monkeypatch):
 
 
 def test_a_dataset_whose_description_names_a_module_is_refused(trap, tmp_path):
-    folder = tmp_path / "data" / "birds" / "1.0.0"
+    folder = tmp_path / "data [1]" / "birds" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps({"name": "birds", "version": "1.0.0"}))
     for key in ("pythonClassName", "python_class_name"):
         (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": {"image": {key: trap}}}}))
         with pytest.raises(UserError, match=r"features.json asks to import 'ldrld_trap.Trap', which is refused"):
-            open_source("birds", "train", str(tmp_path / "data"))
+            open_source("birds", "train", str(tmp_path / "data [1]"))
 
 
 @pytest.mark.parametrize("name", ["kaggle:birds", "huggingface:birds", "someone:birds/1", "../birds", "/birds", "a b"])

@@ -19,6 +19,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked
 from ldrld_jax.losses import METHODS
+from ldrld_jax.models import MODELS
 from ldrld_jax.sweep.__main__ import _fitting, main, parse
 from ldrld_jax.sweep.__main__ import jobs_of as jobs_in_shard
 from ldrld_jax.sweep.plan import load, plan
@@ -64,9 +65,10 @@ def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
     assert len({flag for job in exact for flag in job.command if "logits.dir=/store/" in flag}) == 2
 
 
-def test_a_run_of_many_settings_has_a_name_of_its_own_that_a_file_may_have(schedule, tmp_path):
+def test_a_run_of_many_settings_has_a_name_of_its_own_that_a_file_may_have(schedule, tmp_path, monkeypatch):
     decays = [f"({','.join(map(str, range(1, last)))})" for last in (88, 89)]  # alike in the first 251 bytes
     model = "é" * 118 + "x"  # with its key 251 bytes
+    monkeypatch.setitem(MODELS, model, MODELS["resnet8"])
     jobs = jobs_of(
         tmp_path,
         "method=ce",
@@ -90,7 +92,16 @@ def test_a_run_of_many_settings_has_a_name_of_its_own_that_a_file_may_have(sched
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ({"runs": [{"seed": 0}, {"seed": 0}]}, "names a run twice: seed=0"),
+        ({"runs": [{"seed": 0}, {"seed": 0}]}, r"names a run twice: seed=0\."),
+        (
+            {"grid": {"optim.learning_rate": [".1", "0.1"]}},
+            r"names a run twice: optim\.learning_rate=\.1, optim\.learning_rate=0\.1\.",
+        ),
+        (
+            {"grid": {"teacher.model": ["resnet20", "resnet2O"]}},
+            r"there is no model 'resnet2O'\. Did you mean",
+        ),
+        ({"grid": {"student.model": ["resnet8x5"]}}, "there is no model 'resnet8x5'"),
         ({"runs": [{"sede": 0}]}, "there is no config key 'sede'. Did you mean 'seed'?"),
         ({"grid": {"seed": 3}}, "a list of values for each key"),
         ({"seeds": [3]}, "got config, seeds"),
@@ -109,13 +120,27 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message)
         jobs_of(tmp_path, **sweep)
 
 
+def test_runs_whose_settings_differ_in_a_slash_alone_have_folders_of_their_own(tmp_path):
+    places = ["a/b", "a_b", "a\\b", "a\udcffb"]
+    first, *others = [job.name for job in jobs_of(tmp_path, "method=ce", grid={"student.checkpoint": places})]
+    assert first == "student.checkpoint=a_b"
+    assert all(re.fullmatch(r"student\.checkpoint=a_b-[0-9a-f]{8}", name) for name in others)
+    assert len({first, *others}) == 4
+
+
+def test_a_sweep_into_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--config", "configs/digits.py", "--workdir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"ldrld_jax.sweep: {tmp_path}/file is a file. Choose another workdir.\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "needs a FILE"),
         (["nothing.py"], "there is no sweep file 'nothing.py'"),
         (["experiments/ablations.py:depht"], "there is no ablation 'depht'"),
-        (["experiments/methods.py", "--shard", "4/4"], "--shard is I/N"),
+        (["experiments/methods.py", "--shard", "4/4"], "--shard is I/N with 0 <= I < N, got 4/4."),
         (["experiments/methods.py", "--jobs", "0"], "--jobs must be at least 1"),
         (["experiments/methods.py", "--grid", "seed"], "--grid is KEY=VALUE"),
         (["experiments/methods.py", "--gird", "seed=1"], "there is no flag '--gird'"),
@@ -271,6 +296,12 @@ def test_a_teacher_is_trained_by_one_run_while_the_others_wait(schedule, tmp_pat
     (place / "summary.json").write_text("{}")
     sweep._turn()
     assert _Instant.started[-1] == "method=dkd"
+
+
+def test_a_teachers_folder_is_one_by_any_path(schedule, tmp_path):
+    runs = [{"method": "kd", "teacher.workdir": tmp_path / "t"}, {"teacher.workdir": tmp_path / "runs/../t"}]
+    schedule(jobs_of(tmp_path, runs=runs), slots=2)._turn()
+    assert len(_Instant.started) == 1
 
 
 def test_a_run_of_another_process_is_waited_for(schedule, tmp_path):

@@ -29,6 +29,7 @@ from ldrld_jax.train.state import TrainState
 from ldrld_jax.train.teacher import NetworkTeacher, Teacher, teacher_at_hand, weights_of
 
 _TURNS = 5
+_ENDLESS = 10**9  # epochs
 
 
 def report(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> str:
@@ -65,7 +66,15 @@ class _Measurement:
         run, devices = self._run, self._run.mesh.devices.size
         parts, batch = self._time_input()
         step, state = self._step(run, self._teacher)
-        advance = Dispatcher(run, step, 0, (run.placement.of_state(state), replicated(run.mesh)), lambda what: None)
+        endless = copy.deepcopy(run.config)
+        endless.epochs = _ENDLESS  # it is timed for so many seconds, whatever the number of its steps
+        advance = Dispatcher(
+            dataclasses.replace(run, config=endless),
+            step,
+            0,
+            (run.placement.of_state(state), replicated(run.mesh)),
+            lambda what: None,
+        )
         begun = time.perf_counter()
         lowered = advance.one.lower(state, self._frozen, batch)
         compiled = lowered.compile()  # the jitted function reuses it

@@ -71,7 +71,7 @@ class Checkpoints:
 
     def _steps_on_disk(self) -> list[int]:
         found = self._directory.iterdir() if self._directory.exists() else ()
-        return sorted(int(path.name) for path in found if path.name.isdigit())
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.name.isascii())
 
     @property
     def steps(self) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import glob
 import logging
 import sys
 import warnings
@@ -38,8 +39,20 @@ class Writing:
 def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
     """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole."""
     _quiet_threads()
-    with full_disk_named(path.parent, _FULL):
+    with full_disk_named(path.parent, _FULL), _layout(path):
         return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
+
+
+def _layout(path: epath.Path) -> contextlib.AbstractContextManager[object]:
+    """Returns orbax's options for a path.
+
+    To join an OCDBT database, orbax looks for its parts by a pattern that begins with the path itself, and in a folder
+    "a[1]" it finds none: there each array has a folder of its own.
+    """
+    if glob.escape(str(path)) == str(path):
+        return contextlib.nullcontext()
+    saving = ocp.options.ArrayOptions.Saving(use_ocdbt=False)
+    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
 
 
 def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:

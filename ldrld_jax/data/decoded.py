@@ -104,7 +104,8 @@ def open_decoded(split: str, data_dir: str | None) -> tuple[DecodedRecords, tupl
         raise UserError(f"data.name={NAME} needs a local folder of decoded images, got {data_dir}. {how}")
     folder = epath.Path(data_dir) / split
     if not (folder / MANIFEST).exists():
-        there = ", ".join(sorted(path.parent.name for path in epath.Path(data_dir).glob(f"*/{MANIFEST}")))
+        splits = epath.Path(data_dir).iterdir() if epath.Path(data_dir).is_dir() else ()
+        there = ", ".join(sorted(path.name for path in splits if (path / MANIFEST).exists()))
         raise UserError(f"{data_dir} has no decoded images of the split {split}; it has {there or 'none'}. {how}")
     manifest = read_manifest(folder)
     try:

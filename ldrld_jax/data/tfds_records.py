@@ -75,14 +75,14 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
       UserError: see `sources.open_source`.
     """
     builder = make_builder(name, data_dir)
-    if name == "digits" and not builder.is_prepared():
+    if name == "digits" and not _has_files(builder, ".array_record"):
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download, and there is none
             try:
                 builder.download_and_prepare()
             except Exception:  # another process may have been faster; TFDS has no error of its own for that
                 builder = make_builder(name, data_dir)
-                if not builder.is_prepared():
+                if not _has_files(builder, ".array_record"):
                     raise
     return _open(name, split, builder, data_dir)
 
@@ -102,7 +102,7 @@ def _open(
     name: str, split: str, builder: tfds.core.DatasetBuilder, data_dir: str | None
 ) -> tuple[TfdsRecords, tuple[str, ...], tuple]:
     features = builder.info.features
-    if not any(builder.data_path.glob("*.array_record*")):
+    if not _has_files(builder, ".array_record"):
         raise _not_prepared(name, data_dir, builder)
     try:
         count = builder.info.splits[split].num_examples
@@ -172,8 +172,9 @@ def _check_imports(folder: epath.Path) -> None:
     Raises:
       UserError: if a module outside TFDS is named, or the description is damaged.
     """
-    found = [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")] if folder.is_dir() else []
-    for path in found:
+    versions = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    places = versions + [path for version in versions for path in version.iterdir()]
+    for path in (path for place in places if (path := place / "features.json").exists()):
         try:
             named = set(_class_names(json.loads(path.read_text())))
         except ValueError as error:
@@ -199,10 +200,15 @@ def _builder(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=data_dir)  # a copy in another format; `open_tfds` rejects it
 
 
+def _has_files(builder: Any, kind: str) -> bool:
+    """Returns whether a builder's folder has files of a kind. TFDS and epath read a folder "a[1]" as a pattern."""
+    return builder.data_path.is_dir() and any(kind in path.name for path in builder.data_path.iterdir())
+
+
 def _not_prepared(name: str, data_dir: str | None, builder: Any) -> UserError:
     where = f" --data_dir {data_dir}" if data_dir else ""
     path = builder.data_path
-    if any(path.glob("*.tfrecord*")):
+    if _has_files(builder, ".tfrecord"):
         command = f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
         return UserError(
             f"dataset {name} in {path} consists of TFRecord files, which have no random access. Convert them: "

@@ -129,7 +129,7 @@ def student_of(
         source = open_evaluation(config, given)
         check_classes(workdir, source.class_names, whose="the run")
         networks = Networks.of(source, config.precision, given.models)
-        network, variables = networks.restore(str(workdir), config.student.model, config.data)
+        network, variables = networks.of_run(workdir, config.student.model, config.data)
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         try:
@@ -146,6 +146,7 @@ def student_of(
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names), **shapes)
     saved = read_config(workdir)  # resolved when the run's method was known
     assert saved is not None  # its checkpoint has been read by it
+    saved["precision"] = config.precision  # of the program
     return Student(program, described, tuple(source.class_names)), variables, saved
 
 

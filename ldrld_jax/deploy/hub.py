@@ -63,7 +63,7 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         "architecture": saved["student"]["model"],
         "num_classes": len(student.labels),
         "id2label": dict(enumerate(student.labels)),
-        "precision": saved["precision"],
+        "precision": config.precision,
         "matmul_precision": config.matmul_precision,
         "preprocessing": student.preprocessing,
         "sha256": {hub.WEIGHTS: hashlib.sha256((folder / hub.WEIGHTS).read_bytes()).hexdigest()},

@@ -85,9 +85,14 @@ def _on_standard_input() -> list[str]:
 
 
 def _matches(pattern: epath.Path) -> Iterator[str]:
-    """Yields the files that match a pattern; on a local path, folders may have wildcards too, ** for any depth."""
+    """Yields the files that match a pattern; on a local path, folders may have wildcards too, ** for any depth.
+
+    A folder that exists is itself, even if its name is a pattern.
+    """
     if is_local(pattern):
-        found = map(epath.Path, glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # it takes absolute ones
+        there = next((place for place in pattern.parents if place.is_dir()), pattern.parent)
+        whole = epath.Path(glob.escape(str(there))) / pattern.relative_to(there)
+        found = map(epath.Path, glob.glob(str(whole), recursive=True))  # noqa: PTH207  # it takes absolute ones
     else:
         found = pattern.parent.glob(pattern.name)
     yield from (str(path) for path in found if not path.is_dir())

@@ -20,7 +20,7 @@ class HostTeacher:
 
     Attributes:
       function: `function(images)` returns logits `[n, C]`, or `[n, ..., C]` for data with several labels per example,
-        as an array or whatever NumPy converts (a CPU tensor of PyTorch). Images are the augmented batch as the student
+        as an array, a tensor of PyTorch, or whatever NumPy converts. Images are the augmented batch as the student
         sees it before normalisation: the source's dtype, uint8 for pixels, `[n, height, width, channels]`; padding is
         left out. It is called in one thread at a time.
       name: identifies the teacher in a logit store, so another teacher needs another name; also shown in a run's
@@ -61,7 +61,7 @@ class HostTeacher:
             mean, std = (np.asarray(values, np.float32) for values in (self.mean or (0.0,), self.std or (1.0,)))
             scale = 255 if images.dtype == np.uint8 else 1
             images = (images.astype(np.float32) / scale - mean) / std
-        logits = np.asarray(self.function(images), np.float32)
+        logits = self._array(self.function(images))
         lead = (len(images), *label_shape)
         if logits.shape[:-1] != lead or classes not in (None, logits.shape[-1]):
             wanted = ", ".join(map(str, (*lead, "C" if classes is None else classes)))
@@ -73,6 +73,18 @@ class HostTeacher:
         if not np.isfinite(logits).all():
             raise UserError(f"a logit of the teacher {self.shown} is not finite. Look at its weights and its images.")
         return logits
+
+    def _array(self, logits: Any) -> np.ndarray:
+        """Converts logits to NumPy's float32: also a tensor of PyTorch with a gradient, on a GPU or in bfloat16."""
+        if hasattr(logits, "detach"):
+            logits = logits.detach().float().cpu().numpy()
+        try:
+            return np.asarray(logits, np.float32)
+        except Exception as error:  # of NumPy, or of the library whose array it is
+            raise UserError(
+                f"the teacher {self.shown} returns {type(logits).__name__}, which NumPy cannot convert "
+                f"({' '.join(str(error).split())}). Return logits as an array."
+            ) from error
 
     @property
     def shown(self) -> str:
@@ -131,14 +143,16 @@ class LogitsFile:
           UserError: if it cannot be read, or is of other images or classes.
         """
         logits, wanted = _read(path), (images, *label_shape, classes)
-        logits = logits[None] if logits.ndim == len(wanted) else logits
-        if logits.shape[1:] != wanted or not jnp.issubdtype(logits.dtype, jnp.floating):
-            shown = ", ".join(map(str, wanted))
+        views = logits[None] if logits.ndim == len(wanted) else logits
+        held, shown = f"{logits.dtype} {list(logits.shape)}", ", ".join(map(str, wanted))
+        if views.shape[1:] != wanted:
             raise UserError(
-                f"{path} holds {logits.dtype} {logits.shape}, and the training images need logits [{shown}] or "
-                f"[views, {shown}], in the order of the data set."
+                f"{path} holds {held}, and the training images need logits [{shown}] or [views, {shown}], in the order "
+                "of the data set."
             )
-        return cls(logits, path)
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise UserError(f"{path} holds {held}, and logits are floating-point numbers. Save them as float32.")
+        return cls(views, path)
 
     @property
     def views(self) -> int:

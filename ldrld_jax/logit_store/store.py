@@ -262,6 +262,7 @@ class LogitStore:
         """Returns the content of `key.json` after checking its key; None if there is no store yet."""
         content = self._files.read("key.json").result()
         if content.state == "missing":
+            check_new(self.directory)
             return None
         try:
             note = json.loads(content.value)
@@ -283,7 +284,7 @@ class LogitStore:
         with full_disk_named(self.directory, _FULL):
             there = self._files.read("key.json").result()
             # A store of an earlier version is given the description that it lacks.
-            if there.state == "missing" or "evaluated" not in (self._note() or {}):
+            if "evaluated" not in (self._note() or {}):
                 text = json.dumps(note, indent=2) + "\n"
                 self._files.write("key.json", text.encode(), if_equal=there.stamp.generation).result()
         self._note()
@@ -294,7 +295,7 @@ class LogitStore:
         if "://" in self.directory or not epochs:
             return
         check_writable(self.directory, "logits.dir")
-        if needed > (free := free_bytes(self._path)):
+        if needed > (free := free_bytes(self.directory)):
             raise UserError(
                 f"the logit store {self.directory} needs {human_bytes(needed)} more, and {human_bytes(free)} are free "
                 "there. Set logits.dir on a larger disk, or logits.views for fewer augmentations."
@@ -334,28 +335,45 @@ class LogitStore:
             self._files.write(f"{epoch:05}/whole", b"").result()
 
     @property
-    def _path(self) -> pathlib.Path:
-        return pathlib.Path(self.directory).resolve()
-
-    @property
     def _files(self) -> Any:
-        return ts.KvStore.open(self._place("")).result()
-
-    def _place(self, folder: str) -> dict[str, str] | str:
-        if "://" in self.directory:
-            return f"{self.directory.rstrip('/')}/{folder}"
-        return {"driver": "file", "path": f"{self._path}/{folder}"}
+        return _files(self.directory)
 
     def _arrays(self, epoch: int, logits: Logits) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Yields the zarr arrays of an epoch, each with what it holds."""
         for path, array in jax.tree_util.tree_leaves_with_path(logits):
             place = "/".join([f"{epoch:05}", *(part.name for part in path), ""])
             metadata = {"shape": list(array.shape), "data_type": ts.dtype(array.dtype).name}
-            yield {"driver": "zarr3", "kvstore": self._place(place), "metadata": metadata}, array
+            yield {"driver": "zarr3", "kvstore": _place(self.directory, place), "metadata": metadata}, array
 
     def _damaged(self, epoch: int, how: str) -> UserError:
         place = f"{self.directory.rstrip('/')}/{epoch:05}"
         return UserError(f"{place} is damaged: {how}. Delete this folder: the next run writes it again.")
+
+
+def check_new(directory: str) -> None:
+    """Raises a UserError if a folder without a key cannot become a store.
+
+    It may not be written to, or have epochs already, and nothing says what those are of.
+    """
+    check_writable(directory, "logits.dir")
+    files = _files(directory)
+    epochs = files.list(ts.KvStore.KeyRange("0", ":")).result()  # ":" follows the digits
+    # In the meantime another run may have begun the store.
+    if any(name.endswith(b"/whole") for name in epochs) and files.read("key.json").result().state == "missing":
+        raise UserError(
+            f"{directory} has stored epochs and no key.json, which says what they are of. Restore it, or set another "
+            "logits.dir."
+        )
+
+
+def _files(directory: str) -> Any:
+    return ts.KvStore.open(_place(directory, "")).result()
+
+
+def _place(directory: str, folder: str) -> dict[str, str] | str:
+    if "://" in directory:
+        return f"{directory.rstrip('/')}/{folder}"
+    return {"driver": "file", "path": f"{pathlib.Path(directory).resolve()}/{folder}"}
 
 
 def _layout(array: np.ndarray) -> dict[str, Any]:

@@ -183,6 +183,12 @@ def evaluation_line(name: str, epoch: float, epochs: int, values: Mapping[str, f
     )
 
 
+_RATED = tuple(f"{when}_{name}" for when in ("best", "last") for name in ("epoch", "top1", "top5"))
+# What `summary_table` shows of a run's summary.
+TABLE_NUMBERS = ("seed", "steps", *_RATED)
+TABLE_NAMES = ("student", "teacher", "method")
+
+
 def summary_table(summary: Mapping[str, Any], workdir: str) -> str:
     """Formats the table at the end of a run, in 40 columns, and a line with what the run was.
 

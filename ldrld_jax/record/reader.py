@@ -89,20 +89,23 @@ def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose:
     raise UserError(f"{whose} in {workdir} was trained on other classes: {what}. Restore the data's class names.")
 
 
-def read_summary(workdir: epath.PathLike, *, numbers: Collection[str] = ()) -> dict[str, Any] | None:
+def read_summary(
+    workdir: epath.PathLike, *, numbers: Collection[str] = (), keys: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Reads the summary of the run in a workdir; None for a run that has not ended, or has more epochs since then.
 
     Args:
       workdir: of the run.
       numbers: the keys whose values must be finite numbers.
+      keys: others that must be there.
 
     Raises:
-      UserError: if the file is torn, or lacks one of `numbers`.
+      UserError: if the file is torn, or lacks one of `numbers` or `keys`.
     """
     path = epath.Path(workdir) / "summary.json"
     if not path.exists():
         return None
-    summary = read_json(path, "A run's summary, written again once it is removed")
+    summary = read_json(path, "A run's summary, written again once it is removed", keys=keys)
     config = read_config(workdir)
     if config is not None and summary.get("epochs", config["epochs"]) != config["epochs"]:
         return None

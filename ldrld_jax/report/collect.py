@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from etils import epath
 
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import is_link, place_of
 from ldrld_jax.identity import flat, identity
 from ldrld_jax.record.reader import is_number, read_config, read_data, read_lines, read_summary
 
@@ -96,7 +97,8 @@ def collect(folders: Iterable[epath.PathLike]) -> Report:
         below = list(_workdirs(folder, report.notes, _DEPTH))
         if not below:
             report.notes.append(f"{folder}: no run here")
-        workdirs |= {str(workdir): workdir for workdir in below}
+        for workdir in below:
+            workdirs.setdefault(place_of(workdir), workdir)
     for workdir in workdirs.values():
         try:
             _add(report, workdir)
@@ -153,7 +155,8 @@ def _workdirs(folder: epath.Path, notes: list[str], depth: int) -> Iterator[epat
         yield folder
     elif depth and folder.is_dir():
         try:
-            children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+            children = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+            children.sort(key=lambda path: (is_link(path), path))  # a run goes by its own name
         except OSError as error:
             notes.append(f"{folder}: it cannot be read ({error.strerror or error})")
             return

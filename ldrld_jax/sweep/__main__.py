@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import expand_home, is_local, split_argument
+from ldrld_jax.files import check_writable, expand_home, is_local, split_argument
 from ldrld_jax.main import overrides_in, split_overrides
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
@@ -110,12 +110,12 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
     try:
-        args.shard = tuple(map(int, args.shard.split("/")))
-        index, count = args.shard
+        index, count = map(int, args.shard.split("/"))
         if not 0 <= index < count:
             raise ValueError
     except ValueError:
-        raise UserError(f"--shard is I/N with 0 <= I < N, got {args.shard!r}.") from None
+        raise UserError(f"--shard is I/N with 0 <= I < N, got {args.shard}.") from None
+    args.shard = index, count
     if args.launcher == "slurm" and (args.gpus or args.dry_run or count > 1 or not is_local(epath.Path(args.workdir))):
         raise UserError("--launcher slurm takes a local --workdir, and none of --gpus, --shard and --dry_run.")
     return args, overrides_in([*rest, *given], _FLAGS)
@@ -125,8 +125,12 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Runs the command line; returns 0 if every run is complete, 1 if one failed, 2 for invalid input."""
     try:
         return run(*parse(sys.argv[1:] if argv is None else argv, prog))
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        print(f"ldrld_jax.sweep: {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ldrld_jax.sweep: interrupted, the runs have saved; the same command resumes", file=sys.stderr)
@@ -169,6 +173,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{job.state:9}  {shlex.join(job.command)}")
         return 0
     logs = (workdir if is_local(workdir) else epath.Path("runs") / workdir.name) / "logs"
+    check_writable(logs, "workdir")
     logs.mkdir(parents=True, exist_ok=True)
     if args.launcher == "slurm":
         print(script(jobs, _again(args, overrides), pathlib.Path(logs).absolute(), args.jobs), end="")

@@ -14,7 +14,8 @@ from typing import Any
 from etils import epath
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.errors import UserError
+from ldrld_jax.code import is_code
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import is_locked, split_argument
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
@@ -73,6 +74,7 @@ class Job:
       teachers: workdirs of the teachers that it trains or reuses.
       state: waiting | running | elsewhere (another process has its workdir) | done | failed.
       reached: its last evaluation, as read by `line`; "" before that.
+      config: a digest of its whole config.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Job:
     teachers: list[epath.Path]
     state: str = "waiting"
     reached: str = ""
+    config: str = ""
 
     def look(self) -> None:
         """Sets the state from the files on disk, for a job that this process is not running."""
@@ -144,11 +147,27 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
                 f"--grid {key}={value}."
             )
     overrides = [*(f"{key}={value}" for key, value in sweep.get("overrides", {}).items()), *overrides]
-    jobs = [_job(sweep["config"], workdir, overrides, run) for run in runs]
-    names = [job.name for job in jobs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"the sweep names a run twice: {', '.join(twice)}. Remove one of them.")
+    names = _names([",".join(f"{key}={value}" for key, value in run.items()) for run in runs])
+    jobs = [_job(sweep["config"], workdir, overrides, run, name) for run, name in zip(runs, names, strict=True)]
+    for job in jobs:
+        if len(same := [other.name for other in jobs if other.config == job.config]) > 1:
+            raise UserError(f"the sweep names a run twice: {', '.join(dict.fromkeys(same))}. Remove one of them.")
     return jobs
+
+
+def _names(texts: Sequence[str]) -> list[str]:
+    """Returns a name of a folder for each text; where several texts would have the same, the later get a digest.
+
+    Example:
+      >>> _names(["student.checkpoint=a/b", "student.checkpoint=a_b", "seed=0"])
+      ['student.checkpoint=a_b', 'student.checkpoint=a_b-268c5e31', 'seed=0']
+    """
+    names = dict[str, str]()
+    for text in texts:
+        if text not in names:
+            name = _file_name(re.sub(r"[/\\\ud800-\udfff]", "_", text.replace(" ", "")) or "run")
+            names[text] = _file_name(f"{name}-{_short(text)}") if name in names.values() else name
+    return [names[text] for text in texts]
 
 
 def _check_form(sweep: Any, *, complete: bool = False) -> None:
@@ -169,11 +188,11 @@ def _check_form(sweep: Any, *, complete: bool = False) -> None:
         raise UserError(f"a sweep's runs are a list of dicts from keys to values, got {runs}.")
 
 
-def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str, Any]) -> Job:
-    own_overrides = [f"{key}={value}" for key, value in own.items()]
-    name = _file_name(",".join(own_overrides).replace(" ", "").replace("/", "_") or "run")
-    given = [*overrides, *own_overrides]
+def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str, Any], name: str) -> Job:
+    given = [*overrides, *(f"{key}={value}" for key, value in own.items())]
     config = config_lib.resolve(config_lib.load(file, given))
+    whole = _short(config.to_json(sort_keys=True))
+    _check_models(config)
     teachers = []
     if config.teacher.get("epochs") is not None:
         if config.teacher.workdir is None:
@@ -184,7 +203,17 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
         given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config))}")
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]
     flags = [f"--config.{override}" for override in given]
-    return Job(name, workdir / name, command + flags, identity(config), teachers)
+    return Job(name, workdir / name, command + flags, identity(config), teachers, config=whole)
+
+
+def _check_models(config: Any) -> None:
+    """Raises a UserError if a run names a model that is neither of this package nor a user's code."""
+    from ldrld_jax.models import MODELS  # loads Flax
+
+    outside = not config.teacher or config_lib.teaches_itself(config) or config_lib.teaches_from_file(config)
+    for name in [config.student.model, *([] if outside else config_lib.teacher_models(config))]:
+        if not is_code(name) and name not in MODELS:
+            raise unknown("model", name, MODELS)
 
 
 def _file_name(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from ldrld_jax.files import is_locked
+from ldrld_jax.files import is_locked, place_of
 from ldrld_jax.sweep.plan import Job
 
 _POLL_SECONDS = 1.0
@@ -72,8 +72,8 @@ class Sweep:
 
     def _teachers_free(self, job: Job) -> bool:
         """Returns True if no process is currently training one of the job's teachers."""
-        missing = {str(place) for place in job.teachers if not (place / "summary.json").exists()}
-        in_hand = {str(place) for other, _ in self.running.values() for place in other.teachers}
+        missing = {place_of(place) for place in job.teachers if not (place / "summary.json").exists()}
+        in_hand = {place_of(place) for other, _ in self.running.values() for place in other.teachers}
         return not missing & in_hand and not any(is_locked(epath.Path(place)) for place in missing)
 
     def _start(self, job: Job, slot: int) -> subprocess.Popen:

@@ -82,7 +82,7 @@ def open_best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> Best
     if there not in (None, here):  # the runs of earlier versions do not say
         raise UserError(f"the run in {workdir} was trained on data of {there}, and these are {here}. Give them alike.")
     networks = Networks.of(source, config.precision, given.models)
-    network, variables = networks.restore(str(workdir), config.student.model, config.data)
-    check_evaluation(networks, config.student.model, config.data.image_size, source)  # of images of another size
+    network, variables = networks.of_run(workdir, config.student.model, config.data)
+    check_evaluation(networks, config.student.model, network.image_size, source)  # of images of another size
     program = jax.jit(lambda variables, images: network(variables, images, train=False)[0])
     return Best(config, networks, network, variables, source, program)

@@ -21,8 +21,9 @@ from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, too_many
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import check_writable, free_bytes, human_bytes
+from ldrld_jax.files import free_bytes, human_bytes
 from ldrld_jax.logit_store.feed import missing_epochs
+from ldrld_jax.logit_store.store import check_new
 from ldrld_jax.metrics import by_step
 from ldrld_jax.record.console import ProgressBar, duration, say
 from ldrld_jax.record.recorder import check_finite
@@ -246,7 +247,7 @@ class _Check:
         if untrained:
             seconds = sum(check.all(self._data) for check in untrained)
             if (store := self._run.config.logits.get("dir")) is not None:  # its teacher's logits are not there yet
-                self._problems.from_(lambda: check_writable(store, "logits.dir"))
+                self._problems.from_(lambda: check_new(store))
             say(f"teacher {config.teacher.model} is not trained yet: random weights stand in for its own")
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)

@@ -18,6 +18,7 @@ from ldrld_jax.errors import UserError
 from ldrld_jax.files import check_writable, replace_text
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
+from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
@@ -139,7 +140,7 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the summary of a run that has ended, else None."""
-        summary = read_summary(self.run.workdir, numbers=("steps",))
+        summary = read_summary(self.run.workdir, numbers=TABLE_NUMBERS, keys=TABLE_NAMES)
         return summary if summary is not None and summary["steps"] == self.run.steps else None
 
 

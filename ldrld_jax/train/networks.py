@@ -13,24 +13,38 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import load_model
-from ldrld_jax.code import is_code
+from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
-from ldrld_jax.interop.hub import is_on_hub
+from ldrld_jax.interop.host_teacher import HostTeacher
+from ldrld_jax.interop.hub import WEIGHTS, is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
 from ldrld_jax.models import MODELS, create_model, outline, own_model
 from ldrld_jax.models.pure import Pure, pure
 from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.models.structure import structure
+from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.runtime.precision import dtypes
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
 
+_EXPORTED = "student.safetensors", WEIGHTS  # of --mode export, without and with --hub
+_FED = "mean", "std", "image_size"  # keys of the data block that say how images are fed
+
 
 def is_folder(path: str) -> bool:
-    """Returns whether a checkpoint is a run's workdir, and not a file, `archive.tar::member` or `hf://OWNER/NAME`."""
-    return "::" not in path and not is_on_hub(path) and epath.Path(path).is_dir()
+    """Returns whether a checkpoint is a run's workdir, and not a file, `archive.tar::member` or `hf://OWNER/NAME`.
+
+    Raises:
+      UserError: if it is a folder of another kind that has a network's file.
+    """
+    if "::" in path or is_on_hub(path) or not epath.Path(path).is_dir():
+        return False
+    files = [place for name in _EXPORTED if (place := epath.Path(path) / name).exists()]
+    if files and not (epath.Path(path) / "checkpoints").exists():
+        raise UserError(f"{path} is an exported network, not the workdir of a run. Give the file in it: {files[0]}.")
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +91,19 @@ class Networks:
         module = self.given[model] if model in self.given else self._made(model, seed)
         return pure(module, batch_norm_groups=batch_norm_groups)
 
+    def is_own(self, model: str) -> bool:
+        """Returns whether a model is a user's: one that is given, or that `module:function` makes."""
+        return model in self.given or (is_code(model) and not isinstance(load_object(model), HostTeacher))
+
+    def own(self, model: str) -> Any:
+        """Returns a user's model, as `pure` takes it; None for any other."""
+        if not self.is_own(model):
+            return None
+        return self.given[model] if model in self.given else self._made(model, 0)
+
     def structure(self, model: str) -> str | None:
-        """Returns a digest of a given module besides its arrays, see `models.structure`; None for any other model."""
-        return structure(self.given.get(model))
+        """Returns a digest of a user's module besides its arrays, see `models.structure`; None for any other model."""
+        return structure(self.own(model))
 
     def _made(self, model: str, seed: int) -> Any:
         if model.startswith("<"):
@@ -132,11 +156,27 @@ class Networks:
             raise UserError(
                 f"the run in {path} trained {run.student.model}, not {model}. Name that model, or another run."
             )
+        channels = max(len(run.data.mean), len(run.data.std))
+        if not self.raw and channels not in (1, self.channels):
+            raise UserError(
+                f"the run in {path} was trained on images of {channels} channels, and those here have "
+                f"{self.channels}. Name another run."
+            )
         ours = self._is_ours(model)
         network, like = self.outline(model, run.data) if ours else self.random(model, run.data, seed=0)
         variables = Variables(**load_model(place / "checkpoints", like._asdict(), run=identity(saved)))
         stats = variables.batch_stats if ours else _finite_at_first(like.batch_stats, variables.batch_stats)
         check_finite(variables.params, stats, path)
+        return network, variables
+
+    def of_run(self, workdir: epath.PathLike, model: str, data: ConfigDict) -> tuple[Network, Variables]:
+        """Loads the student of a run, see `restore`, and says which keys of `data` have no effect on it."""
+        network, variables = self.restore(str(workdir), model, data)
+        theirs = ConfigDict(read_config(workdir)).data
+        for key in _FED:
+            ours, used = (list(v) if isinstance(v, list | tuple) else v for v in (data.get(key), theirs.get(key)))
+            if ours != used:
+                say(f"warning: data.{key}={ours} has no effect: the run in {workdir} was trained with {used}.")
         return network, variables
 
     def without_head(self, path: str, model: str, data: ConfigDict, variables: Variables) -> Variables:

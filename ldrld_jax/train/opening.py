@@ -19,6 +19,7 @@ from ldrld_jax.record.reader import read_config, read_data
 from ldrld_jax.train.given import is_function
 from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
+from ldrld_jax.train.teacher import to_check
 
 _MOST_NAMED = 5  # classes
 _FEW = 10_000  # images whose records are read for their labels
@@ -80,7 +81,7 @@ def warnings(run: Run) -> Iterator[str]:
             "methods never get their full weight. Lower it"
         )
     teachers = [name for name, _ in run.networks_used[1:]]
-    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.given.models.get(n))]):
+    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.networks.own(n))]):
         yield (
             f"the logit store knows {', '.join(functions)} by its variables alone: if its function depends on anything "
             "else and that changes, set another logits.dir"
@@ -169,8 +170,8 @@ def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator
     config, chance = run.config, 100 / len(run.batches.source.class_names)
     if top1 is not None and top1 < chance + 0.05 * (100 - chance):
         yield (
-            f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its checkpoint, its "
-            "classes and their order, and teacher.data.mean and std"
+            f"the teacher's top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: check its classes and their "
+            f"order, and {to_check(run)}"
         )
     teacher = config.teacher
     alike = teacher.checkpoint is None and teacher.optim.learning_rate == config.optim.learning_rate

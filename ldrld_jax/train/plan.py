@@ -180,30 +180,31 @@ class Run:
 
     @functools.cached_property
     def given_weights(self) -> dict[str, str]:
-        """Digests of the models that are objects, as data.json has them: of a teacher's weights, if it teaches by them.
+        """Digests of a user's own models, as data.json has them: of a teacher's weights, if it teaches by them.
 
         Other models have a digest of their shapes: a resumed run does not use the weights that a student began with.
-        Modules have one of their structure as well.
+        Modules have one of their structure as well. A user's models are objects, or made by `module:function`.
         """
         config, found = self.config, dict[str, str]()
-        teachers = [name for name in (config.teacher.get("model") or "").split(",") if name in self.given.models]
+        names, student = (config.teacher.get("model") or "").split(","), config.student.model
+        teachers = [name for name in names if self.networks.is_own(name)]
         if teachers:
             own = config.teacher.epochs is None and config.teacher.checkpoint is None
             digest = logit_store.checksum if own else _shapes
-            found["teacher.model"] = " ".join(digest(self._variables(name)) for name in teachers)
-        if config.student.model in self.given.models:
-            found["student.model"] = _shapes(self._variables(config.student.model))
-        for key, models in (("teacher.structure", teachers), ("student.structure", [config.student.model])):
+            found["teacher.model"] = " ".join(digest(self._variables(name, config.teacher.seed)) for name in teachers)
+        if self.networks.is_own(student):
+            found["student.model"] = _shapes(self._variables(student, config.seed))
+        for key, models in (("teacher.structure", teachers), ("student.structure", [student])):
             if digests := self.structures(models):
                 found[key] = " ".join(digests)
         return found
 
     def structures(self, models: Sequence[str]) -> list[str]:
-        """Returns the digests of those models that are given as modules, see `Networks.structure`."""
+        """Returns the digests of those models that are a user's modules, see `Networks.structure`."""
         return [digest for digest in map(self.networks.structure, models) if digest is not None]
 
-    def _variables(self, model: str) -> Variables:
-        made = self.networks.pure(model)
+    def _variables(self, model: str, seed: int) -> Variables:
+        made = self.networks.pure(model, seed=seed)
         return Variables(made.params, made.batch_stats)
 
     @property

@@ -13,10 +13,9 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import check_writable
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
-from ldrld_jax.logit_store.store import LogitStore, make_key
+from ldrld_jax.logit_store.store import LogitStore, check_new, make_key
 from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.mesh import batch_sharding
@@ -125,7 +124,7 @@ def obtain_teacher(
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
     if (folder := run.config.logits.get("dir")) and not (epath.Path(folder) / "key.json").exists():
-        check_writable(folder, "logits.dir")  # before a teacher is trained; a whole store may be read-only
+        check_new(folder)  # before a teacher is trained; a whole store may be read-only
     for recipe, place in recipes(run):
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
@@ -235,8 +234,7 @@ def check_top1(run: Run, top1: float, origin: str = "") -> None:
     if top1 < config.min_top1:
         raise UserError(
             f"the teacher {config.model} {origin}{' ' * bool(origin)}has top-1 {top1:.2f} %, and teacher.min_top1 "
-            f"demands {config.min_top1:.2f} %. Check its checkpoint and teacher.data.mean and std, or lower "
-            "teacher.min_top1."
+            f"demands {config.min_top1:.2f} %. Check {to_check(run)}, or lower teacher.min_top1."
         )
 
 
@@ -248,6 +246,18 @@ def _opened_store(
         return None, None, None
     store = open_store(run, teacher)
     return store, store.teacher_top1(_evaluated(run)), missing_epochs(store, run.batches, run.config.epochs)
+
+
+def to_check(run: Run) -> str:
+    """Names what may be wrong with a weak teacher."""
+    if config_lib.teaches_from_file(run.config):
+        return "the file and the order of its rows"
+    if run.teacher_is_outside:
+        return "its function and the images that it gets"
+    if not (paths := checkpoints_of(run)):
+        return "its weights and teacher.data.mean and std"
+    fed = all(map(is_folder, paths))  # by the numbers that it was trained with
+    return "its checkpoint" if fed else "its checkpoint and teacher.data.mean and std"
 
 
 def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:

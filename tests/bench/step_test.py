@@ -36,6 +36,11 @@ def test_a_bench_of_a_distillation(tiny, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("trace/plugins/profile/*/*.trace.json.gz"))
 
 
+def test_a_run_of_few_steps_is_timed_for_as_long_as_any_other(tiny):
+    measured = bench.measure(tiny("mesh.data=1", "epochs=1"), seconds=0.05)  # of three steps
+    assert measured.run_seconds > 0
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_flops_of_a_net_of_matrices_are_counted(devices):
     """Two products forward, three backward; split over devices the sums between them too."""

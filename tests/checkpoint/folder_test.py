@@ -38,6 +38,19 @@ def test_the_last_ones_the_best_and_every_so_many_are_kept(tmp_path, policy, kep
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 5)
 
 
+def test_only_what_is_named_by_a_number_is_a_checkpoint(tmp_path):
+    for name in ("\u00b2", "\u0663", "1a", "-1"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(tmp_path).steps == []
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*b", "a?b", "a b"])
+def test_a_folder_whose_name_is_a_pattern_holds_whole_checkpoints(tmp_path, name):
+    assert save(tmp_path / name, (1, 50.0)) == ["1"]
+    restored = Checkpoints(tmp_path / name).resume(trees(0))
+    chex.assert_trees_all_equal(restored.trees, trees(1))
+
+
 HELD = {  # steps saved with their top-1, and what lies on disk before and after the end
     "the last and the best": ([(1, 50.0), (2, 70.0), (3, 60.0), (4, None), (5, None)], {"keep_last": 1}, "1", "2 5"),
     "equal ones": ([(1, 70.0), (2, 70.0), (3, 70.0)], {"keep_last": 1}, "1", "3"),

@@ -28,6 +28,11 @@ def test_an_imagenet_of_tfds_has_images_of_many_sizes_and_the_class_names(imagen
     assert source.records.name(2).startswith("record 2 of imagenet2012, train (n0000000")
 
 
+def test_a_folder_whose_name_is_a_pattern_is_read_as_it_is(imagenet, tmp_path):
+    (tmp_path / "data [1]").symlink_to(imagenet)
+    assert len(open_source("imagenet2012", "train", str(tmp_path / "data [1]"))) == 4
+
+
 def test_a_copy_in_tfrecords_gets_the_command_that_converts_it(imagenet, tmp_path):
     version = tmp_path / "imagenet2012" / "5.1.0"
     version.mkdir(parents=True)

@@ -86,6 +86,17 @@ def test_files_of_something_else_are_not_replaced(teacher_dir, tmp_path):
     ).read_text() == "mine"
 
 
+def test_the_precision_of_an_export_is_noted_and_predicted_in(teacher_dir, tmp_path):
+    config = config_lib.load_run(teacher_dir, ["precision=bfloat16"])
+    hub.export(config, teacher_dir, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
+    assert "10 classes, bfloat16" in (tmp_path / "README.md").read_text()
+    images, _ = make_eval_source(config.data).read(np.arange(5))
+    student, _ = export.student_of(config, teacher_dir)
+    predicted = hub.read_student(str(tmp_path)).program.call(images)
+    np.testing.assert_array_equal(predicted, student.program.call(images))
+
+
 def test_a_second_export_replaces_the_first(written, teacher_dir):
     place, images, logits = written
     hub.export(config_lib.load_run(teacher_dir), teacher_dir, str(place))

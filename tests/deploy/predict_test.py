@@ -92,6 +92,18 @@ def test_a_folder_stands_for_the_images_in_and_below_it_in_sorted_order(tmp_path
         find([f"{tmp_path}/c"])
 
 
+def test_a_pattern_begins_where_the_folders_that_exist_end(tmp_path, monkeypatch):
+    for name in ("x [1]/a/1.png", "x [1]/2.png", "x 1/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert find(["x [1]/**/*.png"]) == ["x [1]/2.png", "x [1]/a/1.png"]
+    assert find([f"{tmp_path}/x [12]/*.png"]) == [f"{tmp_path}/x 1/3.png"]
+    monkeypatch.chdir(tmp_path / "x 1")
+    assert find(["*.png"]) == ["3.png"]
+    assert find(["../x*1]/*.png"]) == ["../x [1]/2.png"]
+
+
 def test_standard_input_names_a_path_a_line_as_it_is(monkeypatch):
     lines = b"b c.png\r\n\n/a/[0]*.png\ncaf\xe9.png\nlast"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))

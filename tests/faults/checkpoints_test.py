@@ -136,6 +136,14 @@ def test_what_unpacks_to_far_more_than_it_is_is_refused_unread(torch, tmp_path, 
         load(tmp_path / "b.pth")
 
 
+def test_an_expanded_tensor_is_read(torch, tmp_path):
+    state = {name: torch.from_numpy(np.array(value)) for name, value in STATE.items()}
+    name, statistic = next((name, value) for name, value in state.items() if name.endswith("running_var"))
+    torch.save(state | {name: torch.ones(1).expand(len(statistic))}, tmp_path / "a.pth")
+    ones = np.ones(len(statistic), np.float32)
+    assert_holds(load(tmp_path / "a.pth"), STATE | {name: ones})
+
+
 def test_a_pickle_of_another_protocol_is_named(torch, tmp_path):
     torch.save({"a": torch.zeros(2), "b": {"c": "x"}}, tmp_path / "a.pth", pickle_protocol=4)
     with pytest.raises(UserError, match=r"uses a pickle protocol other than PyTorch's"):

@@ -1,5 +1,6 @@
 """Files of a run: links, lines that are missing, checkpoints under another name, teachers that are shared."""
 
+import json
 import shutil
 import threading
 
@@ -12,7 +13,9 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints, _compared
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import locked, replace_text
+from ldrld_jax.interop.host_teacher import LogitsFile
 from ldrld_jax.interop.torch_files import write_safetensors
+from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.train import loop, trainer
 from ldrld_jax.train.folder import RunFolder
@@ -57,6 +60,16 @@ def test_a_checkpoint_under_another_steps_name_is_not_taken_for_it(tiny, tmp_pat
     trainer.train(tiny("epochs=3", "optim.schedule=constant"), tmp_path)
     assert "checkpoint" in caplog.text and "it was saved at step 6: its folder has another name" in caplog.text
     assert (tmp_path / "checkpoints/5.corrupt").is_dir()
+
+
+def test_a_summary_that_lacks_what_the_table_shows_is_one_line(tiny, tmp_path):
+    summary = trainer.train(tiny("epochs=1"), tmp_path)
+    shown = {*TABLE_NUMBERS, *TABLE_NAMES}
+    assert shown <= set(summary)
+    for name in ("best_top1", "last_epoch", "student"):
+        (tmp_path / "summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != name}))
+        with pytest.raises(UserError, match=rf"summary\.json (has no number|lacks) {name}\. "):
+            trainer.train(tiny("epochs=1"), tmp_path)
 
 
 def test_a_run_that_shares_a_teacher_waits_for_the_one_that_trains_it(tiny, tmp_path, capsys, monkeypatch):
@@ -126,6 +139,22 @@ def test_logits_in_a_zarr_folder_are_those_that_a_run_began_with(tiny, tmp_path)
     write(-logits)
     with pytest.raises(UserError, match=r"teacher\.checkpoint of the run .* not those that it began with"):
         folder.check()
+
+
+def test_a_file_of_logits_that_does_not_fit_is_shown_as_it_is(tmp_path):
+    for array, line in (
+        (
+            np.zeros((6, 3), np.int32),
+            r"holds int32 \[6, 3\], and logits are floating-point numbers\. Save them as float32",
+        ),
+        (
+            np.zeros((5, 3), np.float32),
+            r"holds float32 \[5, 3\], and the training images need logits \[6, 3\] or \[views",
+        ),
+    ):
+        np.save(tmp_path / "z.npy", array)
+        with pytest.raises(UserError, match=line):
+            LogitsFile.open(str(tmp_path / "z.npy"), images=6, classes=3)
 
 
 def test_a_checkpoint_of_before_a_teacher_moved_is_of_the_run_beside_it():

@@ -180,6 +180,21 @@ def test_a_teacher_that_guesses_is_said(tiny, tmp_path, top1, said):
     assert ["guessing gives 10.00 %" in text for text in teacher_warnings(run, [], top1)] == [True] * said
 
 
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["teacher.checkpoint=net.pth"], "its checkpoint and teacher.data.mean and std"),
+        (["teacher.epochs=1"], "its checkpoint"),
+        (["teacher.model=logits", "teacher.checkpoint=z.npy"], "the file and the order of its rows"),
+    ],
+)
+def test_a_weak_teachers_warning_names_what_has_an_effect_on_it(tiny, tmp_path, flags, what):
+    run = planned(tiny("method=kd", *flags), tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (line,) = teacher_warnings(run, [], 10.0)
+    assert line.endswith(f"guessing gives 10.00 %: check its classes and their order, and {what}")
+
+
 TEACHERS = {
     "all images": ([], ["data.held_out=.2"], True),
     "another part": (["data.held_out=.2", "data.seed=1"], ["data.held_out=.2"], True),

@@ -182,6 +182,14 @@ def test_fixed_views_come_round_and_are_made_once(stored, tmp_path, taught):
     assert sorted(p.name for p in (tmp_path / "logits").iterdir()) == ["00000", "00001", "key.json"]
 
 
+def test_epochs_without_a_key_are_refused_before_a_teacher_is_trained(stored, tmp_path):
+    (tmp_path / "logits/00000").mkdir(parents=True)
+    (tmp_path / "logits/00000/whole").touch()
+    with pytest.raises(UserError, match=r"logits has stored epochs and no key\.json"):
+        trainer.train(stored(), tmp_path / "run")
+    assert not (tmp_path / "teacher").exists()
+
+
 def test_several_hosts_read_but_do_not_write(stored, tmp_path):
     run = Run.plan(config_lib.resolve(stored()), tmp_path)
     run = dataclasses.replace(run, batches=dataclasses.replace(run.batches, hosts=2))

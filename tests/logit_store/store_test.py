@@ -143,6 +143,21 @@ def test_a_file_that_is_no_key_is_refused(store):
             store.teacher_top1(TEST)
 
 
+def test_epochs_without_a_key_are_nobodys(store, logits):
+    store.write(3, logits)
+    pathlib.Path(store.directory, "key.json").unlink()
+    for use in (
+        store.check_key,
+        lambda: store.teacher_top1(TEST),
+        lambda: store.create(teacher_top1=1, evaluated=TEST),
+    ):
+        with pytest.raises(
+            UserError, match=r"a store has stored epochs and no key\.json, which says .* Restore it, or"
+        ):
+            use()
+    assert not pathlib.Path(store.directory, "key.json").exists()
+
+
 def test_a_full_disk_is_one_line(store, logits, monkeypatch):
     def full(*args, **options):
         raise ValueError("RESOURCE_EXHAUSTED: Error writing [No space left on device]\n many lines")

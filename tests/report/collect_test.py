@@ -54,6 +54,15 @@ def test_sweeps_are_searched_and_teachers_are_no_runs_of_the_table(tmp_path):
     assert names(found.notes) == ["1"]  # deeper than is looked
 
 
+def test_a_run_by_several_paths_is_one(tmp_path, monkeypatch):
+    run = write(tmp_path, "runs/live")
+    (tmp_path / "runs/latest").symlink_to("live")
+    monkeypatch.chdir(tmp_path)
+    found = report.collect(["runs", str(run), "runs/../runs/live"])
+    assert [(summary.folder, summary.copy) for summary in found.summaries] == [("runs/live", 1)]
+    assert found.notes == []
+
+
 def test_nothing_to_report_is_a_failure_and_so_is_nowhere_to_write(tmp_path, capsys):
     assert main([str(tmp_path / "nothing")]) == 2
     assert not (tmp_path / "nothing").exists()

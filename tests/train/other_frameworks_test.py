@@ -83,6 +83,22 @@ def test_a_teacher_of_another_framework_teaches_what_its_weights_say(make, digit
         np.testing.assert_allclose([*ours["values"].values()][:3], [*theirs["values"].values()][:3], rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float64"])
+def test_a_tensor_of_pytorch_is_taken_with_its_gradient_and_in_any_type(kind):
+    torch = pytest.importorskip("torch")
+    logits = torch.arange(6.0, requires_grad=True).reshape(2, 3).to(getattr(torch, kind))
+    teacher = ldrld_jax.HostTeacher(lambda images: logits)
+    np.testing.assert_array_equal(teacher(np.zeros((2, 4)), classes=3), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_what_numpy_cannot_convert_is_one_line():
+    teacher = ldrld_jax.HostTeacher(lambda images: {"logits": 1}, name="dict")
+    with pytest.raises(
+        UserError, match=r"^the teacher dict returns dict, which NumPy cannot convert \(float\(\) .*\)\."
+    ):
+        teacher(np.zeros((2, 4)), classes=3)
+
+
 def test_a_data_set_of_hugging_face_gives_the_images_that_it_was_made_of(make, digits, tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(picture=datasets.Image(), digit=datasets.ClassLabel(names=[*"abcdefghij"]))

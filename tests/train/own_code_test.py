@@ -126,6 +126,37 @@ def test_what_only_training_uses_is_left_out_of_a_run_that_is_loaded_again(own, 
     assert Run.plan(resolve(loaded), epath.Path("run")).objective.schedules == {}
 
 
+OTHERS = """
+
+def make_scaled(num_classes, rngs):
+    net = Net(num_classes, nnx.Rngs(SEED))
+    net.scale = SCALE
+    return net
+"""
+SCALED = OWN.replace("return self.head", "return getattr(self, 'scale', 1.0) * self.head") + OTHERS
+
+
+def test_a_module_that_code_makes_is_known_by_its_weights_and_structure(own, capsys):
+    """Changes the code of a teacher to texts of other lengths, by which Python knows what it has compiled."""
+
+    def run(scale, seed, workdir="run", **more):
+        sys.modules.pop("own", None)
+        (own / "own.py").write_text(SCALED.replace("SEED", str(seed)).replace("SCALE", str(scale)))
+        given = {"teacher.model": "own:make_scaled", "teacher.min_top1": 0, "method": "kd", "log.writers": None, **more}
+        code = command(f"--workdir={workdir}", **{"teacher.epochs": None, "epochs": 1, **given})
+        return code, capsys.readouterr().err
+
+    assert run(1.0, 0) == (0, "")
+    assert run(1.0, 0) == (0, "")  # the same again is complete
+    for changed, part in (((30.0, 0), r"teacher\.structure"), ((1.0, 111), r"teacher\.model")):
+        code, error = run(*changed)
+        assert code == 2
+        assert re.search(rf"{part} of the run in run: the weights, .* are not those that it began with", error)
+    stored = {"logits.dir": "logits"}
+    assert run(1.0, 0, "wrote", **stored) == run(1.0, 0, "read", **stored) == (0, "")
+    assert re.search(r"holds other logits: teacher\.structure", run(30.0, 0, "other", **stored)[1])
+
+
 def test_a_report_shows_a_run_of_own_parts_and_executes_none(own, capsys):
     from ldrld_jax.report.__main__ import main as report
 

@@ -151,7 +151,7 @@ def test_a_recipe_trains_the_teacher_once_and_is_shared(tiny, tmp_path):
 
 def test_a_teacher_below_the_minimum_is_refused_before_anything_is_written(tiny, teacher_dir, tmp_path):
     config = tiny("method=ldrld", f"teacher.checkpoint={teacher_dir}", "teacher.min_top1=99.9")
-    with pytest.raises(UserError, match=r"has top-1 .* demands 99\.90"):
+    with pytest.raises(UserError, match=r"has top-1 .* demands 99\.90 %\. Check its checkpoint, or lower"):
         trainer.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -161,6 +161,17 @@ def test_a_teacher_keeps_the_normalisation_it_was_trained_with(tiny, tmp_path):
     expected = trainer.evaluate(tiny("data.mean=(.1,)", "data.std=(.7,)"), tmp_path / "teacher")["top1"]
     overrides = ["method=kd", f"teacher.checkpoint={tmp_path / 'teacher'}", "teacher.model=tiny_net", "epochs=1"]
     assert trainer.train(tiny(*overrides), tmp_path / "student")["teacher_top1"] == expected
+
+
+def test_an_evaluation_feeds_a_student_as_it_was_trained_and_says_so(tiny, teacher_dir, capsys):
+    expected = trainer.evaluate(tiny(), teacher_dir)
+    assert "has no effect" not in capsys.readouterr().out
+    assert trainer.evaluate(tiny("data.mean=(.9,)", "data.image_size=4"), teacher_dir) == expected
+    said = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert said == [
+        f"warning: data.mean=[0.9] has no effect: the run in {teacher_dir} was trained with [0.305].",
+        f"warning: data.image_size=4 has no effect: the run in {teacher_dir} was trained with None.",
+    ]
 
 
 def test_a_student_starts_from_the_weights_it_is_given(tiny, teacher_dir, tmp_path):
