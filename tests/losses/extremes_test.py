@@ -122,7 +122,7 @@ OFFSET_BY_ROW = sorted(set(METHODS) - {"luminet"})
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("name", OFFSET_BY_ROW)
 def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
-    """At T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+    """Compares at T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
     if hasattr(cfg, "temperature"):

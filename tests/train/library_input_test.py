@@ -270,7 +270,7 @@ def test_a_loss_that_fails_is_one_line_of_a_check_too(make, tmp_path, method, me
 
 
 def test_pictures_are_turned_as_the_files_that_they_are_opened_from(make, rng):
-    """By EXIF, in a data set, in an evaluation and in `predict`, unless `data.exif=False`."""
+    """Turns them by EXIF in a data set, an evaluation and `predict`, unless `data.exif=False`."""
     files = []
     for pixels in rng.integers(0, 256, (20, 8, 8, 3), np.uint8):
         exif, file = Image.Exif(), io.BytesIO()
