@@ -11,6 +11,8 @@ import pathlib
 import shutil
 import sys
 
+from ldrld_jax.config import teacher_checkpoints
+
 PLACES = ("data.data_dir", "teacher.data.data_dir", "teacher.workdir", "logits.dir", "compile_cache")
 
 
@@ -30,9 +32,11 @@ def keep(run: pathlib.Path, to: pathlib.Path) -> None:
             block = block.get(part, {})
         if last in block:
             block[last] = None
-    for block in (config.get("student", {}), config.get("teacher", {})):
-        if (paths := block.get("checkpoint")) is not None:
-            block["checkpoint"] = ",".join(pathlib.Path(path).name for path in paths.split(","))
+    student = config.get("student", {})
+    if (path := student.get("checkpoint")) is not None:
+        student["checkpoint"] = pathlib.Path(path).name
+    if config.get("teacher") and (paths := teacher_checkpoints(config)):
+        config["teacher"]["checkpoint"] = ",".join(pathlib.Path(path).name for path in paths)
     for data in (config.get("data", {}), config.get("teacher", {}).get("data", {})):
         kind, colon, path = (data.get("name") or "").partition(":")
         if kind == "arrays":

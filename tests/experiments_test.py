@@ -55,7 +55,8 @@ def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
     run = tmp_path / "runs/method=kd,loss_schedule.kd_weight=linear:0@1:1@9"
     run.mkdir(parents=True)
     config = {"seed": 3, "compile_cache": "~/x", "data": {"data_dir": "/x"}, "logits": {}}
-    (run / "config.json").write_text(json.dumps(config | {"teacher": {"checkpoint": "/x/resnet20.pth"}}))
+    teacher = {"model": "resnet20", "checkpoint": "/x,y/resnet,20.pth"}  # of one model: no comma parts it
+    (run / "config.json").write_text(json.dumps(config | {"teacher": teacher}))
     lines = [{"step": 1, "split": "train"}, {"step": 2, "split": "eval", "values": {"top1": 5.0}}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "summary.json").write_text('{"last_top1": 5.0}')
@@ -65,14 +66,15 @@ def test_what_is_kept_of_a_run_is_its_figures_without_its_places(tmp_path):
     kept = {path.name: path.read_text() for path in next((tmp_path / "kept").iterdir()).iterdir()}
     assert set(kept) == {"config.json", "metrics.jsonl", "summary.json"}
     expected = {"seed": 3, "compile_cache": None, "data": {"data_dir": None}, "logits": {}}
-    assert json.loads(kept["config.json"]) == expected | {"teacher": {"checkpoint": "resnet20.pth"}}
+    assert json.loads(kept["config.json"]) == expected | {"teacher": teacher | {"checkpoint": "resnet,20.pth"}}
     assert json.loads(kept["metrics.jsonl"]) == lines[1]
     assert json.loads(kept["summary.json"]) == {"last_top1": 5.0}
 
 
 def test_no_path_of_a_run_is_kept_and_a_torn_one_is_named(tmp_path):
     keep = runpy.run_path(str(ROOT / "experiments/keep.py"))["main"]
-    config = {"student": {"checkpoint": "/x/a.pth"}, "teacher": {"checkpoint": "/x/r20.pth,/y/r56.pth"}}
+    teachers = {"model": "resnet20,resnet56", "checkpoint": "/x/r20.pth,/y/r56.pth"}
+    config = {"student": {"checkpoint": "/x,y/a,b.pth"}, "teacher": teachers}
     config["data"] = {"name": "arrays:/x/b.npz"}
     for name in ("a", "b", "c"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -83,7 +85,7 @@ def test_no_path_of_a_run_is_kept_and_a_torn_one_is_named(tmp_path):
         keep(str(tmp_path / "runs"), str(tmp_path / "kept"))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a", "c"]
     kept = json.loads((tmp_path / "kept/c/config.json").read_text())
-    assert (kept["student"]["checkpoint"], kept["teacher"]["checkpoint"]) == ("a.pth", "r20.pth,r56.pth")
+    assert (kept["student"]["checkpoint"], kept["teacher"]["checkpoint"]) == ("a,b.pth", "r20.pth,r56.pth")
     assert kept["data"]["name"] == "arrays:b.npz"
 
 

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 logger = logging.getLogger("ldrld_jax")
 
 _DELETED = ".deleted"
+_MOST_HELD = 3  # states in memory beside the one that trains
 
 
 class Restored(NamedTuple):
@@ -36,15 +37,17 @@ class Checkpoints:
     Saving copies the arrays, then writes in the background. A checkpoint appears under its name only
     once it is whole. It contains checksums of its arrays, which are compared on restore. Nothing on
     disk changes before `resume` or `save`. Steps that are saved in quick succession are held in memory, and those of
-    them that the policy still keeps are written together, so that short epochs do not spend their time on files.
+    them that the policy still keeps are written together, which `save` and `write_due` wait for, so that short epochs
+    do not spend their time on files.
 
     Args:
       directory: created by the first save.
       run: JSON that identifies the run, stored in each checkpoint.
       keep_last: number of last checkpoints to keep, at least 1.
       keep_every: checkpoints that are saved now, and whose step is a multiple of this, are kept forever.
-      min_seconds: >= 0, from one write to the next; a step saved sooner is held until then or until `close`. A run of
-        several processes writes each step at once.
+      min_seconds: >= 0, from one write to the next; a step saved sooner is held until the first call of `save` or
+        `write_due` after that time, or until `close`. One that is kept forever is written at once, and so is each step
+        in a run of several processes.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class Checkpoints:
         return {path: (dtype, tuple(shape), total) for path, (dtype, shape, total) in arrays.items()}
 
     def save(self, step: int, trees: dict[str, Any], host: Json, top1: float | None = None) -> None:
-        """Saves a checkpoint unless this step is already saved; on return the arrays may be donated again.
+        """Saves a checkpoint unless this step is saved or held; on return the arrays may be donated again.
 
         Args:
           step: the number of completed steps.
@@ -137,6 +140,11 @@ class Checkpoints:
             if top1 is not None and self._note(step)["top1"] is None:
                 self._rate(step, host, top1)
             return
+        if step in self._held:
+            note, copies = self._held[step]
+            if top1 is not None and note["top1"] is None:
+                self._held[step] = {**note, "host": host, "top1": top1}, copies
+            return
         note = {
             "step": step,
             "run": self._run,
@@ -146,12 +154,21 @@ class Checkpoints:
         }
         kept = self._kept({**self._readable(), **{held: note for held, (note, _) in self._held.items()}, step: note})
         self._held = {held: self._held[held] for held in self._held if held in kept}
-        if time.monotonic() - self._written < self._min_seconds and not note["kept"]:
+        if self._is_early() and not note["kept"] and len(self._held) < _MOST_HELD:
             # NumPy's view of a CPU's array is not enough: the next step writes into the donated memory.
             self._held[step] = note, jax.tree.map(np.array, trees)
             return
-        self._write_held()
         self._write(step, note, trees)
+        if self._held:
+            self.wait()
+
+    def write_due(self) -> None:
+        """Writes the held checkpoints if it is time; to be called now and then between two saves."""
+        if self._held and not self._is_early():
+            self.wait()
+
+    def _is_early(self) -> bool:
+        return time.monotonic() - self._written < self._min_seconds
 
     def _write(self, step: int, note: Note, trees: dict[str, Any]) -> None:
         """Begins to write a checkpoint."""
@@ -160,11 +177,12 @@ class Checkpoints:
         self._written = time.monotonic()
 
     def _write_held(self) -> None:
-        """Writes the held checkpoints, oldest first: those on disk give way to them one by one."""
+        """Writes the held checkpoints, the newest first: where time runs out, it is the one to resume from."""
         while self._held:
-            step = min(self._held)
-            self._write(step, *self._held.pop(step))
+            step = max(self._held)
+            self._write(step, *self._held[step])
             self._finish()
+            del self._held[step]
 
     def _rate(self, step: int, host: Json, top1: float) -> None:
         """Adds the result of an evaluation that a signal had interrupted when the step was saved."""

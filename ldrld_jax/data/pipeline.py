@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import hard
+from ldrld_jax.data.decoded import DecodedRecords
 from ldrld_jax.data.rand_augment import RandAugment
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.source import InMemory, Source
@@ -160,11 +161,10 @@ def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
         max_skipped=data.max_skipped,
         exif=data.exif,
     )
-    turned = getattr(source.records, "exif", data.exif)
-    if turned != data.exif:
+    if isinstance(source.records, DecodedRecords) and source.records.exif != data.exif:
         raise UserError(
-            f"the images in {data.data_dir} were decoded with data.exif={turned}, and the run has data.exif="
-            f"{data.exif}. Set data.exif={turned}, or decode them again."
+            f"the images in {data.data_dir} were decoded with data.exif={source.records.exif}, and the run has "
+            f"data.exif={data.exif}. Set data.exif={source.records.exif}, or decode them again."
         )
     return source
 

@@ -22,12 +22,11 @@ from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import expand_home, is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
-from ldrld_jax.record.reader import check_classes, read_config, read_summary
+from ldrld_jax.record.reader import read_config, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
+from ldrld_jax.train.best import open_best
 from ldrld_jax.train.given import NOTHING, Given
-from ldrld_jax.train.input import open_evaluation
-from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
 
@@ -126,10 +125,8 @@ def student_of(
       UserError: in the cases of `export`.
     """
     with precision_scope(config.precision, config.matmul_precision):
-        source = open_evaluation(config, given)
-        check_classes(workdir, source.class_names, whose="the run")
-        networks = Networks.of(source, config.precision, given.models)
-        network, variables = networks.of_run(workdir, config.student.model, config.data)
+        best = open_best(config, workdir, given)
+        source, network, variables = best.source, best.network, best.variables
         # On the host: device arrays would tie the program to the number of devices.
         variables = jax.tree.map(np.asarray, variables)
         try:

@@ -76,9 +76,9 @@ class HostTeacher:
 
     def _array(self, logits: Any) -> np.ndarray:
         """Converts logits to NumPy's float32: also a tensor of PyTorch with a gradient, on a GPU or in bfloat16."""
-        if hasattr(logits, "detach"):
-            logits = logits.detach().float().cpu().numpy()
         try:
+            if hasattr(logits, "detach"):
+                logits = logits.detach().float().cpu().numpy()
             return np.asarray(logits, np.float32)
         except Exception as error:  # of NumPy, or of the library whose array it is
             raise UserError(

@@ -58,11 +58,11 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}.")
         return value
-    if isinstance(value, bool | str) or np.ndim(value) or not np.isrealobj(value):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
     try:
+        if isinstance(value, bool | str) or np.ndim(value) or np.asarray(value).dtype.kind not in "iufO":
+            raise TypeError
         number = float(value)
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError):  # NumPy's for a ragged list
         raise ValueError(f"{name} must be a number, got {value!r}.") from None
     if kind is int:
         if not number.is_integer() or number < 0:

@@ -67,7 +67,12 @@ def below_largest(logits: jax.Array, temperature: float | jax.Array) -> jax.Arra
     however large they are. XLA would contract the division of z / T and a softmax's own subtraction into one operation
     that rounds only one of the two.
     """
-    return (logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature
+    return _difference(logits, jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))) / temperature
+
+
+def _difference(logits: jax.Array, peak: jax.Array) -> jax.Array:
+    """Computes `logits - peak`, which of logits near the ends of their dtype could be minus infinity."""
+    return jnp.maximum(logits - peak, jnp.finfo(logits.dtype).min)
 
 
 def log_softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
@@ -98,7 +103,7 @@ def log_ratio(logits: jax.Array, keep: jax.Array, temperature: float | jax.Array
     kept = jnp.where(keep, logits, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(kept, axis=-1, keepdims=True))
     mass = jnp.sum(jnp.exp((kept - peak) / temperature), axis=-1, keepdims=True)
-    return (logits - peak) / temperature - jnp.log(mass)  # the difference first: see below_largest
+    return _difference(logits, peak) / temperature - jnp.log(mass)  # the difference first: see below_largest
 
 
 def expectation(log_p: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:

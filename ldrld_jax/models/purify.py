@@ -253,7 +253,11 @@ def _own_keys(tree: Any, keys: Any) -> Any:
     """Converts the strings back to a model's own keys, `_keys`: a position in a list is a number, a name may be "1"."""
     if not isinstance(tree, dict):
         return tree
-    names = {str(key): key for key in keys}
+    names = {str(key): key for key in keys or ()}
+    if others := tree.keys() - names.keys():
+        raise UserError(
+            f"the model has no variables {', '.join(map(repr, sorted(others)))}. Give it those of its kind."
+        )
     return {names[key]: _own_keys(value, keys[names[key]]) for key, value in tree.items()}
 
 

@@ -1,5 +1,6 @@
 """Plans the runs of a sweep: the config, command and progress of each."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -156,18 +157,17 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
 
 
 def _names(texts: Sequence[str]) -> list[str]:
-    """Returns a name of a folder for each text; where several texts would have the same, the later get a digest.
+    """Returns a name of a folder for each text; where two would have one, a text that it is not gets a digest.
 
     Example:
       >>> _names(["student.checkpoint=a/b", "student.checkpoint=a_b", "seed=0"])
-      ['student.checkpoint=a_b', 'student.checkpoint=a_b-268c5e31', 'seed=0']
+      ['student.checkpoint=a_b-5cbca83d', 'student.checkpoint=a_b', 'seed=0']
     """
-    names = dict[str, str]()
-    for text in texts:
-        if text not in names:
-            name = _file_name(re.sub(r"[/\\\ud800-\udfff]", "_", text.replace(" ", "")) or "run")
-            names[text] = _file_name(f"{name}-{_short(text)}") if name in names.values() else name
-    return [names[text] for text in texts]
+    wanted = {text: text.replace(" ", "") or "run" for text in texts}
+    names = {text: _file_name(re.sub(r"[/\\\ud800-\udfff]", "_", own)) for text, own in wanted.items()}
+    shared = {name for name, count in collections.Counter(names.values()).items() if count > 1}
+    changed = {text for text, name in names.items() if name in shared and name != wanted[text]}
+    return [_file_name(f"{names[text]}-{_short(text)}") if text in changed else names[text] for text in texts]
 
 
 def _check_form(sweep: Any, *, complete: bool = False) -> None:

@@ -14,10 +14,10 @@ from ldrld_jax.data.given import as_array
 from ldrld_jax.data.source import check_dtype, check_range
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError
-from ldrld_jax.record.reader import check_classes, read_data
+from ldrld_jax.record.reader import check_classes
 from ldrld_jax.runtime.hosts import in_turn
 from ldrld_jax.train.given import Given
-from ldrld_jax.train.input import form_of, open_evaluation
+from ldrld_jax.train.input import check_form, form_of, open_evaluation
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.shapes import check_evaluation
 from ldrld_jax.train.state import Variables
@@ -78,9 +78,7 @@ def open_best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> Best
     with in_turn("data"):
         source = open_evaluation(config, given)
     check_classes(workdir, source.class_names, whose="the run")
-    there, here = (read_data(workdir) or {}).get("form"), form_of(source)
-    if there not in (None, here):  # the runs of earlier versions do not say
-        raise UserError(f"the run in {workdir} was trained on data of {there}, and these are {here}. Give them alike.")
+    check_form(workdir, form_of(source))
     networks = Networks.of(source, config.precision, given.models)
     network, variables = networks.of_run(workdir, config.student.model, config.data)
     check_evaluation(networks, config.student.model, network.image_size, source)  # of images of another size

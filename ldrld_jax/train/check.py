@@ -25,7 +25,7 @@ from ldrld_jax.files import free_bytes, human_bytes
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import check_new
 from ldrld_jax.metrics import by_step
-from ldrld_jax.record.console import ProgressBar, duration, say
+from ldrld_jax.record.console import ProgressBar, counted, duration, say
 from ldrld_jax.record.recorder import check_finite
 from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.mesh import make_mesh
@@ -92,7 +92,7 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
         if run is None:
             _check_parts(config, given, problems)
         elif seconds := _Check(run, "student", problems, signals).all():
-            say(f"in all    {duration(seconds)}")
+            say(f"in all    {duration(round(seconds))}")
     return list(problems)
 
 
@@ -293,8 +293,8 @@ class _Check:
         evaluations = -(-config.epochs // config.eval_every_epochs)
         total = compiled + run.steps * one + evaluations * rated
         say(
-            f"time      {duration(total)} for the {self._role}: {run.steps:,} steps of {1000 * one:,.1f} ms, "
-            f"{evaluations:,} evaluations of {rated:,.2f} s"
+            f"time      {duration(round(total))} for the {self._role}: {run.steps:,} steps of {1000 * one:,.1f} ms, "
+            f"{counted(evaluations, 'evaluation')} of {rated:,.2f} s"
         )
         return total
 

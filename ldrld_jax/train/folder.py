@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -20,6 +19,7 @@ from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
 from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
+from ldrld_jax.train.input import check_form
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
 
@@ -55,6 +55,7 @@ class RunFolder:
         if there is None:
             return
         check_classes(workdir, here["classes"], whose="the run")
+        check_form(workdir, here["form"])
         before, now = there.get("weights", {}), self._weights
         if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
             raise UserError(
@@ -70,7 +71,7 @@ class RunFolder:
                     "workdir."
                 )
 
-    @functools.cached_property
+    @property
     def _weights(self) -> dict[str, str]:
         """The digests, by key, of the checkpoints that the config names, if they exist, and of given models."""
         config = self.run.config
@@ -156,7 +157,8 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     for block in ("student", "teacher"):
         if given := config[block].get("checkpoint"):
             paths = hub.remembered(given, (saved.get(block) or {}).get("checkpoint") or "")
-            pinned[block].checkpoint = ",".join(map(hub.pinned, paths.split(",")))
+            each = paths.split(",") if block == "teacher" and "," in (config.teacher.model or "") else [paths]
+            pinned[block].checkpoint = ",".join(map(hub.pinned, each))
     return pinned
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -13,6 +15,7 @@ from ldrld_jax.data.source import Source
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
+from ldrld_jax.record.reader import read_data
 from ldrld_jax.runtime.hosts import in_turn
 from ldrld_jax.runtime.mesh import batch_sharding, shares
 from ldrld_jax.train.given import NOTHING, Given
@@ -59,16 +62,38 @@ def _check_alike(train: Readable, evaluation: Readable) -> None:
     """Raises a UserError if a network that is trained on one split could not be evaluated on the other."""
     ours, theirs = form_of(train), form_of(evaluation)
     if ours != theirs:
-        raise UserError(f"the training data are {ours}, and the evaluation data {theirs}. Give both alike.")
+        raise UserError(
+            f"the training data are {_shown(ours)}, and the evaluation data {_shown(theirs)}. Give both alike."
+        )
 
 
-def form_of(source: Readable) -> str:
-    """Describes the inputs of a network; images may differ in size, and texts in length."""
+def form_of(source: Readable) -> dict[str, Any]:
+    """Returns the form of the inputs of a network, as JSON; images may differ in size, and texts in length."""
     shape, dtype = source.image_shape, np.dtype(source.dtype)
-    kind = "uint8" if dtype == np.uint8 else "fractions" if dtype.kind == "f" else "whole numbers"
-    channels = f", {shape[-1]} channels" if len(shape) > 2 else ""
-    labels = f"labels of {len(source.label_shape)} axes" if source.label_shape else "one label each"
-    return f"{kind} {'raw' if source.raw else 'pixels'} ({len(shape)} axes{channels}) with {labels}"
+    return {
+        "numbers": "uint8" if dtype == np.uint8 else "fractions" if dtype.kind == "f" else "whole numbers",
+        "raw": bool(source.raw),
+        "axes": len(shape),
+        "channels": shape[-1] if len(shape) > 2 else None,
+        "label_axes": len(source.label_shape),
+    }
+
+
+def _shown(form: dict[str, Any]) -> str:
+    channels = "" if form["channels"] is None else f", {form['channels']} channels"
+    labels = f"labels of {form['label_axes']} axes" if form["label_axes"] else "one label each"
+    kind = f"{form['numbers']} {'raw' if form['raw'] else 'pixels'}"
+    return f"{kind} ({form['axes']} axes{channels}) with {labels}"
+
+
+def check_form(workdir: epath.PathLike, here: dict[str, Any]) -> None:
+    """Raises a UserError if the run in a workdir was trained on data of another form, see `form_of`."""
+    there = (read_data(workdir) or {}).get("form", here)  # the runs of earlier versions do not say
+    if there != here:
+        raise UserError(
+            f"the run in {workdir} was trained on data of {_shown(there)}, and these are {_shown(here)}. Give them "
+            "alike."
+        )
 
 
 def open_evaluation(config: ConfigDict, given: Given = NOTHING, open_split: Open | None = None) -> Readable:

@@ -122,6 +122,7 @@ def _train(
                 recorder.add(*pending)
                 pending = None
                 pause(step, state)
+            checkpoints.write_due()
     return recorder
 
 
@@ -212,7 +213,7 @@ def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: op
         remat=config.remat,
         accumulate=config.accumulate,
         skip_non_finite=config.non_finite == "skip",
-        watch_optimizer=config.optim.name not in ("sgd", "adamw"),  # whose weights show what their gradients were
+        watch_optimizer=config.optim.name != "sgd",  # whose weights show what their gradients were
         # XLA for CPU computes convolutions inside a loop several times slower than outside of one.
         unroll=run.mesh.devices.flat[0].platform == "cpu",
         compared_depth=_compared_depth(config),

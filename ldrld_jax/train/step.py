@@ -170,7 +170,8 @@ def make_train_step(
         not finite, and count it as `skipped` in the metrics. Otherwise such a step is counted as
         `non_finite`.
       watch_optimizer: whether its state must stay finite as well. Lion updates by the sign of a gradient: if that is
-        infinite, the update is finite, and the momentum infinite for good.
+        infinite, the update is finite, and the momentum infinite for good. The square of a large gradient overflows
+        Adam's second moment, after which the weight rests.
       unroll: whether to unroll the loop over microbatches; XLA for CPU runs convolutions inside a loop several times
         slower.
       compared_depth: the number of largest classes that the metrics compare, see `agreement`.
@@ -330,8 +331,8 @@ def _extra(metrics: Mapping[str, Metric], logits: jax.Array, labels: jax.Array, 
 
 def _hyperparameter(opt_state: Tree) -> jax.Array | None:
     """Returns the learning rate in the state of an `optax.inject_hyperparams` optimizer; None for any other."""
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
-    return found[0][1] if found else None
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "hyperparams")
+    return found[0][1].get("learning_rate") if found else None
 
 
 def _steps_taken(state: TrainState) -> jax.Array:
@@ -343,8 +344,7 @@ def _steps_taken(state: TrainState) -> jax.Array:
 def all_finite(tree: Tree) -> jax.Array:
     """Returns whether all numbers of a tree are finite.
 
-    Checking the weights after an update covers the gradients of SGD and Adam, where one that is not finite gives no
-    finite weight.
+    Checking the weights after an update covers the gradients of SGD: one that is not finite gives no finite weight.
     """
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in _stacked(tree)]))
 

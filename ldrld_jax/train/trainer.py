@@ -237,7 +237,9 @@ class Trainer:
           UserError: if there is no checkpoint yet, or an image is broken, or has another shape or dtype, or a number
             that does not fit the dtype of the training data.
         """
-        if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, str | bytes):
+        if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(
+            images, str | bytes | Mapping
+        ):
             raise UserError(f"images must be an array [n, ...] or a list, got {type(images).__name__}. Make them one.")
         with self._best() as best:
             size, logits = best.config.eval_batch_size, []

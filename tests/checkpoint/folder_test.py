@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ldrld_jax.checkpoint import orbax_io
 from ldrld_jax.checkpoint.checksum import describe
 from ldrld_jax.checkpoint.folder import Checkpoints, load_model
 from ldrld_jax.errors import UserError
@@ -82,6 +83,43 @@ def test_steps_in_quick_succession_are_held_until_the_end_and_end_as_if_each_was
         assert note[tmp_path]["arrays"] == note[tmp_path / "at once"]["arrays"]
 
 
+def test_a_held_step_is_saved_once_and_gets_the_accuracy_that_it_lacks(tmp_path):
+    saver = Checkpoints(tmp_path, min_seconds=np.inf)
+    for step, top1 in ((1, None), (2, None), (2, 70.0), (2, None), (2, 10.0)):
+        saver.save(step, trees(step), {"note": top1}, top1)
+    saver.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.steps, checkpoints.best_step, checkpoints.host(2)) == ([1, 2], 2, {"note": 70.0})
+
+
+def test_few_are_held_and_the_newest_is_written_first(tmp_path, monkeypatch):
+    written, write = [], orbax_io.write
+    monkeypatch.setattr(orbax_io, "write", lambda path, *rest: written.append(path.name) or write(path, *rest))
+    saver = Checkpoints(tmp_path, keep_last=9, min_seconds=np.inf)
+    for step in range(1, 5):
+        saver.save(step, trees(step), {})
+    assert written == ["1"]
+    saver.save(5, trees(5), {})
+    assert written == ["1", "5", "4", "3", "2"]
+    saver.save(6, trees(6), {})
+    saver.save(7, trees(7), {})
+    saver.close()
+    assert written[5:] == ["7", "6"]
+    assert Checkpoints(tmp_path).steps == [*range(1, 8)]
+
+
+def test_a_held_step_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch):
+    saver = Checkpoints(tmp_path, min_seconds=np.inf)
+    saver.save(1, trees(1), {})
+    saver.save(2, trees(2), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_io, "write", lambda *rest: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            saver.close()
+    saver.close()
+    assert Checkpoints(tmp_path).steps == [1, 2]
+
+
 def test_a_step_after_the_interval_is_written_with_those_that_were_held(tmp_path, monkeypatch):
     now = types.SimpleNamespace(monotonic=lambda: 100.0)
     monkeypatch.setattr("ldrld_jax.checkpoint.folder.time", now)
@@ -91,7 +129,12 @@ def test_a_step_after_the_interval_is_written_with_those_that_were_held(tmp_path
     saver.save(2, trees(2), {}, 40.0)
     saver._finish()
     assert names(tmp_path) == ["1"]
+    saver.write_due()
+    assert names(tmp_path) == ["1"]
     now.monotonic = lambda: 110.0
+    saver.write_due()
+    assert names(tmp_path) == ["1", "2"]
+    now.monotonic = lambda: 120.0
     saver.save(3, trees(3), {}, 30.0)
     saver._finish()
     assert names(tmp_path) == ["1", "2", "3"]

@@ -92,7 +92,7 @@ def test_the_precision_of_an_export_is_noted_and_predicted_in(teacher_dir, tmp_p
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
     assert "10 classes, bfloat16" in (tmp_path / "README.md").read_text()
     images, _ = make_eval_source(config.data).read(np.arange(5))
-    student, _ = export.student_of(config, teacher_dir)
+    student, *_ = export.student_of(config, teacher_dir)
     predicted = hub.read_student(str(tmp_path)).program.call(images)
     np.testing.assert_array_equal(predicted, student.program.call(images))
 

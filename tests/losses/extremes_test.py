@@ -145,6 +145,15 @@ def test_close_logits_keep_their_differences_however_large_they_are(name, schedu
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "wsld", "abkd", "bild", "topk_tail", "dist"])
+def test_rows_whose_spread_no_float32_holds_are_no_nan(name):
+    """The differences overflow, where the probabilities are 0 and 1."""
+    method, row = METHODS[name], np.array([[3e38, -3e38, 0, 1]], np.float32)
+    cfg = {"bild": lambda: BiLDConfig(top_k=3), "dist": lambda: METHODS["dist"].config(temperature=4.0)}
+    loss = jax.jit(functools.partial(method.loss, labels=np.array([0]), cfg=cfg.get(name, method.config)()))
+    assert np.isfinite(loss(row, row))
+
+
 def test_types_of_a_config_may_be_text():
     class Own(MethodConfig):
         """A config as a module with `from __future__ import annotations` defines it."""

@@ -363,6 +363,8 @@ def test_a_traced_weight_multiplies_the_terms_outside(rng, x64):
         (dict(depth=float("inf")), "depth must be a whole number and not negative, got inf"),
         (dict(depth=10**400), "depth must be a number, got 1000"),
         (dict(depth=None), "depth must be a number, got None"),
+        (dict(alpha=[[1], [1, 2]]), r"alpha must be a number, got \[\[1\], \[1, 2\]\]"),
+        (dict(alpha=np.array("3")), r"alpha must be a number, got array"),
         (dict(depth=np.array([3])), r"depth must be a number, got array\(\[3\]\)"),
         (dict(alpha=jnp.array(True)), "alpha must be a number, got True"),
         (dict(temperature=1j), "temperature must be a number, got 1j"),

@@ -25,7 +25,7 @@ def test_a_run_that_can_start_has_no_problem_and_leaves_no_file(tiny, tmp_path, 
     assert said.count("images    training: 90 of 90 decoded; ") == 1  # the teacher's are the same
     assert "images    evaluation: 50 of 50 decoded; " in said
     assert "teacher tiny_net is not trained yet: random weights stand in for its own" in said
-    assert re.search(r"time      .* for the teacher: 3 steps of .* ms, 1 evaluations of .* s", said)
+    assert re.search(r"time      .* for the teacher: 3 steps of .* ms, 1 evaluation of .* s", said)
     assert re.search(r"time      .* for the student: 6 steps of .* ms, 2 evaluations of .* s", said)
     assert re.search(r"^in all    \d+ s$", said, re.MULTILINE)
     # 16 * 9 + 2 * 16 weights and statistics, 170 of the head; beside the weights their momentum and the step.

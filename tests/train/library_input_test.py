@@ -301,10 +301,11 @@ def test_pictures_are_turned_as_the_files_that_they_are_opened_from(make, rng):
         ((image for image in np.zeros((2, 8, 8, 1), np.uint8)), r"images must be an array .* or a list, got generator"),
         (None, "images must be an array .* or a list, got NoneType"),
         ("a.png", "images must be an array .* or a list, got str"),
+        ({"a": np.zeros((8, 8, 1), np.uint8)}, "images must be an array .* or a list, got dict"),
         (["a.png"], r"image 0 is a str, and predict takes .* Give pathlib\.Path\(path\)\.read_bytes\(\) of a file"),
         ([None], "image 0 is a NoneType"),
     ],
-    ids=["generator", "None", "text", "path", "hole"],
+    ids=["generator", "None", "text", "dict", "path", "hole"],
 )
 def test_what_is_no_sequence_of_images_is_not_predicted(make, images, message):
     trainer = make(epochs=1)
@@ -321,6 +322,34 @@ def test_whole_numbers_that_do_not_fit_are_not_predicted(make):
     assert trainer.predict(tokens).shape == (90, 4, 10)
     with pytest.raises(UserError, match="image 0 cannot be used: it has numbers beyond those of int32"):
         trainer.predict(tokens + 2**32)
+
+
+def test_a_run_of_objects_goes_on_and_is_exported_with_data_of_one_form_only(make, digits, monkeypatch):
+    """A data set object says nothing of its images, whose list is that of their labels."""
+
+    class Items:
+        num_classes = 10
+
+        def __init__(self, split, scale):
+            self.images, self.labels = split[0] / scale if scale != 1 else split[0], split[1]
+
+        def __len__(self):
+            return len(self.labels)
+
+        def __getitem__(self, i):
+            return self.images[i], int(self.labels[i])
+
+    def run(scale):
+        return make(epochs=1, **{name: Items(split, np.float32(scale)) for name, split in digits.items()})
+
+    run(1).fit()
+    assert run(1).fit().summary["steps"] == 3
+    for call in ("fit", "export"):
+        with pytest.raises(
+            UserError, match=r"trained on data of uint8 pixels .*, and these are fractions raw .* alike"
+        ):
+            getattr(run(255), call)()
+    assert any("fractions raw" in line for line in run(255).check())
 
 
 def test_pictures_of_pillow_are_predicted_as_their_arrays(make, digits):

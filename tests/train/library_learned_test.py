@@ -129,6 +129,14 @@ def test_a_class_that_a_student_rules_out_has_no_part_in_the_cross_entropy(make,
     assert 1.0 < result.metrics[0]["values"]["ce_term"] < np.log(9) + 1e-6
 
 
+def test_a_gradient_whose_square_overflows_stops_a_run_of_adam(make):
+    """Adam's update by it is 0, and so is each later one."""
+    steep = lambda teacher, student, labels: 1e22 * jnp.sum(student - jax.lax.stop_gradient(student), axis=-1)  # noqa: E731
+    config = {"optim.name": "adamw", "ce_weight": 0.0}
+    with pytest.raises(NonFiniteError, match="the weights not finite at step 1"):
+        make(method=steep, epochs=1, config=config).fit()
+
+
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
 def test_an_infinite_gradient_is_seen_where_the_update_is_its_sign(make, non_finite):
     """Lion's update by an infinite gradient is finite, and so is the loss, whose root is taken at 0."""

@@ -99,6 +99,28 @@ def test_what_numpy_cannot_convert_is_one_line():
         teacher(np.zeros((2, 4)), classes=3)
 
 
+def test_a_sparse_tensor_is_one_line():
+    torch = pytest.importorskip("torch")
+    teacher = ldrld_jax.HostTeacher(lambda images: torch.eye(2, 3).to_sparse(), name="sparse")
+    with pytest.raises(UserError, match=r"^the teacher sparse returns Tensor, which NumPy cannot convert"):
+        teacher(np.zeros((2, 4)), classes=3)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_encoded_images_that_are_not_turned_are_no_contradiction(make, digits, ready):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(picture=datasets.Image(), digit=datasets.ClassLabel(names=[*"abcdefghij"]))
+    pictures = [Image.fromarray(np.repeat(image, 3, axis=-1)) for image in digits["train"][0]]
+    data: object = datasets.Dataset.from_dict(
+        {"picture": pictures, "digit": digits["train"][1].tolist()}, features=features
+    )
+    data = as_source(data) if ready else data
+    student = (lambda w, images, train: images.reshape(len(images), -1) @ w, np.zeros((192, 10), np.float32))
+    keys = {"data.crop_size": 8, "data.resize_size": 8, "data.exif": False}
+    common = dict(student=student, teacher=None, method="ce", epochs=1, config=keys)
+    assert make(train=data, evaluation=data, **common).fit().summary["steps"] == 3
+
+
 def test_a_data_set_of_hugging_face_gives_the_images_that_it_was_made_of(make, digits, tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(picture=datasets.Image(), digit=datasets.ClassLabel(names=[*"abcdefghij"]))
