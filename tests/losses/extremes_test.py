@@ -181,3 +181,10 @@ def test_labels_of_few_bits_are_the_same_classes(dtype):
     assert at_labels(values, jnp.array([100], dtype)) == 100.0
     if np.issubdtype(dtype, np.signedinteger):
         assert np.isnan(at_labels(values, jnp.array([-1], dtype)))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_config_of_another_method_is_refused(name):
+    method, other = METHODS[name], METHODS["kd" if name != "kd" else "nkd"].config()
+    with pytest.raises(ValueError, match=f"^cfg must be a {method.config.__name__}, got {type(other).__name__}"):
+        method.loss(jnp.zeros((3, 5)), jnp.zeros((3, 5)), jnp.zeros(3, int), other)
