@@ -89,6 +89,8 @@ def _shown(form: dict[str, Any]) -> str:
 def check_form(workdir: epath.PathLike, here: dict[str, Any]) -> None:
     """Raises a UserError if the run in a workdir was trained on data of another form, see `form_of`."""
     there = (read_data(workdir) or {}).get("form", here)  # the runs of earlier versions do not say
+    if not isinstance(there, dict) or there.keys() != here.keys():
+        raise UserError(f"{workdir}/data.json is not a valid data.json. Restore it, or choose another workdir.")
     if there != here:
         raise UserError(
             f"the run in {workdir} was trained on data of {_shown(there)}, and these are {_shown(here)}. Give them "

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import itertools
+import json
+import pathlib
 
 import numpy as np
 import optax
@@ -250,6 +252,11 @@ def test_a_run_is_evaluated_on_data_of_the_form_of_its_training_data(make, digit
     with pytest.raises(UserError, match=r"the model <linear> fails on images \(2, 4, 8, 1\) uint8: TypeError"):
         make(epochs=1, evaluation=(images[:, :4], labels)).evaluate()
     assert make(epochs=1, evaluation=(images[::-1], labels[::-1])).evaluate() == pytest.approx(expected, rel=1e-6)
+    note = pathlib.Path(make().workdir) / "data.json"
+    for strange in ("uint8", None, {"numbers": "uint8"}):
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"form": strange}))
+        with pytest.raises(UserError, match=r"data\.json is not a valid data\.json\. Restore it"):
+            make(epochs=1).evaluate()
 
 
 @pytest.mark.parametrize(
