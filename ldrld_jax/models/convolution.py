@@ -1,7 +1,7 @@
 """The convolution of all models, written such that XLA for CPU selects its faster kernel.
 
 XLA for CPU has two kernels, Eigen's and YNNPACK's, and uses the latter for float32. It runs many shapes on one thread
-and is up to eighteen times slower in the gradient with respect to the weights (docs/train_speed.md). XLA does not give
+and is several times slower in the gradient with respect to the weights (docs/train_speed.md). XLA does not give
 YNNPACK a convolution whose input is dilated, so the rows of input and kernel are both spaced two apart: the same sum.
 Both kernels are many times slower than a matrix product on images of a few pixels.
 """
