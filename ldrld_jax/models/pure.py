@@ -24,7 +24,7 @@ from ldrld_jax.models.purify import (
     is_random,
     path_name,
     purify,
-    with_variables,
+    rebuilder,
 )
 
 
@@ -93,14 +93,14 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
 
 
 def _of_nnx(model: nnx.Module, groups: int) -> Pure:
-    shared, model = model, nnx.clone(model)
+    rebuilt, model = rebuilder(model), nnx.clone(model)
     if groups > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model)):
         raise UserError("batch_norm_group is known to this package's BatchNorm alone, not to Flax's. Unset it.")
     group_batch_norms(model, groups)
     apply, params, batch_stats = purify(model)
 
     def own(params: Tree, batch_stats: Tree) -> nnx.Module:
-        module = with_variables(shared, params, batch_stats)
+        module = rebuilt(params, batch_stats)
         module.eval()
         return module
 
@@ -159,9 +159,10 @@ def _of_function(function: Callable[..., Any], variables: Any) -> Pure:
     if twice := sorted(name for name, count in collections.Counter(names).items() if count > 1):
         raise UserError(f"the model has several variables that are named {twice[0]}. Rename the keys that hold a /.")
     takes = call_options(function)
+    fixed = [None if own else leaf for own, (_, leaf) in zip(trained, leaves, strict=True)]
 
     def joined(params: Tree) -> Any:
-        flat = [params[name] if own else leaf for name, own, (_, leaf) in zip(names, trained, leaves, strict=True)]
+        flat = [params[name] if own else leaf for name, own, leaf in zip(names, trained, fixed, strict=True)]
         return jax.tree.unflatten(structure, flat)
 
     def apply(params, batch_stats, images, *, train, where=None, key=None):

@@ -91,8 +91,14 @@ def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Mo
       >>> with_variables(model, params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
       (2, 10)
     """
+    return rebuilder(model)(params, batch_stats)
+
+
+def rebuilder(model: nnx.Module) -> Callable[[Tree, Tree], nnx.Module]:
+    """Returns a function that does what `with_variables` does, and does not hold the variables of `model`."""
     graph, *states, streams = _split(model)
-    return nnx.merge(graph, *map(_own_keys, (params, batch_stats), map(_keys, states)), streams)
+    keys = [_keys(state) for state in states]
+    return lambda params, batch_stats: nnx.merge(graph, *map(_own_keys, (params, batch_stats), keys), streams)
 
 
 def _split(model: nnx.Module) -> Any:

@@ -114,11 +114,6 @@ def check_num_classes(num_classes: int | None, found: int) -> None:
         )
 
 
-def is_function(model: Any) -> bool:
-    """Returns whether a model is `(apply, variables)`, whose function may use more than its variables."""
-    return isinstance(model, tuple) and not hasattr(model[0], "apply")
-
-
 def _named_writers(config: ConfigDict) -> list[str]:
     return config.log.writers.split(",") if config.log.writers else []
 

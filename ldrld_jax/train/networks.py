@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +47,20 @@ def is_folder(path: str) -> bool:
     return True
 
 
+class _Form(NamedTuple):
+    """What is known of a model without its weights.
+
+    Attributes:
+      pure: the model with the shapes of its weights.
+      structure: see `Networks.structure`.
+      function: whether it is `(apply, variables)`.
+    """
+
+    pure: Pure
+    structure: str | None
+    function: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """Factory of networks for one data set at one precision; their weights stay on the host.
@@ -64,6 +78,10 @@ class Networks:
     precision: str
     raw: bool = False
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    # A user's function may take seconds, to download weights for example, so that a run calls it no more than it must.
+    _forms: dict[tuple[str, int], _Form] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False, init=False
+    )
 
     @classmethod
     def of(cls, source: Any, precision: str, given: Mapping[str, Any] = MappingProxyType({})) -> "Networks":
@@ -88,22 +106,41 @@ class Networks:
 
     def pure(self, model: str, *, seed: int = 0, batch_norm_groups: int = 1) -> Pure:
         """Makes a model, without the preprocessing of its images; see `random`."""
-        module = self.given[model] if model in self.given else self._made(model, seed)
-        return pure(module, batch_norm_groups=batch_norm_groups)
+        return pure(self._module(model, seed), batch_norm_groups=batch_norm_groups)
 
     def is_own(self, model: str) -> bool:
         """Returns whether a model is a user's: one that is given, or that `module:function` makes."""
         return model in self.given or (is_code(model) and not isinstance(load_object(model), HostTeacher))
 
-    def own(self, model: str) -> Any:
-        """Returns a user's model, as `pure` takes it; None for any other."""
-        if not self.is_own(model):
-            return None
-        return self.given[model] if model in self.given else self._made(model, 0)
-
     def structure(self, model: str) -> str | None:
         """Returns a digest of a user's module besides its arrays, see `models.structure`; None for any other model."""
-        return structure(self.own(model))
+        return self._form(model).structure if self.is_own(model) else None
+
+    def is_function(self, model: str) -> bool:
+        """Returns whether a model is a user's `(apply, variables)`, whose function may use more than its variables."""
+        return self.is_own(model) and self._form(model).function
+
+    def shapes(self, model: str) -> Variables:
+        """Returns the shapes and dtypes of the variables of a user's model, as the user made them."""
+        made = self._form(model).pure
+        return Variables(made.params, made.batch_stats)
+
+    def _form(self, model: str, batch_norm_groups: int = 1) -> _Form:
+        """Returns the form of a user's model, which is made the first time."""
+        key = model, batch_norm_groups
+        if key not in self._forms:
+            module = self._module(model, seed=0)
+            made = pure(module, batch_norm_groups=batch_norm_groups)
+            params, batch_stats = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (made.params, made.batch_stats)
+            )
+            made = dataclasses.replace(made, params=params, batch_stats=batch_stats)
+            function = isinstance(module, tuple) and not hasattr(module[0], "apply")
+            self._forms[key] = _Form(made, structure(module), function)
+        return self._forms[key]
+
+    def _module(self, model: str, seed: int) -> Any:
+        return self.given[model] if model in self.given else self._made(model, seed)
 
     def _made(self, model: str, seed: int) -> Any:
         if model.startswith("<"):
@@ -117,7 +154,7 @@ class Networks:
     def outline(self, model: str, data: ConfigDict, *, batch_norm_groups: int = 1) -> tuple[Network, Variables]:
         """Makes a model with shapes in place of its weights; see `random`."""
         if not self._is_ours(model):
-            network, variables = self.random(model, data, seed=0, batch_norm_groups=batch_norm_groups)
+            network, variables = self._network(self._form(model, batch_norm_groups).pure, data)
             # NumPy's float64 becomes float32 on the devices, unless the run is in float64.
             dtype = jax.dtypes.canonicalize_dtype
             return network, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype(x.dtype)), variables)

@@ -16,7 +16,6 @@ from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.record.console import counted
 from ldrld_jax.record.reader import read_config, read_data
-from ldrld_jax.train.given import is_function
 from ldrld_jax.train.networks import is_folder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import to_check
@@ -81,7 +80,7 @@ def warnings(run: Run) -> Iterator[str]:
             "methods never get their full weight. Lower it"
         )
     teachers = [name for name, _ in run.networks_used[1:]]
-    if config.logits.get("dir") and (functions := [n for n in teachers if is_function(run.networks.own(n))]):
+    if config.logits.get("dir") and (functions := [name for name in teachers if run.networks.is_function(name)]):
         yield (
             f"the logit store knows {', '.join(functions)} by its variables alone: if its function depends on anything "
             "else and that changes, set another logits.dir"

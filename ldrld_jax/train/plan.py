@@ -53,6 +53,7 @@ class Run:
     eval_source: Readable
     batches: TrainBatches
     objective: Objective
+    networks: Networks
     given: Given = NOTHING
     forwards: tuple[Forward, ...] = ()
     warnings: list[str] = dataclasses.field(default_factory=list, compare=False)
@@ -103,7 +104,8 @@ class Run:
         check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
         logit_store.check_classes(config, len(source.class_names))
         _check_images(config, source)
-        run = cls(config, workdir, mesh, eval_source, batches, objective, given)
+        networks = Networks.of(source, config.precision, given.models)
+        run = cls(config, workdir, mesh, eval_source, batches, objective, networks, given)
         rows = batches.rows // config.accumulate * objective.views
         check_metrics(given.metrics, rows, source, config.precision, masked=batches.padded)
         check_metrics(given.metrics, config.eval_batch_size, eval_source, config.precision)
@@ -136,11 +138,6 @@ class Run:
     def make_optimizer(self) -> optax.GradientTransformation:
         """Makes the optimizer of the config, or returns the one that is given."""
         return self.given.optimizer or make_optimizer(self.config.optim, self.schedule)
-
-    @property
-    def networks(self) -> Networks:
-        """The factory of networks for the run's data."""
-        return Networks.of(self.batches.source, self.config.precision, self.given.models)
 
     @property
     def networks_used(self) -> list[tuple[str, ConfigDict]]:
@@ -190,10 +187,10 @@ class Run:
         teachers = [name for name in names if self.networks.is_own(name)]
         if teachers:
             own = config.teacher.epochs is None and config.teacher.checkpoint is None
-            digest = logit_store.checksum if own else _shapes
-            found["teacher.model"] = " ".join(digest(self._variables(name, config.teacher.seed)) for name in teachers)
+            digests = [self._checksum(name) if own else _shapes(self.networks.shapes(name)) for name in teachers]
+            found["teacher.model"] = " ".join(digests)
         if self.networks.is_own(student):
-            found["student.model"] = _shapes(self._variables(student, config.seed))
+            found["student.model"] = _shapes(self.networks.shapes(student))
         for key, models in (("teacher.structure", teachers), ("student.structure", [student])):
             if digests := self.structures(models):
                 found[key] = " ".join(digests)
@@ -203,9 +200,9 @@ class Run:
         """Returns the digests of those models that are a user's modules, see `Networks.structure`."""
         return [digest for digest in map(self.networks.structure, models) if digest is not None]
 
-    def _variables(self, model: str, seed: int) -> Variables:
-        made = self.networks.pure(model, seed=seed)
-        return Variables(made.params, made.batch_stats)
+    def _checksum(self, teacher: str) -> str:
+        made = self.networks.pure(teacher, seed=self.config.teacher.seed)
+        return logit_store.checksum(Variables(made.params, made.batch_stats))
 
     @property
     def placement(self) -> Placement:

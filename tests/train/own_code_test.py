@@ -112,6 +112,30 @@ def test_a_student_that_asks_for_the_size_of_a_batch_is_not_exported_and_told_wh
     )
 
 
+MADE = """
+made = []
+def make_net(num_classes, rngs):
+    net = Net(num_classes, rngs)
+    made.append(float(net.head.kernel[0, 0]))  # of the seed
+    return net
+def make_function(num_classes, rngs):
+    variables = nnx.to_pure_dict(nnx.state(make_net(num_classes, rngs)))
+    return (lambda v, x: x.reshape(x.shape[0], -1) @ v["head"]["kernel"]), variables
+"""
+
+
+@pytest.mark.parametrize("model", ["make_net", "make_function"])
+def test_a_users_function_is_called_once_for_the_shapes_and_once_for_the_weights(own, model):
+    """It may take seconds, as one that downloads weights does."""
+    (own / "own.py").write_text(OWN + MADE)
+    flags = {"student.model": f"own:{model}", "seed": 5, "optim.schedule": "constant", "optim.warmup": "none"}
+    assert command(**flags) == 0
+    made = sys.modules["own"].made
+    assert len(made) == 2 and made[0] != made[1]  # of seeds 0 and 5
+    assert command(**flags, epochs=3) == 0  # goes on
+    assert made[2:] == made[:2]
+
+
 @pytest.mark.parametrize("changes", [{"method": "kd"}, {"teacher.model": "own:Net", "teacher.epochs": 1}])
 def test_what_only_training_uses_is_left_out_of_a_run_that_is_loaded_again(own, changes, monkeypatch):
     """Leaves out a loss and its schedules; Weights & Biases need not be installed there."""
