@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any
 
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, one_line, unknown
 
 
 def is_code(name: str) -> bool:
@@ -36,13 +36,13 @@ def load_object(name: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(f"{name} cannot be imported: {error}. Install what it imports.") from error
+            raise UserError(f"{name} cannot be imported: {one_line(error)} Install what it imports.") from error
         raise UserError(
             f"there is no module {error.name!r} for {name}, here or among the installed packages. Run in the folder "
             f"that holds it, or set PYTHONPATH."
         ) from None
     except Exception as error:
-        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise UserError(f"{name} cannot be imported: {one_line(error)}") from error
     finally:
         sys.path[:] = path
     if not hasattr(module, attribute):
@@ -67,4 +67,4 @@ def call(name: str, *arguments: Any, **options: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} failed: {type(error).__name__}: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{name} failed: {one_line(error)}") from error

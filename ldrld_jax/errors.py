@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -16,14 +16,49 @@ class NonFiniteError(RuntimeError):
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error of a user's code as one line; JAX explains its own in further paragraphs.
+    """Returns an error of a user's code as one line with its type; JAX explains its own in further paragraphs.
 
     Example:
       >>> one_line(TypeError("dot_general requires equal sizes.\\n\\nSee the documentation."))
       'TypeError: dot_general requires equal sizes.'
+      >>> one_line(ValueError())
+      'ValueError.'
     """
-    text = " ".join(str(error).partition("\n\n")[0].split())
-    return f"{type(error).__name__}: {text.rstrip('.')}."
+    text = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".")
+    return f"{type(error).__name__}{f': {text}' if text else ''}."
+
+
+def reason(error: BaseException) -> str:
+    """Returns an error's text on one line without its full stop, or the name of its type if it has no text.
+
+    Example:
+      >>> reason(OSError("the disk\n is full.")), reason(MemoryError())
+      ('the disk is full', 'MemoryError')
+    """
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def os_error(error: OSError) -> str:
+    """Returns an error of the operating system as text, with the name of its file."""
+    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Joins names by commas; of more than `most`, the first ones and the number of the others.
+
+    Example:
+      >>> listed(["a", "b", "c"], 3), listed(["a", "b", "c"], 2)
+      ('a, b, c', 'a, b and 1 more')
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def given_in_python(what: str) -> UserError:
+    """Returns the error for a part of a run that was given as an object, of which a config has only the name."""
+    return UserError(
+        f"{what} was given as a Python object and cannot be made from its name. Pass it to ldrld_jax.Trainer again."
+    )
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

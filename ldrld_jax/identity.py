@@ -39,6 +39,30 @@ def identity(config: Any) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.startswith(NOT_IDENTITY)}
 
 
+def is_object(name: str) -> bool:
+    """Returns whether a config's value stands for an object that was given in Python.
+
+    Example:
+      >>> is_object("<MyNet>"), is_object("resnet8"), is_object("my_module:make_net")
+      (True, False, False)
+    """
+    return name.startswith("<")
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
+    """Returns the keys in which two flat dicts differ, each as text with both values.
+
+    Example:
+      >>> differences({"seed": 1, "epochs": 2}, {"seed": 3, "epochs": 2})
+      {'seed': 'seed (1 there, 3 here)'}
+    """
+    return {
+        key: f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)"
+        for key in sorted(ours | theirs)
+        if ours.get(key) != theirs.get(key)
+    }
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens a nested config to dotted keys, with tuples as lists, as in JSON."""
     keys: dict[str, Any] = {}

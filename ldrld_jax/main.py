@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import expand_home, split_argument
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
     except UserError as error:
         return fail(str(error), 2)
     except OSError as error:
-        return fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
+        return fail(os_error(error), 2)
     except (KeyboardInterrupt, Exception) as error:
         if (code := getattr(error, "exit_code", None)) is not None:
             return fail(str(error), code)
@@ -342,13 +342,13 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def fail(message: str, code: int) -> int:
-    """Prints an error as one line, and returns its exit status."""
+def fail(message: str, code: int, prog: str = "ldrld_jax") -> int:
+    """Prints an error of a program as one line, and returns its exit status."""
     from ldrld_jax.record.console import printable
 
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(f"ldrld_jax: {printable(' '.join(message.split()))}", file=sys.stderr)
+            print(f"{prog}: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, one_line, unknown
 from ldrld_jax.files import split_argument
+from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS
 from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_config
@@ -37,7 +38,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
         spec.loader.exec_module(module)
         changes = module.get_config(arg) if arg else module.get_config()
     except Exception as error:
-        raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"config {path} failed: {one_line(error)} Correct the file.") from error
     if not isinstance(changes, ConfigDict):
         raise UserError(
             f"get_config of {path} must return a ConfigDict, got {type(changes).__name__}. Add `return config`."
@@ -98,7 +99,7 @@ def _leave_out_own(config: ConfigDict, workdir: str, named: Collection[str]) -> 
 
 def _is_own(name: str) -> bool:
     """Returns whether a name is of a user's code or of an object."""
-    return name.startswith("<") or is_code(name)
+    return is_object(name) or is_code(name)
 
 
 def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -168,7 +169,7 @@ def _parse(config: ConfigDict, key: str, text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that the parser documents
         raise UserError(f"{key} must be of type {kind.__name__}, got {text!r}.") from None
 
 

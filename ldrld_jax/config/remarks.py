@@ -16,6 +16,7 @@ from ldrld_jax.config.resolve import (
     teaches_from_file,
     teaches_itself,
 )
+from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS
 
 # What each teacher has that is trained already; the rest of its block is the recipe that would train it.
@@ -108,7 +109,7 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
 
 def _rest_of_optimizer(config: ConfigDict) -> list[str]:
     """Returns the keys that nothing reads beside an optimizer that is an object."""
-    return [key for key in config.optim if key != "name"] if config.optim.name.startswith("<") else []
+    return [key for key in config.optim if key != "name"] if is_object(config.optim.name) else []
 
 
 def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str, str]:

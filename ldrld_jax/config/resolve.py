@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code, load_object
 from ldrld_jax.config.keys import check, default
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, given_in_python, unknown
+from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS, Method, as_method
 
 Methods = Mapping[str, Method]
@@ -40,11 +41,8 @@ def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
     """
     names = [] if config.method == "ce" else config.method.split("+")
     for name in names:
-        if name.startswith("<") and name not in given:
-            raise UserError(
-                f"method {name} was given as a Python object and cannot be made from its name. Pass it to "
-                "ldrld_jax.Trainer again."
-            )
+        if is_object(name) and name not in given:
+            raise given_in_python(f"method {name}")
         if name not in METHODS and name not in given and not is_code(name):
             parts = [part.strip() for part in name.replace(",", "+").split("+")]
             if len(parts) > 1 and all(part in METHODS for part in parts):
@@ -187,7 +185,7 @@ def teaches_from_file(config: Mapping[str, Any]) -> bool:
 
 def has_weights(config: ConfigDict) -> bool:
     """Returns whether the teachers are objects or a user's code, which may come with their weights."""
-    return all(name.startswith("<") or is_code(name) for name in teacher_models(config))
+    return all(is_object(name) or is_code(name) for name in teacher_models(config))
 
 
 def teaches_itself(config: Mapping[str, Any]) -> bool:

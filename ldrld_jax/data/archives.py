@@ -7,7 +7,7 @@ import numpy as np
 
 from ldrld_jax.data.given import as_source, named_classes
 from ldrld_jax.data.source import Source
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, reason
 
 
 def load_arrays(file: str, split: str) -> Source:
@@ -29,8 +29,9 @@ def load_arrays(file: str, split: str) -> Source:
             arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
             names = archive["class_names"].tolist() if "class_names" in archive.files else None
     except Exception as error:  # of NumPy, zipfile or zlib, which have errors of their own for damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read as a NumPy archive: {reason}. Write it with numpy.savez.") from error
+        raise UserError(
+            f"{file} cannot be read as a NumPy archive: {reason(error)}. Write it with numpy.savez."
+        ) from error
     for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
         if images in arrays and labels in arrays:
             every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from ldrld_jax.data.decode import BrokenImageError
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, listed, unknown
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -101,9 +101,8 @@ def open_folder(
     if not files:
         raise UserError(f"there is no image in {data_dir}/{split}. Supported are {', '.join(SUFFIXES)}.")
     if empty:
-        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
-        named = ", ".join(class_names[i] for i in empty[:_MOST_NAMED])
-        message = f"there is no image of {named}{more} in {data_dir}/{split}"
+        named = listed([class_names[i] for i in empty], _MOST_NAMED)
+        message = f"there is no image of {named} in {data_dir}/{split}"
         if on_error == "raise":
             is_list = name == "file_list"
             mend = "Labels that are numbers count from 0: renumber them" if is_list else "Remove the folders"

@@ -16,8 +16,9 @@ from google.protobuf import json_format
 from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
+from ldrld_jax.data import decoded, folders
 from ldrld_jax.data.digits import Digits
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, reason, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ class TfdsRecords:
                 return self.records.__getitems__(list(indices))
             serialized = self.records.data_source.__getitems__(list(indices))
         except RuntimeError as error:  # from the reader of array_record files
-            reason = " ".join(str(error).split())
-            raise UserError(f"the files of {self.title} are damaged ({reason}). Prepare or copy them again.") from None
+            raise UserError(
+                f"the files of {self.title} are damaged ({reason(error)}). Prepare or copy them again."
+            ) from None
         return list(map(_parse, serialized))
 
     def name(self, index: int) -> str:
@@ -162,7 +164,7 @@ def _check_name(name: str) -> None:
 
 
 def _unknown(name: str) -> UserError:
-    known = ["decoded", "digits", "image_folder", "tiny_imagenet", *tfds.list_builders(with_community_datasets=False)]
+    known = [decoded.NAME, "digits", *folders.FOLDERS, *tfds.list_builders(with_community_datasets=False)]
     return unknown("dataset", name, known)
 
 

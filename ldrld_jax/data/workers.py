@@ -36,7 +36,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, one_line, reason
 
 Batch = dict[str, np.ndarray]
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -61,10 +61,10 @@ class Job:
         try:
             pickled = _dumps((make, source), buffers.append)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"data.workers={len(pool)} hands the data set to other processes, and it cannot be pickled: {reason}. "
-                "Let it open files, connections and locks where it reads an example, or set data.workers=0."
+                f"data.workers={len(pool)} hands the data set to other processes, and it cannot be pickled: "
+                f"{reason(error)}. Let it open files, connections and locks where it reads an example, or set "
+                "data.workers=0."
             ) from error
         parts = [np.frombuffer(pickled, np.uint8), *(np.frombuffer(b.raw(), np.uint8) for b in buffers)]
         self.memory = Memory.of(parts)
@@ -413,10 +413,9 @@ class _Task:
             try:
                 self._make, source = pickle.loads(first.tobytes(), buffers=buffers)
             except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise UserError(
-                    f"a worker process cannot make the data set again: {reason}. Put its code where `import` finds it, "
-                    "or set data.workers=0."
+                    f"a worker process cannot make the data set again: {one_line(error)} Put its code where `import` "
+                    "finds it, or set data.workers=0."
                 ) from error
             # The parent counts broken images, because each worker sees only some.
             object.__setattr__(source, "skip", lambda *skipped: self._skipped.append(skipped))

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, needs, reason
 
 Batch = dict[str, np.ndarray]
 
@@ -83,7 +83,7 @@ class HostTeacher:
         except Exception as error:  # of NumPy, or of the library whose array it is
             raise UserError(
                 f"the teacher {self.shown} returns {type(logits).__name__}, which NumPy cannot convert "
-                f"({' '.join(str(error).split())}). Return logits as an array."
+                f"({reason(error)}). Return logits as an array."
             ) from error
 
     @property
@@ -195,4 +195,4 @@ def _read(path: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # of NumPy, tensorstore or safetensors, which have errors of their own
-        raise UserError(f"{path} cannot be read as a file of logits: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{path} cannot be read as a file of logits: {reason(error)}.") from error

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, listed
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
 from ldrld_jax.models import outline
 from ldrld_jax.models.layers import Dtype
@@ -253,10 +253,9 @@ def _misfits(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int
     return misfits
 
 
-def _report(misfits: Mapping[str, list[str]], shown: int = 4) -> str:
+def _report(misfits: Mapping[str, list[str]]) -> str:
     parts = []
     for kind, keys in misfits.items():
         if keys:
-            more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-            parts.append(f"{len(keys)} {kind} ({', '.join(keys[:shown])}{more})")
+            parts.append(f"{len(keys)} {kind} ({listed(keys, 4)})")
     return "; ".join(parts)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes
-from ldrld_jax.identity import flat
+from ldrld_jax.identity import differences, flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
 Key = dict[str, Any]
@@ -272,9 +272,8 @@ class LogitStore:
             raise UserError(
                 f"{self.directory}/key.json is not the key.json of a logit store. Set another logits.dir."
             ) from None
-        differing = sorted(part for part in ours | theirs if ours.get(part) != theirs.get(part))
-        if differing:
-            shown = ", ".join(f"{part} ({theirs.get(part)!r} there, {ours.get(part)!r} here)" for part in differing)
+        if differing := differences(theirs, ours):
+            shown = ", ".join(differing.values())
             raise UserError(f"the logit store {self.directory} holds other logits: {shown}. Set another logits.dir.")
         return note
 

@@ -106,6 +106,8 @@ def _flops(jaxpr: Any) -> int:
             total += 2 * equation.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
         elif equation.primitive.name == "cond":  # a convolution has one version per platform, of which one runs
             total += max(_flops(branch) for branch in equation.params["branches"])
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * _flops(equation.params["jaxpr"])
         else:
             inner = jax.tree.leaves(list(equation.params.values()))
             total += sum(_flops(leaf) for leaf in inner if hasattr(leaf, "eqns"))

@@ -53,7 +53,7 @@ def say(text: str) -> None:
     try:
         tqdm.write(printable(text, sys.stdout.encoding or "utf-8"), file=sys.stdout)
         sys.stdout.flush()
-    except OSError:  # the reader of a pipe has gone, or the terminal
+    except (OSError, ValueError):  # the reader of a pipe or the terminal has gone, or the stream is closed
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nor does Python complain at its end
 
 
@@ -148,7 +148,7 @@ class ProgressBar:
     def _hidden_once_it_fails(self) -> Iterator[None]:
         try:
             yield
-        except OSError:  # the terminal has gone
+        except (OSError, ValueError):  # the terminal has gone, or the stream is closed
             self._bar.disable = True
 
 

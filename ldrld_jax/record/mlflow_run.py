@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, needs, reason
 from ldrld_jax.files import named, replace_text
 from ldrld_jax.identity import identity
 
@@ -50,7 +50,7 @@ class MLflowRun:
                 self._client.log_batch(self._run, params=params[start : start + _PARAMETERS])
         except MlflowException as error:
             raise UserError(
-                f"MLflow refuses the run: {' '.join(str(error).split())} Set MLFLOW_TRACKING_URI, or unset log.mlflow."
+                f"MLflow refuses the run: {reason(error)}. Set MLFLOW_TRACKING_URI, or unset log.mlflow."
             ) from error
         with named(place):
             replace_text(place, self._run)

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, needs, reason
 from ldrld_jax.files import named, replace_text
 
 
@@ -46,7 +46,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases refuses the run: {' '.join(str(error).split())} Log in by `wandb login`, set "
+                f"Weights & Biases refuses the run: {reason(error)}. Log in by `wandb login`, set "
                 "WANDB_MODE=offline, or unset log.wandb.project."
             ) from error
 

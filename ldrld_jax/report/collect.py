@@ -13,7 +13,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_link, place_of
-from ldrld_jax.identity import flat, identity
+from ldrld_jax.identity import flat, identity, is_object
 from ldrld_jax.record.reader import is_number, read_config, read_data, read_lines, read_summary
 
 _DEPTH = 3  # how far below a folder runs are looked for
@@ -120,7 +120,7 @@ def _told_apart(*found: list[FoundRun]) -> list[list[FoundRun]]:
             digests[_data_keys(run)].add(tuple(run.config[key] for key in _DIGESTS))
     return [
         [
-            run if run.config["data.name"].startswith("<") or len(digests[_data_keys(run)]) > 1 else _anonymous(run)
+            run if is_object(run.config["data.name"]) or len(digests[_data_keys(run)]) > 1 else _anonymous(run)
             for run in runs
         ]
         for runs in found

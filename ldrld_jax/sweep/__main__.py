@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_writable, expand_home, is_local, split_argument
-from ldrld_jax.main import overrides_in, split_overrides
+from ldrld_jax.main import fail, overrides_in, split_overrides
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.table import fitting, results
@@ -19,7 +19,8 @@ from ldrld_jax.sweep.plan import Job, load, parse_grid, plan
 from ldrld_jax.sweep.schedule import Sweep
 from ldrld_jax.sweep.slurm import script
 
-_PROG = "python -m ldrld_jax.sweep"
+_NAME = "ldrld_jax.sweep"
+_PROG = f"python -m {_NAME}"
 _FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--launcher", "--dry_run", "--help")
 
 
@@ -126,15 +127,11 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     try:
         return run(*parse(sys.argv[1:] if argv is None else argv, prog))
     except UserError as error:
-        print(f"ldrld_jax.sweep: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2, _NAME)
     except OSError as error:
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        print(f"ldrld_jax.sweep: {what}", file=sys.stderr)
-        return 2
+        return fail(os_error(error), 2, _NAME)
     except KeyboardInterrupt:
-        print("ldrld_jax.sweep: interrupted, the runs have saved; the same command resumes", file=sys.stderr)
-        return 130
+        return fail("interrupted, the runs have saved; the same command resumes", 130, _NAME)
 
 
 def jobs_of(args: argparse.Namespace, overrides: list[str]) -> list[Job]:

@@ -16,7 +16,7 @@ from etils import epath
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.code import is_code
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, one_line, unknown
 from ldrld_jax.files import is_locked, split_argument
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
@@ -41,7 +41,7 @@ def load(path: str) -> dict[str, Any]:
         get_sweep = runpy.run_path(file)["get_sweep"]
         sweep = get_sweep(arg) if arg else get_sweep()
     except Exception as error:
-        raise UserError(f"sweep {path} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"sweep {path} failed: {one_line(error)} Correct the file.") from error
     _check_form(sweep)
     return sweep
 

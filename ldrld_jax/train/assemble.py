@@ -18,6 +18,7 @@ from ldrld_jax.data.source import Source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import expand_home
+from ldrld_jax.identity import is_object
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
 from ldrld_jax.metrics import MEASURED
@@ -204,7 +205,7 @@ def _trained_model(workdir: str) -> str:
     if saved is None:
         raise UserError(f"the teacher's {workdir} holds no run (no config.json). Give a run's workdir, or a model.")
     model = saved["student"]["model"]
-    if model.startswith("<"):
+    if is_object(model):
         raise UserError(
             f"the run in {workdir} trained the object {model}, and its folder has the weights alone. Give the trained "
             "model: teacher=result.student of that run, or Trainer(...).student() with the same arguments."

@@ -15,7 +15,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import check_writable, replace_text
-from ldrld_jax.identity import identity
+from ldrld_jax.identity import differences, identity, is_object
 from ldrld_jax.interop import hub
 from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
 from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
@@ -104,17 +104,17 @@ class RunFolder:
 
     def _check_identity(self, place: str, theirs: dict[str, Any]) -> None:
         config, ours = self.run.config, identity(self.run.config)
-        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-        if moved := {"teacher.checkpoint", "student.checkpoint"} & set(differing):  # the same weights elsewhere?
+        differing = differences(theirs, ours)
+        if moved := {"teacher.checkpoint", "student.checkpoint"} & differing.keys():  # the same weights elsewhere?
             before, now = (read_data(self.run.workdir) or {}).get("weights", {}), self._weights
             same = {key for key in moved if before.get(key) is not None and before[key] == now.get(key)}
-            differing = [key for key in differing if key not in same]
-        if differing == ["epochs"] and ours["epochs"] > theirs["epochs"]:
+            differing = {key: text for key, text in differing.items() if key not in same}
+        if list(differing) == ["epochs"] and ours["epochs"] > theirs["epochs"]:
             decay = first_decay_epoch(config.optim)
             done = (self.checkpoints().latest_step or 0) / self.run.batches.steps_per_epoch
             if done < decay:
                 return
-            own = config.optim.name.startswith("<")
+            own = is_object(config.optim.name)
             if own or config.optim.schedule == "cosine":
                 depends = "an optimizer that is an object" if own else f"optim.schedule={config.optim.schedule}"
                 raise UserError(
@@ -126,7 +126,7 @@ class RunFolder:
                 f"{done:g}. Choose another workdir."
             )
         if differing:
-            shown = ", ".join(f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in differing)
+            shown = ", ".join(differing.values())
             raise UserError(f"{place} holds a run of another config: {shown}. Choose another workdir.")
 
     def checkpoints(self) -> Checkpoints:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.checkpoint.folder import load_model
 from ldrld_jax.code import is_code, load_object
-from ldrld_jax.errors import UserError
-from ldrld_jax.identity import identity
+from ldrld_jax.errors import UserError, given_in_python
+from ldrld_jax.identity import identity, is_object
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.interop.hub import WEIGHTS, is_on_hub
 from ldrld_jax.interop.torch_import import load_torch_checkpoint, load_variables
@@ -143,11 +143,8 @@ class Networks:
         return self.given[model] if model in self.given else self._made(model, seed)
 
     def _made(self, model: str, seed: int) -> Any:
-        if model.startswith("<"):
-            raise UserError(
-                f"the model {model} was given as a Python object and cannot be made from its name. Pass it to "
-                "ldrld_jax.Trainer again."
-            )
+        if is_object(model):
+            raise given_in_python(f"the model {model}")
         create = own_model if is_code(model) else create_model
         return create(model, self.num_classes, self.channels, rngs=nnx.Rngs(seed), **dtypes(self.precision))
 

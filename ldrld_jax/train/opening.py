@@ -11,6 +11,7 @@ from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
 from ldrld_jax.data.stream import Readable
+from ldrld_jax.errors import listed
 from ldrld_jax.interop import hub
 from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
@@ -122,9 +123,8 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
       >>> no_images("to train on", [1], ["cat", "dog"])
       '1 of 2 classes have no image to train on: dog'
     """
-    shown = ", ".join(names[label] for label in empty[:_MOST_NAMED])
-    more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
-    return f"{len(empty)} of {len(names)} classes have no image {purpose}: {shown}{more}"
+    shown = listed([names[label] for label in empty], _MOST_NAMED)
+    return f"{len(empty)} of {len(names)} classes have no image {purpose}: {shown}"
 
 
 def _absent(source: Readable) -> list[int]:

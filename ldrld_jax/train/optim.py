@@ -10,7 +10,8 @@ import optax
 from ml_collections import ConfigDict
 
 from ldrld_jax.code import is_code, load_object
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, given_in_python, unknown
+from ldrld_jax.identity import is_object
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -90,11 +91,8 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
 
 
 def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
-    if optim.name.startswith("<"):
-        raise UserError(
-            f"the optimizer {optim.name} was given as a Python object and cannot be made from its name. Pass it to "
-            "ldrld_jax.Trainer again."
-        )
+    if is_object(optim.name):
+        raise given_in_python(f"the optimizer {optim.name}")
     if is_code(optim.name):
         make = load_object(optim.name)
     elif "learning_rate" in _parameters(getattr(optax, optim.name, None)):
@@ -119,7 +117,7 @@ def _parameters(function: object) -> Mapping[str, inspect.Parameter]:
 
 def first_decay_epoch(optim: ConfigDict) -> float:
     """Returns the epoch up to which the learning rate is independent of the number of epochs; may be inf."""
-    if optim.name.startswith("<"):  # given as an object, with a schedule of its own
+    if is_object(optim.name):  # given as an object, with a schedule of its own
         return 0
     decays = {"cosine": [0], "step": optim.decay_epochs, "constant": []}[optim.schedule]
     return min(decays, default=math.inf)

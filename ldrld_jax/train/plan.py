@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.stream import Readable, TrainBatches
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, reason
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.models import MODELS
@@ -315,7 +315,7 @@ def _check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation
         _, state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), trained)
     except Exception as error:
         raise UserError(
-            f"optim.name={config.optim.name} cannot update the student: {' '.join(str(error).split())}. A step calls, "
+            f"optim.name={config.optim.name} cannot update the student: {reason(error)}. A step calls, "
             "traced, init(parameters) and update(gradients, state, parameters) on a pair: the student's parameters and "
             "those that a method learns."
         ) from error

@@ -81,6 +81,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path):
         ("tiny_imagenet", "test", tmp_path, "no split of tiny_imagenet 'test'"),
         ("imagenet2012", "train", tmp_path, "tfds build imagenet2012 --file_format array_record --data_dir"),
         ("image_foldr", "train", tmp_path, "Did you mean 'image_folder'"),
+        ("file_lst", "train", tmp_path, "Did you mean 'file_list'"),
     ]:
         with pytest.raises(UserError, match=expected):
             open_source(name, split, folder and str(folder))

@@ -12,7 +12,7 @@ from flax import nnx
 from ldrld_jax import UserError, models
 from ldrld_jax.models import MODELS, create_model, layers, outline
 from ldrld_jax.models.purify import purify
-from ldrld_jax.models.table import summarize
+from ldrld_jax.models.table import summarize, traced
 
 FILES = sorted(pathlib.Path(models.__file__).parent.glob("*.py"))
 SHARED_FILES = ("convolution", "initializers", "layers", "normalisation", "residual")
@@ -111,6 +111,21 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 )
 def test_flops_are_twice_the_published_multiply_adds(name, multiply_adds):
     assert summarize(name).flops / 2e6 == pytest.approx(multiply_adds, rel=5e-3)
+
+
+def test_a_scanned_layer_counts_as_often_as_it_runs():
+    layers, x = jnp.ones((5, 8, 8)), jnp.ones((3, 8))
+
+    def scanned(layers, x):
+        return jax.lax.scan(lambda x, layer: (x @ layer, None), x, layers)[0]
+
+    def unrolled(layers, x):
+        for layer in layers:
+            x = x @ layer
+        return x
+
+    counted = [traced(forward, layers, x.shape)[0] for forward in (scanned, unrolled)]
+    assert counted == [5 * 2 * 3 * 8 * 8] * 2
 
 
 @pytest.mark.parametrize("file", FAMILIES, ids=lambda file: file.stem)

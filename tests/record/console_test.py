@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import re
 import struct
@@ -145,6 +146,15 @@ def test_nothing_is_written_and_no_thread_started_where_there_is_no_terminal(cap
         assert threading.active_count() == threads
     bar.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_for_a_stream_that_is_closed_is_lost_and_nothing_else(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    console.say("the first")
+    console.say("the second")
+    assert sys.stdout is not closed
 
 
 def test_a_run_says_what_it_compiles_waits_for_and_writes(tiny, tmp_path, monkeypatch, capsys):
