@@ -32,7 +32,7 @@ def reason(error: BaseException) -> str:
     """Returns an error's text on one line without its full stop, or the name of its type if it has no text.
 
     Example:
-      >>> reason(OSError("the disk\n is full.")), reason(MemoryError())
+      >>> reason(OSError("the disk  is full.")), reason(MemoryError())
       ('the disk is full', 'MemoryError')
     """
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

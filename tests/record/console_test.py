@@ -155,6 +155,7 @@ def test_a_line_for_a_stream_that_is_closed_is_lost_and_nothing_else(monkeypatch
     console.say("the first")
     console.say("the second")
     assert sys.stdout is not closed
+    sys.stdout.close()
 
 
 def test_a_run_says_what_it_compiles_waits_for_and_writes(tiny, tmp_path, monkeypatch, capsys):
