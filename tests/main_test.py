@@ -46,7 +46,7 @@ WRONG = [
     (["--config.optim=3"], "optim is a block: set one of optim.clip_norm, optim.decay_epochs"),
     (["--config.seed=1.5"], "seed must be of type int, got 1.5"),
     (["--config.seed=one"], "seed must be of type int, got 'one'"),
-    (["--config.seed={{[]:1}}"], "seed must be of type int, got '{[]:1}'"),
+    (["--config.seed={{[]:1}}"], "seed must be of type int, got '{{[]:1}}'"),
     (["--config.seed=" + 9000 * "-" + "1"], "seed must be of type int, got '--"),
     (["--config.data.flip=3"], "data.flip must be of type bool, got 3"),
     (["--config.seed"], "--config.seed needs a value"),
