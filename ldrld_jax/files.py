@@ -151,7 +151,8 @@ def expand_home(path: str) -> str:
         raise UserError(f"{path} is in the home directory of a user who does not exist. Write it out.") from None
 
 
-def is_local(path: epath.Path) -> bool:
+def is_local(path: epath.PathLike) -> bool:
+    """Returns whether a path is of this machine's file system, and not one such as `gs://...`."""
     return "://" not in str(path)
 
 
@@ -175,7 +176,7 @@ def check_writable(path: epath.PathLike, what: str) -> None:
       path: of the folder, which need not exist.
       what: the error says to choose another one of.
     """
-    if not is_local(epath.Path(path)):
+    if not is_local(path):
         return
     place = pathlib.Path(path)
     if "\\" in (whole := str(place.resolve())) or any("\ud800" <= char <= "\udfff" for char in whole):

@@ -171,6 +171,16 @@ class Source:
             )
 
 
+def spaced(count: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices below `count`, evenly spaced from the first to the last.
+
+    Example:
+      >>> spaced(9, 3).tolist(), spaced(2, 3).tolist()
+      ([0, 4, 8], [0, 1])
+    """
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
 def check_range(image: np.ndarray, dtype: np.dtype) -> None:
     """Raises a BrokenImageError if a whole number does not fit the narrower type that a batch has."""
     narrows = image.dtype.kind in "iu" and not np.can_cast(image.dtype, dtype)

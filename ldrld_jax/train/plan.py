@@ -1,5 +1,6 @@
 """A planned run: the parts of a checked config, with nothing written or computed yet."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -10,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.source import fingerprint, spaced
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError
 from ldrld_jax.interop.host_teacher import HostTeacher
@@ -209,6 +209,12 @@ class Run:
         """The placement of weights on the mesh."""
         return Placement(self.mesh, self.config.mesh.fsdp)
 
+    def for_counting(self) -> "Run":
+        """Returns the run without microbatches and remat: XLA counts a loop body once, and recomputation is no work."""
+        config = copy.deepcopy(self.config)
+        config.accumulate, config.remat = 1, False
+        return dataclasses.replace(self, config=config)
+
     def make_student(self) -> tuple[Network, Variables]:
         """Makes the student, with random weights or those of `student.checkpoint`."""
         config = self.config
@@ -233,7 +239,7 @@ class Run:
           UserError: if one is broken, or with `data.on_error=skip` more than may be skipped.
         """
         for source in (self.batches.source, self.eval_source):
-            source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
+            source.read(spaced(len(source), _LOOKED_AT))
 
     def make_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
         """Makes the state before the first step, with its part of the optimizer's state and average on each device.

@@ -287,11 +287,7 @@ def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = No
         raise UserError(f"the teacher {run.config.teacher.model} runs outside of JAX. Choose a run with another one.")
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
-    if paths is not None or run.config.teacher.checkpoint is not None:
-        return placed(run, restored(run, checkpoints_of(run) if paths is None else paths))
-    config = run.config.teacher
-    models = config_lib.teacher_models(run.config)
-    return placed(run, _together(run, [run.networks.random(m, config.data, seed=config.seed) for m in models]))
+    return placed(run, restored(run, config_lib.teacher_checkpoints(run.config) if paths is None else paths))
 
 
 def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
