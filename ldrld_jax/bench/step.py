@@ -32,9 +32,9 @@ _TURNS = 5
 _ENDLESS = 10**9  # epochs
 
 
-def report(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> str:
+def report(config: ConfigDict, *, profile: str | None = None) -> str:
     """Returns the result of `measure` as a readable table."""
-    return str(measure(config, seconds=seconds, profile=profile))
+    return str(measure(config, profile=profile))
 
 
 def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> Bench:

@@ -95,13 +95,13 @@ class Checkpoints:
         """The step of the highest top-1, the latest one among ties; None before the first evaluation."""
         return _best(self._readable())
 
-    def by_preference(self, *, best: bool) -> list[int]:
-        """Returns the steps in the order in which to try them: by top-1 (`best`), or the latest first.
+    def by_preference(self) -> list[int]:
+        """Returns the steps in the order in which to try them: by top-1, the latest first among ties or without one.
 
         Unreadable ones come first, because one of them may have been the best: the caller reports it and goes on.
         """
-        top1s = _top1s(self._readable()) if best else {}
         readable = self._readable()
+        top1s = _top1s(readable)
         return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
 
     def _readable(self) -> dict[int, Note]:
@@ -326,24 +326,21 @@ def _of_step(step: int, note: Note | DamagedError) -> Note | DamagedError:
     return DamagedError(f"it was saved at step {note['step']}: its folder has another name")
 
 
-def load_model(
-    directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None, best: bool = True
-) -> dict[str, Any]:
-    """Restores the weights of a run's best or last checkpoint; falls back to the next if it is damaged, and warns.
+def load_model(directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None) -> dict[str, Any]:
+    """Restores the weights of a run's best checkpoint; falls back to the next if it is damaged, and warns.
 
     Args:
       directory: the run's `checkpoints` folder.
       like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
       run: the `run` that the checkpoint must have been saved with, except for its epochs, which may have grown, and
         for the paths of other checkpoints, which may have moved.
-      best: use the checkpoint with the best evaluation, if any; otherwise the last.
 
     Raises:
       UserError: if there is no checkpoint, none is whole, or it does not fit or belongs to another run.
     """
     checkpoints = Checkpoints(directory)
     reasons = []
-    for step in checkpoints.by_preference(best=best):
+    for step in checkpoints.by_preference():
         try:
             if run is not None and _compared(checkpoints.run(step)) != _compared(run):
                 raise UserError(f"the checkpoint {directory}/{step} belongs to another run than the config beside it.")

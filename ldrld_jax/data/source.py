@@ -221,7 +221,7 @@ class InMemory:
 
     def __init__(self, source: Source):
         self.uncached = source
-        self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
+        self.class_names, self.image_shape = source.class_names, source.image_shape
         self.dtype, self.raw, self.label_shape = source.dtype, source.raw, source.label_shape
         self._images = np.zeros((len(source), *source.image_shape), source.dtype)  # pages are allocated as they fill
         self._labels = np.zeros((len(source), *source.label_shape), np.int32)

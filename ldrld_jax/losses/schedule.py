@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 
 Form = Literal["linear", "cosine", "steps"]
-SCHEDULED = ("alpha", "beta", "gamma", "temperature")
-"""The fields of a method's config that a schedule may set."""
 
 
 @dataclasses.dataclass(frozen=True)

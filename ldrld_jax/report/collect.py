@@ -180,7 +180,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {counted(torn, 'torn line')} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
     keys, summary = flat(config), read_summary(workdir, numbers=_NUMBERS)
-    run = FoundRun(str(workdir), keys | _objects(keys, workdir, report.notes), summary, tuple(curve))
+    run = FoundRun(str(workdir), keys | _objects(workdir, report.notes), summary, tuple(curve))
     if run.summary is not None and not all(plausible(run.summary[name]) for name in _NUMBERS):
         raise UserError("its summary.json has a number that no run reaches")
     if run.summary is not None:
@@ -191,7 +191,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
 
 
-def _objects(keys: dict[str, Any], workdir: epath.Path, notes: list[str]) -> dict[str, str]:
+def _objects(workdir: epath.Path, notes: list[str]) -> dict[str, str]:
     """Returns keys that tell data and objects given in Python apart, of which a config has only the names."""
     try:
         note = read_data(workdir) or {}

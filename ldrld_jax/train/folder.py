@@ -175,7 +175,7 @@ def _digest(path: str) -> str | None:
         parts = {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     checkpoints = Checkpoints(place / "checkpoints")
-    step = next(iter(checkpoints.by_preference(best=True)), None)
+    step = next(iter(checkpoints.by_preference()), None)
     if step is None or step not in checkpoints.readable_steps:
         return None
     return hashlib.sha256(json.dumps(checkpoints.arrays(step, "model"), sort_keys=True).encode()).hexdigest()[:32]

@@ -176,12 +176,12 @@ class Networks:
           UserError: if there is nothing at `path`, or it holds another model.
         """
         place = epath.Path(path)
-        if not is_folder(path) and model in self.given:
-            raise UserError(
-                f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give one, "
-                "or load the weights into the object."
-            )
         if not is_folder(path):
+            if model in self.given:
+                raise UserError(
+                    f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give "
+                    "one, or load the weights into the object."
+                )
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)
             )
