@@ -150,7 +150,7 @@ class Checkpoints:
             "run": self._run,
             "host": host,
             "top1": top1,
-            "kept": self._is_kept(step),
+            "kept": self._is_for_good(step),
         }
         kept = self._kept({**self._readable(), **{held: note for held, (note, _) in self._held.items()}, step: note})
         self._held = {held: self._held[held] for held in self._held if held in kept}
@@ -279,10 +279,10 @@ class Checkpoints:
         """Returns those of the steps that the policy keeps."""
         best = _best(notes)
         # Those of earlier versions do not say whether they are kept for good.
-        for_good = (step for step, note in notes.items() if note.get("kept", self._is_kept(step)))
+        for_good = (step for step, note in notes.items() if note.get("kept", self._is_for_good(step)))
         return {*sorted(notes)[-self._keep_last :], *([] if best is None else [best]), *for_good}
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_for_good(self, step: int) -> bool:
         """Returns whether a checkpoint that is saved now is kept for good."""
         return bool(self._keep_every and step % self._keep_every == 0)
 

@@ -97,11 +97,11 @@ def pinned(path: str) -> str:
     return "::".join([str(found), *key])
 
 
-def remembered(paths: str, before: str) -> str:
+def with_known_revisions(paths: str, before: str) -> str:
     """Returns paths, separated by commas, in which names on the Hub without a revision have the one in `before`.
 
     Example:
-      >>> remembered("hf://me/net,a.pth", before="hf://me/net@v1")
+      >>> with_known_revisions("hf://me/net,a.pth", before="hf://me/net@v1")
       'hf://me/net@v1,a.pth'
     """
     names = [path.partition("::")[0] for path in before.split(",")]

@@ -90,7 +90,7 @@ def check(
             )
 
 
-def check_classes(config: ConfigDict, classes: int) -> None:
+def check_top_k(config: ConfigDict, classes: int) -> None:
     """Raises a UserError if `logits.top_k` leaves nothing out of `classes` logits."""
     top_k = config.logits.get("top_k")
     if top_k is not None and top_k >= classes:

@@ -23,7 +23,7 @@ from ldrld_jax.losses.common import (
     mean_over_rows,
     prepare_logits,
 )
-from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.divergence import AxisName
 
 _SLD_TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 

@@ -103,7 +103,7 @@ class Job:
         theirs, ours = identity(saved), dict(self.identity)
         for key in ("student.checkpoint", "teacher.checkpoint"):
             if ours.get(key) and theirs.get(key):
-                ours[key] = hub.remembered(ours[key], theirs[key])  # a run pins what it takes from the Hub
+                ours[key] = hub.with_known_revisions(ours[key], theirs[key])  # a run pins what it takes from the Hub
         if ours != theirs:
             return False
         return summary["epochs"] == self.identity["epochs"]

@@ -33,7 +33,7 @@ _EXPORTED = "student.safetensors", WEIGHTS  # of --mode export, without and with
 _FED = "mean", "std", "image_size"  # keys of the data block that say how images are fed
 
 
-def is_folder(path: str) -> bool:
+def is_workdir(path: str) -> bool:
     """Returns whether a checkpoint is a run's workdir, and not a file, `archive.tar::member` or `hf://OWNER/NAME`.
 
     Raises:
@@ -176,7 +176,7 @@ class Networks:
           UserError: if there is nothing at `path`, or it holds another model.
         """
         place = epath.Path(path)
-        if not is_folder(path):
+        if not is_workdir(path):
             if model in self.given:
                 raise UserError(
                     f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give "
@@ -231,7 +231,7 @@ class Networks:
         head = last_matrix_path(variables.params, self.num_classes)[:-1]
         kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
         place = epath.Path(path)
-        if not is_folder(path):
+        if not is_workdir(path):
             title = f"{model} without its last layer"
             return Variables(*load_variables(path, model, *variables, title=title, kept=unflatten_dict(kept)))
         if (note := read_data(place)) is None:

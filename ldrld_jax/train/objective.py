@@ -232,7 +232,7 @@ def _schedules(config: ConfigDict, methods: Mapping[str, Term]) -> dict[str, Sch
     return schedules
 
 
-def check_classes(
+def check_objective(
     objective: Objective, classes: int, *, label_shape: tuple[int, ...] = (), padded: bool = False
 ) -> None:
     """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth.

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,8 @@ from ml_collections import ConfigDict
 from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError, unknown
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-
-def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Schedule:
+def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     r"""Returns the learning rate as a function of the step, counted from 0; float32, or float64 under x64.
 
     `step` multiplies by `decay_rate` after each of `decay_epochs`; `cosine` falls to 0 over
@@ -63,7 +61,7 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
     return schedule
 
 
-def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimizer of a config: SGD with momentum in PyTorch's form, AdamW, another of optax's, or a user's.
 
     SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
@@ -89,7 +87,7 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
     return optax.chain(*clip, _other(optim, schedule))
 
 
-def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def _other(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     if optim.name.startswith("<"):
         raise UserError(
             f"the optimizer {optim.name} was given as a Python object and cannot be made from its name. Pass it to "

@@ -28,9 +28,9 @@ from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given, check_num_classes
 from ldrld_jax.train.input import batch_norm_groups, form_of, open_input
-from ldrld_jax.train.networks import Networks, is_folder
-from ldrld_jax.train.objective import Objective, check_classes, make_objective
-from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
+from ldrld_jax.train.networks import Networks, is_workdir
+from ldrld_jax.train.objective import Objective, check_objective, make_objective
+from ldrld_jax.train.optim import make_optimizer, make_schedule
 from ldrld_jax.train.shapes import Forward, check_evaluation, check_metrics, check_training
 from ldrld_jax.train.state import Placement, TrainState, Variables, schedule_free, trainable
 from ldrld_jax.train.step import Network
@@ -101,8 +101,8 @@ class Run:
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         source = batches.source
         check_num_classes(given.num_classes, len(source.class_names))
-        check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
-        logit_store.check_classes(config, len(source.class_names))
+        check_objective(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
+        logit_store.check_top_k(config, len(source.class_names))
         _check_images(config, source)
         networks = Networks.of(source, config.precision, given.models)
         run = cls(config, workdir, mesh, eval_source, batches, objective, networks, given)
@@ -132,7 +132,7 @@ class Run:
         return {"classes": len(source.class_names), "label_shape": source.label_shape}
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> optax.Schedule:
         return make_schedule(self.config.optim, steps_per_epoch=self.batches.steps_per_epoch, epochs=self.config.epochs)
 
     def make_optimizer(self) -> optax.GradientTransformation:
@@ -147,7 +147,7 @@ class Run:
             return found
         models, paths = config_lib.teacher_models(config), config_lib.teacher_checkpoints(config)
         for model, path in itertools.zip_longest(models, paths[: len(models)], fillvalue=""):
-            saved = read_config(path) if path and is_folder(path) else None  # fed as that run was
+            saved = read_config(path) if path and is_workdir(path) else None  # fed as that run was
             found.append((model, config.teacher.data if saved is None else ConfigDict(saved["data"])))
         return found
 
@@ -232,7 +232,7 @@ class Run:
             check_finite(variables.params, {}, f"the student {config.student.model}")
         return network, variables
 
-    def look(self) -> None:
+    def read_samples(self) -> None:
         """Reads some images of both splits, so that what is broken shows before anything is trained.
 
         Raises:

@@ -369,7 +369,7 @@ def _train(
         _warn(run, [*remarks, *warnings(run)])
         with waiting(f"making the {role}"):
             student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
-        run.look()
+        run.read_samples()
         train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
         teacher = obtain_teacher(run, student[0], signals, train_teacher)
         if teacher is not None and not isinstance(teacher, SelfTeacher):
