@@ -343,7 +343,10 @@ def load_model(directory: epath.PathLike, like: dict[str, Any], *, run: Json | N
     for step in checkpoints.by_preference():
         try:
             if run is not None and _compared(checkpoints.run(step)) != _compared(run):
-                raise UserError(f"the checkpoint {directory}/{step} belongs to another run than the config beside it.")
+                raise UserError(
+                    f"the checkpoint {directory}/{step} belongs to another run than the config beside it. Restore that "
+                    "config.json, or give another workdir."
+                )
             model = checkpoints.restore(step, {"model": _as_stored(checkpoints.arrays(step, "model"), like)})["model"]
         except DamagedError as error:
             reasons.append(f"checkpoint {epath.Path(directory) / str(step)} is damaged ({error})")

@@ -23,6 +23,8 @@ logger = logging.getLogger("ldrld_jax")
 
 
 class Record(TypedDict):
+    """An example: its image and its label."""
+
     image: bytes | np.ndarray | BrokenImageError  # encoded, or pixels, or why it could not be read
     label: int | np.ndarray
 
@@ -143,8 +145,8 @@ class Source:
         """Skips a broken image, see `skip`.
 
         Raises:
-          UserError: if `on_error` is "raise", or too many are broken; instead of one of a user's data set that raised,
-            what it raised.
+          UserError: if `on_error` is "raise", or too many are broken. An error raised by a user's data set is raised
+            again instead.
         """
         name = self.records.name(index)
         if self.on_error == "raise":

@@ -127,7 +127,10 @@ def read_student(place: str) -> Student:
     content = read_json(config, what, keys={"architecture", "preprocessing"})
     model = content["architecture"]
     if model not in MODELS:
-        raise UserError(f"{place} holds a network {model!r}, which is not of this package and is not imported.")
+        raise UserError(
+            f"{place} holds a network {model!r}, which is not of this package and is not imported. Give a student of "
+            "one of these: python -m ldrld_jax.models.table."
+        )
     try:
         described, inside = content["preprocessing"], content["preprocessing"]["inside"]
         shape, channels = view_of(described).shape, described["input"]["shape"][-1]

@@ -53,7 +53,10 @@ def parse(name: str) -> HubFile:
         raise UserError(f"{name} must be hf://OWNER/NAME, hf://OWNER/NAME@REVISION or either with /FILE.safetensors.")
     file = found["file"] or WEIGHTS
     if not file.endswith(".safetensors"):
-        raise UserError(f"{name}: only .safetensors files are taken from the Hub, because they hold no code.")
+        raise UserError(
+            f"{name}: only .safetensors files are taken from the Hub, because they hold no code. Name a .safetensors "
+            "file, or download this one and give its path."
+        )
     return HubFile(found["repo"], found["revision"] and unquote(found["revision"]), file)
 
 

@@ -44,7 +44,7 @@ def bernoulli_kl_and_slope(teacher: jax.Array, student: jax.Array) -> tuple[jax.
     """
     sign = jnp.where(teacher < 0, -jnp.ones_like(teacher), jnp.ones_like(teacher))
     teacher, student = sign * teacher, sign * student
-    # Not abs, whose derivative at 0 is 0 and would be that of the slope there.
+    # abs would not do: its derivative at 0 is 0, and would become the slope's derivative there.
     teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(jnp.where(student >= 0, -student, student))
     teacher_unlikely = teacher_exp / (1 + teacher_exp)
     student_unlikely = jnp.where(student >= 0, student_exp, jnp.ones_like(student)) / (1 + student_exp)

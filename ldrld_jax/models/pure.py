@@ -145,7 +145,7 @@ def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
 
 
 def _calls_inside(module: flax.linen.Module) -> Iterator[Callable[..., Any]]:
-    """Yields the functions by which the modules are called that a module is made of, as far as its fields show them."""
+    """Yields the `__call__` functions of the modules in a module's fields, at any depth."""
     fields = [getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"]
     for part in jax.tree.leaves(fields):
         if isinstance(part, flax.linen.Module):

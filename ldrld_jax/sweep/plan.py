@@ -157,7 +157,7 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
 
 
 def _names(texts: Sequence[str]) -> list[str]:
-    """Returns a name of a folder for each text; where two would have one, a text that it is not gets a digest.
+    """Returns a folder name for each text; if two texts would share one, a text that had to be changed gets a digest.
 
     Example:
       >>> _names(["student.checkpoint=a/b", "student.checkpoint=a_b", "seed=0"])

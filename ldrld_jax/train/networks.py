@@ -235,7 +235,10 @@ class Networks:
             title = f"{model} without its last layer"
             return Variables(*load_variables(path, model, *variables, title=title, kept=unflatten_dict(kept)))
         if (note := read_data(place)) is None:
-            raise UserError(f"{path} has no data.json with its classes, which student.checkpoint_head=skip takes.")
+            raise UserError(
+                f"{path} has no data.json with its classes, which student.checkpoint_head=skip takes. Give a workdir "
+                "with data.json, or set student.checkpoint_head=load."
+            )
         _, loaded = dataclasses.replace(self, num_classes=len(note["classes"])).restore(path, model, data)
         return loaded._replace(params=unflatten_dict(flatten_dict(loaded.params) | kept))
 

@@ -130,7 +130,7 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
 def _absent(source: Readable) -> list[int]:
     """Returns the classes without an image in a split, if that is known without reading many of them.
 
-    Of several labels per example, as tokens of a vocabulary, many may be rare.
+    With several labels per example, such as tokens of a vocabulary, many classes may be rare, so none is reported.
     """
     records = source.uncached.records
     selected = isinstance(records, Selected) and records.given_labels is not None

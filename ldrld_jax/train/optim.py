@@ -105,9 +105,15 @@ def _other(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
     try:
         made = make(learning_rate=schedule, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name={optim.name} cannot be called with a learning rate alone: {error}.") from error
+        raise UserError(
+            f"optim.name={optim.name} cannot be called with a learning rate alone: {error}. Give module:function of "
+            "your own that sets the rest."
+        ) from error
     if not isinstance(made, optax.GradientTransformation):
-        raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, not an optax.GradientTransformation.")
+        raise UserError(
+            f"optim.name={optim.name} returns {type(made).__name__}, not an optax.GradientTransformation. Return an "
+            "optimizer of optax."
+        )
     return made
 
 

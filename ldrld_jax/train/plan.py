@@ -153,7 +153,7 @@ class Run:
 
     @property
     def teacher_is_outside(self) -> bool:
-        """Returns whether the teacher is a function on the host or a file of logits, which no program runs."""
+        """True if the teacher is a function on the host or a file of logits, which no program runs."""
         return config_lib.teaches_from_file(self.config) or self.given.host_teacher(self.config) is not None
 
     def check_evaluation(self, model: str, data: ConfigDict) -> Forward:
