@@ -14,12 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import decoded
-from ldrld_jax.data.ahead import Batch, ahead
+from ldrld_jax.data.ahead import ahead
 from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels
 from ldrld_jax.data.pipeline import made_by, opened
 from ldrld_jax.data.source import Source, fingerprint, spaced
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.views import BILINEAR, scaled_size
+from ldrld_jax.data.workers import Batch
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import (
     appending,

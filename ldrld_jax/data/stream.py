@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ldrld_jax.data.ahead import Batch, ahead
+from ldrld_jax.data.ahead import ahead
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
 from ldrld_jax.data.source import Source
+from ldrld_jax.data.workers import Batch
 
 
 class Readable(Protocol):

@@ -75,8 +75,7 @@ class _Views:
 
     @classmethod
     def of(cls, method: str, teacher_logits, student_logits, where, weights) -> "_Views":
-        logits = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-        check_views(method, **logits, where=where, weights=weights)
+        check_views(method, teacher_logits=teacher_logits, student_logits=student_logits, where=where, weights=weights)
         teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
         check_logits(teacher, student)
         rows, dtype = student.shape[:-1], computed_in(teacher, student)
