@@ -118,7 +118,7 @@ class OurStep:
 
     def _batch(self, stored: Any, draws: Draws, position: Any) -> dict[str, jax.Array]:
         recipe, count = self.recipe, self.recipe.batch
-        make = make_batch(count, count, (recipe.size, recipe.size, 3), recipe.pad, None)
+        make = make_batch(count, (recipe.size, recipe.size, 3), recipe.pad, None)
         batch = make(stored, draws, position * count, jnp.int32(count))
         return {key: batch[key] for key in ("image", "label")}
 

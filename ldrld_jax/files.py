@@ -34,7 +34,7 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
 def replacing(path: epath.Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` at the end of the block; after an error `path` is as before.
 
-    What lay under its name is replaced, a link as well: nothing is ever written through one.
+    A file or link that already has this name is replaced; nothing is ever written through a link.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     with named(path):
@@ -151,7 +151,8 @@ def expand_home(path: str) -> str:
         raise UserError(f"{path} is in the home directory of a user who does not exist. Write it out.") from None
 
 
-def is_local(path: epath.Path) -> bool:
+def is_local(path: epath.PathLike) -> bool:
+    """Returns whether a path is of this machine's file system, and not one such as `gs://...`."""
     return "://" not in str(path)
 
 
@@ -167,15 +168,16 @@ def free_bytes(path: epath.PathLike) -> int:
 
 
 def check_writable(path: epath.PathLike, what: str) -> None:
-    r"""Raises a UserError if a local folder can neither be written to nor made; of a remote one nothing is known.
+    r"""Raises a UserError if a local folder can neither be written to nor created; remote folders are not checked.
 
-    Nor may tensorstore, which writes there, misread its path: it takes UTF-8 alone, and a \ for a /.
+    It also raises for a path that tensorstore, which writes there, would misread: tensorstore takes only UTF-8 and
+    reads a \ as a /.
 
     Args:
-      path: of the folder, which need not exist.
-      what: the error says to choose another one of.
+      path: path of the folder, which need not exist.
+      what: what the error tells the user to choose another one of, such as "workdir".
     """
-    if not is_local(epath.Path(path)):
+    if not is_local(path):
         return
     place = pathlib.Path(path)
     if "\\" in (whole := str(place.resolve())) or any("\ud800" <= char <= "\udfff" for char in whole):
@@ -211,8 +213,8 @@ def locked(folder: epath.Path, *, other: str = "workdir") -> Iterator[None]:
     It has no effect on remote paths such as `gs://` and on file systems without locks.
 
     Args:
-      folder: of the work that two processes must not do at once.
-      other: what the error says to choose another one of.
+      folder: the folder of work that only one process may do at a time.
+      other: what the error tells the user to choose another one of.
 
     Raises:
       LockedError: if another process holds the lock.

@@ -245,12 +245,12 @@ def _train(args: argparse.Namespace, config: "ConfigDict") -> None:
 
 
 def _check(args: argparse.Namespace, config: "ConfigDict") -> int:
-    from ldrld_jax.record.console import say
+    from ldrld_jax.record.console import counted, say
     from ldrld_jax.train.trainer import Trainer
 
     if problems := Trainer.from_config(config, args.workdir).check():
         say("\n".join(f"problem: {problem}" for problem in problems))
-        return fail(f"{len(problems)} problem{'s' * (len(problems) > 1)} would stop this run, see above.", 1)
+        return fail(f"{counted(len(problems), 'problem')} would stop this run, see above.", 1)
     say("this run can start.")
     return 0
 

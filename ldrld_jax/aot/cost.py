@@ -33,8 +33,8 @@ class Cost:
       beside_bytes: bytes that the run keeps on the device and that are not arguments of this program.
       memory: bytes that a run may use; None if unknown.
       flops: floating point operations per dispatch; None if they are not counted.
-      bytes_moved: bytes read from and written to memory per dispatch, see `hlo.Program.bytes_moved`.
-      kernels: kernels per dispatch, see `hlo.Program.kernels`.
+      bytes_moved: bytes read from and written to memory per dispatch, see `hlo.CompiledText.bytes_moved`.
+      kernels: kernels per dispatch, see `hlo.CompiledText.kernels`.
       peak_flops, bandwidth: peak FLOP/s and memory bytes/s of the device; None if unknown.
       collectives: transfers between devices per dispatch.
       examples: images per dispatch, over all devices.
@@ -124,7 +124,7 @@ def measure(program: Program, beside: Sequence[Program], config: ConfigDict, tar
         total = float(used.group(1)) * 2 ** (10 * (1 + "KMGT".index(used.group(2)))) if used else None
         raise TooLargeError(program.name, lasting + sum(program.argument_bytes().values()), total) from None
     seconds = time.perf_counter() - begun
-    memory, text = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    memory, text = compiled.memory_analysis(), hlo.CompiledText(compiled.as_text())
     facts, devices = target.facts, len(target.devices)
     platform = "cuda" if facts is not None and facts.gpu is not None else target.devices[0].platform
     flops = program.count_flops(platform)

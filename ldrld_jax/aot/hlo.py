@@ -53,12 +53,12 @@ class _Instruction:
         return tuple(name.lstrip("%") for name in found.group(1).strip("{}").split(", ")) if found else ()
 
 
-class Program:
+class CompiledText:
     """A compiled program, parsed from the text of `Compiled.as_text()`.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> program = Program(jax.jit(lambda x: jnp.sin(x) + 1).lower(jnp.ones(256)).compile().as_text())
+      >>> program = CompiledText(jax.jit(lambda x: jnp.sin(x) + 1).lower(jnp.ones(256)).compile().as_text())
       >>> program.bytes_moved, program.collectives
       (2048, [])
     """

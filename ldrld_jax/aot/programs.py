@@ -1,6 +1,5 @@
 """Builds the programs of a run from shapes alone, without reading an image or allocating a weight."""
 
-import copy
 import dataclasses
 import functools
 import math
@@ -13,16 +12,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax.data.resident import Images, ResidentBatches
 from ldrld_jax.data.source import InMemory
+from ldrld_jax.data.stream import padded_rows
 from ldrld_jax.logit_store.feed import teacher_program
 from ldrld_jax.logit_store.top import TopLogits, top_logits
 from ldrld_jax.metrics import packed
 from ldrld_jax.runtime.mesh import replicated
-from ldrld_jax.train.dispatch import Step, several_steps
+from ldrld_jax.train.dispatch import several_steps
 from ldrld_jax.train.evaluator import Evaluator
+from ldrld_jax.train.input import batch_norm_groups
 from ldrld_jax.train.loop import make_step
-from ldrld_jax.train.plan import Run, batch_norm_groups
+from ldrld_jax.train.plan import Run
 from ldrld_jax.train.step import Network, make_eval_step
-from ldrld_jax.train.teacher import NetworkTeacher, Teacher, outlined, weights_of
+from ldrld_jax.train.teacher import NetworkTeacher, outlined, weights_of
 
 Tree = Any
 
@@ -79,7 +80,7 @@ def programs_of(run: Run) -> Iterator[Program]:
     weights: dict[str, Tree] = {"state": state, "teacher": None if stored else weights_of(teacher)}
     beside = {"teacher_logits": _logits(run)} if stored else {}
     arguments = {**weights, "batch": batch | beside}
-    one = _whole_step(run, network, teacher), arguments
+    one = make_step(run.for_counting(), network, teacher, optimizer), arguments
     yield Program("train step", jit(step), arguments, config.batch_size, one=one)
     if isinstance(run.batches, ResidentBatches):
         count, scalar = config.steps_per_dispatch, jax.ShapeDtypeStruct((), jnp.int32)  # host scalars: no sharding
@@ -101,8 +102,7 @@ def programs_of(run: Run) -> Iterator[Program]:
 def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
     """Returns the evaluation program: over the whole split if it is kept in memory, else over one batch."""
     evaluator = Evaluator(network, run.eval_source, run.config, run.mesh)
-    devices = run.mesh.shape["data"]
-    rows = -(-run.config.eval_batch_size // devices) * devices
+    rows = padded_rows(run.config.eval_batch_size, run.mesh.shape["data"])
     shape, labels = (rows, *run.eval_source.image_shape), (rows, *run.eval_source.label_shape)
     batch = {
         "image": _struct(shape, run.eval_source.dtype, run, "data"),
@@ -118,14 +118,6 @@ def _evaluation(run: Run, network: Network, variables: Tree) -> Program:
     return Program(
         "evaluation", evaluator.split, {"variables": variables, "split": split}, batches * rows, batches, one
     )
-
-
-def _whole_step(run: Run, student: Network, teacher: Teacher | None) -> Step:
-    """Returns the train step without microbatches (a loop body counts once) and without recomputation by remat."""
-    config = copy.deepcopy(run.config)
-    config.accumulate, config.remat = 1, False
-    optimizer = run.make_optimizer()
-    return make_step(dataclasses.replace(run, config=config), student, teacher, optimizer)
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

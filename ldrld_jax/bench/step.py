@@ -23,7 +23,7 @@ from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train.dispatch import Dispatcher, Step
-from ldrld_jax.train.loop import make_step
+from ldrld_jax.train.loop import dispatcher, make_step
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import TrainState
 from ldrld_jax.train.teacher import NetworkTeacher, Teacher, teacher_at_hand, weights_of
@@ -32,9 +32,9 @@ _TURNS = 5
 _ENDLESS = 10**9  # epochs
 
 
-def report(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> str:
+def report(config: ConfigDict, *, profile: str | None = None) -> str:
     """Returns the result of `measure` as a readable table."""
-    return str(measure(config, seconds=seconds, profile=profile))
+    return str(measure(config, profile=profile))
 
 
 def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> Bench:
@@ -68,13 +68,7 @@ class _Measurement:
         step, state = self._step(run, self._teacher)
         endless = copy.deepcopy(run.config)
         endless.epochs = _ENDLESS  # it is timed for so many seconds, whatever the number of its steps
-        advance = Dispatcher(
-            dataclasses.replace(run, config=endless),
-            step,
-            0,
-            (run.placement.of_state(state), replicated(run.mesh)),
-            lambda what: None,
-        )
+        advance = dispatcher(dataclasses.replace(run, config=endless), step, state, self._teacher, 0, lambda what: None)
         begun = time.perf_counter()
         lowered = advance.one.lower(state, self._frozen, batch)
         compiled = lowered.compile()  # the jitted function reuses it
@@ -99,13 +93,11 @@ class _Measurement:
         )
 
     def _flops(self, lowered: Any, compiled: Any, batch: Any) -> float | None:
-        """Counts the FLOPs of a step without microbatches (a loop body counts once) or recomputation by `remat`."""
+        """Counts the FLOPs of a step, see `Run.for_counting`."""
         run = self._run
         if run.config.accumulate == 1 and not run.config.remat:
             return count_flops(lowered, compiled, run.mesh.devices.size)
-        config = copy.deepcopy(run.config)
-        config.accumulate, config.remat = 1, False
-        step, state = self._step(dataclasses.replace(run, config=config), self._teacher)
+        step, state = self._step(run.for_counting(), self._teacher)
         return count_flops(jax.jit(step).lower(state, self._frozen, batch))
 
     def _time_input(self) -> tuple[dict[str, float], Any]:
@@ -238,9 +230,8 @@ def count_flops(lowered: Any, compiled: Any = None, devices: int = 1) -> float |
     """
     counts = [0.0]
     for program, times in ((lowered, 1), (compiled, devices)):
-        analysis = program.cost_analysis() if program is not None else {}
-        analysis = analysis[0] if isinstance(analysis, list) else analysis or {}
-        counts.append(times * analysis.get("flops", 0.0))
+        analysis = None if program is None else program.cost_analysis()
+        counts.append(times * (analysis or {}).get("flops", 0.0))
     return max(counts) or None
 
 

@@ -95,13 +95,13 @@ class Checkpoints:
         """The step of the highest top-1, the latest one among ties; None before the first evaluation."""
         return _best(self._readable())
 
-    def by_preference(self, *, best: bool) -> list[int]:
-        """Returns the steps in the order in which to try them: by top-1 (`best`), or the latest first.
+    def by_preference(self) -> list[int]:
+        """Returns the steps in the order in which to try them: by top-1, the latest first among ties or without one.
 
         Unreadable ones come first, because one of them may have been the best: the caller reports it and goes on.
         """
-        top1s = _top1s(self._readable()) if best else {}
         readable = self._readable()
+        top1s = _top1s(readable)
         return sorted(self.steps, key=lambda step: (step not in readable, top1s.get(step, -1.0), step), reverse=True)
 
     def _readable(self) -> dict[int, Note]:
@@ -150,7 +150,7 @@ class Checkpoints:
             "run": self._run,
             "host": host,
             "top1": top1,
-            "kept": self._is_kept(step),
+            "kept": self._is_for_good(step),
         }
         kept = self._kept({**self._readable(), **{held: note for held, (note, _) in self._held.items()}, step: note})
         self._held = {held: self._held[held] for held in self._held if held in kept}
@@ -279,10 +279,10 @@ class Checkpoints:
         """Returns those of the steps that the policy keeps."""
         best = _best(notes)
         # Those of earlier versions do not say whether they are kept for good.
-        for_good = (step for step, note in notes.items() if note.get("kept", self._is_kept(step)))
+        for_good = (step for step, note in notes.items() if note.get("kept", self._is_for_good(step)))
         return {*sorted(notes)[-self._keep_last :], *([] if best is None else [best]), *for_good}
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_for_good(self, step: int) -> bool:
         """Returns whether a checkpoint that is saved now is kept for good."""
         return bool(self._keep_every and step % self._keep_every == 0)
 
@@ -326,27 +326,27 @@ def _of_step(step: int, note: Note | DamagedError) -> Note | DamagedError:
     return DamagedError(f"it was saved at step {note['step']}: its folder has another name")
 
 
-def load_model(
-    directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None, best: bool = True
-) -> dict[str, Any]:
-    """Restores the weights of a run's best or last checkpoint; falls back to the next if it is damaged, and warns.
+def load_model(directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None) -> dict[str, Any]:
+    """Restores the weights of a run's best checkpoint; falls back to the next if it is damaged, and warns.
 
     Args:
       directory: the run's `checkpoints` folder.
       like: `{"params": ..., "batch_stats": ...}`, arrays, or their shapes and dtypes.
       run: the `run` that the checkpoint must have been saved with, except for its epochs, which may have grown, and
         for the paths of other checkpoints, which may have moved.
-      best: use the checkpoint with the best evaluation, if any; otherwise the last.
 
     Raises:
       UserError: if there is no checkpoint, none is whole, or it does not fit or belongs to another run.
     """
     checkpoints = Checkpoints(directory)
     reasons = []
-    for step in checkpoints.by_preference(best=best):
+    for step in checkpoints.by_preference():
         try:
             if run is not None and _compared(checkpoints.run(step)) != _compared(run):
-                raise UserError(f"the checkpoint {directory}/{step} belongs to another run than the config beside it.")
+                raise UserError(
+                    f"the checkpoint {directory}/{step} belongs to another run than the config beside it. Restore that "
+                    "config.json, or give another workdir."
+                )
             model = checkpoints.restore(step, {"model": _as_stored(checkpoints.arrays(step, "model"), like)})["model"]
         except DamagedError as error:
             reasons.append(f"checkpoint {epath.Path(directory) / str(step)} is damaged ({error})")

@@ -120,7 +120,7 @@ def overridden(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 def _find(file: str) -> pathlib.Path:
     package = pathlib.Path(__file__).parents[1]
     if not file:
-        raise UserError("the name of the config file is empty.")
+        raise UserError("the name of the config file is empty. Give --config FILE, such as configs/digits.py.")
     places = [pathlib.Path(file), package / file, package.parent / file]
     named = [folder / "configs" / pathlib.Path(file).name for folder in (pathlib.Path(), package, package.parent)]
     for place in [*places, *named, *(place.with_name(f"{place.name}.py") for place in [*places, *named])]:

@@ -19,9 +19,10 @@ from ldrld_jax.config.resolve import (
 from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS
 
-# What each teacher has that is trained already; the rest of its block is the recipe that would train it.
+# Keys that a teacher which is already trained still reads; the others are the recipe that would train it.
 _TRAINED = {"model", "checkpoint", "ensemble", "min_top1"}
-_FED = {"data.mean", "data.std", "data.image_size"}  # and a run's teacher is fed as in that run
+# A teacher that is a run's workdir is fed as in that run, and reads none of these.
+_FED = {"data.mean", "data.std", "data.image_size"}
 
 
 def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, *, on_host: bool = False) -> list[str]:

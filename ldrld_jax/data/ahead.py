@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldrld_jax.data.source import InMemory, Selected
-from ldrld_jax.data.workers import Job, pool
-
-Batch = dict[str, np.ndarray]
+from ldrld_jax.data.workers import Batch, Job, pool
 
 # Limits for the memory of batches that wait for use, and for that of workers. A thread or a worker has one in hand.
 _AHEAD_BYTES, _WORKER_BYTES = 2**28, 2**31

@@ -36,6 +36,7 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
     A counter-based generator does not hash its seed. Using key and counter as the stream's name takes a
     third of the time.
+
     Example:
       >>> generator(0, 3, 5).random() == generator(0, 3, 5).random()
       True

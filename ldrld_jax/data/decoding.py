@@ -14,12 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ldrld_jax.data import decoded
-from ldrld_jax.data.ahead import Batch, ahead
+from ldrld_jax.data.ahead import ahead
 from ldrld_jax.data.decode import BrokenImageError, Encoded, open_image, pixels
 from ldrld_jax.data.pipeline import made_by, opened
-from ldrld_jax.data.source import Source, fingerprint
+from ldrld_jax.data.source import Source, fingerprint, spaced
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.views import BILINEAR, scaled_size
+from ldrld_jax.data.workers import Batch
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import (
     appending,
@@ -127,7 +128,7 @@ class _Split:
             class_names=list(source.class_names),
         )
         self.done, _, _ = self._written()
-        sample = np.unique(np.linspace(0, len(source) - 1, _SPAN).astype(int)).tolist()
+        sample = spaced(len(source), _SPAN).tolist()
         left = len(source) - self.done
         self.needed = int(self.maker.batch(sample)["images"].size * left / len(sample)) if left else 0
 

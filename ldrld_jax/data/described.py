@@ -115,6 +115,9 @@ def _count(split: str, sizes: dict[str, int]) -> int:
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except ValueError as error:
-        raise UserError(f"split {split!r} cannot be read: {error}") from None
+        reason = str(error).rstrip(".")
+        raise UserError(
+            f"split {split!r} cannot be read: {reason}. Name a split, or a slice such as train[:90%]."
+        ) from None
     ends = ((part.from_ or 0, sizes[part.splitname] if part.to is None else part.to) for part in parts)
     return sum(end - start for start, end in ends)

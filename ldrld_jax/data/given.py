@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ldrld_jax.data.decode import BrokenImageError, RaisedError, pixels
-from ldrld_jax.data.source import Source
+from ldrld_jax.data.source import Source, spaced
 from ldrld_jax.errors import UserError
 
 _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
@@ -67,7 +67,7 @@ class ArrayRecords:
         yield hashlib.sha256(self.targets.tobytes()).hexdigest()
         digest = hashlib.sha256()
         few = self.images.nbytes <= _HASHED_BYTES
-        for i in range(len(self)) if few else _spaced(len(self)):
+        for i in range(len(self)) if few else spaced(len(self), _LOOKED_AT).tolist():
             digest.update(np.ascontiguousarray(self.images[i]).tobytes())
         yield digest.hexdigest()
 
@@ -117,7 +117,7 @@ class ItemRecords:
         yield f"{type(self.items).__name__} {len(self)}"
         yield " ".join(
             str(np.asarray(record["label"]).tolist())
-            for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT))
+            for record in self.__getitems__(spaced(len(self), _LABELS_LOOKED_AT).tolist())
         )
 
 
@@ -144,7 +144,7 @@ class HuggingFaceRecords(ItemRecords):
         yield f"{type(self.items).__name__} {len(self)}"
         yield hashlib.sha256(self.labels().tobytes()).hexdigest()
         digest = hashlib.sha256()
-        for record in self.__getitems__(_spaced(len(self), _LABELS_LOOKED_AT)):
+        for record in self.__getitems__(spaced(len(self), _LABELS_LOOKED_AT).tolist()):
             image = record["image"]
             digest.update(image if isinstance(image, bytes) else str(image).encode())
         yield digest.hexdigest()
@@ -220,7 +220,7 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
         )
     if images.dtype.kind not in "fiu" or images.ndim < 2:
         raise UserError(f"the images of the {title} must be numbers [n, ...], got {images.dtype} {images.shape}.")
-    if images.dtype.kind == "f" and not all(np.isfinite(images[i]).all() for i in _spaced(len(images))):
+    if images.dtype.kind == "f" and not all(np.isfinite(images[i]).all() for i in spaced(len(images), _LOOKED_AT)):
         raise UserError(f"the images of the {title} hold numbers that are not finite. Remove those images.")
     several = labels.ndim > 1
     if several and not (labels >= 0).any():
@@ -305,9 +305,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str, exif: bool) -> 
 
 def _changes(records: ItemRecords) -> bool:
     """Returns whether an example has other pixels the second time; looks at a few."""
-    first, second = (
-        [record["image"] for record in records.__getitems__(_spaced(len(records), _READ_TWICE))] for _ in range(2)
-    )
+    some = spaced(len(records), _READ_TWICE).tolist()
+    first, second = ([record["image"] for record in records.__getitems__(some)] for _ in range(2))
     arrays = [(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, np.ndarray | bytes)]
     return any(not np.array_equal(a, b) for a, b in arrays)
 
@@ -420,7 +419,3 @@ def _bytes(image: dict[str, Any] | None) -> bytes | BrokenImageError:
 def _stored_as(dtype: np.dtype) -> np.dtype:
     """Returns the dtype of a batch: 64-bit numbers become 32-bit ones, in the machine's byte order."""
     return {8: np.dtype(f"{dtype.kind}4")}.get(dtype.itemsize, dtype.newbyteorder("="))
-
-
-def _spaced(count: int, most: int = _LOOKED_AT) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, most).astype(int)).tolist()

@@ -81,7 +81,10 @@ def make_train_batches(
                 f"{data.rand_augment}. Set data.augment=pad_crop and data.rand_augment=0, or data.loader=stream."
             )
         if source.changes:
-            raise UserError("data.loader=resident would keep one draw of images that differ each time they are read.")
+            raise UserError(
+                "data.loader=resident would keep one draw of images that differ each time they are read. Set "
+                "data.loader=stream."
+            )
         batches: TrainBatches = ResidentBatches(source, **common, sharding=sharding)
     else:
         batches = TrainBatches(_remembered(source, data), **common)

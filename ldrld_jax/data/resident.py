@@ -72,7 +72,7 @@ class Images:
         self._batches, self._stored = batches, stored
         self._draws: tuple[int, Any] = (-1, None)
         shape = batches.source.image_shape
-        self.make = make_batch(batches.batch_size, batches.rows, shape, batches.pad, batches.sharding)
+        self.make = make_batch(batches.rows, shape, batches.pad, batches.sharding)
 
     def batch(self, step: int) -> DeviceBatch:
         """Makes the batch of `step` with one dispatch."""
@@ -104,7 +104,7 @@ class Images:
 
 @functools.lru_cache(maxsize=4)
 def make_batch(
-    batch_size: int, rows: int, shape: tuple[int, int, int], pad: int, sharding: NamedSharding | None
+    rows: int, shape: tuple[int, int, int], pad: int, sharding: NamedSharding | None
 ) -> Callable[..., DeviceBatch]:
     """Returns `make(stored, draws, start, count)`, which makes a batch of `count` examples of an epoch.
 
@@ -112,8 +112,7 @@ def make_batch(
     gathers their rows in place, but with four axes would copy all images to another layout at every step.
 
     Args:
-      batch_size: number of examples of a whole batch.
-      rows: `batch_size` rounded up to a multiple of the devices.
+      rows: number of examples of a whole batch, rounded up to a multiple of the devices.
       shape: height, width and channels of an image.
       pad: number of zeros around the image that a crop may include.
       sharding: sharding of the batch.

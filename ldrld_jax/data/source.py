@@ -23,6 +23,8 @@ logger = logging.getLogger("ldrld_jax")
 
 
 class Record(TypedDict):
+    """An example: its image and its label."""
+
     image: bytes | np.ndarray | BrokenImageError  # encoded, or pixels, or why it could not be read
     label: int | np.ndarray
 
@@ -143,8 +145,8 @@ class Source:
         """Skips a broken image, see `skip`.
 
         Raises:
-          UserError: if `on_error` is "raise", or too many are broken; instead of one of a user's data set that raised,
-            what it raised.
+          UserError: if `on_error` is "raise", or too many are broken. An error raised by a user's data set is raised
+            again instead.
         """
         name = self.records.name(index)
         if self.on_error == "raise":
@@ -169,6 +171,16 @@ class Source:
                 f"{count} of {len(self)} images are broken, the last of them {name} ({why}), more than "
                 f"data.max_skipped={self.max_skipped:g} allows. Repair the data, or raise data.max_skipped."
             )
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """Returns at most `most` indices below `count`, evenly spaced from the first to the last.
+
+    Example:
+      >>> spaced(9, 3).tolist(), spaced(2, 3).tolist()
+      ([0, 4, 8], [0, 1])
+    """
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def check_range(image: np.ndarray, dtype: np.dtype) -> None:
@@ -211,7 +223,7 @@ class InMemory:
 
     def __init__(self, source: Source):
         self.uncached = source
-        self.class_names, self.image_shape, self.on_error = source.class_names, source.image_shape, source.on_error
+        self.class_names, self.image_shape = source.class_names, source.image_shape
         self.dtype, self.raw, self.label_shape = source.dtype, source.raw, source.label_shape
         self._images = np.zeros((len(source), *source.image_shape), source.dtype)  # pages are allocated as they fill
         self._labels = np.zeros((len(source), *source.label_shape), np.int32)

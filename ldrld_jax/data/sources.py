@@ -1,7 +1,6 @@
 """Opens data sets by name: TFDS's, folders and lists of files, arrays in a file, and what a user's own code makes."""
 
 import dataclasses
-from typing import Any
 
 from ldrld_jax.code import call, is_code
 from ldrld_jax.data import decoded, folders, tfds_records
@@ -41,15 +40,12 @@ def open_source(
     """
     if name.startswith(ARRAYS):
         source = load_arrays(expand_home(name.removeprefix(ARRAYS)), split)
-        return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
-    if is_code(name):
+    elif is_code(name):
         source = as_source(call(name, split), title=f"{split} split of {name}", exif=exif)
-        return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)
-    if name == decoded.NAME:
-        opened: tuple[Any, ...] = decoded.open_decoded(split, data_dir)
+    elif name == decoded.NAME:
+        source = Source(*decoded.open_decoded(split, data_dir))
     elif name in folders.FOLDERS:
-        opened = folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error)
+        source = Source(*folders.open_folder(name, split, data_dir, train_split=train_split, on_error=on_error))
     else:
-        opened = tfds_records.open_tfds(name, split, data_dir)
-    records, class_names, shape = opened
-    return Source(records, class_names, shape, on_error=on_error, max_skipped=max_skipped)
+        source = Source(*tfds_records.open_tfds(name, split, data_dir))
+    return dataclasses.replace(source, on_error=on_error, max_skipped=max_skipped)

@@ -19,9 +19,10 @@ from ldrld_jax.data.stream import TrainBatches, batch_bytes
 logger = logging.getLogger("ldrld_jax")
 
 T = TypeVar("T")
+_SECONDS = 5.0  # of a measurement
 
 
-def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[str, float]:
+def measure(data: ConfigDict, *, batch_size: int, seconds: float = _SECONDS) -> dict[str, float]:
     """Measures the images per second of a config's training input, without training.
 
     Args:
@@ -41,7 +42,7 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> dict[
     return _measure(data, make_train_batches(data, batch_size=batch_size, seed=0), seconds)
 
 
-def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[str, float]:
+def _measure(data: ConfigDict, batches: TrainBatches, seconds: float = _SECONDS) -> dict[str, float]:
     source = batches.source.uncached  # a cache would hide the cost
     draws, count = batches.draws(0), min(batches.batch_size, len(batches.source))
 
@@ -73,10 +74,10 @@ def _measure(data: ConfigDict, batches: TrainBatches, seconds: float) -> dict[st
     return rates
 
 
-def report(data: ConfigDict, *, batch_size: int, seconds: float = 5.0) -> str:
+def report(data: ConfigDict, *, batch_size: int) -> str:
     """Formats the result of `measure` as a readable table."""
     batches = make_train_batches(data, batch_size=batch_size, seed=0)
-    rates = _measure(data, batches, seconds)
+    rates = _measure(data, batches)
     how = {
         "read": "encoded images from the disk, one thread",
         "decode": "read and fully decoded, one thread",

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ldrld_jax.data.ahead import Batch, ahead
+from ldrld_jax.data.ahead import ahead
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
 from ldrld_jax.data.source import Source
+from ldrld_jax.data.workers import Batch
 
 
 class Readable(Protocol):
@@ -80,7 +81,7 @@ class TrainBatches:
     @property
     def rows(self) -> int:
         """The number of rows of a batch over all hosts: `batch_size` rounded up to a multiple of `divisor`."""
-        return _padded(self.batch_size, self.divisor)
+        return padded_rows(self.batch_size, self.divisor)
 
     @property
     def padded(self) -> bool:
@@ -183,7 +184,8 @@ class Share:
         return batch | {"mask": padded(labels >= 0)} if self.masked else batch
 
 
-def _padded(batch_size: int, divisor: int) -> int:
+def padded_rows(batch_size: int, divisor: int) -> int:
+    """Returns `batch_size` rounded up to a multiple of `divisor`."""
     return -(-batch_size // divisor) * divisor
 
 
@@ -192,7 +194,7 @@ def share(indices: np.ndarray, batch_size: int, divisor: int, host: int, hosts: 
 
     Partial batches are padded to the full size, so that all batches have one shape on any number of devices.
     """
-    total = _padded(batch_size, divisor)
+    total = padded_rows(batch_size, divisor)
     rows = total // hosts
     return Share(indices[host * rows : (host + 1) * rows], rows, masked or len(indices) < total)
 

@@ -48,7 +48,7 @@ class Job:
 
     Args:
       pool: of the workers.
-      make: returns a batch; called with what `__call__` is called with.
+      make: returns a batch; gets the arguments of `__call__`.
       source: the source that `make` reads; broken images are counted in this process by its `skip`.
 
     Raises:

@@ -7,6 +7,7 @@ holds only the weights, for long-term storage; README.md is a model card.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ def export(
         save_torch_checkpoint(folder / _WEIGHTS, *variables)
     # For people and other programs; a name may hold a line's end, so that the names are in the JSON as well.
     replace_text(folder / _LABELS, "".join(f"{printable(label).replace(chr(10), ' ')}\n" for label in student.labels))
-    digests = {name: _digest(folder / name) for name in (_PROGRAM, _WEIGHTS)}
+    digests = {name: sha256_of(folder / name) for name in (_PROGRAM, _WEIGHTS)}
     described = {**student.preprocessing, "labels": list(student.labels), "sha256": digests}
     replace_text(folder / _PREPROCESSING, json.dumps(described, indent=2) + "\n")
     replace_text(folder / "README.md", card_of(workdir, student, variables, saved))
@@ -176,9 +177,8 @@ def read_student(folder: epath.PathLike) -> Student:
     described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
     if "labels" not in described:  # an export of before the names were in the JSON
         described["labels"] = (folder / _LABELS).read_text(errors="replace").splitlines()
-    digests = described.get("sha256")  # absent from older exports
-    expected = digests.get(_PROGRAM) if isinstance(digests, dict) else None
-    if expected not in (None, _digest(folder / _PROGRAM)):
+    expected = expected_digest(described, _PROGRAM)
+    if expected not in (None, sha256_of(folder / _PROGRAM)):
         raise UserError(
             f"{folder / _PROGRAM} has changed since it was exported: its SHA-256 is not {expected}. Export it again, "
             "by --mode export."
@@ -205,5 +205,12 @@ def read_student(folder: epath.PathLike) -> Student:
     return Student(program, described, tuple(map(str, labels)))
 
 
-def _digest(path: epath.Path) -> str:
+def expected_digest(described: Mapping[str, Any], name: str) -> str | None:
+    """Returns the SHA-256 that an export noted of a file; None for exports of earlier versions."""
+    digests = described.get("sha256")
+    return digests.get(name) if isinstance(digests, dict) else None
+
+
+def sha256_of(path: epath.Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

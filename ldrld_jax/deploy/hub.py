@@ -4,16 +4,16 @@ The folder holds model.safetensors, config.json with the labels and the preproce
 None of them is code, so that a stranger's folder can be used.
 """
 
-import hashlib
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 from ml_collections import ConfigDict
 
 import ldrld_jax
-from ldrld_jax.deploy.export import Student, card_of, make_program, student_of
+from ldrld_jax.config.keys import KINDS
+from ldrld_jax.deploy.export import Student, card_of, expected_digest, make_program, sha256_of, student_of
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import is_link, named, read_json, replace_text
@@ -66,7 +66,7 @@ def export(config: ConfigDict, workdir: epath.PathLike, target: str) -> str:
         "precision": config.precision,
         "matmul_precision": config.matmul_precision,
         "preprocessing": student.preprocessing,
-        "sha256": {hub.WEIGHTS: hashlib.sha256((folder / hub.WEIGHTS).read_bytes()).hexdigest()},
+        "sha256": {hub.WEIGHTS: sha256_of(folder / hub.WEIGHTS)},
     }
     replace_text(folder / hub.CONFIG, json.dumps(content, indent=2) + "\n")
     place = "hf://OWNER/NAME" if remote is None else str(remote)
@@ -127,7 +127,10 @@ def read_student(place: str) -> Student:
     content = read_json(config, what, keys={"architecture", "preprocessing"})
     model = content["architecture"]
     if model not in MODELS:
-        raise UserError(f"{place} holds a network {model!r}, which is not of this package and is not imported.")
+        raise UserError(
+            f"{place} holds a network {model!r}, which is not of this package and is not imported. Give a student of "
+            "one of these: python -m ldrld_jax.models.table."
+        )
     try:
         described, inside = content["preprocessing"], content["preprocessing"]["inside"]
         shape, channels = view_of(described).shape, described["input"]["shape"][-1]
@@ -136,16 +139,15 @@ def read_student(place: str) -> Student:
         labels = tuple(str(content["id2label"][str(i)]) for i in range(len(content["id2label"])))
         precision, products = content["precision"], content["matmul_precision"]
         dtypes(precision)  # a name that it does not know is a LookupError
-        if not all(data.std) or not labels or products not in ("default", "tensorfloat32", "float32"):
+        if not all(data.std) or not labels or products not in get_args(KINDS["matmul_precision"]):
             raise ValueError(f"std {data.std}, {len(labels)} labels, matmul_precision {products!r}")
     except (LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{config} is not of a student ({type(error).__name__}: {error}). Export it again.") from None
-    digests = content.get("sha256")  # absent from the files of early versions
-    expected = digests.get(hub.WEIGHTS) if isinstance(digests, dict) else None
+    expected = expected_digest(content, hub.WEIGHTS)
     file = epath.Path(hub.download(weights) if hub.is_on_hub(weights) else weights)
-    if expected is not None and file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+    if expected is not None and file.exists() and sha256_of(file) != expected:
         raise UserError(f"{weights} is not what {config} describes: its SHA-256 is not {expected}. Export it again.")
     with precision_scope(precision, products):
         network, variables = Networks(len(labels), channels, precision).restore(weights, model, data)

@@ -148,7 +148,7 @@ class LogitsFile:
         if views.shape[1:] != wanted:
             raise UserError(
                 f"{path} holds {held}, and the training images need logits [{shown}] or [views, {shown}], in the order "
-                "of the data set."
+                "of the data set. Compute them for these images."
             )
         if not jnp.issubdtype(logits.dtype, jnp.floating):
             raise UserError(f"{path} holds {held}, and logits are floating-point numbers. Save them as float32.")
@@ -169,7 +169,9 @@ class LogitsFile:
         """
         logits = np.asarray(self.logits[epoch % self.views], np.float32)
         if not np.isfinite(logits).all():
-            raise UserError(f"{self.path} holds logits that are not finite, in view {epoch % self.views}.")
+            raise UserError(
+                f"{self.path} holds logits that are not finite, in view {epoch % self.views}. Compute them again."
+            )
         return logits
 
 

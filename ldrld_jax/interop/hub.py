@@ -53,7 +53,10 @@ def parse(name: str) -> HubFile:
         raise UserError(f"{name} must be hf://OWNER/NAME, hf://OWNER/NAME@REVISION or either with /FILE.safetensors.")
     file = found["file"] or WEIGHTS
     if not file.endswith(".safetensors"):
-        raise UserError(f"{name}: only .safetensors files are taken from the Hub, because they hold no code.")
+        raise UserError(
+            f"{name}: only .safetensors files are taken from the Hub, because they hold no code. Name a .safetensors "
+            "file, or download this one and give its path."
+        )
     return HubFile(found["repo"], found["revision"] and unquote(found["revision"]), file)
 
 
@@ -97,11 +100,11 @@ def pinned(path: str) -> str:
     return "::".join([str(found), *key])
 
 
-def remembered(paths: str, before: str) -> str:
+def with_known_revisions(paths: str, before: str) -> str:
     """Returns paths, separated by commas, in which names on the Hub without a revision have the one in `before`.
 
     Example:
-      >>> remembered("hf://me/net,a.pth", before="hf://me/net@v1")
+      >>> with_known_revisions("hf://me/net,a.pth", before="hf://me/net@v1")
       'hf://me/net@v1,a.pth'
     """
     names = [path.partition("::")[0] for path in before.split(",")]

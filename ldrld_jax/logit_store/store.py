@@ -20,7 +20,7 @@ import tensorstore as ts
 from ml_collections import ConfigDict
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes
+from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes, is_local
 from ldrld_jax.identity import differences, flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
@@ -90,7 +90,7 @@ def check(
             )
 
 
-def check_classes(config: ConfigDict, classes: int) -> None:
+def check_top_k(config: ConfigDict, classes: int) -> None:
     """Raises a UserError if `logits.top_k` leaves nothing out of `classes` logits."""
     top_k = config.logits.get("top_k")
     if top_k is not None and top_k >= classes:
@@ -291,7 +291,7 @@ class LogitStore:
     def check_space(self, epochs: int) -> None:
         """Raises a UserError if `epochs` more epochs cannot be written or do not fit; remote stores are not checked."""
         needed = self.bytes_per_epoch * epochs
-        if "://" in self.directory or not epochs:
+        if not is_local(self.directory) or not epochs:
             return
         check_writable(self.directory, "logits.dir")
         if needed > (free := free_bytes(self.directory)):
@@ -370,7 +370,7 @@ def _files(directory: str) -> Any:
 
 
 def _place(directory: str, folder: str) -> dict[str, str] | str:
-    if "://" in directory:
+    if not is_local(directory):
         return f"{directory.rstrip('/')}/{folder}"
     return {"driver": "file", "path": f"{pathlib.Path(directory).resolve()}/{folder}"}
 

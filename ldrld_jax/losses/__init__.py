@@ -36,11 +36,11 @@ from ldrld_jax.losses.decoupled import (
     rld_terms,
     wsld_terms,
 )
+from ldrld_jax.losses.divergence import AxisName
 from ldrld_jax.losses.ldrld import ldrld_loss, ldrld_parts, ldrld_terms
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
 from ldrld_jax.losses.own import NoConfig, own_parts
 from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms, topk_tail_top_needed
-from ldrld_jax.losses.top import AxisName
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
 from ldrld_jax.losses.two_views import CRLDConfig, SLDConfig, crld_parts, sld_parts, sld_student_swap
 

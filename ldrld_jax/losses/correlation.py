@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ldrld_jax.losses import numerics
 from ldrld_jax.losses.common import MethodConfig, Positive, batch_rows, check_views, mean_over_rows
-from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.divergence import AxisName
 
 
 @jax.tree_util.register_static

@@ -15,7 +15,7 @@ from ldrld_jax.losses.common import MethodConfig, Positive, prepare_logits
 from ldrld_jax.losses.divergence import bernoulli_kl
 from ldrld_jax.losses.entropy import entropy_weight, log_of_max
 from ldrld_jax.losses.numerics import (
-    check_classes,
+    check_class_count,
     divergence,
     expectation,
     kl,
@@ -152,7 +152,7 @@ def dkd_terms(
       "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    check_classes("dkd", student, 3)
+    check_class_count("dkd", student, 3)
     if cfg.top_k > student.shape[-1]:
         raise ValueError(
             f"top_k must be between 0 and the number of classes ({student.shape[-1]}), got {cfg.top_k}. "
@@ -217,7 +217,7 @@ def nkd_terms(
       agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    check_classes("nkd", student, 3)
+    check_class_count("nkd", student, 3)
     student, target = with_labels(labels, student, where)
     teacher_odds, student_odds = (pick(log_ratio(z, ~target), target) for z in (teacher, student))
     log_p, log_q = (log_ratio(z, ~target, cfg.temperature) for z in (teacher, student))
@@ -267,7 +267,7 @@ def wsld_terms(
       Perspective", ICLR 2021; agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    check_classes("wsld", student, 2)
+    check_class_count("wsld", student, 2)
     student, target = with_labels(labels, student, where)
     # Log-odds, because the cross-entropy of a sure teacher is far below the rounding of log(1).
     teacher_ce, student_ce = (-jax.nn.log_sigmoid(pick(log_ratio(z, ~target), target)) for z in (teacher, student))
@@ -318,7 +318,7 @@ def rld_terms(
       agrees with the published code to 1e-10 (tests/losses/baselines_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    check_classes("rld", student, 2)
+    check_class_count("rld", student, 2)
     student, target = with_labels(labels, student, where)
     best = label_mask(jnp.argmax(teacher, axis=-1), teacher)
     confidence = pick(log_ratio(teacher, ~best, cfg.alpha_temperature), best)

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+AxisName = str | tuple[str, ...] | None
+
 RULED_OUT = -1e30
 """Replaces logits of -inf: the class has probability 0 beside any other, and arithmetic on it stays finite."""
 
@@ -42,7 +44,7 @@ def bernoulli_kl_and_slope(teacher: jax.Array, student: jax.Array) -> tuple[jax.
     """
     sign = jnp.where(teacher < 0, -jnp.ones_like(teacher), jnp.ones_like(teacher))
     teacher, student = sign * teacher, sign * student
-    # Not abs, whose derivative at 0 is 0 and would be that of the slope there.
+    # abs would not do: its derivative at 0 is 0, and would become the slope's derivative there.
     teacher_exp, student_exp = jnp.exp(-teacher), jnp.exp(jnp.where(student >= 0, -student, student))
     teacher_unlikely = teacher_exp / (1 + teacher_exp)
     student_unlikely = jnp.where(student >= 0, student_exp, jnp.ones_like(student)) / (1 + student_exp)
@@ -59,7 +61,7 @@ def masked_kl(
     teacher_max: jax.Array,
     student_max: jax.Array,
     temperature: float,
-    class_axis_name: str | tuple[str, ...] | None = None,
+    class_axis_name: AxisName = None,
 ) -> jax.Array:
     r"""Computes the KL divergence of two softmaxes over the classes that a mask keeps.
 
@@ -111,6 +113,6 @@ def _exponentials(teacher, student, kept, teacher_max, student_max, temperature,
     return p, q, _sum(p, class_axis_name), _sum(q, class_axis_name)
 
 
-def _sum(values: jax.Array, axis_name: str | tuple[str, ...] | None) -> jax.Array:
+def _sum(values: jax.Array, axis_name: AxisName) -> jax.Array:
     total = jnp.sum(values)
     return total if axis_name is None else jax.lax.psum(total, axis_name)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldrld_jax.losses.common import mean_over_rows, prepare_logits
-from ldrld_jax.losses.divergence import RULED_OUT, bernoulli_kl, masked_kl
+from ldrld_jax.losses.divergence import RULED_OUT, AxisName, bernoulli_kl, masked_kl
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, host_rank_weights
-from ldrld_jax.losses.top import AxisName, Top, not_in_top, take, top_classes
+from ldrld_jax.losses.top import Top, not_in_top, take, top_classes
 
 Implementation = Literal["xla", "pallas"] | None
 

@@ -159,7 +159,7 @@ def sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def check_classes(method: str, logits: jax.Array, least: int) -> None:
+def check_class_count(method: str, logits: jax.Array, least: int) -> None:
     """Raises a ValueError if there are fewer than `least` classes."""
     if logits.shape[-1] < least:
         raise ValueError(f"{method} needs at least {least} classes, got {logits.shape[-1]}. Use kd instead.")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ldrld_jax.losses.common import MethodConfig, check_rows, computed_in, mean_over_rows
-from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.divergence import AxisName
 
 
 @jax.tree_util.register_static

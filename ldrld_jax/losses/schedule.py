@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 
 Form = Literal["linear", "cosine", "steps"]
-SCHEDULED = ("alpha", "beta", "gamma", "temperature")
-"""The fields of a method's config that a schedule may set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +42,12 @@ class Schedule:
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.points]
         if self.form not in get_args(Form) or len(epochs) < 2 or epochs != sorted(set(epochs)) or epochs[0] < 1:
-            raise ValueError("a schedule needs a form and two points or more, in the order of the epochs from 1 on.")
+            raise ValueError(
+                "a schedule needs a form and two points or more, in the order of the epochs from 1 on, got "
+                f"{self.form!r} with {self.points}."
+            )
         if not all(math.isfinite(value) for _, value in self.points):
-            raise ValueError("the values of a schedule must be finite.")
+            raise ValueError(f"the values of a schedule must be finite, got {self.form!r} with {self.points}.")
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -87,5 +88,5 @@ def with_values(cfg: Any, values: Mapping[str, jax.Array]) -> Any:
         return cfg
     changed = copy.copy(cfg)
     for name, value in chosen.items():
-        object.__setattr__(changed, name, value)  # past the check of its range, which is of numbers
+        object.__setattr__(changed, name, value)  # skips the range check, which cannot take a traced number
     return changed

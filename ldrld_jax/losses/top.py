@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import platform_dependent
 
-from ldrld_jax.losses.divergence import RULED_OUT
-
-AxisName = str | tuple[str, ...] | None
+from ldrld_jax.losses.divergence import RULED_OUT, AxisName
 
 
 class Top(NamedTuple):

@@ -128,7 +128,7 @@ def wkd_terms(
       NeurIPS 2024, WKD-L; agrees with the published code to 1e-9 (tests/losses/golden_2026_test.py).
     """
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
-    numerics.check_classes("wkd", student, 2)
+    numerics.check_class_count("wkd", student, 2)
     student, target = numerics.with_labels(labels, student, where)
     of_teacher, of_student = (jax.nn.log_softmax(z) for z in (teacher, student))
     label_term = -jnp.exp(numerics.pick(of_teacher, target)) * numerics.pick(of_student, target)

@@ -16,12 +16,14 @@ from ldrld_jax.losses.common import (
     Between,
     MethodConfig,
     Positive,
+    check_logits,
     check_rows,
     check_views,
+    computed_in,
     mean_over_rows,
     prepare_logits,
 )
-from ldrld_jax.losses.top import AxisName
+from ldrld_jax.losses.divergence import AxisName
 
 _SLD_TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
@@ -73,13 +75,14 @@ class _Views:
 
     @classmethod
     def of(cls, method: str, teacher_logits, student_logits, where, weights) -> "_Views":
-        logits = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-        check_views(method, **logits, where=where, weights=weights)
-        teacher, student = prepare_logits(**logits, infinite=True)  # masked rows may be
+        check_views(method, teacher_logits=teacher_logits, student_logits=student_logits, where=where, weights=weights)
+        teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
+        check_logits(teacher, student)
+        rows, dtype = student.shape[:-1], computed_in(teacher, student)
         if weights is not None:
-            weights = jnp.mean(check_rows("weights", weights, student.shape[:-1]).astype(student.dtype), axis=0)
+            weights = jnp.mean(check_rows("weights", weights, rows).astype(dtype), axis=0)
         if where is not None:
-            where = jnp.all(check_rows("where", where, student.shape[:-1]), axis=0)
+            where = jnp.all(check_rows("where", where, rows), axis=0)
         teacher, student = prepare_logits(teacher, student, None if where is None else jnp.stack([where, where]))
         return cls(teacher, student, where, weights)
 

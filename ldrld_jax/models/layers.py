@@ -1,5 +1,6 @@
 """Layers shared by the model families, with PyTorch's padding, initialisation and statistics."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,9 @@ def conv(
         conv_general_dilated=conv_general_dilated,
         rngs=rngs,
     )
+
+
+torch_conv = functools.partial(conv, kernel_init=torch_default)
 
 
 def linear(

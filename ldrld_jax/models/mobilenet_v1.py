@@ -1,22 +1,18 @@
 """MobileNetV1 for ImageNet, the usual student of ResNet-50."""
 
-import functools
 from typing import Any
 
 import jax
 from flax import nnx
 
-from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
     Sequential,
-    conv,
     global_average_pool,
     linear,
+    torch_conv,
 )
-
-_conv = functools.partial(conv, kernel_init=torch_default)
 
 # Width and stride of the thirteen depthwise-separable pairs.
 _PAIRS = (
@@ -47,15 +43,15 @@ class MobileNetV1(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        layers = [Sequential(_conv(in_channels, 32, 3, stride=2, **common), BatchNorm(32, **common), nnx.relu)]
+        layers = [Sequential(torch_conv(in_channels, 32, 3, stride=2, **common), BatchNorm(32, **common), nnx.relu)]
         features = 32
         for width, stride in _PAIRS:
             layers.append(
                 Sequential(
-                    _conv(features, features, 3, stride=stride, groups=features, **common),
+                    torch_conv(features, features, 3, stride=stride, groups=features, **common),
                     BatchNorm(features, **common),
                     nnx.relu,
-                    _conv(features, width, 1, **common),
+                    torch_conv(features, width, 1, **common),
                     BatchNorm(width, **common),
                     nnx.relu,
                 )

@@ -73,11 +73,12 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
     """
     if isinstance(model, nnx.Module):
         return _of_nnx(model, batch_norm_groups)
-    if isinstance(model, tuple) and len(model) == 2 and batch_norm_groups > 1:
+    pair = isinstance(model, tuple) and len(model) == 2
+    if pair and batch_norm_groups > 1:
         raise UserError("batch_norm_group is known to NNX modules with this package's BatchNorm alone. Unset it.")
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], flax.linen.Module):
+    if pair and isinstance(model[0], flax.linen.Module):
         return _of_linen(*model)
-    if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+    if pair and callable(model[0]):
         function = inspect.unwrap(model[0], stop=inspect.ismethod)  # of a jitted one, say
         if isinstance(module := getattr(function, "__self__", None), flax.linen.Module) and function == module.apply:
             raise UserError(
@@ -144,7 +145,7 @@ def _of_linen(module: flax.linen.Module, variables: Any) -> Pure:
 
 
 def _calls_inside(module: flax.linen.Module) -> Iterator[Callable[..., Any]]:
-    """Yields the functions by which the modules are called that a module is made of, as far as its fields show them."""
+    """Yields the `__call__` functions of the modules in a module's fields, at any depth."""
     fields = [getattr(module, field.name) for field in dataclasses.fields(module) if field.name != "parent"]
     for part in jax.tree.leaves(fields):
         if isinstance(part, flax.linen.Module):

@@ -132,7 +132,7 @@ def call_options(
 
     Args:
       function: called with the options.
-      parts: what `**options` may be passed on to; empty if that is not known, and `train` is the name then.
+      parts: the functions to which `**options` may be passed on; if empty, the mode is passed as `train`.
 
     Example:
       >>> call_options(lambda x, *, deterministic: x)(train=True, where=None)

@@ -1,25 +1,22 @@
 """ShuffleNetV1 for CIFAR with three groups, of RepDistiller and mdistiller."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
     Sequential,
     average_pool,
-    conv,
     global_average_pool,
     linear,
     shuffle_channels,
+    torch_conv,
 )
 
-_conv = functools.partial(conv, kernel_init=torch_default)
 _GROUPS = 3
 _STEM = 24
 
@@ -36,11 +33,11 @@ class ShuffleUnit(nnx.Module):
         # The stem has too few channels for groups, and without groups there is nothing to shuffle.
         self.groups = 1 if in_features == _STEM else _GROUPS
         self.stride = stride
-        self.conv1 = _conv(in_features, hidden, 1, groups=self.groups, **common)
+        self.conv1 = torch_conv(in_features, hidden, 1, groups=self.groups, **common)
         self.bn1 = BatchNorm(hidden, **common)
-        self.conv2 = _conv(hidden, hidden, 3, stride=stride, groups=hidden, **common)
+        self.conv2 = torch_conv(hidden, hidden, 3, stride=stride, groups=hidden, **common)
         self.bn2 = BatchNorm(hidden, **common)
-        self.conv3 = _conv(hidden, branch, 1, groups=_GROUPS, **common)
+        self.conv3 = torch_conv(hidden, branch, 1, groups=_GROUPS, **common)
         self.bn3 = BatchNorm(branch, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -68,7 +65,7 @@ class ShuffleNetV1(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        self.conv1 = _conv(in_channels, _STEM, 1, **common)
+        self.conv1 = torch_conv(in_channels, _STEM, 1, **common)
         self.bn1 = BatchNorm(_STEM, **common)
         self.layer1 = _stage(_STEM, 240, 4, **common)
         self.layer2 = _stage(240, 480, 8, **common)

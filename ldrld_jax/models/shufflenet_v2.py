@@ -1,24 +1,20 @@
 """ShuffleNetV2 for CIFAR at width 1, of RepDistiller and mdistiller."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ldrld_jax.models.initializers import torch_default
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
     Sequential,
-    conv,
     global_average_pool,
     linear,
     shuffle_channels,
+    torch_conv,
 )
-
-_conv = functools.partial(conv, kernel_init=torch_default)
 
 
 class ShuffleUnit(nnx.Module):
@@ -26,11 +22,11 @@ class ShuffleUnit(nnx.Module):
 
     def __init__(self, features: int, **common: Any):
         half = features // 2
-        self.conv1 = _conv(half, half, 1, **common)
+        self.conv1 = torch_conv(half, half, 1, **common)
         self.bn1 = BatchNorm(half, **common)
-        self.conv2 = _conv(half, half, 3, groups=half, **common)
+        self.conv2 = torch_conv(half, half, 3, groups=half, **common)
         self.bn2 = BatchNorm(half, **common)
-        self.conv3 = _conv(half, half, 1, **common)
+        self.conv3 = torch_conv(half, half, 1, **common)
         self.bn3 = BatchNorm(half, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -46,15 +42,15 @@ class DownUnit(nnx.Module):
 
     def __init__(self, in_features: int, features: int, **common: Any):
         half = features // 2
-        self.conv1 = _conv(in_features, in_features, 3, stride=2, groups=in_features, **common)
+        self.conv1 = torch_conv(in_features, in_features, 3, stride=2, groups=in_features, **common)
         self.bn1 = BatchNorm(in_features, **common)
-        self.conv2 = _conv(in_features, half, 1, **common)
+        self.conv2 = torch_conv(in_features, half, 1, **common)
         self.bn2 = BatchNorm(half, **common)
-        self.conv3 = _conv(in_features, half, 1, **common)
+        self.conv3 = torch_conv(in_features, half, 1, **common)
         self.bn3 = BatchNorm(half, **common)
-        self.conv4 = _conv(half, half, 3, stride=2, groups=half, **common)
+        self.conv4 = torch_conv(half, half, 3, stride=2, groups=half, **common)
         self.bn4 = BatchNorm(half, **common)
-        self.conv5 = _conv(half, half, 1, **common)
+        self.conv5 = torch_conv(half, half, 1, **common)
         self.bn5 = BatchNorm(half, **common)
 
     def __call__(self, x: jax.Array, mode: Mode) -> jax.Array:
@@ -81,12 +77,12 @@ class ShuffleNetV2(nnx.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
-        self.conv1 = _conv(in_channels, 24, 1, **common)
+        self.conv1 = torch_conv(in_channels, 24, 1, **common)
         self.bn1 = BatchNorm(24, **common)
         self.layer1 = _stage(24, 116, 4, **common)
         self.layer2 = _stage(116, 232, 8, **common)
         self.layer3 = _stage(232, 464, 4, **common)
-        self.conv2 = _conv(464, 1024, 1, **common)
+        self.conv2 = torch_conv(464, 1024, 1, **common)
         self.bn2 = BatchNorm(1024, **common)
         self.linear = linear(1024, num_classes, **common)
 

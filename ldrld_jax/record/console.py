@@ -71,8 +71,9 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 class ProgressBar:
     """Progress bar with loss, top-1, examples/s and the time left on standard error, if that is a terminal.
 
-    What takes longer than a second is named with its seconds, which a thread counts, until the next `update`. There is
-    no colour. On a terminal of fewer than 60 columns the name of what is done takes the place of the bar.
+    A task that takes longer than a second is shown by name with its seconds, which a thread counts, until the next
+    `update`. There is no colour. On a terminal of fewer than 60 columns the name of what is done takes the place of the
+    bar.
 
     Args:
       start, total: steps done, and those of the run; None shows nothing but what is done.

@@ -66,7 +66,7 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
     return data
 
 
-def check_classes(workdir: epath.PathLike, class_names: Sequence[str], *, whose: str) -> None:
+def check_class_names(workdir: epath.PathLike, class_names: Sequence[str], *, whose: str) -> None:
     """Raises a UserError unless the run in a workdir told the same classes apart, in the same order.
 
     Args:

@@ -183,6 +183,6 @@ def check_finite(step: int, means: Means) -> None:
     if not diverged:
         advice = "The loss and the weights are finite: fix the metric that computes it."
     raise NonFiniteError(
-        f"{', '.join(bad) or 'the weights'} not finite at step {step} (loss {means['loss'].value}). The last "
-        f"checkpoint is untouched. {advice}"
+        f"{', '.join(bad) or 'the weights'} {'is' if len(bad) == 1 else 'are'} not finite at step {step} (loss "
+        f"{means['loss'].value}). The last checkpoint is untouched. {advice}"
     )

@@ -20,6 +20,8 @@ _DASHES = (None, "7 3", "2 3")
 
 
 class Point(NamedTuple):
+    """A point of a line, with the deviation over seeds."""
+
     x: float
     y: float
     deviation: float = 0.0

@@ -14,6 +14,7 @@ from etils import epath
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_link, place_of
 from ldrld_jax.identity import flat, identity, is_object
+from ldrld_jax.record.console import counted
 from ldrld_jax.record.reader import is_number, read_config, read_data, read_lines, read_summary
 
 _DEPTH = 3  # how far below a folder runs are looked for
@@ -176,10 +177,10 @@ def _add(report: Report, workdir: epath.Path) -> None:
     if any(line["split"] == "teacher_train" for line in lines.whole):
         return
     if torn := len(lines.torn):
-        report.notes.append(f"{workdir}: {torn} torn line{'s' * (torn > 1)} of metrics.jsonl left out")
+        report.notes.append(f"{workdir}: {counted(torn, 'torn line')} of metrics.jsonl left out")
     curve = [(line["epoch"], line["values"]["top1"]) for line in lines.whole if line["split"] == "eval"]
     keys, summary = flat(config), read_summary(workdir, numbers=_NUMBERS)
-    run = FoundRun(str(workdir), keys | _objects(keys, workdir, report.notes), summary, tuple(curve))
+    run = FoundRun(str(workdir), keys | _objects(workdir, report.notes), summary, tuple(curve))
     if run.summary is not None and not all(plausible(run.summary[name]) for name in _NUMBERS):
         raise UserError("its summary.json has a number that no run reaches")
     if run.summary is not None:
@@ -190,7 +191,7 @@ def _add(report: Report, workdir: epath.Path) -> None:
         report.notes.append(f"{workdir}: {_progress(run, lines.whole, workdir / 'metrics.jsonl')}")
 
 
-def _objects(keys: dict[str, Any], workdir: epath.Path, notes: list[str]) -> dict[str, str]:
+def _objects(workdir: epath.Path, notes: list[str]) -> dict[str, str]:
     """Returns keys that tell data and objects given in Python apart, of which a config has only the names."""
     try:
         note = read_data(workdir) or {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldrld_jax.report.collect import FoundRun, plausible
 
-# What makes a method what it is; all else is what methods are compared under.
+# Keys that define a method; all other keys are the conditions under which methods are compared.
 _OF_METHOD = ("method", "loss.", "loss_weight.", "ce_weight", "kd_weight", "kd_warmup_epochs")
 
 
@@ -37,12 +37,12 @@ class Group:
 
     @property
     def setting(self) -> str:
-        """Describes in short how this group differs from most."""
+        """The settings in which this group differs from most, as text."""
         return " ".join(f"{_short(key)}={value}" for key, value in self.shown.items())
 
     @property
     def label(self) -> str:
-        """Returns the method, and how this group differs from others of that method."""
+        """The method, and the settings in which this group differs from others of that method."""
         return f"{self.method} {self.setting}".strip()
 
     def values(self, field: str) -> list[float]:
@@ -55,7 +55,7 @@ class Group:
 
     @property
     def ended(self) -> str:
-        """Returns the day (UTC) on which the last of the runs ended; "" for runs that do not say."""
+        """The day (UTC) on which the last of the runs ended; "" for runs that do not say."""
         return max(run.ended for run in self.runs)[:10]
 
 

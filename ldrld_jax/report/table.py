@@ -42,8 +42,8 @@ def results(comparisons: Sequence[Comparison]) -> Table:
     """Returns the cells of the table."""
     rows = [_row(comparison, group) for comparison in comparisons for group in comparison.groups]
     header = list(rows[0]) if rows else []
-    if len(comparisons) == 1 or len({comparison.data for comparison in comparisons}) == 1:
-        header.remove("data") if rows else None
+    if rows and len({comparison.data for comparison in comparisons}) == 1:
+        header.remove("data")
     shown = [name for name in header if name not in _OPTIONAL or any(row[name] for row in rows)]
     return Table(shown, [[row[name] for name in shown] for row in rows])
 

@@ -6,7 +6,7 @@ import tempfile
 import jax
 from etils import epath
 
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import expand_home, is_local
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -25,7 +25,7 @@ def keep_compiled(folder: str) -> None:
     path = epath.Path(expand_home(folder))
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: cached programs are executed
-        if "://" not in folder:
+        if is_local(folder):
             tempfile.TemporaryFile(dir=path).close()  # an existing folder may not be writable
     except OSError as error:
         logger.warning("compiled programs are not kept, %s: %s. Set compile_cache.", error.strerror or error, path)

@@ -21,7 +21,6 @@ from ldrld_jax.sweep.slurm import script
 
 _NAME = "ldrld_jax.sweep"
 _PROG = f"python -m {_NAME}"
-_FLAGS = ("--config", "--grid", "--workdir", "--jobs", "--gpus", "--shard", "--launcher", "--dry_run", "--help")
 
 
 class _Screen:
@@ -99,7 +98,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     """
     try:
         flags, given = split_overrides(argv)
-        args, rest = make_parser(prog).parse_known_args(flags)
+        parser = make_parser(prog)
+        args, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if not args.sweep and not args.config:
@@ -119,7 +119,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     args.shard = index, count
     if args.launcher == "slurm" and (args.gpus or args.dry_run or count > 1 or not is_local(epath.Path(args.workdir))):
         raise UserError("--launcher slurm takes a local --workdir, and none of --gpus, --shard and --dry_run.")
-    return args, overrides_in([*rest, *given], _FLAGS)
+    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    return args, overrides_in([*rest, *given], known)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:

@@ -103,7 +103,7 @@ class Job:
         theirs, ours = identity(saved), dict(self.identity)
         for key in ("student.checkpoint", "teacher.checkpoint"):
             if ours.get(key) and theirs.get(key):
-                ours[key] = hub.remembered(ours[key], theirs[key])  # a run pins what it takes from the Hub
+                ours[key] = hub.with_known_revisions(ours[key], theirs[key])  # a run pins what it takes from the Hub
         if ours != theirs:
             return False
         return summary["epochs"] == self.identity["epochs"]
@@ -157,7 +157,7 @@ def plan(sweep: dict[str, Any], workdir: epath.Path, overrides: Sequence[str] = 
 
 
 def _names(texts: Sequence[str]) -> list[str]:
-    """Returns a name of a folder for each text; where two would have one, a text that it is not gets a digest.
+    """Returns a folder name for each text; if two texts would share one, a text that had to be changed gets a digest.
 
     Example:
       >>> _names(["student.checkpoint=a/b", "student.checkpoint=a_b", "seed=0"])

@@ -253,7 +253,10 @@ def _set_data(
     """Names the data in a config; returns the splits that are objects."""
     if isinstance(train, str | pathlib.PurePath):
         if not (evaluation is None or isinstance(evaluation, str)):
-            raise UserError("where train is a name, evaluation must be the name of a split, or None for the usual one.")
+            raise UserError(
+                "where train is a name, evaluation must be the name of a split, or None for the usual one, got "
+                f"{type(evaluation).__name__}."
+            )
         train = expand_home(str(train))
         if pathlib.Path(train).is_dir():
             if config.data.name == default().data.name:

@@ -14,7 +14,7 @@ from ldrld_jax.data.given import as_array
 from ldrld_jax.data.source import check_dtype, check_range
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import UserError
-from ldrld_jax.record.reader import check_classes
+from ldrld_jax.record.reader import check_class_names
 from ldrld_jax.runtime.hosts import in_turn
 from ldrld_jax.train.given import Given
 from ldrld_jax.train.input import check_form, form_of, open_evaluation
@@ -77,7 +77,7 @@ def open_best(config: ConfigDict, workdir: epath.PathLike, given: Given) -> Best
     """
     with in_turn("data"):
         source = open_evaluation(config, given)
-    check_classes(workdir, source.class_names, whose="the run")
+    check_class_names(workdir, source.class_names, whose="the run")
     check_form(workdir, form_of(source))
     networks = Networks.of(source, config.precision, given.models)
     network, variables = networks.of_run(workdir, config.student.model, config.data)

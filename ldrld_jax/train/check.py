@@ -18,10 +18,10 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data import workers
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
-from ldrld_jax.data.source import Selected, Source, too_many
+from ldrld_jax.data.source import Selected, Source, spaced, too_many
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError
-from ldrld_jax.files import free_bytes, human_bytes
+from ldrld_jax.files import free_bytes, human_bytes, is_local
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import check_new
 from ldrld_jax.metrics import by_step
@@ -184,7 +184,7 @@ class _Check:
         """Returns the images of a split that are looked at."""
         source = split.uncached
         count = min(self._run.config.check.images or len(source), len(source))
-        chosen = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+        chosen = spaced(len(source), count)
         return source.of(Selected(source.records, chosen), source.view)
 
     def _look_at_images(self, split: str, source: Readable) -> None:
@@ -303,7 +303,7 @@ class _Check:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees) if hasattr(leaf, "nbytes"))
         every = config.checkpoint.keep_every_epochs
         kept = config.checkpoint.keep_last + 1 + (config.epochs // every if every else 0)
-        free = None if "://" in place else free_bytes(place)
+        free = free_bytes(place) if is_local(self._run.workdir) else None
         needed = f"up to {human_bytes(kept * size)}"
         room = "" if free is None else f"; {human_bytes(free)} are free"
         say(f"disk      {needed}: {kept} checkpoints of {human_bytes(size)}{room}")

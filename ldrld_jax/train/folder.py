@@ -18,7 +18,7 @@ from ldrld_jax.files import check_writable, replace_text
 from ldrld_jax.identity import differences, identity, is_object
 from ldrld_jax.interop import hub
 from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
-from ldrld_jax.record.reader import check_classes, read_config, read_data, read_metrics, read_summary
+from ldrld_jax.record.reader import check_class_names, read_config, read_data, read_metrics, read_summary
 from ldrld_jax.train.input import check_form
 from ldrld_jax.train.optim import first_decay_epoch
 from ldrld_jax.train.plan import Run
@@ -54,7 +54,7 @@ class RunFolder:
         there = read_data(workdir)
         if there is None:
             return
-        check_classes(workdir, here["classes"], whose="the run")
+        check_class_names(workdir, here["classes"], whose="the run")
         check_form(workdir, here["form"])
         before, now = there.get("weights", {}), self._weights
         if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
@@ -156,7 +156,7 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     pinned, saved = copy.deepcopy(config), read_config(workdir) or {}
     for block in ("student", "teacher"):
         if given := config[block].get("checkpoint"):
-            paths = hub.remembered(given, (saved.get(block) or {}).get("checkpoint") or "")
+            paths = hub.with_known_revisions(given, (saved.get(block) or {}).get("checkpoint") or "")
             each = paths.split(",") if block == "teacher" and "," in (config.teacher.model or "") else [paths]
             pinned[block].checkpoint = ",".join(map(hub.pinned, each))
     return pinned
@@ -175,7 +175,7 @@ def _digest(path: str) -> str | None:
         parts = {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     checkpoints = Checkpoints(place / "checkpoints")
-    step = next(iter(checkpoints.by_preference(best=True)), None)
+    step = next(iter(checkpoints.by_preference()), None)
     if step is None or step not in checkpoints.readable_steps:
         return None
     return hashlib.sha256(json.dumps(checkpoints.arrays(step, "model"), sort_keys=True).encode()).hexdigest()[:32]

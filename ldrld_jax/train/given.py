@@ -68,7 +68,7 @@ class Given:
 
     @property
     def incomparable(self) -> list[str]:
-        """Describes the parts that nothing tells apart from others of the same name."""
+        """The parts that nothing tells apart from others of the same name."""
         named = [f"the method {name}" for name in self.methods]
         return [*named, *["the optimizer"] * bool(self.optimizer), *["the teacher on the host"] * bool(self.teacher)]
 

@@ -86,7 +86,7 @@ def _train(
         watchdog = stack.enter_context(Watchdog(config.log.watchdog_seconds, others=workers.describe))
         checkpoints = stack.enter_context(contextlib.closing(folder.checkpoints()))
         restored = checkpoints.resume(run.state_shapes(variables, optimizer).to_trees())
-        # Of two states one would lie unused on the devices until the run ends.
+        # Only one of the two is made: a second state would occupy the devices until the run ends.
         state = TrainState.from_trees(restored.trees) if restored else run.make_state(variables, optimizer)
         if first():
             folder.write()

@@ -33,7 +33,7 @@ _EXPORTED = "student.safetensors", WEIGHTS  # of --mode export, without and with
 _FED = "mean", "std", "image_size"  # keys of the data block that say how images are fed
 
 
-def is_folder(path: str) -> bool:
+def is_workdir(path: str) -> bool:
     """Returns whether a checkpoint is a run's workdir, and not a file, `archive.tar::member` or `hf://OWNER/NAME`.
 
     Raises:
@@ -173,12 +173,12 @@ class Networks:
           UserError: if there is nothing at `path`, or it holds another model.
         """
         place = epath.Path(path)
-        if not is_folder(path) and model in self.given:
-            raise UserError(
-                f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give one, "
-                "or load the weights into the object."
-            )
-        if not is_folder(path):
+        if not is_workdir(path):
+            if model in self.given:
+                raise UserError(
+                    f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give "
+                    "one, or load the weights into the object."
+                )
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)
             )
@@ -228,11 +228,14 @@ class Networks:
         head = last_matrix_path(variables.params, self.num_classes)[:-1]
         kept = {path: leaf for path, leaf in flatten_dict(variables.params).items() if path[: len(head)] == head}
         place = epath.Path(path)
-        if not is_folder(path):
+        if not is_workdir(path):
             title = f"{model} without its last layer"
             return Variables(*load_variables(path, model, *variables, title=title, kept=unflatten_dict(kept)))
         if (note := read_data(place)) is None:
-            raise UserError(f"{path} has no data.json with its classes, which student.checkpoint_head=skip takes.")
+            raise UserError(
+                f"{path} has no data.json with its classes, which student.checkpoint_head=skip takes. Give a workdir "
+                "with data.json, or set student.checkpoint_head=load."
+            )
         _, loaded = dataclasses.replace(self, num_classes=len(note["classes"])).restore(path, model, data)
         return loaded._replace(params=unflatten_dict(flatten_dict(loaded.params) | kept))
 

@@ -173,8 +173,6 @@ def cross_entropy(
     """
     log_p = jax.nn.log_softmax(at_least_float32(logits))
     own = at_labels(log_p, labels)
-    if where is not None:
-        own = jnp.where(where, own, 0.0)
     if not smoothing:  # a class that is ruled out by a logit of -inf has no part
         return mean_over_rows(-own, where=where)
     return mean_over_rows(-(1 - smoothing) * own - smoothing * jnp.mean(log_p, axis=-1), where=where)
@@ -234,7 +232,7 @@ def _schedules(config: ConfigDict, methods: Mapping[str, Term]) -> dict[str, Sch
     return schedules
 
 
-def check_classes(
+def check_objective(
     objective: Objective, classes: int, *, label_shape: tuple[int, ...] = (), padded: bool = False
 ) -> None:
     """Raises a UserError if the objective refuses logits of `classes` classes, for example for a larger depth.

@@ -17,7 +17,7 @@ from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.record.console import counted
 from ldrld_jax.record.reader import read_config, read_data
-from ldrld_jax.train.networks import is_folder
+from ldrld_jax.train.networks import is_workdir
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import to_check
 
@@ -130,7 +130,7 @@ def no_images(purpose: str, empty: Sequence[int], names: Sequence[str]) -> str:
 def _absent(source: Readable) -> list[int]:
     """Returns the classes without an image in a split, if that is known without reading many of them.
 
-    Of several labels per example, as tokens of a vocabulary, many may be rare.
+    With several labels per example, such as tokens of a vocabulary, many classes may be rare, so none is reported.
     """
     records = source.uncached.records
     selected = isinstance(records, Selected) and records.given_labels is not None
@@ -206,7 +206,7 @@ def _first(note: Mapping[str, Any]) -> str | None:
 def _leak(run: Run, path: str) -> str | None:
     """Returns a line if a teacher saw, or may have seen, the images that the student is evaluated on."""
     ours, place = run.config.data, epath.Path(path)
-    if not is_folder(path):
+    if not is_workdir(path):
         unknown = f"{path} may have been trained on the images that data.held_out={ours.held_out:g} holds out"
         return unknown if ours.held_out else None
     config, note = read_config(place), read_data(place)

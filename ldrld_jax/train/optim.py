@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError, given_in_python, unknown
 from ldrld_jax.identity import is_object
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-
-def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Schedule:
+def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     r"""Returns the learning rate as a function of the step, counted from 0; float32, or float64 under x64.
 
     `step` multiplies by `decay_rate` after each of `decay_epochs`; `cosine` falls to 0 over
@@ -64,7 +62,7 @@ def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> Sc
     return schedule
 
 
-def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimizer of a config: SGD with momentum in PyTorch's form, AdamW, another of optax's, or a user's.
 
     SGD adds the weight decay of all parameters to the gradient before the momentum; AdamW decays
@@ -90,7 +88,7 @@ def make_optimizer(optim: ConfigDict, schedule: Schedule) -> optax.GradientTrans
     return optax.chain(*clip, _other(optim, schedule))
 
 
-def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+def _other(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     if is_object(optim.name):
         raise given_in_python(f"the optimizer {optim.name}")
     if is_code(optim.name):
@@ -105,9 +103,15 @@ def _other(optim: ConfigDict, schedule: Schedule) -> optax.GradientTransformatio
     try:
         made = make(learning_rate=schedule, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name={optim.name} cannot be called with a learning rate alone: {error}.") from error
+        raise UserError(
+            f"optim.name={optim.name} cannot be called with a learning rate alone: {error}. Give module:function of "
+            "your own that sets the rest."
+        ) from error
     if not isinstance(made, optax.GradientTransformation):
-        raise UserError(f"optim.name={optim.name} returns {type(made).__name__}, not an optax.GradientTransformation.")
+        raise UserError(
+            f"optim.name={optim.name} returns {type(made).__name__}, not an optax.GradientTransformation. Return an "
+            "optimizer of optax."
+        )
     return made
 
 

@@ -1,5 +1,6 @@
 """A planned run: the parts of a checked config, with nothing written or computed yet."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -10,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.data.source import fingerprint
+from ldrld_jax.data.source import fingerprint, spaced
 from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, reason
 from ldrld_jax.interop.host_teacher import HostTeacher
@@ -28,9 +28,9 @@ from ldrld_jax.record.reader import read_config
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.train.given import NOTHING, Given, check_num_classes
 from ldrld_jax.train.input import batch_norm_groups, form_of, open_input
-from ldrld_jax.train.networks import Networks, is_folder
-from ldrld_jax.train.objective import Objective, check_classes, make_objective
-from ldrld_jax.train.optim import Schedule, make_optimizer, make_schedule
+from ldrld_jax.train.networks import Networks, is_workdir
+from ldrld_jax.train.objective import Objective, check_objective, make_objective
+from ldrld_jax.train.optim import make_optimizer, make_schedule
 from ldrld_jax.train.shapes import Forward, check_evaluation, check_metrics, check_training
 from ldrld_jax.train.state import Placement, TrainState, Variables, schedule_free, trainable
 from ldrld_jax.train.step import Network
@@ -101,8 +101,8 @@ class Run:
         batches, eval_source = open_input(config, mesh, views=objective.views, absent=absent is not None, given=given)
         source = batches.source
         check_num_classes(given.num_classes, len(source.class_names))
-        check_classes(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
-        logit_store.check_classes(config, len(source.class_names))
+        check_objective(objective, len(source.class_names), label_shape=source.label_shape, padded=batches.padded)
+        logit_store.check_top_k(config, len(source.class_names))
         _check_images(config, source)
         networks = Networks.of(source, config.precision, given.models)
         run = cls(config, workdir, mesh, eval_source, batches, objective, networks, given)
@@ -132,7 +132,7 @@ class Run:
         return {"classes": len(source.class_names), "label_shape": source.label_shape}
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> optax.Schedule:
         return make_schedule(self.config.optim, steps_per_epoch=self.batches.steps_per_epoch, epochs=self.config.epochs)
 
     def make_optimizer(self) -> optax.GradientTransformation:
@@ -147,13 +147,13 @@ class Run:
             return found
         models, paths = config_lib.teacher_models(config), config_lib.teacher_checkpoints(config)
         for model, path in itertools.zip_longest(models, paths[: len(models)], fillvalue=""):
-            saved = read_config(path) if path and is_folder(path) else None  # fed as that run was
+            saved = read_config(path) if path and is_workdir(path) else None  # fed as that run was
             found.append((model, config.teacher.data if saved is None else ConfigDict(saved["data"])))
         return found
 
     @property
     def teacher_is_outside(self) -> bool:
-        """Returns whether the teacher is a function on the host or a file of logits, which no program runs."""
+        """True if the teacher is a function on the host or a file of logits, which no program runs."""
         return config_lib.teaches_from_file(self.config) or self.given.host_teacher(self.config) is not None
 
     def check_evaluation(self, model: str, data: ConfigDict) -> Forward:
@@ -209,6 +209,12 @@ class Run:
         """The placement of weights on the mesh."""
         return Placement(self.mesh, self.config.mesh.fsdp)
 
+    def for_counting(self) -> "Run":
+        """Returns the run without microbatches and remat: XLA counts a loop body once, and recomputation is no work."""
+        config = copy.deepcopy(self.config)
+        config.accumulate, config.remat = 1, False
+        return dataclasses.replace(self, config=config)
+
     def make_student(self) -> tuple[Network, Variables]:
         """Makes the student, with random weights or those of `student.checkpoint`."""
         config = self.config
@@ -226,14 +232,14 @@ class Run:
             check_finite(variables.params, {}, f"the student {config.student.model}")
         return network, variables
 
-    def look(self) -> None:
+    def read_samples(self) -> None:
         """Reads some images of both splits, so that what is broken shows before anything is trained.
 
         Raises:
           UserError: if one is broken, or with `data.on_error=skip` more than may be skipped.
         """
         for source in (self.batches.source, self.eval_source):
-            source.read(np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)))
+            source.read(spaced(len(source), _LOOKED_AT))
 
     def make_state(self, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
         """Makes the state before the first step, with its part of the optimizer's state and average on each device.

@@ -17,11 +17,11 @@ from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
 from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, check_new, make_key
 from ldrld_jax.record.console import say, waiting
-from ldrld_jax.record.reader import check_classes
+from ldrld_jax.record.reader import check_class_names
 from ldrld_jax.runtime.mesh import batch_sharding
 from ldrld_jax.runtime.signals import Signals
 from ldrld_jax.train.evaluator import NOTHING_LEFT, Evaluator
-from ldrld_jax.train.networks import is_folder
+from ldrld_jax.train.networks import is_workdir
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Ensemble, Network
@@ -256,7 +256,7 @@ def to_check(run: Run) -> str:
         return "its function and the images that it gets"
     if not (paths := checkpoints_of(run)):
         return "its weights and teacher.data.mean and std"
-    fed = all(map(is_folder, paths))  # by the numbers that it was trained with
+    fed = all(map(is_workdir, paths))  # by the numbers that it was trained with
     return "its checkpoint" if fed else "its checkpoint and teacher.data.mean and std"
 
 
@@ -287,11 +287,7 @@ def teacher_at_hand(run: Run, student: Network, paths: Sequence[str] | None = No
         raise UserError(f"the teacher {run.config.teacher.model} runs outside of JAX. Choose a run with another one.")
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
-    if paths is not None or run.config.teacher.checkpoint is not None:
-        return placed(run, restored(run, checkpoints_of(run) if paths is None else paths))
-    config = run.config.teacher
-    models = config_lib.teacher_models(run.config)
-    return placed(run, _together(run, [run.networks.random(m, config.data, seed=config.seed) for m in models]))
+    return placed(run, restored(run, config_lib.teacher_checkpoints(run.config) if paths is None else paths))
 
 
 def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
@@ -330,8 +326,8 @@ def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:
             f"{config.model}), got {len(paths)}. Separate them by commas."
         )
     for path in paths:
-        if is_folder(path):
-            check_classes(path, run.batches.source.class_names, whose="the teacher")
+        if is_workdir(path):
+            check_class_names(path, run.batches.source.class_names, whose="the teacher")
     return _together(run, [run.networks.restore(path, m, config.data) for path, m in zip(paths, models, strict=True)])
 
 

@@ -278,7 +278,7 @@ class Trainer:
         self._check_trained()
         config = config_lib.resolve(self.config, self.given.methods)
         checkpoints = Checkpoints(self.workdir / "checkpoints")
-        steps = checkpoints.by_preference(best=True)[:1]
+        steps = checkpoints.by_preference()[:1]
         saved = [(step, checkpoints.arrays(step, "model")) for step in steps if step in checkpoints.readable_steps]
         with precision_scope(config.precision, config.matmul_precision):
             if self._kept is None or self._kept[0] != (config, saved) or not saved:
@@ -369,7 +369,7 @@ def _train(
         _warn(run, [*remarks, *warnings(run)])
         with waiting(f"making the {role}"):
             student = run.make_student()  # first: a wrong student.checkpoint must not wait for a teacher
-        run.look()
+        run.read_samples()
         train_teacher = functools.partial(_train_teacher, signals=signals, given=given.for_teacher())
         teacher = obtain_teacher(run, student[0], signals, train_teacher)
         if teacher is not None and not isinstance(teacher, SelfTeacher):

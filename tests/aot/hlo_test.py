@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldrld_jax.aot.hlo import Collective, Program
+from ldrld_jax.aot.hlo import Collective, CompiledText
 from ldrld_jax.runtime.mesh import make_mesh
 
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -74,18 +74,18 @@ def test_the_traffic_of_a_program_counts_slices_updates_and_loops():
     on_chip = array  # the result stays on the chip
     reduced = 5 * 2 * array
     gathered = array + 5 * array  # the operand; operand and result of the start
-    assert Program(TEXT).bytes_moved == sliced + updated + on_chip + reduced + gathered
+    assert CompiledText(TEXT).bytes_moved == sliced + updated + on_chip + reduced + gathered
 
 
 def test_collectives_are_counted_with_their_loops_and_sizes():
-    assert Program(TEXT).collectives == [
+    assert CompiledText(TEXT).collectives == [
         Collective("all-gather", 1, 4 * 100 * 8 * 4),
         Collective("all-reduce", 5, 5 * 100 * 8 * 4),
     ]
 
 
 def test_kernels_and_operations_are_counted():
-    program = Program(TEXT)
+    program = CompiledText(TEXT)
     assert program.kernels == 3 + 5 + 1  # two fusions and the call, the reduction in the loop, the gathering
     assert program.count("dynamic-slice") == 1
     assert program.count("__cudnn$convForward") == 1
@@ -96,8 +96,8 @@ def test_a_program_of_xlas_is_read():
     mesh = make_mesh(data=4)
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(lambda x: jnp.sum(jnp.sin(x), axis=0)).lower(x).compile()
-    program = Program(compiled.as_text())
+    program = CompiledText(compiled.as_text())
     assert program.collectives == [Collective("all-reduce", 1, 128 * 4)]
     assert program.bytes_moved >= 2 * 128 * 4 + 128 * 4
     loop = jax.jit(lambda x: jax.lax.fori_loop(0, 7, lambda i, x: jnp.cos(x @ x), x)).lower(np.ones((64, 64))).compile()
-    assert Program(loop.as_text()).bytes_moved >= 7 * 3 * 64 * 64 * 4
+    assert CompiledText(loop.as_text()).bytes_moved >= 7 * 3 * 64 * 64 * 4

@@ -175,7 +175,6 @@ def test_arrays_and_host_state_come_back_bitwise(tmp_path):
 def test_the_model_is_read_without_the_optimizer(tmp_path):
     save(tmp_path, (1, 70.0), (2, 60.0))
     chex.assert_trees_all_equal(load_model(tmp_path, trees(0)["model"]), trees(1)["model"])
-    chex.assert_trees_all_equal(load_model(tmp_path, trees(0)["model"], best=False), trees(2)["model"])
 
 
 def test_a_step_that_is_saved_already_is_left_alone_but_for_its_missing_accuracy(tmp_path):

@@ -28,10 +28,10 @@ def target(name: str) -> Target:
 
 def compiled(
     function: Callable, name: str, *shapes: tuple[tuple[int, ...], jax.typing.DTypeLike], split: bool = False
-) -> hlo.Program:
+) -> hlo.CompiledText:
     """Compiles a function for one device of a target, or for all with the first axis of the arrays split over them."""
     devices = target(name).devices
     place = batch_sharding(make_mesh(devices=devices)) if split else replicated(make_mesh(devices=devices[:1]))
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
     options = dict(target(name).options)
-    return hlo.Program(jax.jit(function).lower(*arrays).compile(compiler_options=options).as_text())
+    return hlo.CompiledText(jax.jit(function).lower(*arrays).compile(compiler_options=options).as_text())

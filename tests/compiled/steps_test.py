@@ -45,7 +45,7 @@ def test_a_runs_programs_compile_and_talk_no_more_than_they_must(recipe, name):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.networks.outline("resnet8", run.config.data)[1].params))
     for label, executable in made.items():
         text = executable.as_text()
-        program = hlo.Program(text)
+        program = hlo.CompiledText(text)
         assert program.count("sort") == 0
         assert "dilate=2x1" not in text  # the rows apart: the form of a convolution that is meant for CPUs
         if "step" in label and run.config.mesh.fsdp is False:
@@ -67,7 +67,7 @@ def test_a_batch_of_resident_images_is_gathered_where_they_lie(name):
     (made,) = (program for program in programs_of(run) if program.name == "batch of resident images")
     lowered = made.jitted.lower(*made.arguments.values())
     executable = lowered.compile(compiler_options=dict(target(name).options))
-    program = hlo.Program(executable.as_text())
+    program = hlo.CompiledText(executable.as_text())
     assert program.collectives == []
     assert program.count("while") == 0
     batch = 64 * 32 * 32 * 3

@@ -80,7 +80,7 @@ def test_the_devices_make_their_rows_without_talking():
     mesh = make_mesh(data=8)
     images, labels = Noise(50).read(np.arange(50))
     stored, draws = jax.device_put(((images.reshape(50, -1), labels), draw(0, 0, 50)), replicated(mesh))
-    make = make_batch(16, 16, images.shape[1:], 0, batch_sharding(mesh))
+    make = make_batch(16, images.shape[1:], 0, batch_sharding(mesh))
     program = make.lower(stored, draws, np.int32(0), np.int32(16)).compile().as_text()
     assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 

@@ -49,7 +49,7 @@ def test_weights_or_statistics_that_are_not_finite_stop_a_run_whose_loss_is(tiny
     monkeypatch.setitem(MODELS, "exploding", Exploding)
     # The loss before such a step is finite, the weights after it are not.
     flags = ["optim.learning_rate=1e30", "optim.weight_decay=1e10"] if model == "tiny_net" else []
-    with pytest.raises(NonFiniteError, match="the weights not finite at step 1"):
+    with pytest.raises(NonFiniteError, match="the weights are not finite at step 1"):
         trainer.train(tiny(*flags, f"student.model={model}", "optim.warmup=none"), tmp_path)
     assert not (tmp_path / "summary.json").exists()
     assert not list((tmp_path / "checkpoints").glob("[0-9]*")) if (tmp_path / "checkpoints").exists() else True

@@ -8,7 +8,7 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError
-from ldrld_jax.record.reader import check_classes, read_data, read_summary
+from ldrld_jax.record.reader import check_class_names, read_data, read_summary
 
 DEEP = "[" * 900 + "]" * 900
 STRANGE = [None, [], {}, "x\0y", 10**400, "text", -1, True, [[1]], {"a": {"b": 1}}, "DEEP"]
@@ -60,7 +60,7 @@ def test_a_summary_and_a_note_of_data_likewise(tmp_path):
             assert refused(lambda: read_summary(tmp_path, numbers=("steps",)), path, changed(summary, key, value)) == (
                 key == "steps" and value != -1
             )
-    check = lambda: check_classes(tmp_path, ["a", "b"], whose="the run")  # noqa: E731
+    check = lambda: check_class_names(tmp_path, ["a", "b"], whose="the run")  # noqa: E731
     assert all(refused(check, tmp_path / "data.json", changed(data, "classes", value)) for value in STRANGE)
     for key in ("train", "eval", "train.images"):
         for value in STRANGE:

@@ -332,12 +332,12 @@ def test_under_jit_no_logits_travel(sizes, spec, axis_type, rows, rng):
     assert error(loss, expected[0]) < 1e-6
     assert error(gradient, expected[1]) < 1e-6
     if spec == P():
-        (moved,) = hlo.Program(program.as_text()).collectives
+        (moved,) = hlo.CompiledText(program.as_text()).collectives
         assert (moved.kind, moved.bytes) == ("all-reduce", student.nbytes + 6 * 4)
     else:
         most = 0 if len(sizes) == 1 else 4 * rows * (3 * cfg.depth + 3 + 2 + 2)
         assert gradient.sharding.spec[0] == "data"
-        for moved in hlo.Program(program.as_text()).collectives:
+        for moved in hlo.CompiledText(program.as_text()).collectives:
             assert moved.bytes <= (6 * 4 if moved.kind == "all-reduce" else most)
 
 

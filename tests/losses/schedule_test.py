@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldrld_jax.config.keys import LossSchedule
 from ldrld_jax.losses import METHODS
-from ldrld_jax.losses.schedule import SCHEDULED, Schedule, with_values
+from ldrld_jax.losses.schedule import Schedule, with_values
 from ldrld_jax.train.objective import Objective, Term
 
+SCHEDULED = {f.name for f in dataclasses.fields(LossSchedule)} - {"kd_weight"}
 FIELDS = {
     name: fields
     for name, method in METHODS.items()

@@ -82,6 +82,6 @@ def test_a_non_finite_step_of_a_dispatch_is_found_by_its_number(tiny, tmp_path):
     config = tiny()
     recorder = Recorder(tmp_path, config, "student", start=4, steps=100, steps_per_epoch=10)
     losses = Mean(jnp.array([40.0, 80.0, np.nan, np.nan]), jnp.full(4, 40.0))
-    with contextlib.closing(recorder), pytest.raises(NonFiniteError, match="loss not finite at step 7 "):
+    with contextlib.closing(recorder), pytest.raises(NonFiniteError, match="loss is not finite at step 7 "):
         recorder.add(8, jax.vmap(pack)({"loss": losses, "top1": Mean(jnp.zeros(4), jnp.full(4, 40.0))}))
     assert [(line["step"], line["values"]["loss"]) for line in comparable_lines(tmp_path)] == [(5, 1.0), (6, 2.0)]

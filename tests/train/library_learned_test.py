@@ -133,7 +133,7 @@ def test_a_gradient_whose_square_overflows_stops_a_run_of_adam(make):
     """Adam's update by it is 0, and so is each later one."""
     steep = lambda teacher, student, labels: 1e22 * jnp.sum(student - jax.lax.stop_gradient(student), axis=-1)  # noqa: E731
     config = {"optim.name": "adamw", "ce_weight": 0.0}
-    with pytest.raises(NonFiniteError, match="the weights not finite at step 1"):
+    with pytest.raises(NonFiniteError, match="the weights are not finite at step 1"):
         make(method=steep, epochs=1, config=config).fit()
 
 
@@ -149,7 +149,7 @@ def test_an_infinite_gradient_is_seen_where_the_update_is_its_sign(make, non_fin
     config = {"optim.name": "lion", "non_finite": non_finite, "ce_weight": 0.0, "data.mean": (0.0,)}
     trainer = make(method=steep, train=white, evaluation=white, epochs=1, config=config)
     if non_finite == "stop":
-        with pytest.raises(NonFiniteError, match="the weights not finite at step 1"):
+        with pytest.raises(NonFiniteError, match="the weights are not finite at step 1"):
             trainer.fit()
     else:
         assert trainer.fit().summary["skipped_steps"] == 2

@@ -363,7 +363,7 @@ def test_an_optimizer_of_optax_is_the_one_that_updates(make, tmp_path, capsys):
 
 def test_a_metric_that_is_not_finite_is_named_and_the_learning_rate_is_not_blamed(make):
     lost = {"third": lambda logits, labels, where: jnp.where(labels % 3 == 0, jnp.nan, 1.0)}
-    with pytest.raises(NonFiniteError, match=r"^third not finite at step 1 .* The loss and the weights are finite: "):
+    with pytest.raises(NonFiniteError, match=r"^third is not finite at step 1 .* The loss and the weights are finite"):
         make(metrics=lost).fit()
 
 
