@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.losses.top import AxisName, concatenated
+from ldrld_jax.losses.divergence import AxisName, concatenated
 
 Positive = Annotated[float, "positive"]
 
