@@ -56,7 +56,11 @@ WRONG = [
     (["--mode=bench", "--config.student.model=resnet9"], "there is no model 'resnet9'"),
     (["--mode=trian"], "invalid choice: 'trian'"),
     (["--config=configs/nope.py"], "there is no config file 'configs/nope.py'"),
-    (["--config=configs/digits.py:x"], "config configs/digits.py:x failed"),
+    (["--config=mine/digits.py"], "there is no config file 'mine/digits.py'"),  # which is not configs/digits.py
+    (["--config=configs/digits.py:vgg8"], "configs/digits.py takes no argument, got 'vgg8'"),
+    (["--config=experiments/methods.py"], "experiments/methods.py defines no get_config()"),
+    (["--config.teacher.model=logits", "--config.method=kd"], "set teacher.checkpoint to its path"),
+    (["--config.mesh.data=-1", "--config.mesh.model=9"], "mesh.model must be between 1 and the number of devices (8)"),
     (["--config.student.model=resnet9"], "there is no model 'resnet9'. Did you mean"),
     (["--config.method=ldrd"], "there is no method 'ldrd'. Did you mean 'ldrld'?"),
     (["--config.method=kd+kd"], "names a method twice"),

@@ -120,6 +120,11 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message)
         jobs_of(tmp_path, **sweep)
 
 
+def test_a_config_is_no_sweep():
+    with pytest.raises(UserError, match=r"^configs/digits\.py defines no get_sweep\(\)\. Add it, or give a config"):
+        load("configs/digits.py")
+
+
 def test_runs_whose_settings_differ_in_a_slash_alone_have_folders_of_their_own(tmp_path):
     places = ["a/b", "a_b", "a\\b", "a\udcffb"]
     for order in (places, places[::-1]):

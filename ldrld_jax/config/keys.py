@@ -79,8 +79,8 @@ class Data:
     # a TFDS dataset, image_folder, tiny_imagenet, file_list, decoded, "arrays:FILE.npz" or "my_module:source"
     name: Text = "digits"
     data_dir: Path | None = None  # folder of the data; unset: TFDS's own default, ~/tensorflow_datasets
-    train_split: Text = "train"  # split to train on; "train[:90%]" takes a part
-    # split to evaluate on; "test[:90%]" takes a part; other datasets call it "validation" or "val"
+    train_split: Text = "train"  # split to train on; "train[:90%]" takes a part of TFDS's splits and of digits
+    # split to evaluate on; "test[:90%]" takes a part as above; other datasets call it "validation" or "val"
     eval_split: Text = "test"
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
@@ -102,7 +102,7 @@ class Data:
     rand_augment: Whole = 0  # number of random distortions of each training image
     rand_magnitude: Annotated[int, Range(0, 30)] = 9  # strength of the distortions of rand_augment
     augment_seed: Seed | None = None  # seed of crops, mirrors and the like; unset: seed
-    # alpha of the Beta(alpha, alpha) that draws the share by which neighbours in a batch are blended; 0: no blending
+    # alpha of the Beta(alpha, alpha) from which the share is drawn by which two images of a batch are mixed; 0: none
     mixup: NotNegative = 0.0
     resize_size: Count | None = None  # length to which the shorter side is resized for evaluation; unset: crop_size
     # side to which images are cropped, at random by random_resized_crop, else in the centre; unset: not cropped
@@ -127,7 +127,7 @@ class Optim:
     name: Text = "sgd"  # sgd with momentum in PyTorch's form, adamw, another of optax's, or "my_module:make_optimizer"
     learning_rate: NotNegative = 0.05  # highest learning rate of the schedule
     momentum: Share = 0.9  # momentum of sgd, and b1 of adamw
-    nesterov: bool = False  # look ahead along the momentum
+    nesterov: bool = False  # use Nesterov momentum
     weight_decay: NotNegative = 5e-4  # decay of all parameters; sgd adds it to the gradient before the momentum
     # largest norm of the gradient, to which larger ones are scaled down; unset: no limit
     clip_norm: Positive | None = None
@@ -135,7 +135,7 @@ class Optim:
     schedule: Literal["step", "cosine", "constant"] = "step"
     decay_epochs: tuple[Whole, ...] = (150, 180, 210)  # epochs after which schedule=step lowers the learning rate
     decay_rate: NotNegative = 0.1  # factor of the learning rate at each of decay_epochs
-    # rise of the learning rate at the start; official: as the published LDRLD code does it
+    # warm-up of the learning rate; official: as the published LDRLD code does it
     warmup: Literal["official", "linear", "none"] = "none"
     warmup_epochs: Count = 20  # length of the warm-up, in epochs
 
@@ -158,7 +158,7 @@ class Teacher:
     # folder of the teacher that the run trains first; unset: WORKDIR/teacher; set it to share one teacher
     workdir: Path | None = None
     ensemble: Ensembling = "logits"  # outputs that an ensemble averages
-    # least top-1 in percent on the evaluation split; a weaker teacher is refused
+    # minimum top-1 in percent on the evaluation split; a weaker teacher is refused
     min_top1: Annotated[float, Range(0, 100)] = 0.0
     seed: Seed = 0  # seed of the teacher that the run trains first
     batch_size: Count | None = None  # batch size of the teacher that the run trains first; unset: the student's
@@ -181,7 +181,7 @@ class LossSchedule:
 class Logits:
     dir: Path | None = None  # folder of a store of the teacher's logits, for any number of runs; unset: no store
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # type in which logits are stored and enter the loss
-    views: Count | None = None  # number k of stored epochs: epoch e is augmented as epoch e % k; unset: each anew
+    views: Count | None = None  # number k of stored epochs: augmentations repeat every k epochs; unset: never
     # number of largest logits kept of each image, with the log-sum-exp of the others; unset: all
     top_k: Count | None = None
     # with top_k, let methods that read every logit get the rest spread evenly over its classes
@@ -203,7 +203,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: Annotated[int, Range(-1)] = -1  # devices over which the batch is split; -1: all that are left
+    data: Annotated[int, Range(-1)] = -1  # devices over which the batch is split; -1: all remaining ones
     model: Count = 1  # devices over which each layer's outputs are split
     fsdp: bool = False  # split parameters, optimizer state and teacher over mesh.data as well: less memory
 

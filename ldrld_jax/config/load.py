@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -36,12 +37,21 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(
+                f"{path} defines no get_config(). Add it, or give a sweep file to `python -m ldrld_jax.sweep`."
+            )
+        if arg and not inspect.signature(module.get_config).parameters:
+            raise UserError(f"{file} takes no argument, got {arg!r}. Leave out the colon and what follows it.")
         changes = module.get_config(arg) if arg else module.get_config()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"config {path} failed: {one_line(error)} Correct the file.") from error
     if not isinstance(changes, ConfigDict):
         raise UserError(
-            f"get_config of {path} must return a ConfigDict, got {type(changes).__name__}. Add `return config`."
+            f"get_config of {path} must return a ConfigDict, got {type(changes).__name__}. End it with `return "
+            "ml_collections.ConfigDict(...)`."
         )
     config = default()
     for key, value in leaves(changes):
@@ -122,11 +132,13 @@ def _find(file: str) -> pathlib.Path:
     if not file:
         raise UserError("the name of the config file is empty. Give --config FILE, such as configs/digits.py.")
     places = [pathlib.Path(file), package / file, package.parent / file]
-    named = [folder / "configs" / pathlib.Path(file).name for folder in (pathlib.Path(), package, package.parent)]
+    folders = [folder / "configs" for folder in (pathlib.Path(), package, package.parent)]
+    bare = pathlib.Path(file).parent in (pathlib.Path(), pathlib.Path("configs"))  # or it is a mistyped path to another
+    named = [folder / pathlib.Path(file).name for folder in folders] if bare else []
     for place in [*places, *named, *(place.with_name(f"{place.name}.py") for place in [*places, *named])]:
         if place.is_file():
             return place
-    known = sorted({p.name for place in {p.parent for p in named} if place.is_dir() for p in place.glob("*.py")})
+    known = sorted({path.name for folder in folders if folder.is_dir() for path in folder.glob("*.py")})
     raise UserError(f"there is no config file {file!r}, here or in the package. Known: {', '.join(known) or 'none'}.")
 
 

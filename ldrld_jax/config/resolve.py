@@ -102,6 +102,8 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
         if config.ema_decay is None:
             raise UserError("teacher.model=ema is the student's moving average: set ema_decay, .999 for example.")
         return config
+    if teaches_from_file(config) and config.teacher.checkpoint is None:
+        raise UserError("teacher.model=logits is a file of logits: set teacher.checkpoint to its path.")
     if config.teacher.model is None or not (
         config.teacher.checkpoint is not None or config.teacher.epochs is not None or has_weights(config)
     ):

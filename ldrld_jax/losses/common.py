@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldrld_jax.losses.divergence import AxisName, concatenated
+from ldrld_jax.losses.divergence import AxisName
+from ldrld_jax.losses.top import concatenated
 
 Positive = Annotated[float, "positive"]
 

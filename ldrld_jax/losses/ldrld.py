@@ -153,8 +153,8 @@ def ldrld_terms(
       `LDRLDTerms` of `[...]` arrays, float32 (float64 for float64 logits), in nats times T^2.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
-        also if a dtype is float64 or `class_axis_name` is given.
+      ValueError: if the shapes differ, a dtype is not floating, cfg is of another class, depth > C, or block_rows < 1;
+        for "pallas" also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> teacher, student = jnp.array([[3.0, 1.0, 0.0, -2.0]]), jnp.array([[1.0, 2.0, 0.0, 0.0]])
@@ -166,6 +166,8 @@ def ldrld_terms(
       Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025, arXiv 2507.15911;
       agrees with the official code to 1e-12 (tests/losses/ldrld_test.py).
     """
+    if not isinstance(cfg, LDRLDConfig):
+        raise ValueError(f"cfg must be an LDRLDConfig, got {type(cfg).__name__}. Pass LDRLDConfig(...).")
     fused = _takes_kernel(implementation, class_axis_name)
     teacher, student = prepare_logits(teacher_logits, student_logits, where, infinite=True)
     if isinstance(temperature := cfg.temperature, jax.Array):  # it changes by epoch, and cfg is static below
@@ -293,8 +295,8 @@ def ldrld_loss(
       A scalar, float32 (float64 for float64 logits), in nats times T^2; 0 if no row counts.
 
     Raises:
-      ValueError: if the shapes differ, a dtype is not floating, depth > C, or block_rows < 1; for "pallas"
-        also if a dtype is float64 or `class_axis_name` is given.
+      ValueError: if the shapes differ, a dtype is not floating, cfg is of another class, depth > C, or block_rows < 1;
+        for "pallas" also if a dtype is float64 or `class_axis_name` is given.
 
     Example:
       >>> z = jnp.array([[3.0, 1.0, 0.0, -2.0]])

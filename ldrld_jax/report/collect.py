@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -87,11 +88,12 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def collect(folders: Iterable[epath.PathLike]) -> Report:
-    """Finds the runs in and below some folders; a teacher that was trained for others is no run of the table.
+def collect(folders: epath.PathLike | Iterable[epath.PathLike]) -> Report:
+    """Finds the runs in and below a folder or several; a teacher that was trained for others is no run of the table.
 
     It never raises for the content of a folder: the notes name what cannot be read.
     """
+    folders = [folders] if isinstance(folders, str | os.PathLike) else folders
     report = Report()
     workdirs: dict[str, epath.Path] = {}
     for folder in map(epath.Path, folders):

@@ -26,6 +26,8 @@ def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] |
       {'data': 1, 'model': 1}
     """
     available = _device_count() if devices is None else len(devices)
+    if data == -1 and model > available:
+        raise UserError(f"mesh.model must be between 1 and the number of devices ({available}), got {model}.")
     data = available // model if data == -1 and model >= 1 else data
     if data < 1 or model < 1 or data * model > available:
         raise UserError(

@@ -38,8 +38,12 @@ def load(path: str) -> dict[str, Any]:
             f"there is no sweep file {file!r}. The paper's are in experiments/; or give --config and --grid."
         )
     try:
-        get_sweep = runpy.run_path(file)["get_sweep"]
+        get_sweep = runpy.run_path(file).get("get_sweep")
+        if get_sweep is None:
+            raise UserError(f"{path} defines no get_sweep(). Add it, or give a config by --config.")
         sweep = get_sweep(arg) if arg else get_sweep()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"sweep {path} failed: {one_line(error)} Correct the file.") from error
     _check_form(sweep)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import ldrld_jax
 from ldrld_jax import LDRLDConfig, ldrld_loss, ldrld_terms, rank_weights
-from ldrld_jax.losses import ldrld_parts
+from ldrld_jax.losses import METHODS, ldrld_parts
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden/ldrld_official.npz")
 CASES = range(5)
@@ -408,3 +408,6 @@ def test_bad_arguments_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             ldrld_loss(teacher, student, cfg, **keywords)
+    for other in ({"depth": 4}, METHODS["kd"].config()):
+        with pytest.raises(ValueError, match=f"cfg must be an LDRLDConfig, got {type(other).__name__}"):
+            ldrld_loss(z, z, other)

@@ -61,6 +61,7 @@ def test_a_run_by_several_paths_is_one(tmp_path, monkeypatch):
     found = report.collect(["runs", str(run), "runs/../runs/live"])
     assert [(summary.folder, summary.copy) for summary in found.summaries] == [("runs/live", 1)]
     assert found.notes == []
+    assert report.collect("runs").summaries == report.collect(["runs"]).summaries != []  # not the folders r, u, n, s
 
 
 def test_nothing_to_report_is_a_failure_and_so_is_nowhere_to_write(tmp_path, capsys):

@@ -99,6 +99,12 @@ def test_what_numpy_cannot_convert_is_one_line():
         teacher(np.zeros((2, 4)), classes=3)
 
 
+def test_a_teacher_that_fails_is_one_line():
+    teacher = ldrld_jax.HostTeacher(lambda images: images * {}["scale"], name="scaled")
+    with pytest.raises(UserError, match=r"^the teacher scaled fails on images \(2, 4\) float64: KeyError: .*\. Mend"):
+        teacher(np.ones((2, 4)), classes=3)
+
+
 def test_a_sparse_tensor_is_one_line():
     torch = pytest.importorskip("torch")
     teacher = ldrld_jax.HostTeacher(lambda images: torch.eye(2, 3).to_sparse(), name="sparse")
