@@ -45,6 +45,12 @@ def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
             raise given_in_python(f"method {name}")
         if name not in METHODS and name not in given and not is_code(name):
             parts = [part.strip() for part in name.replace(",", "+").split("+")]
+            if name == "ce" and len(names) > 1:
+                rest = "+".join(other for other in names if other != "ce")
+                raise UserError(
+                    f"method {config.method!r} adds ce, and every method has the cross-entropy beside it, weighted by "
+                    f"ce_weight. Set method={rest}."
+                )
             if len(parts) > 1 and all(part in METHODS for part in parts):
                 raise UserError(f"there is no method {name!r}. Several are written as a sum: method={'+'.join(parts)}.")
             raise unknown("method", name, ["ce", *METHODS])
@@ -113,6 +119,11 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
         )
     if config.teacher.checkpoint is not None:
         config.teacher.epochs = None  # weights at hand go before a recipe
+    if config.teacher.epochs is not None and is_object(config.teacher.optim.name):
+        raise UserError(
+            "teacher.epochs trains the teacher by an optimizer of its own, and the run's is an object. Set "
+            "teacher.optim.name, to sgd for example."
+        )
     return config
 
 
@@ -234,7 +245,16 @@ def teacher_runs(config: ConfigDict, workdir: epath.Path) -> list[tuple[ConfigDi
 def teacher_recipe(config: ConfigDict, model: str) -> ConfigDict:
     """Returns the config, to be resolved, of the plain training run that makes one teacher of a resolved config."""
     teacher, recipe = config.teacher, default()
-    for key in ("eval_batch_size", "precision", "matmul_precision", "mesh", "log", "checkpoint", "eval_every_epochs"):
+    for key in (
+        "eval_batch_size",
+        "precision",
+        "matmul_precision",
+        "mesh",
+        "log",
+        "checkpoint",
+        "eval_every_epochs",
+        "remat",
+    ):
         recipe[key] = copy.deepcopy(config[key])
     recipe.steps_per_dispatch = config.steps_per_dispatch if teacher.data.loader == "resident" else 1
     recipe.method = "ce"

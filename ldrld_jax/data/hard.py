@@ -27,6 +27,8 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
       UserError: if no record is left, or records with several labels each cannot be selected so.
     """
     noisy = data.label_noise != "none"
+    if noisy and classes < 2:
+        raise UserError(f"data.label_noise={data.label_noise} needs at least two classes, got {classes}. Unset it.")
     if data.held_out == 0 and data.fraction == 1 and data.imbalance == 1 and not noisy:
         return records  # without reading the labels
     labels = records.labels()

@@ -43,6 +43,11 @@ class RunFolder:
         if saved is not None:
             self._check_identity(str(workdir), identity(saved))
         checkpoints = self.checkpoints()
+        if not checkpoints.steps and self.finished() is None and (workdir / "summary.json").exists():
+            raise UserError(
+                f"{workdir} has the summary of a run and none of its checkpoints, and a run that begins anew would "
+                "replace it. Restore the checkpoints, remove summary.json, or choose another workdir."
+            )
         for step in checkpoints.readable_steps[-1:]:
             self._check_identity(str(workdir / "checkpoints" / str(step)), checkpoints.run(step))
         read_metrics(workdir)

@@ -30,7 +30,7 @@ from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Network
 
 _EXPORTED = "student.safetensors", WEIGHTS  # of --mode export, without and with --hub
-_FED = "mean", "std", "image_size"  # keys of the data block that say how images are fed
+FED = "mean", "std", "image_size"  # keys of the data block that say how images are fed
 
 
 def is_workdir(path: str) -> bool:
@@ -207,7 +207,7 @@ class Networks:
         """Loads the student of a run, see `restore`, and says which keys of `data` have no effect on it."""
         network, variables = self.restore(str(workdir), model, data)
         theirs = ConfigDict(read_config(workdir)).data
-        for key in _FED:
+        for key in FED:
             ours, used = (list(v) if isinstance(v, list | tuple) else v for v in (data.get(key), theirs.get(key)))
             if ours != used:
                 say(f"warning: data.{key}={ours} has no effect: the run in {workdir} was trained with {used}.")

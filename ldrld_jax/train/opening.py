@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected
@@ -17,11 +18,13 @@ from ldrld_jax.logit_store.store import checksum_of_images
 from ldrld_jax.losses import SLDConfig
 from ldrld_jax.record.console import counted
 from ldrld_jax.record.reader import read_config, read_data
-from ldrld_jax.train.networks import is_workdir
+from ldrld_jax.train.networks import FED, is_workdir
+from ldrld_jax.train.optim import unread
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.teacher import to_check
 
 _MOST_NAMED = 5  # classes
+_LEFT = 0.05  # share of the initial weights in an average
 _FEW = 10_000  # images whose records are read for their labels
 
 
@@ -69,6 +72,13 @@ def warnings(run: Run) -> Iterator[str]:
             f"the warm-up of {optim.warmup_epochs} epochs is as long as the run of {config.epochs}: lower "
             "optim.warmup_epochs, or set optim.warmup=none"
         )
+    yield from _unread(run)
+    if config.ema_decay is not None and (left := config.ema_decay**run.steps) > _LEFT:
+        yield (
+            f"ema_decay={config.ema_decay:g} averages over more steps than the run's {run.steps}: {100 * left:.0f} % "
+            "of the evaluated average are the initial weights. Lower it"
+        )
+    yield from _student_fed_otherwise(config)
     late = [epoch for epoch in optim.decay_epochs if epoch >= config.epochs] if optim.schedule == "step" else []
     if late and run.given.optimizer is None and config.epochs > 1:
         yield (
@@ -113,6 +123,27 @@ def _late(run: Run) -> Iterator[str]:
             yield (
                 f"loss.sld.student_swap_epoch={term.cfg.student_swap_epoch} is not less than the {epochs} epochs of "
                 "the run: the student's swapped target is never used. Lower it"
+            )
+
+
+def _unread(run: Run) -> Iterator[str]:
+    """Yields a line for each key of `optim` that is set and that the optimizer does not take."""
+    optim, usual = run.config.optim, config_lib.default().optim
+    for key in unread(optim) if run.given.optimizer is None else []:
+        if optim[key] != usual[key]:
+            yield f"optim.{key}={optim[key]} has no effect: {optim.name} does not take it. Unset it"
+
+
+def _student_fed_otherwise(config: ConfigDict) -> Iterator[str]:
+    """Yields a line for each key by which the images of a student's checkpoint, a run's workdir, were fed otherwise."""
+    path = config.student.checkpoint
+    theirs = (read_config(path) or {}).get("data", {}) if path is not None and is_workdir(path) else {}
+    for key in FED:
+        ours = list(value) if isinstance(value := config.data[key], tuple) else value
+        if key in theirs and theirs[key] != ours:
+            yield (
+                f"student.checkpoint={path} was trained with data.{key}={theirs[key]}, and goes on with {ours}: set "
+                f"data.{key} as there"
             )
 
 

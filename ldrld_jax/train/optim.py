@@ -1,8 +1,10 @@
 """The learning rate schedule and the optimizer of a config's `optim` block."""
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from ml_collections import ConfigDict
 from ldrld_jax.code import is_code, load_object
 from ldrld_jax.errors import UserError, given_in_python, unknown
 from ldrld_jax.identity import is_object
+
+_OPTIONS = "momentum", "nesterov", "weight_decay"  # keys that an optimizer gets if it takes them
 
 
 def make_schedule(optim: ConfigDict, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -88,18 +92,35 @@ def make_optimizer(optim: ConfigDict, schedule: optax.Schedule) -> optax.Gradien
     return optax.chain(*clip, _other(optim, schedule))
 
 
+def unread(optim: ConfigDict) -> list[str]:
+    """Returns those of momentum, nesterov and weight_decay that an optimizer by its name does not take.
+
+    Example:
+      >>> from ldrld_jax.config import load
+      >>> unread(load("configs/digits.py", ["optim.name=adam"]).optim)
+      ['momentum', 'weight_decay']
+    """
+    if optim.name in ("sgd", "adamw") or is_object(optim.name):
+        return []
+    takes = _parameters(_maker(optim.name))
+    return [key for key in _OPTIONS if key not in takes]
+
+
+def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Returns the function of optax, or the user's, that makes an optimizer."""
+    if is_code(name):
+        return load_object(name)
+    if "learning_rate" in _parameters(getattr(optax, name, None)):
+        return getattr(optax, name)
+    known = [name for name in dir(optax) if name[0] != "_" and "learning_rate" in _parameters(getattr(optax, name))]
+    raise unknown("optim.name", name, known)
+
+
 def _other(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     if is_object(optim.name):
         raise given_in_python(f"the optimizer {optim.name}")
-    if is_code(optim.name):
-        make = load_object(optim.name)
-    elif "learning_rate" in _parameters(getattr(optax, optim.name, None)):
-        make = getattr(optax, optim.name)
-    else:
-        known = [name for name in dir(optax) if name[0] != "_" and "learning_rate" in _parameters(getattr(optax, name))]
-        raise unknown("optim.name", optim.name, known)
-    takes = _parameters(make)
-    options = {key: optim[key] for key in ("momentum", "nesterov", "weight_decay") if key in takes}
+    make = _maker(optim.name)
+    options = {key: optim[key] for key in _OPTIONS if key in _parameters(make)}
     try:
         made = make(learning_rate=schedule, **options)
     except (TypeError, ValueError) as error:
@@ -115,8 +136,12 @@ def _other(optim: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
     return made
 
 
-def _parameters(function: object) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters if inspect.isfunction(function) else {}
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function that are not bound yet: `nadam` is `adam` with its nesterov."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    if not bound and not inspect.isfunction(function):
+        return {}
+    return {key: value for key, value in inspect.signature(function).parameters.items() if key not in bound}
 
 
 def first_decay_epoch(optim: ConfigDict) -> float:

@@ -183,3 +183,12 @@ def test_the_package_finds_its_configs_wherever_it_is_called_from(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert config_lib.load("configs/cifar100.py:resnet20-resnet8").student.model == "resnet8"
     assert pathlib.Path.cwd() == tmp_path
+
+
+def test_a_teacher_is_not_trained_by_an_optimizer_that_is_an_object():
+    config = config_lib.load("configs/digits.py", ["teacher.epochs=1"])
+    config.optim.name = "<optimizer>"
+    with pytest.raises(UserError, match=r"Set teacher\.optim\.name, to sgd for example\.$"):
+        config_lib.resolve(config)
+    config.teacher.optim.name = "sgd"
+    assert config_lib.resolve(config).teacher.optim.name == "sgd"

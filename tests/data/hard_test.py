@@ -111,6 +111,14 @@ def test_settings_that_do_not_suit_the_data_are_one_line(changes, expected, data
         make_train_batches(data(data_dir=data_dir, **changes), batch_size=8, seed=0)
 
 
+def test_labels_of_one_class_cannot_be_made_wrong():
+    records, noisy = Labelled(np.zeros(9, np.int32)), data(label_noise="symmetric", label_noise_rate=0.3)
+    with pytest.raises(
+        UserError, match=r"^data\.label_noise=symmetric needs at least two classes, got 1\. Unset it\.$"
+    ):
+        hard.select(records, noisy, classes=1)
+
+
 def test_a_run_with_a_held_out_part_is_evaluated_on_it(data_dir):
     """A tenth of the digits' 1438, class by class: the test split is not looked at."""
     held = data(data_dir=data_dir, held_out=0.1, eval_split="nothing")

@@ -285,3 +285,37 @@ def test_a_class_that_is_left_without_training_images_is_said(on_folder, folder,
     assert not [line for line in warnings(planned(on_folder(), tmp_path)) if "no image to train on" in line]
     found = list(warnings(planned(on_folder(*flags), tmp_path)))
     assert "1 of 3 classes have no image to train on: dog" in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["optim.name=adam"], []),  # the default of weight_decay counts as not set
+        (
+            ["optim.name=adam", "optim.weight_decay=.3"],
+            ["optim.weight_decay=0.3 has no effect: adam does not take it. Unset it"],
+        ),
+        (["optim.name=adamw", "optim.weight_decay=.3", "optim.momentum=.5"], []),
+        (
+            ["ema_decay=.9", "epochs=3"],
+            [
+                "ema_decay=0.9 averages over more steps than the run's 9: 39 % of the evaluated average are the "
+                "initial weights. Lower it"
+            ],
+        ),
+        (["ema_decay=.7", "epochs=3"], []),
+    ],
+)
+def test_an_optimizer_or_average_that_does_not_do_what_was_asked_is_warned_of(tiny, tmp_path, flags, expected):
+    assert list(warnings(planned(tiny(*flags), tmp_path / "run"))) == expected
+
+
+def test_a_student_that_goes_on_with_images_fed_otherwise_is_warned_of(tiny, tmp_path):
+    trainer.train(tiny("data.mean=.2", "data.std=.1", "epochs=1"), tmp_path / "first")
+    flags = [f"student.checkpoint={tmp_path / 'first'}", "data.std=.1"]
+    (warning,) = warnings(planned(tiny(*flags, "data.mean=.3"), tmp_path / "next"))
+    assert warning == (
+        f"student.checkpoint={tmp_path / 'first'} was trained with data.mean=[0.2], and goes on with [0.3]: set "
+        "data.mean as there"
+    )
+    assert list(warnings(planned(tiny(*flags, "data.mean=.2"), tmp_path / "next"))) == []

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.train.optim import first_decay_epoch, make_optimizer, make_schedule
+from ldrld_jax.train.optim import first_decay_epoch, make_optimizer, make_schedule, unread
 
 
 def optim(**changes):
@@ -110,3 +111,25 @@ def test_gradients_are_clipped_by_their_norm_together():
         optimizer = make_optimizer(block, make_schedule(block, steps_per_epoch=1, epochs=1))
         updates, _ = optimizer.update(gradients, optimizer.init(params), params)
         np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-3 * share, -4 * share], rtol=1e-6)
+
+
+def test_nadam_is_adam_with_nesterov_and_keeps_it():
+    params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25])
+    ours, optaxs = make_optimizer(optim(name="nadam", nesterov=False), lambda step: 0.1), optax.nadam(lambda step: 0.1)
+    updates = [made.update(gradient, made.init(params), params)[0] for made in (ours, optaxs)]
+    np.testing.assert_array_equal(*updates)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sgd", []),
+        ("adamw", []),
+        ("adam", ["momentum", "weight_decay"]),
+        ("rmsprop", ["weight_decay"]),
+        ("nadamw", ["momentum", "nesterov"]),
+        ("<optimizer>", []),
+    ],
+)
+def test_keys_that_an_optimizer_does_not_take_are_known(name, expected):
+    assert unread(optim(name=name)) == expected

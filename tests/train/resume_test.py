@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import types
 
@@ -11,6 +12,7 @@ import pytest
 
 from ldrld_jax import config, files, main
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.errors import UserError
 from ldrld_jax.record import writer
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from ldrld_jax.train import evaluator, loop, trainer
@@ -172,3 +174,18 @@ def test_one_checkpoint_every_so_many_epochs_is_kept_for_good(tiny, tmp_path):
     flags = ["checkpoint.keep_every_epochs=2", "checkpoint.keep_last=1", "eval_every_epochs=5", "epochs=5"]
     trainer.train(tiny(*flags), tmp_path)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [6, 12, 15]
+
+
+def test_the_summary_of_a_run_without_its_checkpoints_is_not_replaced(tiny, tmp_path):
+    """A run of more epochs would begin anew and write over the records of the one before."""
+    constant = "optim.schedule=constant", "optim.warmup=none"
+    trainer.train(tiny(*constant), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = contents(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"has the summary of a run and none of its checkpoints"
+    ):
+        trainer.train(tiny(*constant, "epochs=3"), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run/summary.json").unlink()
+    assert trainer.train(tiny(*constant, "epochs=3"), tmp_path / "run")["steps"] == 9
