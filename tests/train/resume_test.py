@@ -182,9 +182,7 @@ def test_the_summary_of_a_run_without_its_checkpoints_is_not_replaced(tiny, tmp_
     trainer.train(tiny(*constant), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints")
     before = contents(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"has the summary of a run and none of its checkpoints"
-    ):
+    with pytest.raises(UserError, match=r"has the summary of a run and none of its checkpoints"):
         trainer.train(tiny(*constant, "epochs=3"), tmp_path / "run")
     assert contents(tmp_path / "run") == before
     (tmp_path / "run/summary.json").unlink()
