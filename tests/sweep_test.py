@@ -52,6 +52,14 @@ def test_runs_share_a_teacher_where_its_recipe_is_the_same(tmp_path):
     assert all(str(place).startswith(f"{tmp_path}/teachers/resnet20-") for (place,) in teachers)
 
 
+def test_runs_on_data_of_several_folders_share_neither_teacher_nor_logits(tmp_path):
+    folders = {"data.data_dir": ["a", "b"]}
+    jobs = jobs_of(tmp_path, "teacher.epochs=1", "logits.dir=store", grid=folders | {"method": ["kd", "dkd"]})
+    places = [(job.teachers, [flag for flag in job.command if "logits.dir=store/" in flag]) for job in jobs]
+    assert places[0] == places[1] != places[2] == places[3]
+    assert not {*places[0][0], *places[0][1]} & {*places[2][0], *places[2][1]}
+
+
 def test_runs_share_a_logit_store_where_the_teacher_sees_the_same(tmp_path):
     runs = [{"method": "kd"}, {"method": "ldrld", "data.label_noise": "symmetric"}, {"seed": 1}, {"data.pad": 2}]
     jobs = jobs_of(tmp_path, "logits.dir=/store", "teacher.checkpoint=x", "data.augment_seed=0", runs=runs)

@@ -197,14 +197,17 @@ def _job(file: str, workdir: epath.Path, overrides: Sequence[str], own: dict[str
     config = config_lib.resolve(config_lib.load(file, given))
     whole = _short(config.to_json(sort_keys=True))
     _check_models(config)
+    # A path is no part of a run's identity, but a sweep over paths is one over data, and they share no teacher.
+    paths = {key: own[key] for key in ("data.data_dir", "teacher.data.data_dir") if key in own}
     teachers = []
     if config.teacher.get("epochs") is not None:
         if config.teacher.workdir is None:
-            config.teacher.workdir = str(workdir / "teachers" / f"{config.teacher.model}-{_short(_recipes(config))}")
+            recipes = _short(_recipes(config) + ([paths] if paths else []))
+            config.teacher.workdir = str(workdir / "teachers" / f"{config.teacher.model}-{recipes}")
             given.append(f"teacher.workdir={config.teacher.workdir}")
         teachers = [place for _, place in config_lib.teacher_runs(config, workdir / name)]
     if config.logits.get("dir") is not None:
-        given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config))}")
+        given.append(f"logits.dir={epath.Path(config.logits.dir) / _short(_seen_by_the_teacher(config) | paths)}")
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", file, "--workdir", str(workdir / name)]
     flags = [f"--config.{override}" for override in given]
     return Job(name, workdir / name, command + flags, identity(config), teachers, config=whole)
