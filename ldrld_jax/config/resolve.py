@@ -119,7 +119,7 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
         )
     if config.teacher.checkpoint is not None:
         config.teacher.epochs = None  # weights at hand go before a recipe
-    if config.teacher.epochs is not None and is_object(config.teacher.optim.name):
+    if config.teacher.epochs is not None and is_object(config.teacher.optim.name) and not has_weights(config):
         raise UserError(
             "teacher.epochs trains the teacher by an optimizer of its own, and the run's is an object. Set "
             "teacher.optim.name, to sgd for example."

@@ -41,7 +41,7 @@ def test_a_broken_image_shows_before_the_first_step(on_folder, folder, tmp_path,
 
 
 def test_an_evaluation_that_fails_leaves_the_step_before_it_saved(on_folder, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldrld_jax.train.plan.Run.look", lambda run: None)
+    monkeypatch.setattr("ldrld_jax.train.plan.Run.read_samples", lambda run: None)
     (folder / "val/dog/2.png").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"val/dog/2\.png is broken"):
         trainer.train(on_folder("data.cache_mb=0"), tmp_path / "run")
