@@ -128,11 +128,6 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, sweep, message)
         jobs_of(tmp_path, **sweep)
 
 
-def test_a_config_is_no_sweep():
-    with pytest.raises(UserError, match=r"^configs/digits\.py defines no get_sweep\(\)\. Add it, or give a config"):
-        load("configs/digits.py")
-
-
 def test_runs_whose_settings_differ_in_a_slash_alone_have_folders_of_their_own(tmp_path):
     places = ["a/b", "a_b", "a\\b", "a\udcffb"]
     for order in (places, places[::-1]):
@@ -154,6 +149,7 @@ def test_a_sweep_into_a_file_is_one_line(tmp_path, capsys):
     [
         ([], "needs a FILE"),
         (["nothing.py"], "there is no sweep file 'nothing.py'"),
+        (["configs/digits.py"], "configs/digits.py defines no get_sweep(). Add it, or give a config by --config."),
         (["experiments/ablations.py:depht"], "there is no ablation 'depht'"),
         (["experiments/methods.py", "--shard", "4/4"], "--shard is I/N with 0 <= I < N, got 4/4."),
         (["experiments/methods.py", "--jobs", "0"], "--jobs must be at least 1"),

@@ -48,7 +48,7 @@ def is_workdir(path: str) -> bool:
 
 
 class _Form(NamedTuple):
-    """What is known of a model without its weights.
+    """Form of a model: all that is known of it without its weights.
 
     Attributes:
       pure: the model with the shapes of its weights.

@@ -126,7 +126,7 @@ def make_function(num_classes, rngs):
 
 @pytest.mark.parametrize("model", ["make_net", "make_function"])
 def test_a_users_function_is_called_once_for_the_shapes_and_once_for_the_weights(own, model):
-    """It may take seconds, as one that downloads weights does."""
+    """Counts the calls, because one that downloads weights takes seconds."""
     (own / "own.py").write_text(OWN + MADE)
     flags = {"student.model": f"own:{model}", "seed": 5, "optim.schedule": "constant", "optim.warmup": "none"}
     assert command(**flags) == 0
