@@ -4,6 +4,8 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 
+_MOST_LISTED = 100  # names of a table; TFDS knows more than a thousand data sets
+
 
 class UserError(ValueError):
     """Invalid input; the message says what was given, what is allowed and what to do."""
@@ -71,7 +73,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     known = list(known)
     nearest = _nearest(name, known)
     hint = f" Did you mean {nearest!r}?" if nearest is not None else ""
-    return UserError(f"there is no {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    return UserError(f"there is no {kind} {name!r}.{hint} Known: {listed(known, _MOST_LISTED)}.")
 
 
 @contextlib.contextmanager

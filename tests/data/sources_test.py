@@ -87,6 +87,12 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path):
             open_source(name, split, folder and str(folder))
 
 
+def test_of_the_many_data_sets_some_are_named():
+    with pytest.raises(UserError, match=r"there is no dataset 'cifar11'\. Did you mean .* and \d+ more\.$") as error:
+        open_source("cifar11", "train", None)
+    assert len(str(error.value)) < 2500
+
+
 def test_an_empty_class_folder_is_named_or_tolerated(tmp_path, caplog):
     make_image_folder(tmp_path)
     (tmp_path / "train" / "eel").mkdir()
