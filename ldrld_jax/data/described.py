@@ -13,7 +13,7 @@ from ldrld_jax.code import is_code
 from ldrld_jax.data import decoded, folders, tfds_records
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.sources import ARRAYS, open_source
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, reason
 
 # Images per split if no description is on disk: TFDS's code holds a data set's classes and shape, but not its size.
 _SIZES = {
@@ -115,9 +115,8 @@ def _count(split: str, sizes: dict[str, int]) -> int:
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except ValueError as error:
-        reason = str(error).rstrip(".")
         raise UserError(
-            f"split {split!r} cannot be read: {reason}. Name a split, or a slice such as train[:90%]."
+            f"split {split!r} cannot be read: {reason(error)}. Name a split, or a slice such as train[:90%]."
         ) from None
     ends = ((part.from_ or 0, sizes[part.splitname] if part.to is None else part.to) for part in parts)
     return sum(end - start for start, end in ends)

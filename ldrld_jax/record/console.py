@@ -53,6 +53,8 @@ def say(text: str) -> None:
     try:
         tqdm.write(printable(text, sys.stdout.encoding or "utf-8"), file=sys.stdout)
         sys.stdout.flush()
+    except UnicodeError:  # a ValueError as well, and no reason to print nothing more
+        raise
     except (OSError, ValueError):  # the reader of a pipe or the terminal has gone, or the stream is closed
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nor does Python complain at its end
 
