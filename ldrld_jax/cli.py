@@ -137,7 +137,7 @@ def _of_mode(name: str) -> Command:
 
 COMMANDS = {
     **{name: _of_mode(name) for name in main_lib.MODES},
-    "sweep": Command("Runs a config with many values of its keys, and resumes", _sweep, _sweep_parser, keys=True),
+    "sweep": Command("Runs a grid or a list of configs, and resumes", _sweep, _sweep_parser, keys=True),
     "report": Command("Compares runs in a table and on an HTML page", _report, _report_parser),
     "help": Command("Explains a command or a config key", _help),
     "completion": Command("Prints the completion script for bash or zsh", _completion),

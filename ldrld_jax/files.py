@@ -175,7 +175,7 @@ def check_writable(path: epath.PathLike, what: str) -> None:
 
     Args:
       path: path of the folder, which need not exist.
-      what: what the error tells the user to choose another one of, such as "workdir".
+      what: the name that the error message uses for the folder, such as "workdir".
     """
     if not is_local(path):
         return
@@ -214,7 +214,7 @@ def locked(folder: epath.Path, *, other: str = "workdir") -> Iterator[None]:
 
     Args:
       folder: the folder of work that only one process may do at a time.
-      other: what the error tells the user to choose another one of.
+      other: the name that the error message uses for the folder, such as "workdir".
 
     Raises:
       LockedError: if another process holds the lock.

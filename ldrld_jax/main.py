@@ -158,9 +158,9 @@ def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | N
     """Returns the `--config.key=value` flags that a parser left over, as `key=value`.
 
     Args:
-      rest: what it left.
-      known: its flags, for the error.
-      words: is given what is no flag; None if there may be no such thing.
+      rest: the arguments that the parser did not recognise.
+      known: the parser's flags, for the error message.
+      words: a list to which positional arguments are appended; None if there may be none.
 
     Raises:
       UserError: if there is another flag, or a value is missing.
@@ -389,7 +389,7 @@ MODES = {
     "train": Mode(
         "Trains a student, its teacher first if need be, or resumes", _train, ("--workdir", "--profile", *_HOSTS)
     ),
-    "check": Mode("Looks for everything that would stop a run, and trains nothing", _check, ("--workdir",)),
+    "check": Mode("Checks the data, models, workdir and disk of a run without training", _check, ("--workdir",)),
     "eval": Mode("Evaluates the best checkpoint of a run", _eval, ("--workdir", *_HOSTS), of_run=True),
     "predict": Mode(
         "Names the most likely classes of images", _predict, ("--workdir", "--top_k", "--output"), of_run=True
@@ -401,7 +401,7 @@ MODES = {
         of_run=True,
     ),
     "compile": Mode(
-        "Compiles for absent devices, and says whether it fits and what limits its speed",
+        "Compiles for devices that are not present, and reports memory and speed limits",
         _compile,
         ("--target", "--json"),
     ),

@@ -36,9 +36,9 @@ class Checkpoints:
 
     Saving copies the arrays, then writes in the background. A checkpoint appears under its name only
     once it is whole. It contains checksums of its arrays, which are compared on restore. Nothing on
-    disk changes before `resume` or `save`. Steps that are saved in quick succession are held in memory, and those of
-    them that the policy still keeps are written together, which `save` and `write_due` wait for, so that short epochs
-    do not spend their time on files.
+    disk changes before `resume` or `save`. Steps that are saved in quick succession are held in memory, so that runs
+    with short epochs do not spend their time on files. `save` and `write_due` later write the held steps that the
+    policy still keeps, and block until they are written.
 
     Args:
       directory: created by the first save.

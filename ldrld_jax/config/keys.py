@@ -80,7 +80,7 @@ class Data:
     name: Text = "digits"
     data_dir: Path | None = None  # folder of the data; unset: TFDS's own default, ~/tensorflow_datasets
     train_split: Text = "train"  # split to train on; "train[:90%]" takes a part of TFDS's splits and of digits
-    # split to evaluate on; "test[:90%]" takes a part as above; other datasets call it "validation" or "val"
+    # split to evaluate on, often "validation" or "val"; "test[:90%]" takes a part of TFDS's splits and of digits
     eval_split: Text = "test"
     # stream: decode images batch by batch; resident: keep all of them decoded on each device
     loader: Literal["stream", "resident"] = "stream"
@@ -92,7 +92,7 @@ class Data:
     # raise an error at an image that is missing or does not decode or a label out of range, or skip it
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: Unit = 0.05  # largest share of a split's images that on_error=skip may skip
-    exif: bool = True  # turn images as their EXIF orientation says; torchvision's teachers never saw them turned
+    exif: bool = True  # rotate images by their EXIF orientation; False for torchvision's teachers, trained without
     # random change of training images; random_resized_crop needs crop_size
     augment: Literal["pad_crop", "random_resized_crop", "rotate"] = "pad_crop"
     pad: Whole = 0  # pixels of zeros on each side of an image before pad_crop crops it
@@ -102,7 +102,7 @@ class Data:
     rand_augment: Whole = 0  # number of random distortions of each training image
     rand_magnitude: Annotated[int, Range(0, 30)] = 9  # strength of the distortions of rand_augment
     augment_seed: Seed | None = None  # seed of crops, mirrors and the like; unset: seed
-    # alpha of the Beta(alpha, alpha) from which the share is drawn by which two images of a batch are mixed; 0: none
+    # alpha of mixup: two images of a batch are blended with a weight drawn from Beta(alpha, alpha); 0: no mixup
     mixup: NotNegative = 0.0
     resize_size: Count | None = None  # length to which the shorter side is resized for evaluation; unset: crop_size
     # side to which images are cropped, at random by random_resized_crop, else in the centre; unset: not cropped
@@ -111,9 +111,9 @@ class Data:
     seed: Seed = 0
     held_out: Share = 0.0  # share of each training class that is kept out and evaluated on instead of eval_split
     fraction: PositiveUnit = 1.0  # share of each class that is trained on
-    # size of the largest class over the smallest, sizes falling exponentially with label
+    # ratio of the largest class size to the smallest; sizes decay exponentially with the label; 1: unchanged
     imbalance: Annotated[float, Range(1)] = 1.0
-    # class that a wrong training label names: any other (symmetric) or the next (asymmetric)
+    # new class of a changed training label: any other class (symmetric) or the next one (asymmetric)
     label_noise: Literal["none", "symmetric", "asymmetric"] = "none"
     label_noise_rate: Unit = 0.0  # share of training labels that are changed
     mean: tuple[Unit, ...] = (0.5,)  # mean per channel of pixels scaled to 0..1, which is subtracted
@@ -162,7 +162,7 @@ class Teacher:
     min_top1: Annotated[float, Range(0, 100)] = 0.0
     seed: Seed = 0  # seed of the teacher that the run trains first
     batch_size: Count | None = None  # batch size of the teacher that the run trains first; unset: the student's
-    # The teacher's own data and recipe; unset: the student's; for augment_seed, teacher.seed.
+    # The teacher's own data and optimizer. Unset keys take the student's values; augment_seed takes teacher.seed.
     data: Data = Data()
     optim: Optim = Optim()
 
@@ -266,7 +266,7 @@ class Config:
     # folder in which compiled programs are kept for the next start; "": keep none
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
-    compile: Compile = Compile()  # what --mode compile assumes about absent data that nothing describes
+    compile: Compile = Compile()  # sizes of a data set that --mode compile cannot find on this machine
     check: Check = Check()  # settings of --mode check
     mesh: Mesh = Mesh()
     log: Log = Log()

@@ -58,8 +58,8 @@ def _learning_rate(config: ConfigDict, file: ConfigDict, path: str) -> list[str]
     if config.batch_size == file.batch_size or not same:
         return []
     return [
-        f"optim.learning_rate={file.optim.learning_rate:g} of {path} is for its batches of {file.batch_size}, and "
-        f"batch_size={config.batch_size} here: the usual rule is {config.batch_size / file.batch_size:g} times it"
+        f"optim.learning_rate={file.optim.learning_rate:g} of {path} is meant for batch_size={file.batch_size}, but "
+        f"batch_size={config.batch_size}: linear scaling gives {config.batch_size / file.batch_size:g} times that rate"
     ]
 
 

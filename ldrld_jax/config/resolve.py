@@ -48,7 +48,7 @@ def method_names(config: ConfigDict, given: Methods = NONE) -> list[str]:
             if name == "ce" and len(names) > 1:
                 rest = "+".join(other for other in names if other != "ce")
                 raise UserError(
-                    f"method {config.method!r} adds ce, and every method has the cross-entropy beside it, weighted by "
+                    f"method {config.method!r} names ce, but every method already adds the cross-entropy, weighted by "
                     f"ce_weight. Set method={rest}."
                 )
             if len(parts) > 1 and all(part in METHODS for part in parts):
@@ -140,7 +140,10 @@ def _resolve_published(teacher: ConfigDict) -> None:
     if not timms:
         return
     if len(timms) < len(names) and teacher.checkpoint is None:
-        raise UserError(f"teacher.model={teacher.model} has weights for timm's alone. Set teacher.checkpoint for each.")
+        raise UserError(
+            f"only the timm models in teacher.model={teacher.model} come with weights. Set teacher.checkpoint for each "
+            "model."
+        )
     if teacher.checkpoint is None:
         teacher.checkpoint = ",".join(f"hf://timm/{name}" for name in timms)
     teacher.model = ",".join(_ours(name) for name in names)

@@ -242,8 +242,8 @@ def standardized(method: Method) -> Method:
     """Returns the method applied to standardised logits: `standardize_logits` on both sides first.
 
     It works with every method and with any leading axes, mask and weights. For kd and dkd it is
-    equivalent to their `standardize` field, except with `entropy_weighting`: the field weights by the entropies of the
-    logits as they are, as EA-KD with logit standardisation is published, and this function by those of the
+    equivalent to their `standardize` field, except for kd with `entropy_weighting`: kd's field weights by the entropies
+    of the logits as they are, as EA-KD with logit standardisation is published, and this function by those of the
     standardised ones.
 
     Example:

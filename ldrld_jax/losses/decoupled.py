@@ -41,8 +41,8 @@ class DKDConfig(MethodConfig):
       standardize: whether to standardise both sides' logits first.
       entropy_weighting: whether to multiply each example by its entropy weight (EA-KD).
       entropy_temperature: t > 0 of the entropies in the entropy weight.
-      entropy_bound: > 0, the divisor of the student's entropy in that weight; None for log C. The published
-        CIFAR-100 code uses 100.
+      entropy_bound: > 0, the divisor H_ub of the student's entropy in the entropy weight; None for log C. The
+        published CIFAR-100 code uses 100.
       top_k: the number of the teacher's largest classes, the label counted among them, that the non-target
         part compares after removing the label (DeepKD); 0 for all classes.
     """

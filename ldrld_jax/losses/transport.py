@@ -25,7 +25,7 @@ class WKDConfig(MethodConfig):
       temperature: T > 0 of the two distributions between which mass is moved.
       gamma: weight of the transport.
       regularization: > 0, entropy regularisation; small values are closer to the true transport but converge slower.
-      iterations: >= 1, of Sinkhorn's algorithm.
+      iterations: the number of iterations of Sinkhorn's algorithm, at least 1.
 
     Raises:
       ValueError: if iterations is below 1.

@@ -75,7 +75,7 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
         return _of_nnx(model, batch_norm_groups)
     pair = isinstance(model, tuple) and len(model) == 2
     if pair and batch_norm_groups > 1:
-        raise UserError("batch_norm_group is known to NNX modules with this package's BatchNorm alone. Unset it.")
+        raise UserError("batch_norm_group needs an NNX module with this package's BatchNorm. Unset it.")
     if pair and isinstance(model[0], flax.linen.Module):
         return _of_linen(*model)
     if pair and callable(model[0]):
@@ -96,7 +96,7 @@ def pure(model: Any, *, batch_norm_groups: int = 1) -> Pure:
 def _of_nnx(model: nnx.Module, groups: int) -> Pure:
     rebuilt, model = rebuilder(model), nnx.clone(model)
     if groups > 1 and any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(model)):
-        raise UserError("batch_norm_group is known to this package's BatchNorm alone, not to Flax's. Unset it.")
+        raise UserError("batch_norm_group works with this package's BatchNorm only, not with Flax's. Unset it.")
     group_batch_norms(model, groups)
     apply, params, batch_stats = purify(model)
 

@@ -67,11 +67,11 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
 
 
 def check_class_names(workdir: epath.PathLike, class_names: Sequence[str], *, whose: str) -> None:
-    """Raises a UserError unless the run in a workdir told the same classes apart, in the same order.
+    """Raises a UserError unless the run in a workdir has the same class names in the same order.
 
     Args:
-      workdir: of the run; one without a note of its data passes, and a line says so.
-      class_names: of the data here.
+      workdir: the run's folder. If it has no data.json, the check prints a line and passes.
+      class_names: the class names of the current data.
       whose: the run's role, for messages: "the run" or "the teacher".
     """
     noted = read_data(workdir)

@@ -143,7 +143,7 @@ def _usual(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _differing(identities: Sequence[dict[str, Any]], *, of_method: bool) -> set[str]:
-    """Returns the keys that have several values, a key that some lack aside; and not what the teacher only inherits."""
+    """Returns the keys whose values differ among the runs that have them, without teacher keys that are inherited."""
     values, own = defaultdict(set), defaultdict(set)
     for keys in identities:
         for key, value in keys.items():

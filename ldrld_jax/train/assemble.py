@@ -179,7 +179,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         raise unknown("model, file or folder for the teacher:", missing[0], MODELS)
     elif config.teacher.model is None:
         raise UserError(
-            f"the teacher {paths[0]} is a file, which does not say what model it is of. Name it by "
+            f"the teacher {paths[0]} is a file, which does not name its model. Name the model in "
             'config={"teacher.model": "resnet32x4"}, for example.'
         )
     config.teacher.checkpoint = ",".join(paths)

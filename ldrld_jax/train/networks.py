@@ -176,8 +176,8 @@ class Networks:
         if not is_workdir(path):
             if model in self.given:
                 raise UserError(
-                    f"{path} is not the workdir of a run, from which alone the object {model} can get weights. Give "
-                    "one, or load the weights into the object."
+                    f"{path} is not a run's workdir, and weights for the object {model} are read only from a workdir. "
+                    "Give one, or load the weights into the object."
                 )
             module = load_torch_checkpoint(
                 path, model, self.num_classes, in_channels=self.channels, **dtypes(self.precision)

@@ -1,4 +1,4 @@
-"""The lines that a run says of itself at its start, and its warnings, which its summary and the report repeat."""
+"""The description that a run prints when it starts, and its warnings, which the summary and the report repeat."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

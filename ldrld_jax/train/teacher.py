@@ -207,8 +207,8 @@ def _from_file(run: Run) -> StoredTeacher:
         )
     if config.teacher.min_top1:
         raise UserError(
-            f"teacher.min_top1 is of the evaluation split, and {path} has logits of the training images alone. Unset "
-            "it."
+            f"teacher.min_top1 is checked on the evaluation split, but {path} has logits of the training images only. "
+            "Unset it."
         )
     labels = source.uncached.records.labels()
     right = 100 * float(np.mean((np.argmax(file.read(0), axis=-1) == labels)[labels >= 0]))

@@ -84,9 +84,9 @@ class Trainer:
         are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
       evaluation: the same; if `train` is a builder, a folder or a name, the name of a split, or None for the default.
-      num_classes: C; None for data that know it, and for arrays whose largest label is C - 1.
-      optimizer: of optax, over the student's parameters and those that a method learns, as a pair; or a name, whose
-        learning rate is then `config={"optim.learning_rate": ...}`. None is the `optim` block of `config`.
+      num_classes: C. None takes it from the data set, or from the largest label of arrays.
+      optimizer: an optax optimizer of the pair (student's parameters, parameters that a method learns); or a name,
+        with its learning rate in `config={"optim.learning_rate": ...}`. None uses the `optim` block of `config`.
       epochs, batch_size, seed: as in a config; the batch is global.
       workdir: the run's folder, from which the same call resumes; None makes a temporary one.
       config: any other key of a config (docs/keys.md), `{"data.mean": (0.5,), "data.flip": True}`.
@@ -203,7 +203,7 @@ class Trainer:
         return Result(self, summary, read_metrics(self.workdir))
 
     def check(self) -> list[str]:
-        """Returns what would stop the run, a line each, and trains nothing; see `ldrld_jax.train.check.check`."""
+        """Returns a line for each problem that would stop the run, without training; see `ldrld_jax.train.check`."""
         return check(self.config, self.workdir, given=self.given)
 
     def evaluate(self) -> dict[str, float]:
@@ -227,7 +227,7 @@ class Trainer:
             return best.networks.pure(best.config.student.model).own(*jax.tree.map(jnp.copy, best.variables))
 
     def predict(self, images: Any) -> np.ndarray:
-        """Returns the logits `[n, C]` float32 of images by the best checkpoint, `[n, length, C]` of texts.
+        """Returns the best checkpoint's logits, float32: `[n, C]` for images, `[n, length, C]` for texts.
 
         Args:
           images: `[n, ...]` as in the training data, before normalisation; or a list of images, as arrays or of
