@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.bench.step import count_flops
 from ldrld_jax.data.augment import Draws
 from ldrld_jax.data.resident import make_batch
 from ldrld_jax.models import convolution
 from ldrld_jax.runtime.devices import peak_flops
+from ldrld_jax.runtime.flops import count_flops
 from ldrld_jax.train.dispatch import several_steps
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import make_objective
@@ -107,9 +107,9 @@ class OurStep:
         self.inputs = self._resident(images, labels)
         if together > 1:
             step = several_steps(step, self._batch, together)
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, *next(self.inputs))
-        self.step = lowered.compile()
-        self.flops = count_flops(lowered, self.step, 1)
+        arguments = self.state, self.frozen, *next(self.inputs)
+        self.step = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        self.flops = count_flops(step, *arguments)
 
     def run(self, count: int) -> float:
         for _ in range(count // self.together):

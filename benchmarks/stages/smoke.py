@@ -127,6 +127,7 @@ def _overrides(work: Work) -> list[str]:
 def resume(work: Work) -> Iterator[Values]:
     """Compares a run that is killed and resumed with an uninterrupted run."""
     more = [f"epochs={8 if work.shrink else 24}", f"teacher.workdir={work.scratch / 'teacher'}", "data.cache_mb=0"]
+    more.append("checkpoint.min_seconds=0.")  # else a fast device writes its first checkpoints after the last step
     flags = [f"--config.{override}" for override in [*_overrides(work), *more]]
     command = [sys.executable, "-m", "ldrld_jax.main", "--config", _config_file(work), *flags, "--workdir"]
     attempt = len(list(work.scratch.glob("*.straight")))
@@ -139,8 +140,10 @@ def resume(work: Work) -> Iterator[Values]:
     if process.wait() != -signal.SIGKILL:
         raise RuntimeError("the run had ended before it could be killed.")
     values: Values = {"killed_with": max(_steps(killed))}
-    subprocess.run([*command, str(killed)], check=True)
     last = max(_steps(straight))
+    if values["killed_with"] == last:
+        raise RuntimeError("the run was killed after its last step: nothing is left to resume.")
+    subprocess.run([*command, str(killed)], check=True)
     arrays = [Checkpoints(path / "checkpoints").arrays(last, "model") for path in (straight, killed)]
     differing = sum(arrays[0][name] != arrays[1].get(name) for name in arrays[0])
     values |= {"steps": last, "arrays": len(arrays[0]), "arrays_differing": differing}

@@ -174,7 +174,8 @@ def _slice(
         jobs_then = plan.runnable(plan.order(now, runs.pairs, runs.seeds), now, setting.together)
         return len(jobs_then) > len(running) and all(now.remaining(job) > LEAST_SECONDS for job in running)
 
-    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(jobs):.2f}"}
+    # JAX refuses the variable beside its old name.
+    env = {"XLA_CLIENT_MEM_FRACTION": f"{0.9 / len(jobs):.2f}", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}
     env |= {"XLA_FLAGS": setting.flags} if setting.flags else {}
     begun = minutes.left()
     seconds = min(begun, TRIAL_SECONDS) if is_trial else begun

@@ -15,7 +15,7 @@ from ldrld_jax.aot.programs import Program
 from ldrld_jax.aot.targets import Target
 
 # JAX reserves this share of a GPU's memory when it starts, unless the variable says otherwise.
-_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
+_GPU_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"), 0.75  # its new name and its old one
 # Arguments that stay on the devices for the whole run. The "variables" of an evaluation are part of the state.
 _KEPT = ("state", "teacher", "images", "draws", "split")
 
@@ -153,9 +153,11 @@ def usable_memory(target: Target) -> int | None:
     """Returns the bytes of a device that a run may use (on a GPU, the share that JAX reserves); None if unknown."""
     if target.facts is None:
         return None
-    variable, default = _GPU_SHARE
-    share = float(os.environ.get(variable, default)) if target.facts.gpu is not None else 1.0
-    return int(share * target.facts.memory)
+    if target.facts.gpu is None:
+        return target.facts.memory
+    names, default = _GPU_SHARE
+    share = next((os.environ[name] for name in names if os.environ.get(name)), default)
+    return int(float(share) * target.facts.memory)
 
 
 def _beside(program: Program, programs: Sequence[Program]) -> int:

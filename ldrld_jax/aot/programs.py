@@ -16,6 +16,7 @@ from ldrld_jax.data.stream import padded_rows
 from ldrld_jax.logit_store.feed import teacher_program
 from ldrld_jax.logit_store.top import TopLogits, top_logits
 from ldrld_jax.metrics import packed
+from ldrld_jax.runtime.flops import count_flops
 from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.train.dispatch import several_steps
 from ldrld_jax.train.evaluator import Evaluator
@@ -53,10 +54,8 @@ class Program:
         if self.one is None:
             return None
         function, arguments = self.one
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(arguments.values()))
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
-        analysis = lowered.cost_analysis() or {}
-        return self.times * analysis["flops"] if "flops" in analysis else None
+        flops = count_flops(function, *arguments.values(), platform=platform)
+        return None if flops is None else self.times * flops
 
     def argument_bytes(self) -> dict[str, int]:
         """Returns the bytes of each argument on one device, without the compiler's padding."""

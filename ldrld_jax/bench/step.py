@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
@@ -19,6 +21,7 @@ from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.speed import warm_up
 from ldrld_jax.metrics import by_step
 from ldrld_jax.runtime.devices import peak_flops
+from ldrld_jax.runtime.flops import count_flops
 from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
@@ -70,8 +73,7 @@ class _Measurement:
         endless.epochs = _ENDLESS  # it is timed for so many seconds, whatever the number of its steps
         advance = dispatcher(dataclasses.replace(run, config=endless), step, state, self._teacher, 0, lambda what: None)
         begun = time.perf_counter()
-        lowered = advance.one.lower(state, self._frozen, batch)
-        compiled = lowered.compile()  # the jitted function reuses it
+        compiled = advance.one.lower(state, self._frozen, batch).compile()  # the jitted function reuses it
         compile_seconds = time.perf_counter() - begun
         one = _Stepping(advance.one, state, self._frozen, batch)
         parts["step"] = self._time(one)
@@ -86,19 +88,16 @@ class _Measurement:
             run_seconds=run_seconds,
             batch_size=run.config.batch_size,
             part_seconds={name: parts[name] for name in PARTS if name in parts},
-            flops=self._flops(lowered, compiled, batch),
+            flops=self._flops(batch),
             peak=None if peak is None else peak * devices,
             program_bytes=_program_bytes(compiled),
             peak_bytes=in_use,
         )
 
-    def _flops(self, lowered: Any, compiled: Any, batch: Any) -> float | None:
+    def _flops(self, batch: Any) -> float | None:
         """Counts the FLOPs of a step, see `Run.for_counting`."""
-        run = self._run
-        if run.config.accumulate == 1 and not run.config.remat:
-            return count_flops(lowered, compiled, run.mesh.devices.size)
-        step, state = self._step(run.for_counting(), self._teacher)
-        return count_flops(jax.jit(step).lower(state, self._frozen, batch))
+        step, state = self._step(self._run.for_counting(), self._teacher)
+        return count_flops(step, state, self._frozen, batch)
 
     def _time_input(self) -> tuple[dict[str, float], Any]:
         """Times the loader; also returns an epoch's first batch, which is full if any is."""
@@ -130,10 +129,14 @@ class _Measurement:
         warm = 2 * self._run.config.steps_per_dispatch  # compiles both the single and the several-step program
         while step < warm:
             dispatch()
+        jax.block_until_ready(pending)
+        begun = time.perf_counter()
+        jax.block_until_ready(dispatch())
+        calls = self._calls(time.perf_counter() - begun)
         rates = []
         for _ in range(_TURNS):
             begun, first = time.perf_counter(), step
-            while step == first or time.perf_counter() - begun < self._seconds / _TURNS:
+            for _ in range(calls):
                 dispatch()
             jax.block_until_ready(pending)
             rates.append((time.perf_counter() - begun) / (step - first))
@@ -164,7 +167,7 @@ class _Measurement:
         jax.block_until_ready(work())
         begun = time.perf_counter()
         jax.block_until_ready(work())
-        calls = max(1, int(self._seconds / _TURNS / (time.perf_counter() - begun)))
+        calls = self._calls(time.perf_counter() - begun)
         turns = []
         for _ in range(_TURNS):
             begun = time.perf_counter()
@@ -173,6 +176,12 @@ class _Measurement:
             jax.block_until_ready(done)
             turns.append((time.perf_counter() - begun) / calls)
         return statistics.median(turns)
+
+    def _calls(self, seconds: float) -> int:
+        """Returns how many calls of so many seconds make a turn; the same number in every process."""
+        calls = max(1, int(self._seconds / _TURNS / seconds))
+        # A process that dispatched more steps than the others would wait for them for ever.
+        return calls if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(calls)))
 
     def _title(self) -> str:
         config, device = self._run.config, jax.devices()[0]
@@ -215,24 +224,6 @@ def _loss_and_gradient(run: Run) -> Callable[..., Any]:
 
     gradient = jax.value_and_grad(loss)
     return lambda teacher, student, labels: gradient(student, teacher, labels)
-
-
-def count_flops(lowered: Any, compiled: Any = None, devices: int = 1) -> float | None:
-    """Counts the floating point operations of a program over its `devices`; None if XLA does not report them.
-
-    Takes the larger count of the lowered and the compiled program: XLA may not count operations that it replaced
-    by library calls, and the lowered program lacks operations that XLA adds. A loop body counts once.
-
-    Example:
-      >>> lowered = jax.jit(jnp.dot).lower(jnp.ones((8, 16)), jnp.ones((16, 4)))
-      >>> count_flops(lowered, lowered.compile())
-      1024.0
-    """
-    counts = [0.0]
-    for program, times in ((lowered, 1), (compiled, devices)):
-        analysis = None if program is None else program.cost_analysis()
-        counts.append(times * (analysis or {}).get("flops", 0.0))
-    return max(counts) or None
 
 
 def _program_bytes(compiled: Any) -> int | None:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import signal
 import socket
@@ -22,7 +23,7 @@ from ldrld_jax.runtime.signals import Signals
 
 # JAX's heartbeat (100 s by default) detects a vanished machine; the lifeline detects a dead process at once.
 HEARTBEAT_SECONDS = 40
-_TOGETHER_SECONDS = 120  # a cluster starts the processes one after another
+_TOGETHER_SECONDS = 300  # a cluster starts the processes one after another, and may pull an image first
 _APART = "the processes of the run could not connect to each other"
 _TOGETHER = (
     "Start all of them with the same --coordinator and --processes, or with --distributed where the cluster sets them."
@@ -59,6 +60,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
             coordinator,
             processes,
             process,
+            local_device_ids=_local_devices(),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             initialization_timeout=2 * _TOGETHER_SECONDS,  # never reached: it would dump the stack
         )
@@ -80,6 +82,16 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         lifeline.cut()
         raise
     _leave(lifeline)
+
+
+def _local_devices() -> list[int] | None:
+    """Returns [], no restriction, for the only task of a job step on this machine; None leaves the choice to JAX.
+
+    JAX would give each task of Slurm or Open MPI one GPU, that of the task's index on the machine.
+    """
+    tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None  # "1(x4)": one on each of four machines
+    return [] if alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 def first() -> bool:

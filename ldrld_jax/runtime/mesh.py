@@ -1,17 +1,19 @@
 """The device mesh, and the shardings of batches and model states on it."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ldrld_jax.errors import UserError
 
 
 def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh `("data", "model")` over the first `data * model` devices.
+    """Makes a mesh `("data", "model")` over the first `data * model` devices, those of each process side by side.
 
     Args:
       data: number of devices that the batch is split over; -1 for all that `model` leaves.
@@ -33,15 +35,23 @@ def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] |
         raise UserError(
             f"mesh.data x mesh.model must be between 1 and the number of devices ({available}), got {data} x {model}."
         )
-    hosts = jax.process_count() if devices is None else 1
-    if hosts > 1 and (data * model != available or data % hosts):
+    # A process reads the rows of a batch that its index names (`shares`), so it must hold these rows of the mesh.
+    # jax.make_mesh orders the devices of a TPU slice by their places in it, and refuses GPUs of several machines.
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
+    )
+    held = Counter(device.process_index for device in devices)
+    hosts = len(held)
+    if hosts > 1 and (data * model != available or data % hosts or len(set(held.values())) > 1):
+        each = " or ".join(map(str, sorted(set(held.values()))))
         raise UserError(
-            f"mesh.data x mesh.model must be all {available} devices of the {hosts} processes and mesh.data a multiple "
-            f"of {hosts}, got {data} x {model}."
+            f"mesh.data x mesh.model must be all {available} devices of the {hosts} processes, mesh.data a multiple "
+            f"of {hosts}, and each process must have as many devices, got {data} x {model} with {each} devices in a "
+            "process."
         )
-    devices = (jax.devices() if devices is None else devices)[: data * model]
-    # Auto: shardings are hints for the partitioner. jax.make_mesh's default, Explicit, puts them in the types.
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    # Auto: shardings are hints for the partitioner. Explicit would put them in the types.
+    axis_types = AxisType.Auto, AxisType.Auto
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"), axis_types=axis_types)
 
 
 def _device_count() -> int:

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ldrld_jax.runtime.mesh import model_shardings, replicated
 
@@ -133,7 +134,15 @@ class Placement:
 
     def put_variables(self, variables: Variables) -> Variables:
         """Moves weights to the devices."""
-        return jax.device_put(variables, self.of_variables(variables))
+        return jax.tree.map(_put, variables, self.of_variables(variables))
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Moves an array that every process has alike to the devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)  # device_put would send all of it to every process, to compare them
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def schedule_free(opt_state: Tree) -> Any:

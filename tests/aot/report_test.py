@@ -118,6 +118,23 @@ def small(memory):
     return Target("small:2", jax.devices()[:2], facts, {})
 
 
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, 0.75),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5"}, 0.5),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".25"}, 0.25),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}, 0.5),
+    ],
+)
+def test_a_run_may_use_the_share_of_a_gpu_that_jax_reserves(environment, share, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cost_lib.usable_memory(small(0.75 * 2**30)) == share * 2**30
+
+
 @pytest.mark.parametrize("overrides", [("batch_size=80",), ("batch_size=80", "remat=True", "mesh.fsdp=True")])
 def test_a_run_that_does_not_fit_gets_a_change_that_fits(overrides, described, monkeypatch, capsys, tmp_path):
     config = described(*overrides, "data.cache_mb=0", "eval_batch_size=2", "data.remainder=drop")

@@ -1,15 +1,12 @@
 """The bench: its numbers agree with each other, its FLOPs with what can be counted by hand, and it writes nothing."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.bench import step as bench
 from ldrld_jax.bench.result import PARTS, Bench
-from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
 from ldrld_jax.train.plan import Run
 
 
@@ -41,15 +38,13 @@ def test_a_run_of_few_steps_is_timed_for_as_long_as_any_other(tiny):
     assert measured.run_seconds > 0
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_flops_of_a_net_of_matrices_are_counted(devices):
-    """Two products forward, three backward; split over devices the sums between them too."""
-    mesh = make_mesh(data=devices)
-    x = jax.device_put(jnp.ones((16, 32)), batch_sharding(mesh))
-    weights = jax.device_put((jnp.ones((32, 64)), jnp.ones((64, 8))), NamedSharding(mesh, PartitionSpec()))
-    lowered = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w[0] @ w[1]) ** 2))).lower(weights, x)
-    products = 2 * 16 * (2 * 32 * 64 + 3 * 64 * 8)
-    assert products <= bench.count_flops(lowered, lowered.compile(), devices) < 1.15 * products
+def test_every_process_dispatches_as_many_steps_as_the_first(tiny, monkeypatch):
+    run = Run.plan(config_lib.resolve(tiny("mesh.data=1", "data.train_split=train[:80]")), epath.Path(""))
+    measurement = bench._Measurement(run, 5.0)
+    assert [measurement._calls(seconds) for seconds in (0.1, 0.3, 3.0)] == [10, 3, 1]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(bench.multihost_utils, "broadcast_one_to_all", lambda count: count + 1)
+    assert [measurement._calls(seconds) for seconds in (0.1, 0.3, 3.0)] == [11, 4, 2]
 
 
 def test_microbatches_and_recomputation_do_not_change_the_flops(tiny):
@@ -57,11 +52,7 @@ def test_microbatches_and_recomputation_do_not_change_the_flops(tiny):
         run = Run.plan(
             config_lib.resolve(tiny("mesh.data=1", "data.train_split=train[:80]", *overrides)), epath.Path("")
         )
-        measurement = bench._Measurement(run, 0.1)
-        step, state = measurement._step(run, None)
-        batch = next(run.batches.iterate())
-        lowered = jax.jit(step).lower(state, None, batch)
-        return measurement._flops(lowered, None, batch)
+        return bench._Measurement(run, 0.1)._flops(next(run.batches.iterate()))
 
     assert flops("accumulate=4", "remat=True") == pytest.approx(flops(), rel=1e-3)
 

@@ -130,6 +130,27 @@ with catch_signals_of_all() as signals:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, []),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, []),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,8"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_the_only_task_of_a_machine_takes_all_its_gpus(environment, expected, monkeypatch):
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._local_devices() == expected
+
+
 def test_without_a_lifeline_every_process_hears_so(monkeypatch):
     said = []
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda where: said.append(where) or where)
