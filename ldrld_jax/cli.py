@@ -13,6 +13,7 @@ from ldrld_jax import completion
 from ldrld_jax import main as main_lib
 from ldrld_jax.completion import SHELLS
 from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.record.console import say
 
 
 class Command(NamedTuple):
@@ -64,9 +65,9 @@ def _help(argv: Sequence[str]) -> int:
     name = argv[0].removeprefix("--config.") if argv else "--help"
     if name in COMMANDS:
         parser = COMMANDS[name].parser
-        print(f"{COMMANDS[name].does}." if parser is None else parser().format_help().rstrip("\n"))
+        say(f"{COMMANDS[name].does}." if parser is None else parser().format_help().rstrip("\n"))
     else:
-        print(overview() if name in ("-h", "--help") else _explained(name))
+        say(overview() if name in ("-h", "--help") else _explained(name))
     return 0
 
 

@@ -97,6 +97,20 @@ def is_full_disk(error: BaseException | None) -> bool:
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
+# Error codes of tensorstore and XLA for failures of the machine, not of the files.
+_OF_MACHINE = "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Returns whether an error of tensorstore or XLA says nothing of the files, which may be whole.
+
+    Example:
+      >>> is_of_machine(ValueError("PERMISSION_DENIED: Error opening file")), is_of_machine(ValueError("no chunk"))
+      (True, False)
+    """
+    return any(code in str(error) for code in _OF_MACHINE)
+
+
 def read_json(path: epath.Path, what: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
@@ -126,6 +140,7 @@ def split_argument(path: str) -> tuple[str, str]:
       >>> split_argument("configs/cifar100.py:vgg13-vgg8"), split_argument("configs/digits.py")
       (('configs/cifar100.py', 'vgg13-vgg8'), ('configs/digits.py', ''))
     """
+    path = expand_home(path)
     if pathlib.Path(path).is_file():
         return path, ""
     end = path.find(".py:")

@@ -16,12 +16,10 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax.checkpoint.note import DamagedError, Note
-from ldrld_jax.files import full_disk_named, is_full_disk
+from ldrld_jax.files import full_disk_named, is_full_disk, is_of_machine
 
 _FULL = "no space left; the last whole checkpoint is intact"
 UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still being written
-# Error codes of tensorstore and XLA for failures of the machine, not of the checkpoint.
-_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Writing:
@@ -69,7 +67,7 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
             # One at a time: with several at once, orbax never awaits those after a damaged one, and Python warns.
             return {name: ocp.load_checkpointables(path, {name: tree})[name] for name, tree in abstract.items()}
         except Exception as error:  # orbax raises dozens of kinds
-            if any(word in str(error) for word in _NOT_DAMAGE):
+            if is_of_machine(error):
                 raise
             reason = _first_cause(error)
         gc.collect()  # coroutines that orbax never awaited warn when they are collected: do it while silenced

@@ -73,7 +73,7 @@ def load_run(workdir: str, overrides: Iterable[str] = ()) -> ConfigDict:
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"there is no checkpoint of a run in {workdir} (no config.json). Set --workdir.")
-    config = default()
+    config, overrides = default(), list(overrides)
     strange = [name for name in saved["method"].split("+") if name not in ("ce", *METHODS)]
     if strange:
         say(f"the method {'+'.join(strange)} of the run in {workdir} is not of this package: its loss is left out.")

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from ldrld_jax.data.given import as_source, named_classes
-from ldrld_jax.data.source import Source
+from ldrld_jax.data.source import Source, check_count_from_0
 from ldrld_jax.errors import UserError, reason
 
 
@@ -35,7 +35,10 @@ def load_arrays(file: str, split: str) -> Source:
     for images, labels in ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")):
         if images in arrays and labels in arrays:
             every = [array for name, array in arrays.items() if _is_labels(name) and array.dtype.kind in "iu"]
-            count = len(names) if names else 1 + max((int(array.max()) for array in every if array.size), default=0)
+            largest = max((int(array.max()) for array in every if array.size), default=0)
+            if not names:
+                check_count_from_0(largest, 1 + sum(array.size for array in every), file)
+            count = len(names) if names else 1 + largest
             known = len(names) if names else None  # what the labels ask for cannot tell whether they are one-hot
             source = as_source((arrays[images], arrays[labels]), num_classes=known, title=f"{split} split of {file}")
             return dataclasses.replace(source, class_names=named_classes(names, count))

@@ -13,12 +13,12 @@ import numpy as np
 from etils import epath
 
 from ldrld_jax.data.decode import BrokenImageError
+from ldrld_jax.data.source import check_count_from_0
 from ldrld_jax.errors import UserError, listed, unknown
 
 logger = logging.getLogger("ldrld_jax")
 
 _MOST_NAMED = 5  # classes
-_MOST_ABSENT = 100  # labels that no image has, to each one that some have, in a list whose labels are numbers
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
     ".webp",
@@ -180,11 +180,9 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     # Numbers are labels from 0; "007" is a name, as it is of a folder.
     numbers = all(label.isdecimal() and label == str(int(label)) for label in labels)
-    if numbers and max(map(int, labels)) > _MOST_ABSENT * len(labels):
-        raise UserError(
-            f"the list {train_split} of {root} has {len(labels)} labels that are numbers up to "
-            f"{max(labels, key=int)}, and numbers count from 0. Renumber them, or make them names, such as id7."
-        )
+    if numbers:
+        largest, instead = max(map(int, labels)), ", or make them names, such as id7"
+        check_count_from_0(largest, len(labels), f"the list {train_split} of {root}", instead=instead)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
     for path, label in listed[split]:

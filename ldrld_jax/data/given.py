@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ldrld_jax.data.decode import BrokenImageError, RaisedError, pixels
-from ldrld_jax.data.source import Source, spaced
+from ldrld_jax.data.source import Source, check_count_from_0, spaced
 from ldrld_jax.errors import UserError
 
 _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
@@ -225,7 +225,11 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     several = labels.ndim > 1
     if several and not (labels >= 0).any():
         raise UserError(f"every label of the {title} is below 0, so that none is left. Give the classes from 0.")
-    names = named_classes(None, int(labels.max()) + 1 if num_classes is None else num_classes)
+    if num_classes is None:
+        largest = int(labels.max())
+        check_count_from_0(largest, labels.size, f"the {title}")
+        num_classes = largest + 1
+    names = named_classes(None, num_classes)
     bad = np.argwhere((labels < (-1 if several else 0)) | (labels >= len(names)))
     if len(bad):
         raise UserError(

@@ -111,13 +111,16 @@ def with_noise(labels: np.ndarray, kind: str, rate: float, classes: int, rng: np
 
 
 def _counts(labels: np.ndarray, classes: int) -> list[int]:
-    return [int((labels == c).sum()) for c in range(classes)]
+    """Returns the number of examples of each class; ignores labels out of range."""
+    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes).tolist()
 
 
 def _first(labels: np.ndarray, counts: list[int], rng: np.random.Generator) -> np.ndarray:
     """Returns the sorted positions of `counts[c]` random examples of each class c; ignores labels out of range."""
     shuffled = rng.permutation(len(labels))
-    chosen = [shuffled[labels[shuffled] == c][:count] for c, count in enumerate(counts)]
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.searchsorted(labels[by_class], np.arange(len(counts)))
+    chosen = [by_class[start : start + count] for start, count in zip(starts, counts, strict=True)]
     return np.sort(np.concatenate(chosen))
 
 

@@ -22,6 +22,32 @@ from ldrld_jax.errors import UserError
 logger = logging.getLogger("ldrld_jax")
 
 
+_MOST_ABSENT = 100  # numbers that are no label, to each one that is
+
+
+def check_count_from_0(largest: int, count: int, what: str, *, instead: str = "") -> None:
+    """Raises a UserError if numbers that tell examples apart, such as identifiers, are given as labels.
+
+    Each number up to the largest is a class with a name, so a single large one exhausts the memory.
+
+    Args:
+      largest: the largest label.
+      count: the number of labels.
+      what: description of what has them.
+      instead: what else the user can do.
+
+    Example:
+      >>> check_count_from_0(20_000_000, 3, "the list")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ldrld_jax.errors.UserError: the list has 3 labels that are numbers up to 20000000, and numbers count ...
+    """
+    if largest > _MOST_ABSENT * count:
+        raise UserError(
+            f"{what} has {count} labels that are numbers up to {largest}, and numbers count from 0. Renumber "
+            f"them{instead}."
+        )
+
+
 class Record(TypedDict):
     """An example: its image and its label."""
 

@@ -70,11 +70,8 @@ def export(
     with needs("exporting a student", "export"):
         import flatbuffers  # noqa: F401  # jax.export writes by it
         import safetensors  # noqa: F401
-    if folder is None:
-        folder = epath.Path(workdir) / "export"
-    else:
-        folder = epath.Path(expand_home(str(folder)))
-        _check_free(folder)
+    folder = epath.Path(workdir) / "export" if folder is None else epath.Path(expand_home(str(folder)))
+    _check_free(folder)
     student, variables, saved = student_of(config, workdir, given=given)
     if not first():
         return folder

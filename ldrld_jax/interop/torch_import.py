@@ -151,7 +151,7 @@ def to_state_dict(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:
         key = _torch_key(path)
         if count[key] > 1:  # only in a user's model, such as one with a kernel and a scale in one module
             key = ".".join(path)
-        state[key] = np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
+        state[key] = np.asarray(_to_torch_layout(path, np.asarray(value)), order="C")
         if path[-1] == "var":
             state[key.replace("running_var", _COUNTER)] = np.zeros((), np.int64)
     return state

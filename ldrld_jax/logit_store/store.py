@@ -6,6 +6,7 @@ With `logits.top_k` there are three arrays in its place, `values`, `classes` and
 reader opens the arrays.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,8 @@ import numpy as np
 import tensorstore as ts
 from ml_collections import ConfigDict
 
-from ldrld_jax.errors import UserError
-from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes, is_local
+from ldrld_jax.errors import UserError, reason
+from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes, is_local, is_of_machine
 from ldrld_jax.identity import differences, flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
@@ -260,7 +261,8 @@ class LogitStore:
 
     def _note(self) -> dict[str, Any] | None:
         """Returns the content of `key.json` after checking its key; None if there is no store yet."""
-        content = self._files.read("key.json").result()
+        with _reachable(self.directory):
+            content = self._files.read("key.json").result()
         if content.state == "missing":
             check_new(self.directory)
             return None
@@ -280,7 +282,7 @@ class LogitStore:
     def create(self, *, teacher_top1: float, evaluated: dict[str, Any]) -> None:
         """Writes the key unless one exists; raises a UserError if the existing key differs. See `teacher_top1`."""
         note = {"teacher_top1": teacher_top1, "evaluated": evaluated, "key": self.key}
-        with full_disk_named(self.directory, _FULL):
+        with _reachable(self.directory), full_disk_named(self.directory, _FULL):
             there = self._files.read("key.json").result()
             # A store of an earlier version is given the description that it lacks.
             if "evaluated" not in (self._note() or {}):
@@ -301,18 +303,22 @@ class LogitStore:
             )
 
     def __contains__(self, epoch: int) -> bool:
-        return self._files.read(f"{epoch:05}/whole").result().state == "value"
+        with _reachable(self.directory):
+            return self._files.read(f"{epoch:05}/whole").result().state == "value"
 
     def read(self, epoch: int) -> Logits:
         """Returns the logits of a stored epoch.
 
         Raises:
-          UserError: if the stored data is damaged.
+          UserError: if the stored data is damaged or cannot be read.
         """
         form = self.empty()
         try:
-            opened = [ts.open(spec, open=True).result() for spec, _ in self._arrays(epoch, form)]
-            read = [array.read().result() for array in opened]
+            with _reachable(self.directory):
+                opened = [ts.open(spec, open=True).result() for spec, _ in self._arrays(epoch, form)]
+                read = [array.read().result() for array in opened]
+        except UserError:
+            raise
         except ValueError as error:
             raise self._damaged(epoch, str(error)) from error
         for array in read:
@@ -327,7 +333,7 @@ class LogitStore:
         Raises:
           OSError: if the disk is full; the epochs before it stay intact.
         """
-        with full_disk_named(self.directory, _FULL):
+        with _reachable(self.directory), full_disk_named(self.directory, _FULL):
             for spec, array in self._arrays(epoch, logits):
                 spec["metadata"] |= _layout(array)
                 ts.open(spec, open=True, create=True).result().write(array).result()
@@ -347,6 +353,21 @@ class LogitStore:
     def _damaged(self, epoch: int, how: str) -> UserError:
         place = f"{self.directory.rstrip('/')}/{epoch:05}"
         return UserError(f"{place} is damaged: {how}. Delete this folder: the next run writes it again.")
+
+
+@contextlib.contextmanager
+def _reachable(directory: str) -> Iterator[None]:
+    """Raises a UserError for what is wrong with the machine or the permissions, and not with the store."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, UserError) or not is_of_machine(error):
+            raise
+        why = reason(error).partition(" [")[0]  # tensorstore's notes on the source and the spec
+        raise UserError(
+            f"the logit store {directory} cannot be used: {why}. Nothing says that it is damaged: see to its "
+            "permissions or to the machine, or set another logits.dir."
+        ) from None
 
 
 def check_new(directory: str) -> None:

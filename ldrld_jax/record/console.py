@@ -51,7 +51,7 @@ def say(text: str) -> None:
     if _muted or sys.stdout is None:
         return
     try:
-        tqdm.write(printable(text, sys.stdout.encoding or "utf-8"), file=sys.stdout)
+        tqdm.write(printable(text, getattr(sys.stdout, "encoding", None) or "utf-8"), file=sys.stdout)
         sys.stdout.flush()
     except UnicodeError:  # a ValueError as well, and no reason to print nothing more
         raise

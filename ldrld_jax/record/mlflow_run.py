@@ -1,7 +1,10 @@
 """The writer of a run's metrics to MLflow."""
 
+import contextlib
+import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -10,6 +13,9 @@ from ldrld_jax.errors import UserError, needs, reason
 from ldrld_jax.files import named, replace_text
 from ldrld_jax.identity import identity
 
+logger = logging.getLogger("ldrld_jax")
+
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 _PARAMETERS = 100  # of a request
 _LENGTH = 500  # of a parameter's text, which every version takes
 
@@ -35,6 +41,7 @@ class MLflowRun:
             from mlflow.exceptions import MlflowException
 
         place, self._metric = workdir / "mlflow_id", Metric
+        self._refusals, self._warned = MlflowException, False
         try:
             with needs("log.mlflow", "mlflow"):
                 self._client = MlflowClient()  # it opens its store, by SQLAlchemy for a local one
@@ -59,8 +66,20 @@ class MLflowRun:
         """Writes a line of metrics.jsonl, each value as `split/name`."""
         now = int(1000 * time.time())
         named_values = {f"{split}/{name}": value for name, value in values.items()} | {"epoch": epoch}
-        metrics = [self._metric(name, value, now, step) for name, value in named_values.items()]
-        self._client.log_batch(self._run, metrics=metrics)
+        metrics = [self._metric(_NOT_IN_NAMES.sub("_", name), value, now, step) for name, value in named_values.items()]
+        with self._warning():
+            self._client.log_batch(self._run, metrics=metrics)
 
     def close(self) -> None:
-        self._client.set_terminated(self._run)
+        with self._warning():
+            self._client.set_terminated(self._run)
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Logs what MLflow refuses once: metrics.jsonl has every line, and a server that is away ends no run."""
+        try:
+            yield
+        except self._refusals as error:
+            if not self._warned:
+                logger.warning("MLflow did not take a line of metrics: %s. The run goes on.", reason(error))
+            self._warned = True

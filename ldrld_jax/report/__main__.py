@@ -10,7 +10,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import expand_home
-from ldrld_jax.record.console import printable
+from ldrld_jax.record.console import printable, say
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
 from ldrld_jax.report.groups import Comparison, compare
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     parser = make_parser(prog)
     args = parser.parse_args(argv)
     try:
-        args.out = args.out and expand_home(args.out)
+        args.out, args.data_dir = (path and expand_home(path) for path in (args.out, args.data_dir))
+        args.folders = list(map(expand_home, args.folders))
     except UserError as error:
         parser.error(str(error))
     if args.watch is None:
@@ -69,7 +70,8 @@ def _report(args: argparse.Namespace) -> int:
         report.notes += outputs.analyse(comparisons, out, args.data_dir)
     cells = results(comparisons)
     if args.watch is None or not comparisons:
-        print(printable(fitting(cells)), end="\n" * bool(cells.rows))
+        if cells.rows:
+            say(fitting(cells))
         for note in report.notes:
             print(printable(note), file=sys.stderr)
     if not comparisons:

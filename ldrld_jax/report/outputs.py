@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.data import workers
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import Readable, eval_batches
 from ldrld_jax.errors import UserError
@@ -124,12 +125,13 @@ def outputs(run: Run, network: Any, variables: Any, *, features: bool) -> Output
     """Runs a network over the evaluation split of a run, and over the chosen images once more for its features."""
     source, size = run.eval_source, run.config.eval_batch_size
     forward = jax.jit(lambda variables, images: network(variables, images, train=False)[0].astype(jnp.float32))
-    batches = eval_batches(source, size, **made_by(run.config.data), **shares(run.mesh))
     logits, labels = [], []
-    for start, batch in zip(range(0, len(source), size), to_devices(batches, run.mesh), strict=True):
-        rows = min(size, len(source) - start)  # the others are padding
-        logits.append(np.asarray(forward(variables, batch["image"]))[:rows])
-        labels.append(np.where(batch["mask"], batch["label"], -1)[:rows])
+    with workers.scope():
+        batches = eval_batches(source, size, **made_by(run.config.data), **shares(run.mesh))
+        for start, batch in zip(range(0, len(source), size), to_devices(batches, run.mesh), strict=True):
+            rows = min(size, len(source) - start)  # the others are padding
+            logits.append(np.asarray(forward(variables, batch["image"]))[:rows])
+            labels.append(np.where(batch["mask"], batch["label"], -1)[:rows])
     result = Outputs(np.concatenate(logits), np.concatenate(labels), None)
     identity = headless(variables) if features else None
     if identity is None:

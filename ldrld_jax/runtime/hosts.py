@@ -191,7 +191,10 @@ class _Lifeline:
                 server.settimeout(30)
                 while len(self._ends) < jax.process_count() - 1:
                     end, _ = server.accept()
-                    hello = end.recv(20, socket.MSG_WAITALL)
+                    end.settimeout(30)  # a stranger may connect and say nothing
+                    hello = b""
+                    with contextlib.suppress(TimeoutError):
+                        hello = end.recv(20, socket.MSG_WAITALL)
                     if len(hello) == 20 and secrets.compare_digest(hello[:16], token):
                         self._ends[_MESSAGE.unpack(hello[16:])[0]] = end
 

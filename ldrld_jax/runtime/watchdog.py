@@ -28,6 +28,8 @@ class Watchdog:
     def __init__(self, seconds: float, file: IO[str] | None = None, others: Callable[[], list[str]] = list):
         self._seconds, self._file, self._others = seconds, file, others
         self._doing: tuple[float, str] = (time.monotonic(), "starting")
+        # What a notebook or a script puts in the place of sys.stderr may have no descriptor: standard error's own.
+        self._stacks = 2 if file is None else file.fileno()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -55,9 +57,7 @@ class Watchdog:
 
     def _wait(self) -> bool:
         """Waits a tenth of the time; returns False once the run has ended."""
-        # Standard error itself: what a notebook puts in the place of sys.stderr may have no descriptor.
-        file = 2 if self._file is None else self._file.fileno()
-        faulthandler.dump_traceback_later(2 * self._seconds, file=file)
+        faulthandler.dump_traceback_later(2 * self._seconds, file=self._stacks)
         ended = self._ended.wait(self._seconds / 10)
         faulthandler.cancel_dump_traceback_later()
         return not ended
@@ -67,4 +67,4 @@ class Watchdog:
         lines = [*self._others(), f"no progress for {seconds:.0f} s while {doing}. The stacks of all threads:"]
         print("", *(f"ldrld_jax: {line}" for line in lines), sep="\n", file=file)
         file.flush()
-        faulthandler.dump_traceback(file=file, all_threads=True)
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)

@@ -12,6 +12,7 @@ from etils import epath
 from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_writable, expand_home, is_local, split_argument
 from ldrld_jax.main import fail, overrides_in, split_overrides
+from ldrld_jax.record.console import say
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.table import fitting, results
@@ -108,6 +109,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if args.workdir == "":
         raise UserError("--workdir is empty. Name a folder, or leave the flag out.")
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / f"{name}-sweep"))
+    if args.gpus == "":
+        raise UserError("--gpus is empty. Name GPUs, as in --gpus=0,1, or leave the flag out.")
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
     try:
@@ -179,7 +182,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     gpus = args.gpus.split(",") if args.gpus else []
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}] * args.jobs
     Sweep(jobs, slots, logs, _Screen()).run()
-    print(f"\n{fitting(results(compare(collect([workdir]).summaries)))}")
+    say(f"\n{fitting(results(compare(collect([workdir]).summaries)))}")
     for job in jobs:
         if job.state == "failed":
             print(f"failed: {job.name}: {logs / job.name}.txt", file=sys.stderr)

@@ -117,7 +117,7 @@ class Job:
         if self.state in ("running", "elsewhere") or not self.reached:  # finished jobs are read once
             try:
                 found = last_evaluation(self.workdir)
-            except UserError as error:  # a torn file: the run itself, or the report, says what to do
+            except (UserError, OSError) as error:  # a torn file: the run itself, or the report, says what to do
                 found, self.reached = None, str(error)
             if found:
                 self.reached = f"epoch {found['epoch']:g}/{self.identity['epochs']}  top-1 {found['top1']:.2f}"

@@ -276,15 +276,16 @@ class _Check:
         self._look_at_disk(state.to_trees())
         step_fn = make_step(run, network, teacher, optimizer)
         advance = dispatcher(run, step_fn, state, teacher, 0, lambda _: None)
-        step, each, begun = 0, list[float](), time.perf_counter()
-        while step < run.steps and (len(each) < 2 or sum(each[1:]) < _TIMED_SECONDS):
+        step, each, compiled, timed = 0, list[float](), 0.0, 0.0
+        while step < run.steps and (len(each) < 2 or timed < _TIMED_SECONDS):
             self._signals.check()
             start, before = time.perf_counter(), step
             step, state, metrics = advance(step, state, weights_of(teacher))
             for done, means in enumerate(by_step(metrics), before + 1):
                 check_finite(done, means)
-            each.append((time.perf_counter() - start) / (step - before))
-        compiled = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
+            compiled, timed = (compiled, timed + seconds) if each else (seconds, 0.0)  # the first dispatch compiles
+            each.append(seconds / (step - before))
         one = float(np.median(each[1:] or each))
         evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
         rated = min(_seconds(lambda: evaluate(state.evaluated, self._signals.check)) for _ in range(2))

@@ -278,13 +278,21 @@ def _accumulated(
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch))
     keys = None if key is None else jax.random.split(key, accumulate)
     rows = batch["label"].shape[0]
-    kept = rows if "mask" not in batch else jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.int32), 1)
+    kept = rows if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
 
     def body(total: Tree, microbatch: tuple[Batch, jax.Array | None]) -> tuple[Tree, Means]:
         batch, key = microbatch
         gradients, batch_stats, metrics = gradients_of(batch, key)
         own = rows // accumulate if "mask" not in batch else jnp.sum(batch["mask"], dtype=jnp.int32)
-        add = lambda t, x: t + x * (jnp.asarray(own, x.dtype) / kept) if _is_float(x) else x  # noqa: E731
+
+        def add(total: jax.Array, x: jax.Array) -> jax.Array:
+            if not _is_float(x):
+                return x
+            # Where no label is kept at all, variables are those that the microbatches leave.
+            share = jnp.where(kept > 0, jnp.asarray(own, x.dtype) / jnp.maximum(kept, 1), 1 / accumulate)
+            # An empty microbatch adds nothing, also of a variable that is infinite, such as a mask.
+            return total + jnp.where(share > 0, x * share, 0)
+
         return jax.tree.map(add, total, (gradients, batch_stats)), metrics
 
     shapes = jax.eval_shape(gradients_of, *jax.tree.map(lambda x: x[0], (micro, keys)))[:2]

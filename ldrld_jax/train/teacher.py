@@ -294,9 +294,7 @@ def outlined(run: Run, student: Network) -> NetworkTeacher | SelfTeacher:
     """Returns a run's teacher with shapes in place of its weights, as they lie on the mesh."""
     if config_lib.teaches_itself(run.config):
         return SelfTeacher(student)
-    teacher = _together(
-        run, [run.networks.outline(m, run.config.teacher.data) for m in config_lib.teacher_models(run.config)]
-    )
+    teacher = _together(run, [run.networks.outline(model, data) for model, data in run.networks_used[1:]])
     shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return _each(teacher, lambda v: jax.tree.map(shape, v, run.placement.of_variables(v)))
 
@@ -306,8 +304,7 @@ def checkpoints_of(run: Run) -> list[str]:
 
     Teachers that are objects or a user's code may have none, and come with their weights.
     """
-    trained = config_lib.teacher_runs(run.config, run.workdir) if run.config.teacher.epochs else []
-    return config_lib.teacher_checkpoints(run.config) or [str(place) for _, place in trained]
+    return config_lib.teacher_checkpoints(run.config) or [str(place) for _, place in recipes(run)]
 
 
 def restored(run: Run, paths: Sequence[str]) -> NetworkTeacher:

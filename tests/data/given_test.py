@@ -305,6 +305,17 @@ def test_labels_that_would_become_other_classes_are_refused(tmp_path, text, mess
         open_source("file_list", "train", str(tmp_path))
 
 
+@pytest.mark.parametrize("labels", [[0, 5, 20_000_000], [2**40]])
+def test_identifiers_are_no_labels_of_arrays_either(tmp_path, labels):
+    images, labels = np.zeros((len(labels), 4, 4, 1), np.uint8), np.array(labels)
+    message = rf"has \d labels that are numbers up to {labels[-1]}, and numbers count from 0\. Renumber them\.$"
+    with pytest.raises(UserError, match=message):
+        as_source((images, labels))
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels)
+    with pytest.raises(UserError, match=message):
+        open_source(f"arrays:{tmp_path / 'data.npz'}", "train")
+
+
 def test_a_label_of_json_is_a_name_or_a_whole_number(tmp_path):
     for value, shown in (("true", "True"), ("1.0", "1.0"), ("null", "no path or no label")):
         (tmp_path / "train.jsonl").write_text(f'{{"path": "a.png", "label": {value}}}\n')

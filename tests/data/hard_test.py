@@ -44,6 +44,16 @@ def origins(records):
     return [int(record["image"]) for record in records.__getitems__(range(len(records)))]
 
 
+def test_a_choice_is_of_the_first_examples_of_each_class_in_a_random_order():
+    labels = np.random.default_rng(1).integers(-1, 9, 3000).astype(np.int32)  # one out of range on each side
+    counts = hard._counts(labels, 8)
+    assert counts == [int((labels == c).sum()) for c in range(8)]
+    wanted = [count // 3 for count in counts]
+    shuffled = np.random.default_rng(2).permutation(len(labels))
+    expected = np.sort(np.concatenate([shuffled[labels[shuffled] == c][:n] for c, n in enumerate(wanted)]))
+    np.testing.assert_array_equal(hard._first(labels, wanted, np.random.default_rng(2)), expected)
+
+
 def test_nothing_asked_is_nothing_done():
     records = Labelled(LABELS)
     assert hard.select(records, data(), classes=10) is records

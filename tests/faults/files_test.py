@@ -17,6 +17,7 @@ from ldrld_jax.interop.host_teacher import LogitsFile
 from ldrld_jax.interop.torch_files import write_safetensors
 from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
 from ldrld_jax.record.reader import read_metrics
+from ldrld_jax.sweep.plan import plan
 from ldrld_jax.train import loop, trainer
 from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.plan import Run
@@ -60,6 +61,13 @@ def test_a_checkpoint_under_another_steps_name_is_not_taken_for_it(tiny, tmp_pat
     trainer.train(tiny("epochs=3", "optim.schedule=constant"), tmp_path)
     assert "checkpoint" in caplog.text and "it was saved at step 6: its folder has another name" in caplog.text
     assert (tmp_path / "checkpoints/5.corrupt").is_dir()
+
+
+def test_metrics_that_cannot_be_read_are_said_on_the_screen_of_a_sweep(tmp_path):
+    (job,) = plan({"config": "configs/digits.py", "runs": [{"method": "ce"}]}, epath.Path(tmp_path))
+    job.state = "running"
+    (job.workdir / "metrics.jsonl").mkdir(parents=True)
+    assert "Is a directory" in job.line()
 
 
 def test_a_summary_that_lacks_what_the_table_shows_is_one_line(tiny, tmp_path):

@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
+from ldrld_jax import cli
 from ldrld_jax.record import console
+from ldrld_jax.report import __main__ as report
 from ldrld_jax.runtime.signals import Interrupted
+from tests.conftest import ROOT
 
 
 def test_what_came_from_outside_is_escaped_and_what_the_encoding_lacks_is_shown():
@@ -17,13 +20,38 @@ def test_what_came_from_outside_is_escaped_and_what_the_encoding_lacks_is_shown(
     assert console.printable("naïve \u2028 \udce9", "ascii") == "na\\xefve \\u2028 \\udce9"
 
 
+class Gone(io.StringIO):
+    """Standard output that nobody reads any more."""
+
+    def __init__(self, error: OSError | None = None):
+        super().__init__()
+        self._error = error or BrokenPipeError(32, "Broken pipe")
+
+    def write(self, text):
+        raise self._error
+
+
+def test_a_reader_that_has_gone_ends_no_help_and_no_report(tmp_path, monkeypatch):
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        (tmp_path / name).write_bytes((ROOT / "experiments/digits/method=ce,seed=0" / name).read_bytes())
+    for ended in (lambda: cli.main(["help", "data"]), lambda: report.main([str(tmp_path)])):
+        monkeypatch.setattr(sys, "stdout", Gone())
+        assert ended() == 0
+        sys.stdout.close()
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_report_says_what_an_encoding_lacks_by_its_code(monkeypatch, tmp_path):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert report.main([str(ROOT / "experiments/digits"), "--out", str(tmp_path)]) == 0
+    stream.flush()
+    assert b"\\xb1" in stream.buffer.getvalue()  # the sign between mean and deviation
+
+
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")], ids=str)
 def test_a_reader_that_has_gone_ends_no_run(monkeypatch, error):
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise error
-
-    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stdout", Gone(error))
     console.say("nobody hears this")
     console.say("nor this")
     with contextlib.suppress(OSError):

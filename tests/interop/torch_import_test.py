@@ -351,6 +351,10 @@ def test_a_torch_file_without_torch_names_the_extra(tmp_path, monkeypatch):
         load(tmp_path / "a.pth")
 
 
+def test_a_scalar_stays_a_scalar():
+    assert to_state_dict({"logit_scale": jnp.ones(())}, {})["logit_scale"].shape == ()
+
+
 @pytest.mark.parametrize("dimensions", [0, 1, 2, 3])
 def test_a_kernel_has_pytorchs_layout_in_any_number_of_dimensions(dimensions, rng):
     """A linear layer has none; PyTorch's own convolution of that layout gives Flax's output."""

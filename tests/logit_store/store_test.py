@@ -158,6 +158,28 @@ def test_epochs_without_a_key_are_nobodys(store, logits):
     assert not pathlib.Path(store.directory, "key.json").exists()
 
 
+@pytest.mark.parametrize("code", ["PERMISSION_DENIED", "UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_a_failure_of_the_machine_is_no_damage(store, logits, code, monkeypatch):
+    store.write(3, logits)
+
+    def fails(*args, **options):
+        raise ValueError(
+            f"{code}: Error opening '{store.directory}/key.json' [OS error 13] [source locations='a.cc:1']"
+        )
+
+    class Files:
+        read = write = list = fails
+
+    monkeypatch.setattr(logit_store, "_files", lambda directory: Files())
+    monkeypatch.setattr(logit_store.ts, "open", fails)
+    uses = [store.check_key, lambda: store.teacher_top1(TEST), lambda: store.create(teacher_top1=1, evaluated=TEST)]
+    for use in (*uses, lambda: 3 in store, lambda: store.read(3), lambda: store.write(4, logits)):
+        with pytest.raises(
+            UserError, match=rf"store cannot be used: {code}: Error opening '.*key.json'\. Nothing says"
+        ):
+            use()
+
+
 def test_a_full_disk_is_one_line(store, logits, monkeypatch):
     def full(*args, **options):
         raise ValueError("RESOURCE_EXHAUSTED: Error writing [No space left on device]\n many lines")

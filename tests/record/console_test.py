@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+import types
 
 import pytest
 
@@ -156,6 +157,13 @@ def test_a_line_for_a_stream_that_is_closed_is_lost_and_nothing_else(monkeypatch
     console.say("the second")
     assert sys.stdout is not closed
     sys.stdout.close()
+
+
+def test_a_stream_with_no_more_than_write_and_flush_is_written_to(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=written.append, flush=lambda: None))
+    console.say("caf\u00e9")
+    assert "".join(written) == "caf\u00e9\n"
 
 
 def test_a_run_says_what_it_compiles_waits_for_and_writes(tiny, tmp_path, monkeypatch, capsys):

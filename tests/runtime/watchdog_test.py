@@ -1,6 +1,8 @@
 """The watchdog: one line and the stacks for each hang, silence otherwise."""
 
 import ctypes
+import io
+import sys
 import threading
 import time
 
@@ -37,6 +39,20 @@ def test_each_hang_is_told_once_with_what_the_run_does_and_all_stacks(tmp_path):
         "evaluating after step 7. The stacks of all threads:",
     ]
     assert "test_each_hang" in path.read_text()
+
+
+def test_stacks_go_to_standard_error_where_its_replacement_has_no_descriptor(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Watchdog(0.05) as watchdog:
+        watchdog.at("running step 7")
+        until = time.monotonic() + 30
+        while "test_stacks_go_to" not in (stacks := capfd.readouterr().err):
+            assert time.monotonic() < until, stacks
+            time.sleep(0.05)
+        watchdog.at("running step 8")  # the thread goes on
+        while sys.stderr.getvalue().count("no progress") < 2:
+            assert time.monotonic() < until
+            time.sleep(0.005)
 
 
 def test_a_call_that_holds_the_interpreters_lock_is_shown_too(tmp_path):

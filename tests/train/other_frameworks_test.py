@@ -233,6 +233,26 @@ def test_the_metrics_go_to_mlflow_and_on_there_after_a_resume(tmp_path, monkeypa
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*noload.*loader strategy is deprecated")  # MLflow's, of SQLAlchemy 2.1
+def test_what_mlflow_refuses_of_a_line_is_said_once_and_ends_no_run(tmp_path, monkeypatch, caplog):
+    exceptions = pytest.importorskip("mlflow.exceptions")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run = MLflowRun(epath.Path(tmp_path), "digits", {"seed": 3})
+    run.write(1, 0.5, "eval", {"F1 (macro)": 0.25})
+    assert run._client.get_run(run._run).data.metrics["eval/F1 _macro_"] == 0.25
+
+    def away(*args, **options):
+        raise exceptions.MlflowException("no route to host")
+
+    monkeypatch.setattr(run._client, "log_batch", away)
+    run.write(2, 1.0, "eval", {"top1": 50.0})
+    run.write(3, 1.5, "eval", {"top1": 50.0})
+    assert [record.message for record in caplog.records if record.name == "ldrld_jax"] == [
+        "MLflow did not take a line of metrics: no route to host. The run goes on."
+    ]
+    run.close()
+
+
 def test_a_data_set_object_is_told_from_another_by_its_labels(digits):
     @dataclasses.dataclass
     class Items:

@@ -22,6 +22,7 @@ from ldrld_jax.train.step import (
     Ensemble,
     Mixup,
     Network,
+    _accumulated,
     all_finite,
     last_layer,
     make_eval_step,
@@ -252,6 +253,23 @@ def test_what_was_not_finite_before_need_not_be_after():
     assert not still_finite(before, before | {"mask": jnp.full(2, -jnp.inf)})
     assert not still_finite(before, before | {"mean": jnp.array([0.0, jnp.nan])})
     assert still_finite({}, {})
+
+
+@pytest.mark.parametrize(("kept", "expected"), [([1, 1, 0, 0], 5.0), ([0, 0, 0, 0], 6.0), ([1, 0, 1, 1], 19 / 3)])
+def test_an_empty_microbatch_adds_nothing_and_nothing_at_all_leaves_variables_as_they_are(kept, expected):
+    """Two microbatches of rows 0 and 2, and 1 and 3; the statistic of one is 5 or 7, and a mask is infinite."""
+
+    def gradients_of(batch, key):
+        stats = {"mask": jnp.array([0.0, -jnp.inf]), "mean": jnp.where(batch["image"][0] == 0, 5.0, 7.0)}
+        return jnp.float32(1.0), stats, {"rows": mean_of(batch["image"], batch["mask"])}
+
+    mask = jnp.array(kept, bool)[jnp.array([0, 2, 1, 3])]
+    batch = {"image": jnp.array([0.0, 1.0, 0.0, 1.0]), "label": jnp.zeros(4, jnp.int32), "mask": mask}
+    gradients, stats, metrics = _accumulated(gradients_of, batch, None, 2, unroll=True)
+    np.testing.assert_array_equal(stats["mask"], [0.0, -np.inf])
+    np.testing.assert_allclose(stats["mean"], expected, rtol=1e-6)
+    np.testing.assert_allclose(gradients, 1.0, rtol=1e-6)
+    assert float(metrics["rows"].count) == sum(kept)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(network, x64):
