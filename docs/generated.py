@@ -6,6 +6,7 @@
 import contextlib
 import io
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 
 from ldrld_jax import main
@@ -53,12 +54,21 @@ def models() -> str:
     return ", ".join(f"`{name}`" for name in MODELS)
 
 
+def contents() -> str:
+    """Returns a hidden table of contents for each section of the index, with the pages that it links."""
+    sections = re.findall(r"^## (.*)\n([^#]*)", (KEYS.parent / "index.md").read_text(), re.MULTILINE)
+    trees = [(caption, re.findall(r"\]\((\w+)\.md\)", text)) for caption, text in sections]
+    return "\n\n".join(
+        "\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```"]) for caption, pages in trees
+    )
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-MADE: tuple[Callable[[], str], ...] = (command_line, models)
+MADE: tuple[Callable[[], str], ...] = (command_line, contents, models)
 
 
 def fill(app, page: str, source: list[str]) -> None:
