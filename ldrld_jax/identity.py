@@ -2,23 +2,14 @@
 
 from typing import Any
 
+# Keys of a data block that determine where images lie and how they are read, not what is read.
+READING = ("data_dir", "loader", "threads", "workers", "cache_mb", "max_skipped")
 # These keys determine where and how fast a run executes, not what it computes.
 NOT_IDENTITY = (
-    "data.data_dir",
-    "data.loader",
-    "data.threads",
-    "data.workers",
-    "data.cache_mb",
-    "data.max_skipped",
+    *(f"{block}.{key}" for block in ("data", "teacher.data") for key in READING),
     "logits.dir",
     "remat",
     "teacher.workdir",
-    "teacher.data.data_dir",
-    "teacher.data.loader",
-    "teacher.data.threads",
-    "teacher.data.workers",
-    "teacher.data.cache_mb",
-    "teacher.data.max_skipped",
     "steps_per_dispatch",
     "compile",  # the cache folder, and the assumptions of --mode compile
     "check.",

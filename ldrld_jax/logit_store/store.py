@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ldrld_jax.errors import UserError, reason
 from ldrld_jax.files import check_writable, free_bytes, full_disk_named, human_bytes, is_local, is_of_machine
-from ldrld_jax.identity import differences, flat
+from ldrld_jax.identity import READING, differences, flat
 from ldrld_jax.logit_store.top import TopLogits, class_dtype
 
 Key = dict[str, Any]
@@ -35,8 +35,8 @@ _CHUNK_BYTES = 2**24  # per file: large enough for any disk, small enough for se
 # Keys of the data block that change neither the index of an image nor what the teacher sees of it. The key holds
 # the augmentation seed separately, and the teacher's normalisation with the teacher.
 _NOT_KEY = (
-    *("data_dir", "loader", "threads", "workers", "cache_mb", "max_skipped", "eval_split", "remainder"),
-    *("label_noise", "label_noise_rate", "mixup", "augment_seed", "mean", "std", "image_size"),
+    *(*READING, "eval_split", "remainder", "label_noise", "label_noise_rate", "mixup", "augment_seed"),
+    *("mean", "std", "image_size"),
 )
 
 

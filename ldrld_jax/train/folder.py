@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -76,7 +77,7 @@ class RunFolder:
                     "workdir."
                 )
 
-    @property
+    @functools.cached_property  # reading a checkpoint for it may take a while
     def _weights(self) -> dict[str, str]:
         """The digests, by key, of the checkpoints that the config names, if they exist, and of given models."""
         config = self.run.config
