@@ -132,7 +132,10 @@ def test_a_teacher_that_has_moved_is_the_same_and_one_with_other_weights_is_not(
 def test_logits_in_a_zarr_folder_are_those_that_a_run_began_with(tiny, tmp_path):
     path = tmp_path / "logits.zarr"
     config = tiny("method=kd", "teacher.model=logits", f"teacher.checkpoint={path}")
-    folder = RunFolder(Run.plan(config_lib.resolve(config), epath.Path(tmp_path / "run")))
+
+    def folder() -> RunFolder:
+        """The folder as a start of the run sees it."""
+        return RunFolder(Run.plan(config_lib.resolve(config), epath.Path(tmp_path / "run")))
 
     def write(logits: np.ndarray) -> None:
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
@@ -142,11 +145,11 @@ def test_logits_in_a_zarr_folder_are_those_that_a_run_began_with(tiny, tmp_path)
     logits = np.random.default_rng(0).normal(size=(90, 10)).astype(np.float32)
     write(logits)
     (tmp_path / "run").mkdir()
-    folder.write()
-    folder.check()
+    folder().write()
+    folder().check()
     write(-logits)
     with pytest.raises(UserError, match=r"teacher\.checkpoint of the run .* not those that it began with"):
-        folder.check()
+        folder().check()
 
 
 def test_a_file_of_logits_that_does_not_fit_is_shown_as_it_is(tmp_path):
