@@ -191,6 +191,12 @@ def check_remote(path: epath.PathLike) -> None:
         ) from error
 
 
+def checked_remote(path: str) -> str:
+    """Returns a path after `check_remote`."""
+    check_remote(path)
+    return path
+
+
 def absolute(path: epath.Path) -> epath.Path:
     """Returns a local path as an absolute one, and a remote one, of which epath would make a local one, as it is."""
     return path.resolve() if is_local(path) else path

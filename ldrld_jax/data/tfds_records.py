@@ -80,7 +80,7 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     if data_dir is not None and not is_local(data_dir):
         raise UserError(
             f"the records of TFDS are read from a local disk, got data.data_dir={data_dir}. Copy {name} to a local "
-            "folder, or set data.name to image_folder, file_list or arrays:FILE.npz."
+            "folder, or set data.name to image_folder or arrays:FILE.npz."
         )
     builder = make_builder(name, data_dir)
     if name == "digits" and not _has_files(builder, ".array_record"):
