@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 _MOST_LISTED = 100  # names of a table; TFDS knows more than a thousand data sets
@@ -94,6 +95,18 @@ def needs(purpose: str, extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"{purpose} needs {error.name}: pip install 'ldrld_jax[{extra}]'.") from None
+
+
+@contextlib.contextmanager
+def silent(logger_name: str) -> Iterator[None]:
+    """Drops what a library logs in the block, for one that logs errors which it raises as well."""
+    log = logging.getLogger(logger_name)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _nearest(name: str, known: list[str]) -> str | None:

@@ -3,6 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import glob
+import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -14,7 +17,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, needs, reason, silent
 
 _LOOK_SECONDS = 0.2  # longer than the duration of an `is_locked` check
 
@@ -34,20 +37,28 @@ def replace_bytes(path: epath.Path, content: bytes) -> None:
 def replacing(path: epath.Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` at the end of the block; after an error `path` is as before.
 
-    A file or link that already has this name is replaced; nothing is ever written through a link.
+    A file or link that already has this name is replaced; nothing is ever written through a link. A remote file is kept
+    in memory until then, because a bucket writes it in one step, and has no renaming that does not copy.
+
+    Raises:
+      UserError: if there is no such bucket.
     """
+    if not is_local(path):
+        content = io.BytesIO()
+        yield content
+        try:
+            path.write_bytes(content.getvalue())
+        except FileNotFoundError:
+            raise UserError(f"{path} cannot be written: there is no such bucket. Create it, or correct it.") from None
+        return
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     with named(path):
-        if is_local(path):
-            file: IO[bytes] = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
-        else:
-            file = temporary.open("wb")
+        file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
         try:
             with file:
                 yield file
-                if is_local(path):
-                    file.flush()
-                    os.fsync(file.fileno())
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -171,6 +182,46 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in str(path)
 
 
+def check_remote(path: epath.PathLike) -> None:
+    """Raises a UserError if a path is on Google Cloud Storage, and a package or the permission to look is missing.
+
+    It also makes gcsfs ask for what is there each time. By default it remembers the lists of folders, and does not see
+    what tensorstore or another process has written since.
+    """
+    if not str(path).startswith("gs://"):
+        return
+    if importlib.util.find_spec("tensorflow") is None:  # which epath would prefer
+        with needs(f"{path} is on Google Cloud Storage, and opening it", "gcs"):
+            import gcsfs  # noqa: F401
+        import fsspec.config
+
+        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    try:
+        with silent("gcsfs"):
+            epath.Path(path).exists()
+    except Exception as error:  # of gcsfs, google-auth or the network, which have errors of their own
+        raise UserError(
+            f"{path} cannot be opened: {reason(error)}. Log in by `gcloud auth application-default login`, and check "
+            "the bucket and your permissions."
+        ) from error
+
+
+def checked_remote(path: str) -> str:
+    """Returns a path after `check_remote`."""
+    check_remote(path)
+    return path
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """Returns a local path as an absolute one, and a remote one, of which epath would make a local one, as it is."""
+    return path.resolve() if is_local(path) else path
+
+
+def is_folder(path: str) -> bool:
+    """Returns whether a path, local or remote, is a folder; a name on the Hugging Face Hub is none."""
+    return not path.startswith("hf://") and epath.Path(path).is_dir()
+
+
 def place_of(path: epath.Path) -> str:
     """Returns one name for a folder, whatever links and relative parts a path to it has."""
     return os.path.realpath(path) if is_local(path) else str(path)
@@ -183,7 +234,7 @@ def free_bytes(path: epath.PathLike) -> int:
 
 
 def check_writable(path: epath.PathLike, what: str) -> None:
-    r"""Raises a UserError if a local folder can neither be written to nor created; remote folders are not checked.
+    r"""Raises a UserError if a local folder can neither be written to nor created; of a remote one the name is checked.
 
     It also raises for a path that tensorstore, which writes there, would misread: tensorstore takes only UTF-8 and
     reads a \ as a /.
@@ -193,6 +244,8 @@ def check_writable(path: epath.PathLike, what: str) -> None:
       what: the name that the error message uses for the folder, such as "workdir".
     """
     if not is_local(path):
+        if glob.escape(str(path)) != str(path):
+            raise UserError(f"{path} has one of *, ? and [, which are patterns in a bucket. Choose another {what}.")
         return
     place = pathlib.Path(path)
     if "\\" in (whole := str(place.resolve())) or any("\ud800" <= char <= "\udfff" for char in whole):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ldrld_jax.errors import UserError, os_error
-from ldrld_jax.files import expand_home, split_argument
+from ldrld_jax.files import check_remote, expand_home, split_argument
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -205,6 +205,8 @@ def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Runs what the flags say, and returns the exit status."""
     _check_environment()
+    for path in filter(None, (args.workdir, args.json, args.output, args.profile, *args.images)):
+        check_remote(path)
     config = _config(args, overrides)
     with _among_others(args):
         return MODES[args.mode].run(args, config) or 0

@@ -1,6 +1,7 @@
 """Strict numerics for the whole suite: rank promotion raises, warnings are errors, eight fake devices."""
 
 import atexit
+import functools
 import gc
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 # Before jax starts its backend. Runs started as subprocesses inherit all of it. Compiled programs
 # are shared between tests, workers and subprocesses: most of the suite's time would be compilation.
@@ -26,6 +28,9 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # with those flags a small p
 import jax
 import numpy as np
 import pytest
+from etils.epath import gpath
+
+from tests.object_store import ObjectStore
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8  # JAX starts now, before a test of `--target cpu:4` could start it with four
@@ -74,6 +79,25 @@ def forget_programs():
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> pathlib.Path:
+    """The local folder that stands for gs://bucket, without gcsfs, wherever epath or a checkpoint's arrays go."""
+    from ldrld_jax.checkpoint import orbax_io
+
+    store = ObjectStore(tmp_path / "remote")
+    monkeypatch.setitem(sys.modules, "gcsfs", types.ModuleType("gcsfs"))
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", store)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+
+    def on_disk(call, path, *args, **options):
+        return call(store.local(path) if str(path).startswith("gs://") else path, *args, **options)
+
+    for name in ("save_checkpointables_async", "load_checkpointables"):
+        call = getattr(orbax_io.ocp, name)
+        monkeypatch.setattr(orbax_io.ocp, name, functools.partial(on_disk, call))
+    return store.local("gs://bucket")
 
 
 @pytest.fixture

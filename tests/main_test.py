@@ -60,7 +60,7 @@ WRONG = [
     (["--config=configs/digits.py:vgg8"], "configs/digits.py takes no argument, got 'vgg8'"),
     (["--config=experiments/methods.py"], "experiments/methods.py defines no get_config()"),
     (["--config.teacher.model=logits", "--config.method=kd"], "set teacher.checkpoint to its path"),
-    (["--config.method=ce+kd"], "every method has the cross-entropy beside it, weighted by ce_weight. Set method=kd."),
+    (["--config.method=ce+kd"], "every method already adds the cross-entropy, weighted by ce_weight. Set method=kd."),
     (["--config.mesh.data=-1", "--config.mesh.model=9"], "mesh.model must be between 1 and the number of devices (8)"),
     (["--config.student.model=resnet9"], "there is no model 'resnet9'. Did you mean"),
     (["--config.method=ldrd"], "there is no method 'ldrd'. Did you mean 'ldrld'?"),

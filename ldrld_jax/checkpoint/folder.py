@@ -15,6 +15,7 @@ from ldrld_jax.checkpoint import orbax_io
 from ldrld_jax.checkpoint.checksum import Described, describe, leaves_by_path
 from ldrld_jax.checkpoint.note import DamagedError, Note, read_note, rewrite_note, signed
 from ldrld_jax.errors import UserError
+from ldrld_jax.files import absolute, is_local
 
 Json = dict[str, Any]
 logger = logging.getLogger("ldrld_jax")
@@ -34,11 +35,11 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, `<directory>/<step>`: the last ones, the best by `top1`, and every n-th.
 
-    Saving copies the arrays, then writes in the background. A checkpoint appears under its name only
-    once it is whole. It contains checksums of its arrays, which are compared on restore. Nothing on
-    disk changes before `resume` or `save`. Steps that are saved in quick succession are held in memory, so that runs
-    with short epochs do not spend their time on files. `save` and `write_due` later write the held steps that the
-    policy still keeps, and block until they are written.
+    Saving copies the arrays, then writes in the background. A checkpoint appears under its name only once it is whole;
+    in a bucket, which cannot rename a folder, it counts once its last file is there. It contains checksums of its
+    arrays, which are compared on restore. Nothing on disk changes before `resume` or `save`. Steps that are saved in
+    quick succession are held in memory, so that runs with short epochs do not spend their time on files. `save` and
+    `write_due` later write the held steps that the policy still keeps, and block until they are written.
 
     Args:
       directory: created by the first save.
@@ -60,7 +61,7 @@ class Checkpoints:
         min_seconds: float = 0.0,
     ):
         self._run = run or {}
-        self._directory = epath.Path(directory).resolve()  # tensorstore accepts absolute paths only
+        self._directory = absolute(epath.Path(directory))  # tensorstore accepts absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
         self._notes = {step: _of_step(step, read_note(self._path(step))) for step in self._steps_on_disk()}
         self._writing: tuple[int, Note, orbax_io.Writing] | None = None
@@ -74,7 +75,8 @@ class Checkpoints:
 
     def _steps_on_disk(self) -> list[int]:
         found = self._directory.iterdir() if self._directory.exists() else ()
-        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.name.isascii())
+        named = [path for path in found if path.name.isdecimal() and path.name.isascii()]
+        return sorted(int(path.name) for path in named if orbax_io.is_whole(path))
 
     @property
     def steps(self) -> list[int]:
@@ -292,9 +294,13 @@ class Checkpoints:
             return
         for step in self._readable().keys() - self._kept(self._readable()):
             del self._notes[step]
-            self._path(step).rename(self._path(step, _DELETED))  # atomic, so half a checkpoint never passes for one
+            # Either is atomic, so half a checkpoint never passes for one; on a bucket a renamed folder is a copied one.
+            if is_local(self._directory):
+                self._path(step).rename(self._path(step, _DELETED))
+            else:
+                orbax_io.mark_unfinished(self._path(step))
         for path in self._directory.iterdir():
-            if path.name.endswith((orbax_io.UNFINISHED, _DELETED)):
+            if orbax_io.is_unfinished(path) or path.name.endswith(_DELETED):
                 path.rmtree()
 
     def _set_aside(self, step: int, error: DamagedError, instead: int) -> None:

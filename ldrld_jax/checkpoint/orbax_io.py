@@ -7,7 +7,7 @@ import glob
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +16,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax.checkpoint.note import DamagedError, Note
-from ldrld_jax.files import full_disk_named, is_full_disk, is_of_machine
+from ldrld_jax.errors import silent
+from ldrld_jax.files import full_disk_named, is_full_disk, is_local, is_of_machine
 
 _FULL = "no space left; the last whole checkpoint is intact"
-UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still being written
+_UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still being written
+_WHOLE = "commit_success.txt"  # the last file of a checkpoint; on gs:// nothing else tells a whole one
 
 
 class Writing:
@@ -39,6 +41,21 @@ def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
     _quiet_threads()
     with full_disk_named(path.parent, _FULL), _layout(path):
         return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
+
+
+def is_whole(path: epath.Path) -> bool:
+    """Returns whether a folder with a checkpoint's name is whole: a local one gets that name only then."""
+    return is_local(path) or (path / _WHOLE).exists()
+
+
+def is_unfinished(path: epath.Path) -> bool:
+    """Returns whether a folder is a checkpoint that a killed run was writing, or `mark_unfinished` has marked."""
+    return path.name.endswith(_UNFINISHED) or (path.name.isdecimal() and not is_whole(path))
+
+
+def mark_unfinished(path: epath.Path) -> None:
+    """Turns a whole remote checkpoint into an unfinished one, in one step."""
+    (path / _WHOLE).unlink()
 
 
 def _layout(path: epath.Path) -> contextlib.AbstractContextManager[object]:
@@ -61,7 +78,7 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
     """
     _quiet_threads()
     abstract = jax.tree.map(_abstract, like)
-    with _silent("absl"), _silent("asyncio"), warnings.catch_warnings():
+    with silent("absl"), silent("asyncio"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             # One at a time: with several at once, orbax never awaits those after a damaged one, and Python warns.
@@ -79,17 +96,6 @@ def _first_cause(error: BaseException) -> str:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     text = " ".join(str(error).partition("[tensorstore_spec")[0].split()).strip(" '\"")
     return f"{text[:100]} ... {text[-100:]}" if len(text) > 210 else text or type(error).__name__
-
-
-@contextlib.contextmanager
-def _silent(logger_name: str) -> Iterator[None]:
-    log = logging.getLogger(logger_name)
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import checked_remote, expand_home
 from ldrld_jax.losses import METHODS
 
 
@@ -360,11 +360,11 @@ def coerce(value: Any) -> Any:
 
 
 def expanded(value: str, kind: Any) -> str:
-    """Expands ~ in a path; returns other text unchanged."""
-    kind = _without_none(kind)
-    if kind is Path:
-        return expand_home(value)
-    return ",".join(map(expand_home, value.split(","))) if kind is Paths else value
+    """Expands ~ in a path, and checks that a remote one can be opened; returns other text unchanged."""
+    if (kind := _without_none(kind)) not in (Path, Paths):
+        return value
+    paths = map(expand_home, value.split(",") if kind is Paths else [value])
+    return ",".join(map(checked_remote, paths))
 
 
 def check_value(key: str, value: Any, kind: Any) -> None:

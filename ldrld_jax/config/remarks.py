@@ -1,6 +1,5 @@
 """Warnings about a config: keys that its run does not read, a batch size without its learning rate."""
 
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +15,7 @@ from ldrld_jax.config.resolve import (
     teaches_from_file,
     teaches_itself,
 )
+from ldrld_jax.files import is_folder
 from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS
 
@@ -122,7 +122,7 @@ def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str
     elif on_host:
         kept, because = {"model", "min_top1"}, "the teacher runs on the host"
     elif config.teacher.checkpoint is not None:
-        runs = all(pathlib.Path(path).is_dir() for path in teacher_checkpoints(config))
+        runs = all(map(is_folder, teacher_checkpoints(config)))
         kept, because = _TRAINED | (set() if runs else _FED), "teacher.checkpoint names a trained teacher"
     elif config.teacher.epochs is None and config.teacher.model and has_weights(config):
         kept, because = _TRAINED | _FED | {"seed"}, "teacher.epochs is not set"

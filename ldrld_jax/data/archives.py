@@ -1,9 +1,9 @@
 """NumPy archives of images and labels, `data.name=arrays:FILE.npz`."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
+from etils import epath
 
 from ldrld_jax.data.given import as_source, named_classes
 from ldrld_jax.data.source import Source, check_count_from_0
@@ -23,7 +23,7 @@ def load_arrays(file: str, split: str) -> Source:
       UserError: if the file cannot be read, or lacks the arrays.
     """
     try:
-        with pathlib.Path(file).open("rb") as opened:
+        with epath.Path(file).open("rb") as opened:
             archive = np.load(opened, allow_pickle=False)
             images_of = (f"x_{split}", f"{split}_images")
             arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}

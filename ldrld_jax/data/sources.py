@@ -7,7 +7,7 @@ from ldrld_jax.data import decoded, folders, tfds_records
 from ldrld_jax.data.archives import load_arrays
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import check_remote, expand_home
 
 ARRAYS = "arrays:"
 
@@ -39,7 +39,8 @@ def open_source(
         command that prepares it.
     """
     if name.startswith(ARRAYS):
-        source = load_arrays(expand_home(name.removeprefix(ARRAYS)), split)
+        check_remote(file := expand_home(name.removeprefix(ARRAYS)))
+        source = load_arrays(file, split)
     elif is_code(name):
         source = as_source(call(name, split), title=f"{split} split of {name}", exif=exif)
     elif name == decoded.NAME:

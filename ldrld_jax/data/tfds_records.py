@@ -19,6 +19,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ldrld_jax.data import decoded, folders
 from ldrld_jax.data.digits import Digits
 from ldrld_jax.errors import UserError, reason, unknown
+from ldrld_jax.files import is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords,
     Raises:
       UserError: see `sources.open_source`.
     """
+    if data_dir is not None and not is_local(data_dir):
+        raise UserError(
+            f"the records of TFDS are read from a local disk, got data.data_dir={data_dir}. Copy {name} to a local "
+            "folder, or set data.name to image_folder or arrays:FILE.npz."
+        )
     builder = make_builder(name, data_dir)
     if name == "digits" and not _has_files(builder, ".array_record"):
         tfds.disable_progress_bar()

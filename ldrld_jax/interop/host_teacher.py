@@ -2,14 +2,16 @@
 
 import concurrent.futures
 import dataclasses
-import pathlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from ldrld_jax.errors import UserError, needs, one_line, reason
+from ldrld_jax.files import is_local
 
 Batch = dict[str, np.ndarray]
 
@@ -189,16 +191,19 @@ def _read(path: str) -> Any:
         if path.rstrip("/").endswith(".zarr"):
             import tensorstore
 
-            driver = "zarr3" if (pathlib.Path(path) / "zarr.json").exists() else "zarr"
-            spec = {"driver": driver, "kvstore": {"driver": "file", "path": path}}
+            driver = "zarr3" if (epath.Path(path) / "zarr.json").exists() else "zarr"
+            spec = {"driver": driver, "kvstore": {"driver": "file", "path": path} if is_local(path) else path}
             return tensorstore.open(spec, open=True, read=True).result().read().result()
         if path.endswith(".safetensors"):
             with needs(f"reading {path}", "export"):
-                from safetensors.numpy import load_file
+                from safetensors.numpy import load, load_file
 
-            (logits,) = load_file(path).values()
+            (logits,) = (load_file(path) if is_local(path) else load(epath.Path(path).read_bytes())).values()
             return logits
-        logits = np.load(path, mmap_mode="r", allow_pickle=False)
+        if is_local(path):
+            logits = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            logits = np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
         if not isinstance(logits, np.ndarray):
             logits.close()
             raise ValueError("it holds several arrays; save one as .npy")

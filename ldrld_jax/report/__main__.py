@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import check_remote, expand_home
 from ldrld_jax.record.console import printable, say
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     try:
         args.out, args.data_dir = (path and expand_home(path) for path in (args.out, args.data_dir))
         args.folders = list(map(expand_home, args.folders))
+        for folder in filter(None, (*args.folders, args.out)):
+            check_remote(folder)
     except UserError as error:
         parser.error(str(error))
     if args.watch is None:

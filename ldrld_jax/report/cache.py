@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from ldrld_jax.files import replace_text
+from ldrld_jax.files import absolute, replace_text
 
 _VERSION = 2  # of what is kept: version 1, which has less, is shown, and computed again where the run is at hand
 _KEYS = {"step", "features", "calibration", "embedding", "embedded", "teacher"}
@@ -42,5 +42,5 @@ def write(folder: str, out: epath.Path, analysis: dict[str, Any]) -> None:
 
 def _places(folder: str, out: epath.Path) -> tuple[epath.Path, epath.Path]:
     path = epath.Path(folder)
-    unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    unique = hashlib.sha256(str(absolute(path)).encode()).hexdigest()[:12]
     return path / "analysis.json", out / "analyses" / f"{path.name}-{unique}.json"

@@ -6,7 +6,8 @@ import tempfile
 import jax
 from etils import epath
 
-from ldrld_jax.files import expand_home, is_local
+from ldrld_jax.errors import UserError, reason
+from ldrld_jax.files import check_remote, expand_home, is_local
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -24,10 +25,13 @@ def keep_compiled(folder: str) -> None:
         return
     path = epath.Path(expand_home(folder))
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: cached programs are executed
-        if is_local(folder):
+        check_remote(path)
+        # Private, because cached programs are executed; a bucket has permissions of its own.
+        path.mkdir(mode=0o700 if is_local(path) else None, parents=True, exist_ok=True)
+        if is_local(path):
             tempfile.TemporaryFile(dir=path).close()  # an existing folder may not be writable
-    except OSError as error:
-        logger.warning("compiled programs are not kept, %s: %s. Set compile_cache.", error.strerror or error, path)
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        logger.warning("compiled programs are not kept, %s: %s. Set compile_cache.", why, path)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from ldrld_jax.errors import UserError, os_error
-from ldrld_jax.files import check_writable, expand_home, is_local, split_argument
+from ldrld_jax.files import check_remote, check_writable, expand_home, is_local, split_argument
 from ldrld_jax.main import fail, overrides_in, split_overrides
 from ldrld_jax.record.console import say
 from ldrld_jax.report import collect
@@ -165,6 +165,7 @@ def _again(args: argparse.Namespace, overrides: list[str]) -> list[str]:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     """Runs the missing jobs, or prints their commands or a script for Slurm; returns the exit status."""
+    check_remote(args.workdir)
     workdir = epath.Path(args.workdir)
     jobs = jobs_of(args, overrides)
     for job in jobs:

@@ -17,7 +17,7 @@ from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import expand_home
+from ldrld_jax.files import check_remote, expand_home, is_folder
 from ldrld_jax.identity import is_object
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
@@ -160,6 +160,8 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         config.teacher.model = _entered(teacher, models)
         return None
     paths = [expand_home(str(one)) for one in teacher if isinstance(one, str | pathlib.PurePath)]
+    for path in paths:
+        check_remote(path)
     if paths and len(paths) < len(teacher):
         raise UserError("several teachers are all paths or all models, got both. Load the paths as models first.")
     if not paths:
@@ -173,7 +175,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
         return None
     if paths[0].rstrip("/").endswith(_LOGITS):
         _name_teacher(config, "logits")
-    elif all(pathlib.Path(path).is_dir() for path in paths):
+    elif all(map(is_folder, paths)):
         _name_teacher(config, ",".join(map(_trained_model, paths)))
     elif missing := [path for path in paths if not ("://" in path or pathlib.Path(path.partition("::")[0]).exists())]:
         raise unknown("model, file or folder for the teacher:", missing[0], MODELS)
@@ -258,7 +260,8 @@ def _set_data(
                 f"{type(evaluation).__name__}."
             )
         train = expand_home(str(train))
-        if pathlib.Path(train).is_dir():
+        check_remote(train)
+        if is_folder(train):
             if config.data.name == default().data.name:
                 config.data.name = "image_folder"
             config.data.data_dir = str(train)

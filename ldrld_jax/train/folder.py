@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import check_writable, replace_text
+from ldrld_jax.files import check_writable, is_local, replace_text
 from ldrld_jax.identity import differences, identity, is_object
 from ldrld_jax.interop import hub
 from ldrld_jax.record.console import TABLE_NAMES, TABLE_NUMBERS
@@ -168,6 +168,12 @@ def pinned(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     return pinned
 
 
+def _files_below(folder: epath.Path) -> Iterable[Any]:
+    if is_local(folder):
+        return (file for file in pathlib.Path(folder).rglob("*") if file.is_file())
+    return (file for each in folder.iterdir() for file in (_files_below(each) if each.is_dir() else [each]))
+
+
 def _digest(path: str) -> str | None:
     """Returns a digest of the weights of a run's best checkpoint, a file or a zarr array; None if there is nothing."""
     name, _, member = path.partition("::")
@@ -177,7 +183,7 @@ def _digest(path: str) -> str | None:
     if not place.is_dir():
         return hashlib.sha256(place.read_bytes() + member.encode()).hexdigest()[:32]
     if place.suffix == ".zarr":
-        files = sorted(file for file in pathlib.Path(place).rglob("*") if file.is_file())
+        files = sorted(_files_below(place))
         parts = {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     checkpoints = Checkpoints(place / "checkpoints")

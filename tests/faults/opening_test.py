@@ -37,8 +37,8 @@ def test_a_warning_is_said_in_the_summary_and_in_the_report(on_folder, folder, t
     shutil.rmtree(folder / "val/dog")
     trainer.train(on_folder("loss.kd.temperature=2.", "loss_weight.dkd=2."), tmp_path / "run", file="configs/digits.py")
     expected = [
-        "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64, and batch_size=8 here: the usual rule "
-        "is 0.125 times it",
+        "optim.learning_rate=0.05 of configs/digits.py is meant for batch_size=64, but batch_size=8: linear scaling "
+        "gives 0.125 times that rate",
         "loss.kd.temperature is set but has no effect, because method=ce",
         "loss_weight.dkd is set but has no effect, because method=ce",
         "1 of 3 classes have no image to evaluate on: dog",
@@ -168,8 +168,8 @@ def test_a_warmup_as_long_as_the_run_is_said(tiny, tmp_path):
 def test_a_batch_size_without_its_learning_rate_is_said():
     path = "configs/digits.py"
     (line,) = config_lib.remarks(config_lib.load(path, ["batch_size=256"]), path)
-    assert "optim.learning_rate=0.05 of configs/digits.py is for its batches of 64" in line
-    assert line.endswith("batch_size=256 here: the usual rule is 4 times it")
+    assert "optim.learning_rate=0.05 of configs/digits.py is meant for batch_size=64" in line
+    assert line.endswith("but batch_size=256: linear scaling gives 4 times that rate")
     for flags in ([], ["batch_size=256", "optim.learning_rate=.2"], ["optim.learning_rate=.2"]):
         assert config_lib.remarks(config_lib.load(path, flags), path) == []
 

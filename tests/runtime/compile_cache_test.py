@@ -1,5 +1,7 @@
 """Compiled programs on disk: where they lie, and that a closed folder stops nothing."""
 
+import sys
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -46,4 +48,17 @@ def test_a_folder_that_cannot_be_written_is_one_warning(nowhere, tmp_path, caplo
 
 def test_nothing_is_kept_if_the_folder_is_empty(nowhere):
     keep_compiled("")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_programs_are_kept_in_a_bucket_which_takes_no_permissions(nowhere, bucket):
+    keep_compiled("gs://bucket/programs")
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/programs"
+
+
+def test_a_bucket_that_cannot_be_opened_is_one_warning(nowhere, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    keep_compiled("gs://bucket/programs")
+    (message,) = caplog.messages
+    assert message.startswith("compiled programs are not kept, gs://bucket/programs is on Google Cloud Storage, and")
     assert jax.config.jax_compilation_cache_dir is None

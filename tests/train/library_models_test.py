@@ -183,7 +183,7 @@ WRONG = {
     ),
     "a checkpoint of an object": (
         dict(student=Flat(), config={"student.checkpoint": "/nowhere.pth"}),
-        r"^/nowhere\.pth is not the workdir of a run, from which alone the object <Flat> can get weights",
+        r"^/nowhere\.pth is not a run's workdir, and weights for the object <Flat> are read only from a workdir",
     ),
     "whole numbers to train": (
         dict(student=Counted()),
