@@ -15,6 +15,7 @@ from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import at_labels, classification
 from tests.conftest import AS_USERS
 from tests.losses import ldrld_reference
+from tests.losses.rows import given, lead
 
 LARGEST_FIRST, OTHER = [9.0, 5.0, 4.0, 1.0, 0.0], [3.0, -3.0, 1.0, 0.0]
 
@@ -81,15 +82,14 @@ def test_a_teacher_of_nan_agrees_with_nobody():
 def test_a_weight_that_is_none_is_refused_and_under_jit_not_taken_for_an_empty_mask(name, weight):
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
-    lead = (2, 4) if method.views(cfg) == 2 else (4,)
-    rows = rng.normal(size=(2, *lead, 12)).astype(np.float32)
-    labels, weights = np.broadcast_to(np.arange(4), lead), np.ones(lead, np.float32)
-    params = jnp.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
-    weights[..., 3] = weight
-    loss = lambda *rows, **given: method.loss(*rows, labels, cfg, params=params, **given)  # noqa: E731
+    shape = lead(method, cfg, 4)
+    rows = rng.normal(size=(2, *shape, 12)).astype(np.float32)
+    labels, weights, params = np.broadcast_to(np.arange(4), shape), np.ones(shape, np.float32), given(method, cfg, 12)
+    weights[(0,) * (len(shape) - 1) + (3,)] = weight  # of two views one: their mean may be a weight
+    loss = lambda *rows, **rest: method.loss(*rows, labels, cfg, params=params, **rest)  # noqa: E731
     with pytest.raises(ValueError, match=r"^weights must be finite and not negative, got (nan|-1\.0|inf)\. Leave"):
         loss(*rows, weights=weights)
-    where = np.broadcast_to(np.arange(4) < 3, lead)
+    where = np.broadcast_to(np.arange(4) < 3, shape)
     np.testing.assert_allclose(loss(*rows, weights=weights, where=where), loss(*rows, where=where), rtol=1e-6)
     if np.isnan(weight):
         assert np.isnan(jax.jit(loss)(*rows, weights=weights))
