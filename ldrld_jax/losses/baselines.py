@@ -226,9 +226,9 @@ def ctkd_terms(
 
 def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
     """Computes KL(norm(p_t^gamma) || p_s) and the log of the normaliser, log sum p_t^gamma; both `[...]`."""
-    power = gamma * jax.nn.log_softmax(teacher)
+    power = gamma * numerics.log_softmax(teacher, 1.0)
     log_mass = jax.nn.logsumexp(power, axis=-1, keepdims=True)
-    return numerics.divergence(power - log_mass, jax.nn.log_softmax(student)), log_mass[..., 0]
+    return numerics.divergence(power - log_mass, numerics.log_softmax(student, 1.0)), log_mass[..., 0]
 
 
 def ttm_terms(

@@ -171,7 +171,7 @@ def dkd_terms(
     else:
         non_target = divergence(log_p, log_q, ~target)
     return {
-        "target": cfg.alpha * scale * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
+        "target": cfg.alpha * scale * _binary_kl(pick(log_p, target), pick(log_q, target)),
         "non_target": cfg.beta * scale * non_target,
     }
 
@@ -329,6 +329,12 @@ def rld_terms(
     below = ~target & (teacher < own[..., None])
     masked = kl(teacher, student, cfg.temperature, below)
     return {
-        "confidence": cfg.alpha * cfg.alpha_temperature**2 * bernoulli_kl(confidence, student_odds),
+        "confidence": cfg.alpha * cfg.alpha_temperature**2 * _binary_kl(confidence, student_odds),
         "masked": cfg.beta * cfg.temperature**2 * masked,
     }
+
+
+def _binary_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
+    """Computes `bernoulli_kl` of log-odds, cut off where their difference would overflow."""
+    limit = jnp.finfo(student_odds.dtype).max / 2
+    return bernoulli_kl(*(jnp.clip(odds, -limit, limit) for odds in (teacher_odds, student_odds)))

@@ -145,13 +145,42 @@ def test_close_logits_keep_their_differences_however_large_they_are(name, schedu
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "wsld", "abkd", "bild", "topk_tail", "dist"])
-def test_rows_whose_spread_no_float32_holds_are_no_nan(name):
-    """The differences overflow, where the probabilities are 0 and 1."""
-    method, row = METHODS[name], np.array([[3e38, -3e38, 0, 1]], np.float32)
-    cfg = {"bild": lambda: BiLDConfig(top_k=3), "dist": lambda: METHODS["dist"].config(temperature=4.0)}
-    loss = jax.jit(functools.partial(method.loss, labels=np.array([0]), cfg=cfg.get(name, method.config)()))
-    assert np.isfinite(loss(row, row))
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_whose_spread_no_float32_holds_are_no_nan_and_have_gradients_where_the_loss_is_finite(name):
+    """The differences overflow, where the probabilities are 0 and 1; a loss that overflows itself is infinite."""
+    method = METHODS[name]
+    cfg = method.config(**{"bild": dict(top_k=3), "ldrld": dict(depth=3)}.get(name, {}))
+    student, params = np.array([[3e38, -3e38, 0, 1], [1, 2, 0, -1]], np.float32), given(method, cfg, 4)
+
+    @jax.jit
+    def loss_and_gradient(student, teacher, labels):
+        def loss(student):
+            rows = [jnp.broadcast_to(x, lead(method, cfg, 2) + x.shape[1:]) for x in (teacher, student, labels)]
+            return method.loss(*rows, cfg, params=params)
+
+        return jax.value_and_grad(loss)(student)
+
+    same = np.float32(0.9) * student
+    for label in (0, 1):
+        labels = np.array([label, 0])
+        loss, gradient = loss_and_gradient(student, same, labels)
+        if name == "sld" and label == 1:  # it learns the swapped logits, and they are 6e38 apart
+            assert loss == np.inf
+        else:
+            assert np.isfinite(loss) and np.all(np.isfinite(gradient))
+        assert not np.isnan(loss_and_gradient(student, same[:, ::-1], labels)[0])
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "mlkd", "wsld"])
+def test_a_students_class_masked_by_float32s_minimum_has_its_whole_gradient(name):
+    method, cfg = METHODS[name], METHODS[name].config()
+    gradient = jax.jit(jax.grad(lambda z, teacher: method.loss(teacher, z, np.array([0]), cfg)))
+    teacher, row = np.array([[1.0, 0.0, 2.0, 0.5]], np.float32), [1.0, 3.0, 0.0]
+    of_minimum, of_less = (
+        gradient(np.array([[*row, fill]], np.float32), teacher) for fill in (np.finfo(np.float32).min, -1e30)
+    )
+    np.testing.assert_allclose(of_minimum, of_less, rtol=1e-6)
+    assert abs(of_less[0, 3]) > 1e-2
 
 
 def test_types_of_a_config_may_be_text():
