@@ -93,10 +93,12 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     # without the mean's multiplication contracted into the subtraction, and equal logits would differ. It contracts
     # nothing that is rounded after the multiplication.
     float_type = jnp.finfo(logits.dtype)
+    scale = numerics.down_scale(logits)
+    logits = scale * logits
     mean = jax.lax.reduce_precision(jnp.mean(logits, axis=-1, keepdims=True), float_type.nexp, float_type.nmant - 1)
     centred = logits - mean
     variance = jnp.sum(centred**2, axis=-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
-    return centred / (numerics.sqrt(variance) + 1e-7)
+    return centred / (numerics.sqrt(variance) + 1e-7 * scale)
 
 
 def kd_terms(

@@ -122,6 +122,7 @@ def _direction_distances(
 
     A row of weight w acts as w equal rows: its entries carry sqrt(w) in D_i and in the covariance.
     """
+    teacher, student = (numerics.down_scale(z) * z for z in (teacher, student))
     of_teacher, of_student = (z / jnp.maximum(_norm(z), 1e-12) for z in (teacher, student))
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     # A A' - B B' = ((A - B)(A + B)' + its transpose) / 2 avoids subtracting large numbers if A is near B.

@@ -83,6 +83,19 @@ def _difference(logits: jax.Array, peak: jax.Array) -> jax.Array:
     return jnp.where(difference < lowest, lowest, difference)
 
 
+def down_scale(logits: jax.Array) -> jax.Array:
+    """Returns a factor for each row, `[..., 1]`: 1, or a power of two where squares of the logits could overflow.
+
+    Multiplied by it, a row keeps its direction and its digits. A factor below 1 makes the largest about 2^40 (2^488 in
+    float64).
+    """
+    half = jnp.finfo(logits.dtype).maxexp // 2
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))
+    _, exponent = jnp.frexp(largest)
+    one = jnp.ones_like(largest)
+    return jnp.where(largest > 2.0 ** (half - 14), jnp.ldexp(one, half - 24 - exponent), one)
+
+
 def log_softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
     """Computes the log-softmax of z / T, `[..., C]`."""
     distances = below_largest(logits, temperature)

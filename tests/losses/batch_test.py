@@ -114,6 +114,17 @@ def test_skds_directions_do_not_depend_on_a_rows_scale(rng, x64):
     assert one == 0 and not np.any(slope)
 
 
+def test_skds_directions_of_logits_whose_squares_overflow_are_those_of_smaller_ones(rng):
+    teacher, student = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    method, cfg, labels = METHODS["skd"], SKDConfig(kl_weight=0), np.zeros(6, int)
+    want, slope = loss_and_gradient(method, cfg, teacher, student, labels)
+    for factor in (np.float32(2.0**90), np.float32(2.0**70)):
+        loss, gradient = loss_and_gradient(method, cfg, factor * teacher, factor * student, labels)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        np.testing.assert_allclose(gradient * factor, slope, rtol=1e-4, atol=1e-5 * np.max(np.abs(slope)))
+    assert want > 0.01
+
+
 def test_a_student_of_zeros_has_a_finite_gradient(rng):
     teacher = rng.normal(size=(4, 6)).astype(np.float32)
     loss, gradient = loss_and_gradient(METHODS["skd"], SKDConfig(), teacher, 0 * teacher, np.zeros(4, int))

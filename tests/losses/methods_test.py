@@ -283,6 +283,16 @@ def test_standardized_logits_have_mean_0_and_deviation_1(rng, x64):
     assert standardize_logits(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_logits_whose_squares_overflow_are_standardized_as_smaller_ones(rng):
+    z = rng.normal(size=(4, 6)).astype(np.float32)
+    want = standardize_logits(jnp.asarray(z))
+    for factor in (2.0**40, 2.0**64, 2.0**125):
+        found, pull = jax.vjp(standardize_logits, jnp.asarray(z * np.float32(factor)))
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+        assert np.all(np.isfinite(pull(jnp.asarray(z))[0]))
+    assert not np.any(standardize_logits(jnp.full((1, 4), 2.0**127)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_standardisation_composes_with_every_method(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
