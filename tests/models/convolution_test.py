@@ -64,13 +64,42 @@ def test_rows_set_apart_and_a_product_give_the_same_convolution_and_gradients(sh
 @pytest.mark.parametrize("shape", SHAPES[::3] + SHAPES[-2:])
 def test_what_the_models_call_agrees_with_lax_in_every_dtype(shape, dtype, rng):
     options = dict(dimension_numbers=NHWC, feature_group_count=shape[-1])
-    ours, theirs = (functools.partial(f, **options) for f in (conv_general_dilated, jax.lax.conv_general_dilated))
-    assert_equal(both_ways(ours, theirs, shape, rng, dtype), {"float32": 1e-5, "bfloat16": 0}[dtype])
+    functions = [functools.partial(f, **options) for f in (conv_general_dilated, jax.lax.conv_general_dilated)]
+    assert_equal(*in_each_way(functions, shape, rng, dtype), {"float32": 1e-5, "bfloat16": 0}[dtype])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rhs_dilation=(2, 2)),
+        dict(lhs_dilation=(1, 2)),
+        dict(precision=jax.lax.Precision.HIGHEST),
+        dict(preferred_element_type=jnp.float64),
+        dict(batch_group_count=2),
+        dict(padding="SAME"),
+        dict(dimension_numbers=("NHWC", "HWOI", "NHWC")),
+        dict(dimension_numbers=None),
+    ],
+    ids=str,
+)
+def test_what_is_asked_beyond_a_convolution_of_images_is_left_to_lax(options, x64):
+    options = dict(padding=((7, 7), (7, 7)), dimension_numbers=NHWC) | options
+    x, kernel = (jnp.zeros((n, 8, 8, 8), jnp.float32) for n in (4, 8))  # in any layout
+
+    def asked(function):
+        jaxpr = jax.make_jaxpr(lambda x, kernel: function(x, kernel, (1, 1), **options))(x, kernel)
+        return [str(eqn.params) for eqn in jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+
+    assert len(asked(jax.lax.conv_general_dilated)) == 1
+    assert asked(conv_general_dilated) == asked(jax.lax.conv_general_dilated)
 
 
 def test_the_models_call_it():
-    layer = nnx.eval_shape(lambda: conv(8, 8, 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    """With options that leave its own program."""
+    layer = conv(8, 8, 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     assert layer.conv_general_dilated is conv_general_dilated
+    calls = [eqn.primitive.name for eqn in jax.make_jaxpr(layer)(jnp.zeros((2, 6, 6, 8))).eqns]
+    assert "custom_vjp_call" in calls and "conv_general_dilated" not in calls
 
 
 def gradient_of(function):
