@@ -120,9 +120,12 @@ def dkd_terms(
     other classes it is.
 
     With `top_k` (DeepKD), q is over the teacher's K largest classes without y. Ties go to the lower class.
-    If K = 1 and y is the largest, no class is left and the part is 0. With `entropy_weighting` (EA-DKD),
-    each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2`, which carries no gradient. H are the
-    entropies of the softmaxes at the entropy temperature, of the standardised logits under `standardize`.
+    If K = 1 and y is the largest, no class is left and the part is 0. This is flag 1 of the published code; its
+    default, flag 0, multiplies the second part's mean by a mean over the batch, and is left out.
+
+    With `entropy_weighting` (EA-DKD), each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2`, which
+    carries no gradient. H are the entropies of the softmaxes at the entropy temperature, of the standardised logits
+    under `standardize`.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
