@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldrld_jax.models.convolution import _convolution, conv_general_dilated, plain, product, spread
 from ldrld_jax.models.layers import conv
 from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
+from tests.collectives import transfers
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Height, width, channels, features, kernel, stride, groups.
@@ -33,8 +34,8 @@ SHAPES = [
 ]
 
 
-def both_ways(ours, theirs, shape, rng, dtype):
-    """Output and gradients of the two functions at one shape."""
+def in_each_way(functions, shape, rng, dtype):
+    """Output and gradients of some functions at one shape, by one program."""
     height, width, channels, features, kernel, stride, groups = shape
     x = jnp.asarray(rng.standard_normal((3, height, width, channels)), dtype)
     w = jnp.asarray(rng.standard_normal((kernel, kernel, channels // groups, features)), dtype)
@@ -44,20 +45,20 @@ def both_ways(ours, theirs, shape, rng, dtype):
         y, pull = jax.vjp(lambda x, w: function(x, w, *at), x, w)
         return y, *pull(jnp.cos(y))
 
-    return jax.jit(lambda: (results(ours), results(theirs)))()
+    return jax.jit(lambda: [results(function) for function in functions])()
 
 
-def assert_equal(pair, tolerance):
-    for ours, theirs in zip(*pair, strict=True):
+def assert_equal(found, expected, tolerance):
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert jnp.abs(ours - theirs).max() <= tolerance * jnp.abs(theirs).max()
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1] == 1])
 def test_rows_set_apart_and_a_product_give_the_same_convolution_and_gradients(shape, rng, x64):
-    assert_equal(both_ways(spread, plain, shape, rng, jnp.float64), 1e-12)
-    assert_equal(both_ways(product, plain, shape, rng, jnp.float64), 1e-12)
-    assert_equal(both_ways(_convolution, plain, shape, rng, jnp.float64), 1e-12)
+    expected, *found = in_each_way((plain, spread, product, _convolution), shape, rng, jnp.float64)
+    for results in found:
+        assert_equal(results, expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -192,9 +193,6 @@ def test_of_a_split_batch_the_gradient_is_all_reduced_and_nothing_else_travels(r
         in_shardings=(whole, batch_sharding(mesh)),
         out_shardings=(whole, batch_sharding(mesh)),
     )
-    compiled = step.lower(kernel, x).compile().as_text()
-    collectives = r"= (\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    assert [kind for _, kind in re.findall(collectives, compiled)] == ["all-reduce"]
-    assert re.findall(collectives, compiled)[0][0].startswith("f32[3,3,8,8]")
+    assert transfers(step.lower(kernel, x).compile()) == [("all-reduce", [(3, 3, 8, 8)])]
     for result, theirs in zip(step(kernel, x), gradient_of(plain)(kernel, x), strict=True):
         np.testing.assert_allclose(result, theirs, rtol=1e-4, atol=1e-4)
