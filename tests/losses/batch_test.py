@@ -1,9 +1,6 @@
 """skd and luminet see the whole batch, however it is split, and are finite where the published code is not."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -45,8 +42,8 @@ def value_and_gradient(method, cfg, **how):
 @pytest.mark.parametrize("name", WHOLE_BATCH)
 def test_under_jit_over_eight_devices_the_batch_is_the_global_one(name, rng, x64, mesh):
     teacher, student, labels, where, weights = batch(rng)
-    function = jax.jit(value_and_grad := value_and_gradient(METHODS[name], WHOLE_BATCH[name]))
-    want, want_gradient = value_and_grad(student, teacher, labels, where, weights)
+    function = jax.jit(value_and_gradient(METHODS[name], WHOLE_BATCH[name]))
+    want, want_gradient = function(student, teacher, labels, where, weights)
     rows = NamedSharding(mesh, P("data"))
     found, gradient = function(*jax.device_put((student, teacher, labels, where, weights), rows))
     np.testing.assert_allclose(found, want, rtol=1e-12)
@@ -94,8 +91,8 @@ def test_the_factors_of_skds_masks_are_shares_up_to_the_median(rng, x64, rows):
     teacher, student = 2 * rng.normal(size=(2, rows + 2, 6))
     teacher[2, ::-1] = teacher[1]
     where = np.arange(rows + 2) < rows
-    parts = functools.partial(skd_parts, jnp.asarray(teacher), jnp.asarray(student), where=where)
-    plain, masked = parts(SKDConfig()), parts(SKDConfig(batch_masks=True))
+    configs = SKDConfig(), SKDConfig(batch_masks=True)
+    plain, masked = jax.jit(lambda *rows: [skd_parts(*rows, cfg, where=where) for cfg in configs])(teacher, student)
     p = np.exp(teacher[where]) / np.sum(np.exp(teacher[where]), axis=-1, keepdims=True)
     sure, classes = np.max(p, axis=-1), np.sum(p, axis=0)
     np.testing.assert_allclose(masked["kl"] / plain["kl"], np.mean(sure <= np.median(sure)), rtol=1e-12)

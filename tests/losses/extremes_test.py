@@ -119,29 +119,34 @@ def test_a_users_loss_is_computed_and_averaged_in_float32(dtype, strict_dtypes):
 OFFSET_BY_ROW = sorted(set(METHODS) - {"luminet"})
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("name", OFFSET_BY_ROW)
-def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
-    """Compares at T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+@functools.cache
+def with_offsets(name):
+    """A loss of rows with a large common offset, `loss(teacher, student, temperature=None)`, the rows, its gradient."""
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
     if hasattr(cfg, "temperature"):
         cfg = dataclasses.replace(cfg, temperature=3.0)
-    elif scheduled:
-        pytest.skip(f"{name} has no temperature")
-    lead = (2, 4) if method.views(cfg) == 2 else (4,)
-    rows = (rng.normal(size=(2, *lead, 12)) + 1e5 * rng.normal(size=(2, *lead, 1))).astype(np.float32)
-    labels = np.broadcast_to(np.arange(4), lead)
-    params = np.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
+    shape = lead(method, cfg, 4)
+    rows = (rng.normal(size=(2, *shape, 12)) + 1e5 * rng.normal(size=(2, *shape, 1))).astype(np.float32)
+    labels, params = np.broadcast_to(np.arange(4), shape), given(method, cfg, 12)
 
-    def loss(teacher, student, temperature):
-        used = with_values(cfg, {"temperature": temperature}) if scheduled else cfg
+    def loss(teacher, student, temperature=None):
+        used = cfg if temperature is None else with_values(cfg, {"temperature": temperature})
         return method.loss(teacher, student, labels, used, params=params)
 
-    gradient = jax.jit(jax.grad(loss, 1))
-    found = gradient.lower(*rows, np.float32(3)).compile(compiler_options=AS_USERS)(*rows, np.float32(3))
     with jax.enable_x64(True):
-        expected = gradient(*rows.astype(np.float64), np.float64(3))
+        return loss, rows, jax.jit(jax.grad(loss, 1))(*rows.astype(np.float64))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("name", OFFSET_BY_ROW)
+def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
+    """Compares at T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+    if scheduled and not hasattr(METHODS[name].config(), "temperature"):
+        pytest.skip(f"{name} has no temperature")
+    loss, rows, expected = with_offsets(name)
+    arguments = (*rows, np.float32(3)) if scheduled else tuple(rows)
+    found = jax.jit(jax.grad(loss, 1)).lower(*arguments).compile(compiler_options=AS_USERS)(*arguments)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 

@@ -59,9 +59,16 @@ def compiled(method, cfg, as_users=False):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=AS_USERS if as_users else None)
 
 
-def evaluate(name, teacher, student, labels, transform=lambda method: method, as_users=False, **rows):
+@functools.cache
+def of_standard_logits(name):
+    """`standardized` of a method, made once so that its programs are compiled once."""
+    return standardized(METHODS[name])
+
+
+def evaluate(name, teacher, student, labels, standard=False, as_users=False, **rows):
     """The default loss and its gradients with respect to the student and the teacher; compiled once a shape."""
-    value, gradients = compiled(transform(METHODS[name]), default(name), as_users)(student, teacher, labels, rows)
+    method = of_standard_logits(name) if standard else METHODS[name]
+    value, gradients = compiled(method, default(name), as_users)(student, teacher, labels, rows)
     return value, *gradients
 
 
@@ -297,10 +304,10 @@ def test_logits_whose_squares_overflow_are_standardized_as_smaller_ones(rng):
 def test_standardisation_composes_with_every_method(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
     z = lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-7)  # noqa: E731
-    value, gradient, of_teacher = evaluate(name, teacher, student, labels, transform=standardized)
+    value, gradient, of_teacher = evaluate(name, teacher, student, labels, standard=True)
     want, _, _ = evaluate(name, z(teacher), z(student), labels)
     np.testing.assert_allclose(value, want, rtol=1e-12)
-    affine, _, _ = evaluate(name, 3 * teacher + 1, 0.2 * student - 5, labels, transform=standardized)
+    affine, _, _ = evaluate(name, 3 * teacher + 1, 0.2 * student - 5, labels, standard=True)
     np.testing.assert_allclose(affine, value, rtol=1e-5)  # up to the 1e-7 in the denominator
     assert abs(value - evaluate(name, teacher, student, labels)[0]) > 1e-3 * value
     along = np.sum(gradient * student, axis=-1)  # the loss does not depend on the scale
@@ -310,8 +317,8 @@ def test_standardisation_composes_with_every_method(name, rng, x64):
 @pytest.mark.parametrize("name", ["dist", "rld"])  # one of either kind: the transform is the same before all
 def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
     arrays = batch(rng, 4)
-    want, want_gradient, _ = evaluate(name, *arrays, transform=standardized)
-    value, gradient, _ = evaluate(name, *six_of_four(*arrays), transform=standardized, where=KEPT, weights=ONES)
+    want, want_gradient, _ = evaluate(name, *arrays, standard=True)
+    value, gradient, _ = evaluate(name, *six_of_four(*arrays), standard=True, where=KEPT, weights=ONES)
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(gradient[KEPT], want_gradient, rtol=1e-9, atol=1e-14)
     assert not np.any(gradient[~KEPT])
@@ -321,7 +328,7 @@ def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
 def test_the_standardize_field_is_the_transform(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
     with_field, _ = compiled(METHODS[name], METHODS[name].config(standardize=True))(student, teacher, labels, {})
-    want, _, _ = evaluate(name, teacher, student, labels, transform=standardized)
+    want, _, _ = evaluate(name, teacher, student, labels, standard=True)
     np.testing.assert_allclose(with_field, want, rtol=1e-12)
     assert abs(with_field - evaluate(name, teacher, student, labels)[0]) > 1e-3
 
