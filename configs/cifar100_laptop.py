@@ -10,7 +10,12 @@ All seeds use the same crops (`data.augment_seed`), so that their runs can share
 `teacher.checkpoint` the teacher is trained first, on all images.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
+
+_FULL = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar100.py")))["get_config"]
 
 
 def get_config(pair: str = "resnet20-resnet8") -> ConfigDict:
@@ -33,7 +38,7 @@ def get_config(pair: str = "resnet20-resnet8") -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            "learning_rate": 0.05,
+            "learning_rate": _FULL(pair).optim.learning_rate,  # it depends on the student
             "weight_decay": 5e-4,
             "decay_epochs": (9, 11, 13),
             "warmup": "linear",

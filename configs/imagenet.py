@@ -7,9 +7,14 @@ python -m ldrld_jax.main --config configs/imagenet.py:imagenet_resnet50-imagenet
 
 published  ResNet34 (73.31) -> ResNet18 (69.76): LDRLD 71.88 (ICCV 2025), DKD 71.70, KD 70.66 to 71.37
            ResNet50 (76.13) -> MobileNetV1: LDRLD 73.12 (ICCV 2025), DKD 72.05, KD 70.50
-           with T 1, weights of .5 and .5 for KD, beta .5 (MobileNetV1: 2) and a warm-up of 1 epoch for DKD. Set
-           loss.kd.temperature=1 ce_weight=.5 kd_weight=.5 for KD,
-           loss.dkd.temperature=1 loss.dkd.beta=.5 kd_warmup_epochs=1 for DKD.
+           with T 1, weights of .5 and .5 for KD, beta .5 (MobileNetV1: 2) and a warm-up of 1 epoch for DKD and RLD.
+           The methods' defaults are CIFAR-100's; the published ImageNet settings are
+           KD    loss.kd.temperature=1 ce_weight=.5 kd_weight=.5
+           DKD   loss.dkd.temperature=1 loss.dkd.beta=.5 kd_warmup_epochs=1
+           RLD   loss.rld.temperature=1 loss.rld.beta=.5 kd_warmup_epochs=1
+           NKD   loss.nkd.temperature=1 loss.nkd.gamma=1.5
+           WSLD  loss.wsld.temperature=2 loss.wsld.alpha=2.5
+           DIST  loss.dist.temperature=1
 ours       not yet run; alpha and beta are CIFAR-100's, since none are published for ImageNet
 time       not yet measured
 The 100-epoch recipe of torchvision's and the distillation papers' ResNets. The teacher is torchvision's

@@ -27,6 +27,8 @@ PROTOCOLS = {
 def runs(epochs: int, no_store: dict) -> list[dict]:
     """Returns the methods with their published weights, and what depends on the epoch scaled from 240 epochs.
 
+    ctkd's ramp over 10 epochs is not scaled: no key sets it.
+
     Args:
       epochs: of a run.
       no_store: what methods need that compare two views, or take the teacher's last layer.

@@ -1,4 +1,4 @@
-"""Means that add up, top-k by its definition, and a metrics file that survives being torn."""
+"""Means that add up, top-k by its definition, and a step's metrics as one array."""
 
 import jax
 import jax.numpy as jnp

@@ -82,11 +82,12 @@ def abkd_terms(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _of_class(log_p: jax.Array, log_q: jax.Array, alpha: float, beta: float) -> jax.Array:
     """Computes the summand of each class, elementwise; differentiable in log_q only."""
+    log_p, log_q = (_bounded(z, alpha + beta) for z in (log_p, log_q))
     ratio, total = log_q - log_p, alpha + beta
     if total == 0:
         return ratio**2 / 2
     teacher, mixed, student = total * log_p, alpha * log_p + beta * log_q, total * log_q
-    far = ratio * (_secant(mixed, student) - _secant(teacher, mixed)) / total
+    far = (_secant(mixed, student, ratio) - _secant(teacher, mixed, ratio)) / total
     # If the three exponents are close, so are the two secants, and their difference cancels: use the power
     # series. Its coefficients are the complete homogeneous polynomials of the nodes 0, beta / total and 1.
     near = jnp.zeros_like(ratio)
@@ -98,14 +99,22 @@ def _of_class(log_p: jax.Array, log_q: jax.Array, alpha: float, beta: float) -> 
 
 @_of_class.defjvp
 def _(alpha, beta, primals, tangents):
-    log_p, log_q = primals
-    slope = (log_q - log_p) * _secant(alpha * log_p + beta * log_q, (alpha + beta) * log_q)
+    log_p, log_q = (_bounded(z, alpha + beta) for z in primals)
+    slope = _secant(alpha * log_p + beta * log_q, (alpha + beta) * log_q, log_q - log_p)
     return _of_class(log_p, log_q, alpha, beta), slope * tangents[1]
 
 
-def _secant(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Computes (exp(a) - exp(b)) / (a - b) for exponents <= 0, elementwise; exp(a) where a equals b."""
+def _bounded(log_p: jax.Array, power: float) -> jax.Array:
+    """Raises logarithms whose product with `power` would overflow, as of a class masked by the dtype's minimum."""
+    return jnp.maximum(log_p, float(jnp.finfo(log_p.dtype).min) / (1 + power))
+
+
+def _secant(a: jax.Array, b: jax.Array, factor: jax.Array) -> jax.Array:
+    """Computes factor * (exp(a) - exp(b)) / (a - b) for exponents <= 0, elementwise; factor * exp(a) where a equals b.
+
+    The factor is a multiple of a - b. Their quotient comes first: 1 / (a - b) alone underflows for a masked class.
+    """
     gap = jnp.abs(a - b)
     apart = gap > 0
     gap = jnp.where(apart, gap, 1.0)
-    return jnp.exp(jnp.maximum(a, b)) * jnp.where(apart, -jnp.expm1(-gap) / gap, 1.0)
+    return jnp.exp(jnp.maximum(a, b)) * jnp.where(apart, -jnp.expm1(-gap) * (factor / gap), factor)

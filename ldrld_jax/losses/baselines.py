@@ -93,10 +93,12 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     # without the mean's multiplication contracted into the subtraction, and equal logits would differ. It contracts
     # nothing that is rounded after the multiplication.
     float_type = jnp.finfo(logits.dtype)
+    scale = numerics.down_scale(logits)
+    logits = scale * logits
     mean = jax.lax.reduce_precision(jnp.mean(logits, axis=-1, keepdims=True), float_type.nexp, float_type.nmant - 1)
     centred = logits - mean
     variance = jnp.sum(centred**2, axis=-1, keepdims=True) / max(logits.shape[-1] - 1, 1)
-    return centred / (numerics.sqrt(variance) + 1e-7)
+    return centred / (numerics.sqrt(variance) + 1e-7 * scale)
 
 
 def kd_terms(
@@ -226,9 +228,9 @@ def ctkd_terms(
 
 def _power_matching(teacher: jax.Array, student: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
     """Computes KL(norm(p_t^gamma) || p_s) and the log of the normaliser, log sum p_t^gamma; both `[...]`."""
-    power = gamma * jax.nn.log_softmax(teacher)
+    power = gamma * numerics.log_softmax(teacher, 1.0)
     log_mass = jax.nn.logsumexp(power, axis=-1, keepdims=True)
-    return numerics.divergence(power - log_mass, jax.nn.log_softmax(student)), log_mass[..., 0]
+    return numerics.divergence(power - log_mass, numerics.log_softmax(student, 1.0)), log_mass[..., 0]
 
 
 def ttm_terms(

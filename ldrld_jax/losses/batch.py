@@ -25,7 +25,9 @@ class SKDConfig(MethodConfig):
       ridge: > 0, added to the diagonal of the covariance.
       kl_weight: weight of the KL.
       direction_weight: weight of the directions.
-      batch_masks: whether to multiply the KL and the directions by the published code's factors, about .5 each.
+      batch_masks: whether to multiply the KL and the directions by the published code's factors, about .5 each. The
+        published weights, ce_weight .1 and kd_weight .9, belong to terms with these factors; without them, as by
+        default, the terms weigh about twice as much.
     """
 
     temperature: Positive = 4.0
@@ -122,6 +124,7 @@ def _direction_distances(
 
     A row of weight w acts as w equal rows: its entries carry sqrt(w) in D_i and in the covariance.
     """
+    teacher, student = (numerics.down_scale(z) * z for z in (teacher, student))
     of_teacher, of_student = (z / jnp.maximum(_norm(z), 1e-12) for z in (teacher, student))
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     # A A' - B B' = ((A - B)(A + B)' + its transpose) / 2 avoids subtracting large numbers if A is near B.
@@ -164,6 +167,7 @@ def luminet_parts(
 
     with the population variance. The statistics span the batch, so the loss is not a mean over examples. A
     single row gives 0. A class that is constant over the batch is divided by .003, so its gradients are large.
+    Above 1.8e19 in float32 the variance overflows, and the class counts as constant.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.

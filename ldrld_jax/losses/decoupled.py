@@ -120,9 +120,12 @@ def dkd_terms(
     other classes it is.
 
     With `top_k` (DeepKD), q is over the teacher's K largest classes without y. Ties go to the lower class.
-    If K = 1 and y is the largest, no class is left and the part is 0. With `entropy_weighting` (EA-DKD),
-    each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2`, which carries no gradient. H are the
-    entropies of the softmaxes at the entropy temperature, of the standardised logits under `standardize`.
+    If K = 1 and y is the largest, no class is left and the part is 0. This is flag 1 of the published code; its
+    default, flag 0, multiplies the second part's mean by a mean over the batch, and is left out.
+
+    With `entropy_weighting` (EA-DKD), each example is multiplied by :math:`(H_t + H_t H_s / H_{ub}) / 2`, which
+    carries no gradient. H are the entropies of the softmaxes at the entropy temperature, of the standardised logits
+    under `standardize`.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
@@ -171,7 +174,7 @@ def dkd_terms(
     else:
         non_target = divergence(log_p, log_q, ~target)
     return {
-        "target": cfg.alpha * scale * bernoulli_kl(pick(log_p, target), pick(log_q, target)),
+        "target": cfg.alpha * scale * _binary_kl(pick(log_p, target), pick(log_q, target)),
         "non_target": cfg.beta * scale * non_target,
     }
 
@@ -329,6 +332,12 @@ def rld_terms(
     below = ~target & (teacher < own[..., None])
     masked = kl(teacher, student, cfg.temperature, below)
     return {
-        "confidence": cfg.alpha * cfg.alpha_temperature**2 * bernoulli_kl(confidence, student_odds),
+        "confidence": cfg.alpha * cfg.alpha_temperature**2 * _binary_kl(confidence, student_odds),
         "masked": cfg.beta * cfg.temperature**2 * masked,
     }
+
+
+def _binary_kl(teacher_odds: jax.Array, student_odds: jax.Array) -> jax.Array:
+    """Computes `bernoulli_kl` of log-odds, cut off where their difference would overflow."""
+    limit = jnp.finfo(student_odds.dtype).max / 2
+    return bernoulli_kl(*(jnp.clip(odds, -limit, limit) for odds in (teacher_odds, student_odds)))

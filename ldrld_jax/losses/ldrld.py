@@ -172,7 +172,8 @@ def ldrld_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where, infinite=True)
     if isinstance(temperature := cfg.temperature, jax.Array):  # it changes by epoch, and cfg is static below
         terms = ldrld_terms(
-            *(_relative(z, class_axis_name) / temperature for z in (teacher, student)),
+            # -inf counts as -1e30 before the division, as it does at a temperature that does not change.
+            *(jnp.maximum(_relative(z, class_axis_name), RULED_OUT) / temperature for z in (teacher, student)),
             dataclasses.replace(cfg, temperature=1.0, alpha=1.0, beta=1.0),
             where=where,
             class_axis_name=class_axis_name,

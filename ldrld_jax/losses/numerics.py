@@ -1,4 +1,8 @@
-"""Building blocks of the label-aware and correlation losses; none turns a finite input into NaN."""
+"""Building blocks of the label-aware and correlation losses; none turns a finite input into NaN.
+
+Differences of logits that the dtype cannot hold are cut off at its ends. A loss may still be too large for the dtype:
+it is then infinite, and a gradient through it may be NaN.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +75,25 @@ def below_largest(logits: jax.Array, temperature: float | jax.Array) -> jax.Arra
 
 
 def _difference(logits: jax.Array, peak: jax.Array) -> jax.Array:
-    """Computes `logits - peak`, which of logits near the ends of their dtype could be minus infinity."""
-    return jnp.maximum(logits - peak, jnp.finfo(logits.dtype).min)
+    """Computes `logits - peak`, which of logits near the ends of their dtype could be minus infinity.
+
+    A difference of just the minimum, as of a class masked by it, keeps its slope; `jnp.maximum` would halve it.
+    """
+    difference, lowest = logits - peak, jnp.finfo(logits.dtype).min
+    return jnp.where(difference < lowest, lowest, difference)
+
+
+def down_scale(logits: jax.Array) -> jax.Array:
+    """Returns a factor for each row, `[..., 1]`: 1, or a power of two where squares of the logits could overflow.
+
+    Multiplied by it, a row keeps its direction and its digits. A factor below 1 makes the largest about 2^40 (2^488 in
+    float64).
+    """
+    half = jnp.finfo(logits.dtype).maxexp // 2
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(logits), axis=-1, keepdims=True))
+    _, exponent = jnp.frexp(largest)
+    one = jnp.ones_like(largest)
+    return jnp.where(largest > 2.0 ** (half - 14), jnp.ldexp(one, half - 24 - exponent), one)
 
 
 def log_softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:

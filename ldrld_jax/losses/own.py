@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldrld_jax.losses.common import MethodConfig, check_rows, computed_in, mean_over_rows
+from ldrld_jax.losses.common import MethodConfig, check_logits, check_rows, computed_in, mean_over_rows
 from ldrld_jax.losses.divergence import AxisName
 
 
@@ -48,13 +48,15 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
         axis_name: AxisName = None,
     ) -> dict[str, jax.Array]:
         del cfg, params
+        teacher_logits, student_logits, labels = map(jnp.asarray, (teacher_logits, student_logits, labels))
+        check_logits(teacher_logits, student_logits)
         dtype = computed_in(teacher_logits, student_logits)
         teacher_logits = jax.lax.stop_gradient(teacher_logits).astype(dtype)
         student_logits = student_logits.astype(dtype)
         if where is not None:
             # The function may read these rows. What is not finite there would reach the gradient, 0 times NaN is NaN;
             # other logits stay, since rows of zeros are no better for a function that divides by their norm.
-            kept = check_rows("where", where, jnp.shape(labels))[..., None]
+            kept = check_rows("where", where, labels.shape)[..., None]
             fixed = lambda z: jax.lax.stop_gradient(jnp.where(jnp.isfinite(z), z, jnp.zeros((), z.dtype)))  # noqa: E731
             teacher_logits, student_logits = (jnp.where(kept, z, fixed(z)) for z in (teacher_logits, student_logits))
         options = {"where": where} if takes_where else {}
@@ -64,6 +66,8 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
             raise ValueError(
                 f"{name} returns a {type(loss).__name__}, and must return an array: a scalar or one loss per example."
             )
+        # The mean of integers would take its weights as integers, and sums of bfloat16 lose digits.
+        loss = jnp.asarray(loss).astype(dtype)
         if loss.shape == labels.shape:
             return {"": mean_over_rows(loss, where=where, weights=weights, axis_name=axis_name)}
         if loss.ndim:

@@ -95,12 +95,15 @@ def bild_terms(
         )
     rows = [z.reshape(-1, classes) for z in (teacher, student)]
     earlier = jnp.triu(jnp.ones((cfg.top_k, cfg.top_k), bool), k=1)
+    limit = jnp.finfo(student.dtype).max  # infinite differences would subtract to NaN
 
     def led_by(leader: jax.Array) -> jax.Array:
         top = jax.vmap(lambda z: top_classes(z, cfg.top_k))(jax.lax.stop_gradient(leader))
         chosen = (jax.vmap(take)(z, top) for z in rows)
         # All K^2 differences and a mask, to avoid a second gather.
-        of_teacher, of_student = ((z[:, :, None] - z[:, None, :]).reshape(-1, cfg.top_k**2) for z in chosen)
+        of_teacher, of_student = (
+            jnp.clip(z[:, :, None] - z[:, None, :], -limit, limit).reshape(-1, cfg.top_k**2) for z in chosen
+        )
         keep = jnp.broadcast_to(earlier.reshape(1, -1), of_student.shape)
         return numerics.kl(of_teacher, of_student, cfg.temperature, keep).reshape(student.shape[:-1])
 

@@ -130,7 +130,7 @@ def wkd_terms(
     teacher, student = prepare_logits(teacher_logits, student_logits, where)
     numerics.check_class_count("wkd", student, 2)
     student, target = numerics.with_labels(labels, student, where)
-    of_teacher, of_student = (jax.nn.log_softmax(z) for z in (teacher, student))
+    of_teacher, of_student = (numerics.log_softmax(z, 1.0) for z in (teacher, student))
     label_term = -jnp.exp(numerics.pick(of_teacher, target)) * numerics.pick(of_student, target)
     cost = _checked_cost(params, student)
     kernel = jnp.exp(-cost / cfg.regularization)

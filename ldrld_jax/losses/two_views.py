@@ -22,6 +22,7 @@ from ldrld_jax.losses.common import (
     computed_in,
     mean_over_rows,
     prepare_logits,
+    row_weights,
 )
 from ldrld_jax.losses.divergence import AxisName
 
@@ -79,11 +80,13 @@ class _Views:
         teacher, student = jnp.asarray(teacher_logits), jnp.asarray(student_logits)
         check_logits(teacher, student)
         rows, dtype = student.shape[:-1], computed_in(teacher, student)
-        if weights is not None:
-            weights = jnp.mean(check_rows("weights", weights, rows).astype(dtype), axis=0)
+        kept = None  # for each view, since an example counts if both of its views do
         if where is not None:
             where = jnp.all(check_rows("where", where, rows), axis=0)
-        teacher, student = prepare_logits(teacher, student, None if where is None else jnp.stack([where, where]))
+            kept = jnp.stack([where, where])
+        if weights is not None:  # checked before the mean, in which a negative weight need not show
+            weights = jnp.mean(row_weights(weights, kept, rows, dtype), axis=0)
+        teacher, student = prepare_logits(teacher, student, kept)
         return cls(teacher, student, where, weights)
 
     def mean(self, values: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -28,22 +28,37 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Replaces `jax.lax.conv_general_dilated` in `nnx.Conv`, with a faster program where one is known.
 
-    Grouped convolutions, dtypes other than float32, GPUs and TPUs use the plain convolution. A program lowered for
-    several platforms holds both versions. The faster version supports reverse mode only, once.
+    Grouped convolutions, dtypes other than float32, layouts other than that of images, dilations, a precision, GPUs and
+    TPUs use the plain convolution. A program lowered for several platforms holds both versions. The faster version
+    supports reverse mode only, once.
 
     Args:
-      x: `[N, H, W, C]`.
-      kernel: `[height, width, C / groups, features]`.
+      x: `[N, H, W, C]`, or as `dimension_numbers` has it.
+      kernel: `[height, width, C / groups, features]`, or as `dimension_numbers` has it.
       strides, padding: for rows and columns.
       feature_group_count: the number of groups.
-      options: further keywords of `jax.lax.conv_general_dilated`.
+      options: further keywords of `jax.lax.conv_general_dilated`, with its defaults.
     """
-    if feature_group_count == 1 and x.dtype == jnp.float32 and x.ndim == 4:  # of others, JAX says what is wrong
+    if feature_group_count == 1 and x.dtype == jnp.float32 and _is_plain(x, kernel, padding, **options):
         y = _convolution(x, kernel, tuple(strides), tuple(map(tuple, padding)))
     else:
         options["feature_group_count"] = feature_group_count
         y = lax.conv_general_dilated(x, kernel, strides, padding, **options)
     return checkpoint_name(y, "convolution")  # the name under which `jax.checkpoint` policies can keep it
+
+
+def _is_plain(x: jax.Array, kernel: jax.Array, padding: Any, *, dimension_numbers: Any = None, **options: Any) -> bool:
+    """Returns whether the arguments ask for no more than `plain` computes; of wrong ones, JAX says what is wrong."""
+    if isinstance(padding, str) or x.ndim != 4 or kernel.ndim != 4:
+        return False
+    of_images, given = (lax.conv_dimension_numbers(x.shape, kernel.shape, n) for n in (_NHWC, dimension_numbers))
+    dilations = [options.pop(name, None) for name in ("lhs_dilation", "rhs_dilation")]
+    return (
+        given == of_images
+        and all(dilation is None or tuple(dilation) == (1, 1) for dilation in dilations)
+        and options.pop("batch_group_count", 1) == 1
+        and all(value is None for value in options.values())
+    )
 
 
 def plain(x: jax.Array, kernel: jax.Array, strides: Pair, padding: Padding) -> jax.Array:

@@ -50,6 +50,15 @@ def parameters(model: str, shape: tuple[int, int, int], classes: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("student", ["resnet8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_a_students_learning_rate_is_the_same_on_a_fifth_of_the_images(student):
+    rates = [
+        config_lib.load(f"configs/{name}.py:resnet20-{student}").optim.learning_rate
+        for name in ("cifar100", "cifar100_laptop")
+    ]
+    assert rates == [0.05 if student == "resnet8" else 0.01] * 2
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_loads_locks_and_builds(name):
     config = config_lib.resolve(config_lib.load(f"configs/{name}")).lock()

@@ -10,9 +10,13 @@ from ldrld_jax.losses import ABKDConfig, abkd_terms
 
 def terms_and_slopes(teacher, student, alpha, beta):
     """The loss of each row at T = 1 and the gradient of their sum."""
-    cfg = ABKDConfig(temperature=1, alpha=alpha, beta=beta)
-    terms = lambda s: abkd_terms(teacher, s, cfg)  # noqa: E731
-    return terms(student), jax.grad(lambda s: jnp.sum(terms(s)))(student)
+    return _terms_and_slopes(teacher, student, ABKDConfig(temperature=1, alpha=alpha, beta=beta))
+
+
+@jax.jit
+def _terms_and_slopes(teacher, student, cfg):
+    terms, pull = jax.vjp(lambda s: abkd_terms(teacher, s, cfg), student)
+    return terms, pull(jnp.ones_like(terms))[0]
 
 
 def log_softmax(z):
@@ -79,6 +83,31 @@ def test_probabilities_that_underflow_leave_value_and_gradient_finite():
     for alpha, beta in ((0.8, 0.3), (1, 0), (0, 1), (0.5, 0.5), (0, 0), (3, 2)):
         value, slope = terms_and_slopes(teacher, student, alpha, beta)
         assert np.all(np.isfinite(value)) and np.all(np.isfinite(slope)) and value[0] > 0
+
+
+@pytest.mark.parametrize("fill", [-1e36, float(jnp.finfo(jnp.bfloat16).min), float(jnp.finfo(jnp.float32).min)])
+@pytest.mark.parametrize(
+    ("masked", "alpha", "beta"),
+    [
+        ("teacher", 0.8, 0.3),
+        ("teacher", 1, 0),
+        ("teacher", 3, 2),
+        ("student", 0.8, 0.3),
+        ("student", 0, 1),
+        ("student", 3, 2),
+    ],
+)
+def test_a_class_masked_by_a_dtypes_minimum_has_no_other_loss_than_a_smaller_mask_gives(masked, alpha, beta, fill):
+    teacher, student = jnp.array([[2.0, 1.0, -1.0, 0.5]]), jnp.array([[3.0, 1.0, 0.0, -2.0]])
+
+    def results(fill):
+        sides = {"teacher": teacher, "student": student}
+        sides[masked] = sides[masked].at[0, 3].set(fill)
+        return terms_and_slopes(sides["teacher"], sides["student"], alpha, beta)
+
+    for found, want in zip(results(fill), results(-1e4), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+        assert np.max(np.abs(want)) > 1e-3
 
 
 def test_derivatives_agree_in_both_modes_and_to_second_order(logits):

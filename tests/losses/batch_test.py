@@ -1,9 +1,6 @@
 """skd and luminet see the whole batch, however it is split, and are finite where the published code is not."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -45,8 +42,8 @@ def value_and_gradient(method, cfg, **how):
 @pytest.mark.parametrize("name", WHOLE_BATCH)
 def test_under_jit_over_eight_devices_the_batch_is_the_global_one(name, rng, x64, mesh):
     teacher, student, labels, where, weights = batch(rng)
-    function = jax.jit(value_and_grad := value_and_gradient(METHODS[name], WHOLE_BATCH[name]))
-    want, want_gradient = value_and_grad(student, teacher, labels, where, weights)
+    function = jax.jit(value_and_gradient(METHODS[name], WHOLE_BATCH[name]))
+    want, want_gradient = function(student, teacher, labels, where, weights)
     rows = NamedSharding(mesh, P("data"))
     found, gradient = function(*jax.device_put((student, teacher, labels, where, weights), rows))
     np.testing.assert_allclose(found, want, rtol=1e-12)
@@ -94,8 +91,8 @@ def test_the_factors_of_skds_masks_are_shares_up_to_the_median(rng, x64, rows):
     teacher, student = 2 * rng.normal(size=(2, rows + 2, 6))
     teacher[2, ::-1] = teacher[1]
     where = np.arange(rows + 2) < rows
-    parts = functools.partial(skd_parts, jnp.asarray(teacher), jnp.asarray(student), where=where)
-    plain, masked = parts(SKDConfig()), parts(SKDConfig(batch_masks=True))
+    configs = SKDConfig(), SKDConfig(batch_masks=True)
+    plain, masked = jax.jit(lambda *rows: [skd_parts(*rows, cfg, where=where) for cfg in configs])(teacher, student)
     p = np.exp(teacher[where]) / np.sum(np.exp(teacher[where]), axis=-1, keepdims=True)
     sure, classes = np.max(p, axis=-1), np.sum(p, axis=0)
     np.testing.assert_allclose(masked["kl"] / plain["kl"], np.mean(sure <= np.median(sure)), rtol=1e-12)
@@ -112,6 +109,17 @@ def test_skds_directions_do_not_depend_on_a_rows_scale(rng, x64):
         assert 0 <= loss < 1e-14 and np.all(np.isfinite(gradient))
     one, slope = loss_and_gradient(method, cfg, teacher[:1], -teacher[:1], np.zeros(1, int))
     assert one == 0 and not np.any(slope)
+
+
+def test_skds_directions_of_logits_whose_squares_overflow_are_those_of_smaller_ones(rng):
+    teacher, student = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    method, cfg, labels = METHODS["skd"], SKDConfig(kl_weight=0), np.zeros(6, int)
+    want, slope = loss_and_gradient(method, cfg, teacher, student, labels)
+    for factor in (np.float32(2.0**90), np.float32(2.0**70)):
+        loss, gradient = loss_and_gradient(method, cfg, factor * teacher, factor * student, labels)
+        np.testing.assert_allclose(loss, want, rtol=1e-5)
+        np.testing.assert_allclose(gradient * factor, slope, rtol=1e-4, atol=1e-5 * np.max(np.abs(slope)))
+    assert want > 0.01
 
 
 def test_a_student_of_zeros_has_a_finite_gradient(rng):

@@ -15,6 +15,7 @@ from ldrld_jax.losses.top import ranks_of, top_classes
 from ldrld_jax.metrics import at_labels, classification
 from tests.conftest import AS_USERS
 from tests.losses import ldrld_reference
+from tests.losses.rows import given, lead
 
 LARGEST_FIRST, OTHER = [9.0, 5.0, 4.0, 1.0, 0.0], [3.0, -3.0, 1.0, 0.0]
 
@@ -81,15 +82,14 @@ def test_a_teacher_of_nan_agrees_with_nobody():
 def test_a_weight_that_is_none_is_refused_and_under_jit_not_taken_for_an_empty_mask(name, weight):
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
-    lead = (2, 4) if method.views(cfg) == 2 else (4,)
-    rows = rng.normal(size=(2, *lead, 12)).astype(np.float32)
-    labels, weights = np.broadcast_to(np.arange(4), lead), np.ones(lead, np.float32)
-    params = jnp.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
-    weights[..., 3] = weight
-    loss = lambda *rows, **given: method.loss(*rows, labels, cfg, params=params, **given)  # noqa: E731
+    shape = lead(method, cfg, 4)
+    rows = rng.normal(size=(2, *shape, 12)).astype(np.float32)
+    labels, weights, params = np.broadcast_to(np.arange(4), shape), np.ones(shape, np.float32), given(method, cfg, 12)
+    weights[(0,) * (len(shape) - 1) + (3,)] = weight  # of two views one: their mean may be a weight
+    loss = lambda *rows, **rest: method.loss(*rows, labels, cfg, params=params, **rest)  # noqa: E731
     with pytest.raises(ValueError, match=r"^weights must be finite and not negative, got (nan|-1\.0|inf)\. Leave"):
         loss(*rows, weights=weights)
-    where = np.broadcast_to(np.arange(4) < 3, lead)
+    where = np.broadcast_to(np.arange(4) < 3, shape)
     np.testing.assert_allclose(loss(*rows, weights=weights, where=where), loss(*rows, where=where), rtol=1e-6)
     if np.isnan(weight):
         assert np.isnan(jax.jit(loss)(*rows, weights=weights))
@@ -119,39 +119,73 @@ def test_a_users_loss_is_computed_and_averaged_in_float32(dtype, strict_dtypes):
 OFFSET_BY_ROW = sorted(set(METHODS) - {"luminet"})
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("name", OFFSET_BY_ROW)
-def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
-    """Compares at T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+@functools.cache
+def with_offsets(name):
+    """A loss of rows with a large common offset, `loss(teacher, student, temperature=None)`, the rows, its gradient."""
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
     if hasattr(cfg, "temperature"):
         cfg = dataclasses.replace(cfg, temperature=3.0)
-    elif scheduled:
-        pytest.skip(f"{name} has no temperature")
-    lead = (2, 4) if method.views(cfg) == 2 else (4,)
-    rows = (rng.normal(size=(2, *lead, 12)) + 1e5 * rng.normal(size=(2, *lead, 1))).astype(np.float32)
-    labels = np.broadcast_to(np.arange(4), lead)
-    params = np.eye(12) if name == "wkd" else method.init(cfg) if method.init is not None else None
+    shape = lead(method, cfg, 4)
+    rows = (rng.normal(size=(2, *shape, 12)) + 1e5 * rng.normal(size=(2, *shape, 1))).astype(np.float32)
+    labels, params = np.broadcast_to(np.arange(4), shape), given(method, cfg, 12)
 
-    def loss(teacher, student, temperature):
-        used = with_values(cfg, {"temperature": temperature}) if scheduled else cfg
+    def loss(teacher, student, temperature=None):
+        used = cfg if temperature is None else with_values(cfg, {"temperature": temperature})
         return method.loss(teacher, student, labels, used, params=params)
 
-    gradient = jax.jit(jax.grad(loss, 1))
-    found = gradient.lower(*rows, np.float32(3)).compile(compiler_options=AS_USERS)(*rows, np.float32(3))
     with jax.enable_x64(True):
-        expected = gradient(*rows.astype(np.float64), np.float64(3))
+        return loss, rows, jax.jit(jax.grad(loss, 1))(*rows.astype(np.float64))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("name", OFFSET_BY_ROW)
+def test_close_logits_keep_their_differences_however_large_they_are(name, scheduled):
+    """Compares at T = 3, since a division by a power of two rounds nothing, in a program that XLA fuses."""
+    if scheduled and not hasattr(METHODS[name].config(), "temperature"):
+        pytest.skip(f"{name} has no temperature")
+    loss, rows, expected = with_offsets(name)
+    arguments = (*rows, np.float32(3)) if scheduled else tuple(rows)
+    found = jax.jit(jax.grad(loss, 1)).lower(*arguments).compile(compiler_options=AS_USERS)(*arguments)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "wsld", "abkd", "bild", "topk_tail", "dist"])
-def test_rows_whose_spread_no_float32_holds_are_no_nan(name):
-    """The differences overflow, where the probabilities are 0 and 1."""
-    method, row = METHODS[name], np.array([[3e38, -3e38, 0, 1]], np.float32)
-    cfg = {"bild": lambda: BiLDConfig(top_k=3), "dist": lambda: METHODS["dist"].config(temperature=4.0)}
-    loss = jax.jit(functools.partial(method.loss, labels=np.array([0]), cfg=cfg.get(name, method.config)()))
-    assert np.isfinite(loss(row, row))
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_whose_spread_no_float32_holds_are_no_nan_and_have_gradients_where_the_loss_is_finite(name):
+    """The differences overflow, where the probabilities are 0 and 1; a loss that overflows itself is infinite."""
+    method = METHODS[name]
+    cfg = method.config(**{"bild": dict(top_k=3), "ldrld": dict(depth=3)}.get(name, {}))
+    student, params = np.array([[3e38, -3e38, 0, 1], [1, 2, 0, -1]], np.float32), given(method, cfg, 4)
+
+    @jax.jit
+    def loss_and_gradient(student, teacher, labels):
+        def loss(student):
+            rows = [jnp.broadcast_to(x, lead(method, cfg, 2) + x.shape[1:]) for x in (teacher, student, labels)]
+            return method.loss(*rows, cfg, params=params)
+
+        return jax.value_and_grad(loss)(student)
+
+    same = np.float32(0.9) * student
+    for label in (0, 1):
+        labels = np.array([label, 0])
+        loss, gradient = loss_and_gradient(student, same, labels)
+        if name == "sld" and label == 1:  # it learns the swapped logits, and they are 6e38 apart
+            assert loss == np.inf
+        else:
+            assert np.isfinite(loss) and np.all(np.isfinite(gradient))
+        assert not np.isnan(loss_and_gradient(student, same[:, ::-1], labels)[0])
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "mlkd", "wsld"])
+def test_a_students_class_masked_by_float32s_minimum_has_its_whole_gradient(name):
+    method, cfg = METHODS[name], METHODS[name].config()
+    gradient = jax.jit(jax.grad(lambda z, teacher: method.loss(teacher, z, np.array([0]), cfg)))
+    teacher, row = np.array([[1.0, 0.0, 2.0, 0.5]], np.float32), [1.0, 3.0, 0.0]
+    of_minimum, of_less = (
+        gradient(np.array([[*row, fill]], np.float32), teacher) for fill in (np.finfo(np.float32).min, -1e30)
+    )
+    np.testing.assert_allclose(of_minimum, of_less, rtol=1e-6)
+    assert abs(of_less[0, 3]) > 1e-2
 
 
 def test_types_of_a_config_may_be_text():

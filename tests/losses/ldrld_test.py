@@ -343,7 +343,7 @@ def test_weights_weigh_the_mean(rng, x64):
 
 
 def test_a_traced_weight_multiplies_the_terms_outside(rng, x64):
-    """A schedule of alpha is written so, because config fields cannot be traced."""
+    """A loop of one's own can schedule alpha so, since config fields cannot be traced; a run has `loss_schedule`."""
     teacher, student = logits(rng, *SMALL)
     cfg = LDRLDConfig(depth=4, alpha=3, beta=2, pair_reduction="sum")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ldrld_jax.losses import METHODS, MethodConfig, as_method, standardize_logits, standardized
+from ldrld_jax.losses import METHODS, MethodConfig, standardize_logits, standardized
 from tests.conftest import AS_USERS
-from tests.losses.rows import loss_of_rows, parts_of_rows
+from tests.losses.rows import given, lead, loss_of_rows, parts_of_rows
 
 NAMES = sorted(METHODS)
 ENTROPY = dict(entropy_weighting=False, entropy_temperature=3.0, entropy_bound=None)
@@ -59,9 +59,16 @@ def compiled(method, cfg, as_users=False):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=AS_USERS if as_users else None)
 
 
-def evaluate(name, teacher, student, labels, transform=lambda method: method, as_users=False, **rows):
+@functools.cache
+def of_standard_logits(name):
+    """`standardized` of a method, made once so that its programs are compiled once."""
+    return standardized(METHODS[name])
+
+
+def evaluate(name, teacher, student, labels, standard=False, as_users=False, **rows):
     """The default loss and its gradients with respect to the student and the teacher; compiled once a shape."""
-    value, gradients = compiled(transform(METHODS[name]), default(name), as_users)(student, teacher, labels, rows)
+    method = of_standard_logits(name) if standard else METHODS[name]
+    value, gradients = compiled(method, default(name), as_users)(student, teacher, labels, rows)
     return value, *gradients
 
 
@@ -283,14 +290,24 @@ def test_standardized_logits_have_mean_0_and_deviation_1(rng, x64):
     assert standardize_logits(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_logits_whose_squares_overflow_are_standardized_as_smaller_ones(rng):
+    z = rng.normal(size=(4, 6)).astype(np.float32)
+    want = standardize_logits(jnp.asarray(z))
+    for factor in (2.0**40, 2.0**64, 2.0**125):
+        found, pull = jax.vjp(standardize_logits, jnp.asarray(z * np.float32(factor)))
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+        assert np.all(np.isfinite(pull(jnp.asarray(z))[0]))
+    assert not np.any(standardize_logits(jnp.full((1, 4), 2.0**127)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_standardisation_composes_with_every_method(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
     z = lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-7)  # noqa: E731
-    value, gradient, of_teacher = evaluate(name, teacher, student, labels, transform=standardized)
+    value, gradient, of_teacher = evaluate(name, teacher, student, labels, standard=True)
     want, _, _ = evaluate(name, z(teacher), z(student), labels)
     np.testing.assert_allclose(value, want, rtol=1e-12)
-    affine, _, _ = evaluate(name, 3 * teacher + 1, 0.2 * student - 5, labels, transform=standardized)
+    affine, _, _ = evaluate(name, 3 * teacher + 1, 0.2 * student - 5, labels, standard=True)
     np.testing.assert_allclose(affine, value, rtol=1e-5)  # up to the 1e-7 in the denominator
     assert abs(value - evaluate(name, teacher, student, labels)[0]) > 1e-3 * value
     along = np.sum(gradient * student, axis=-1)  # the loss does not depend on the scale
@@ -300,8 +317,8 @@ def test_standardisation_composes_with_every_method(name, rng, x64):
 @pytest.mark.parametrize("name", ["dist", "rld"])  # one of either kind: the transform is the same before all
 def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
     arrays = batch(rng, 4)
-    want, want_gradient, _ = evaluate(name, *arrays, transform=standardized)
-    value, gradient, _ = evaluate(name, *six_of_four(*arrays), transform=standardized, where=KEPT, weights=ONES)
+    want, want_gradient, _ = evaluate(name, *arrays, standard=True)
+    value, gradient, _ = evaluate(name, *six_of_four(*arrays), standard=True, where=KEPT, weights=ONES)
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(gradient[KEPT], want_gradient, rtol=1e-9, atol=1e-14)
     assert not np.any(gradient[~KEPT])
@@ -311,7 +328,7 @@ def test_standardisation_keeps_nan_in_masked_rows_out(name, rng, x64):
 def test_the_standardize_field_is_the_transform(name, rng, x64):
     teacher, student, labels = batch(rng, 4)
     with_field, _ = compiled(METHODS[name], METHODS[name].config(standardize=True))(student, teacher, labels, {})
-    want, _, _ = evaluate(name, teacher, student, labels, transform=standardized)
+    want, _, _ = evaluate(name, teacher, student, labels, standard=True)
     np.testing.assert_allclose(with_field, want, rtol=1e-12)
     assert abs(with_field - evaluate(name, teacher, student, labels)[0]) > 1e-3
 
@@ -369,68 +386,17 @@ def test_wrong_fields_are_named(name, field):
             config(**{field: 0})
 
 
-def squares(teacher_logits, student_logits, labels):
-    return jnp.sum((teacher_logits - student_logits) ** 2, axis=-1) * (labels >= 0)
-
-
-def test_masked_rows_of_a_users_own_loss_are_as_good_as_absent(rng):
-    method, (teacher, student) = as_method(squares), rng.normal(size=(2, 4, 5)).astype(np.float32)
-    labels, kept = np.array([0, 1, 2, 3]), np.array([True, False, True, True])
-    loss = jax.value_and_grad(
-        lambda student, rows: method.loss(teacher[rows], student[rows], labels[rows], method.config())
-    )
-    wanted, slope = loss(student, kept)
-    student[1], labels[1] = np.nan, 99
-    value, gradient = jax.value_and_grad(
-        lambda student: method.loss(teacher, student, labels, method.config(), where=kept)
-    )(student)
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    np.testing.assert_allclose(gradient[kept], slope[kept], rtol=1e-6)
-    assert not np.any(gradient[1])
-
-
-def test_masked_rows_of_a_users_scalar_loss_are_not_made_zero(rng):
-    """Such a loss may compare examples, and divide each by its norm before it leaves some out."""
-
-    def cosines(teacher_logits, student_logits, labels, where=None):
-        t, s = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (teacher_logits, student_logits))
-        return jnp.sum(jnp.where(where[:, None] & where, (t @ t.T - s @ s.T) ** 2, 0.0))
-
-    method, (teacher, student) = as_method(cosines), rng.normal(size=(2, 4, 5)).astype(np.float32)
-    kept = np.array([True, False, True, True])
-    value, gradient = jax.value_and_grad(
-        lambda student: method.loss(teacher, student, jnp.zeros(4, int), method.config(), where=kept)
-    )(student)
-    assert value > 0
-    assert np.isfinite(gradient).all() and gradient[kept].any() and not gradient[1].any()
-
-
-def test_a_users_own_loss_is_an_argument_of_jit_and_has_a_mean_over_devices(rng):
-    method, (teacher, student) = as_method(squares), rng.normal(size=(2, 8, 5)).astype(np.float32)
-    labels = np.arange(8) % 5
-    wanted = jax.jit(method.loss)(teacher, student, labels, method.config())
-    mean = functools.partial(method.loss, cfg=method.config(), axis_name="rows")
-    split = jax.vmap(mean, axis_name="rows")(*(x.reshape(2, 4, *x.shape[1:]) for x in (teacher, student, labels)))
-    np.testing.assert_allclose(split, [wanted] * 2, rtol=1e-6)
-    scalar = as_method(lambda teacher, student, labels: jnp.sum(student))
-    with pytest.raises(ValueError, match="returns a scalar, of which the mean over rows is unknown"):
-        jax.vmap(functools.partial(scalar.loss, cfg=scalar.config(), axis_name="rows"), axis_name="rows")(
-            *(x.reshape(2, 4, *x.shape[1:]) for x in (teacher, student, labels))
-        )
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_over_the_explicit_axes_of_a_mesh_are_those_of_one_device(name, rng):
     method, cfg = METHODS[name], default(name)
-    lead = (2, 16) if method.views(cfg) == 2 else (16,)
-    teacher, student, labels = batch(rng, *lead, dtype=np.float32)
-    params = 1 - jnp.eye(5) if name == "wkd" else method.init(cfg) if method.init is not None else None
+    shape, params = lead(method, cfg, 16), given(method, cfg, 5)
+    teacher, student, labels = batch(rng, *shape, dtype=np.float32)
     loss = jax.value_and_grad(lambda student, *rest: method.loss(rest[0], student, rest[1], cfg, params=params))
     expected = jax.jit(loss)(student, teacher, labels)
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))):
-        rows = jax.P(*[None] * (len(lead) - 1), "data")
+        rows = jax.P(*[None] * (len(shape) - 1), "data")
         found = jax.jit(loss)(*(jax.device_put(z, rows) for z in (student, teacher, labels)))
-        assert found[1].sharding.spec[len(lead) - 1] == "data"
+        assert found[1].sharding.spec[len(shape) - 1] == "data"
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=2e-5, atol=2e-6)
 
 
@@ -438,11 +404,10 @@ def test_rows_over_the_explicit_axes_of_a_mesh_are_those_of_one_device(name, rng
 @pytest.mark.parametrize("label", [2**32 + 1, -(2**32) + 1, 2**40])
 def test_a_label_beyond_32_bits_is_no_class(name, label, rng):
     method, cfg = METHODS[name], default(name)
-    lead = (2, 3) if method.views(cfg) == 2 else (3,)
-    teacher, student, labels = batch(rng, *lead, dtype=np.float32)
+    shape, params = lead(method, cfg, 3), given(method, cfg, 5)
+    teacher, student, labels = batch(rng, *shape, dtype=np.float32)
     labels[..., 1] = label
-    params = 1 - jnp.eye(5) if name == "wkd" else None
     with pytest.raises(ValueError, match=f"labels must be between 0 and 4, got {label}"):
         method.loss(teacher, student, labels, cfg, params=params)
-    where = np.broadcast_to(np.arange(3) != 1, lead)
+    where = np.broadcast_to(np.arange(3) != 1, shape)
     assert np.isfinite(method.loss(teacher, student, labels, cfg, params=params, where=where))

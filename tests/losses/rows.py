@@ -14,6 +14,16 @@ def from_teacher(method, classes):
     return {"params": method.from_teacher(jnp.asarray(np.cos(1.0 + np.arange(4.0 * classes)).reshape(classes, 4)))}
 
 
+def given(method, cfg, classes):
+    """The parameters of the loss as a run begins: what it learns, or what a teacher gives; None if there are none."""
+    return from_teacher(method, classes).get("params") if method.init is None else method.init(cfg)
+
+
+def lead(method, cfg, rows):
+    """The leading axes of so many rows: a first one of 2 for a loss that compares two views."""
+    return (2, rows) if method.views(cfg) == 2 else (rows,)
+
+
 def both_views(rows, flip):
     """A stack of the rows and of what `flip` makes of them."""
     return None if rows is None else jnp.stack([jnp.asarray(rows), jnp.asarray(flip(rows))])

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ldrld_jax.config.keys import LossSchedule
-from ldrld_jax.losses import METHODS
+from ldrld_jax.losses import METHODS, ldrld_terms
 from ldrld_jax.losses.schedule import Schedule, with_values
 from ldrld_jax.train.objective import Objective, Term
+from tests.losses.rows import given, lead
 
 SCHEDULED = {f.name for f in dataclasses.fields(LossSchedule)} - {"kd_weight"}
 FIELDS = {
@@ -66,20 +67,35 @@ def test_a_method_computes_with_traced_fields_what_it_does_with_numbers(name, rn
     method = METHODS[name]
     cfg = method.config()
     values = {field: 0.75 * getattr(cfg, field) + 0.1 for field in FIELDS[name]}
-    shape = (2,) * (method.views(cfg) == 2) + (6, 10)
-    teacher, student = (jnp.asarray(3 * rng.normal(size=shape), jnp.float32) for _ in range(2))
-    labels = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), shape[:-1])
-    given = method.init(cfg) if method.init else method.from_teacher and method.from_teacher(jnp.eye(10))
-    where = jnp.ones(shape[:-1], bool).at[..., 2].set(False)
+    shape, params = lead(method, cfg, 6), given(method, cfg, 10)
+    teacher, student = (jnp.asarray(3 * rng.normal(size=(*shape, 10)), jnp.float32) for _ in range(2))
+    labels = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), shape)
+    where = jnp.ones(shape, bool).at[..., 2].set(False)
 
     @jax.value_and_grad
     def loss(student, values):
         chosen = with_values(cfg, values) if isinstance(values, dict) else values
-        return method.loss(teacher, student, labels, chosen, params=given, where=where)
+        return method.loss(teacher, student, labels, chosen, params=params, where=where)
 
     numbers = {**{field: jnp.float32(value) for field, value in values.items()}, "no_field": jnp.float32(1)}
     expected = jax.jit(lambda z: loss(z, dataclasses.replace(cfg, **values)))(student)
     chex.assert_trees_all_close(jax.jit(loss)(student, numbers), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_class_ruled_out_by_infinity_counts_the_same_at_a_scheduled_temperature(implementation, rng):
+    """ldrld takes -inf on the student's side alone for -1e30, before the division by the temperature."""
+    teacher, student = (rng.normal(size=(6, 10)).astype(np.float32) for _ in range(2))
+    student[1, 3], teacher[2, 4], teacher[3, :2], student[3, :2] = -np.inf, -np.inf, -np.inf, -np.inf
+    cfg = METHODS["ldrld"].config(depth=4)
+
+    def terms(temperature=None):
+        used = cfg if temperature is None else with_values(cfg, {"temperature": temperature})
+        return ldrld_terms(teacher, student, used, implementation=implementation)
+
+    found, expected = jax.jit(terms)(jnp.float32(cfg.temperature)), jax.jit(terms)()
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
+    assert max(expected.pairs[1], expected.integrity[1], expected.remainder[1]) > 1e28
 
 
 def test_fields_that_decide_what_is_computed_are_all_named():

@@ -64,8 +64,9 @@ def test_the_derivative_of_take_is_that_of_a_gather(form, rng):
     chex.assert_trees_all_close(hessian, jnp.diag(jnp.zeros(9).at[classes].set(2 * weights)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["accelerator"], indirect=True)  # ldrld_test has the CPU's
 @pytest.mark.parametrize("case", CASES)
-def test_either_form_gives_the_official_loss_and_gradient(form, case, x64):
+def test_the_accelerators_form_gives_the_official_loss_and_gradient(form, case, x64):
     teacher, student, cfg, get = golden(case, jnp.float64)
 
     def loss(student):

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldrld_jax.models.convolution import _convolution, conv_general_dilated, plain, product, spread
 from ldrld_jax.models.layers import conv
 from ldrld_jax.runtime.mesh import batch_sharding, make_mesh
+from tests.collectives import transfers
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Height, width, channels, features, kernel, stride, groups.
@@ -33,8 +34,8 @@ SHAPES = [
 ]
 
 
-def both_ways(ours, theirs, shape, rng, dtype):
-    """Output and gradients of the two functions at one shape."""
+def in_each_way(functions, shape, rng, dtype):
+    """Output and gradients of some functions at one shape, by one program."""
     height, width, channels, features, kernel, stride, groups = shape
     x = jnp.asarray(rng.standard_normal((3, height, width, channels)), dtype)
     w = jnp.asarray(rng.standard_normal((kernel, kernel, channels // groups, features)), dtype)
@@ -44,33 +45,62 @@ def both_ways(ours, theirs, shape, rng, dtype):
         y, pull = jax.vjp(lambda x, w: function(x, w, *at), x, w)
         return y, *pull(jnp.cos(y))
 
-    return jax.jit(lambda: (results(ours), results(theirs)))()
+    return jax.jit(lambda: [results(function) for function in functions])()
 
 
-def assert_equal(pair, tolerance):
-    for ours, theirs in zip(*pair, strict=True):
+def assert_equal(found, expected, tolerance):
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert jnp.abs(ours - theirs).max() <= tolerance * jnp.abs(theirs).max()
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[-1] == 1])
 def test_rows_set_apart_and_a_product_give_the_same_convolution_and_gradients(shape, rng, x64):
-    assert_equal(both_ways(spread, plain, shape, rng, jnp.float64), 1e-12)
-    assert_equal(both_ways(product, plain, shape, rng, jnp.float64), 1e-12)
-    assert_equal(both_ways(_convolution, plain, shape, rng, jnp.float64), 1e-12)
+    expected, *found = in_each_way((plain, spread, product, _convolution), shape, rng, jnp.float64)
+    for results in found:
+        assert_equal(results, expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES[::3] + SHAPES[-2:])
 def test_what_the_models_call_agrees_with_lax_in_every_dtype(shape, dtype, rng):
     options = dict(dimension_numbers=NHWC, feature_group_count=shape[-1])
-    ours, theirs = (functools.partial(f, **options) for f in (conv_general_dilated, jax.lax.conv_general_dilated))
-    assert_equal(both_ways(ours, theirs, shape, rng, dtype), {"float32": 1e-5, "bfloat16": 0}[dtype])
+    functions = [functools.partial(f, **options) for f in (conv_general_dilated, jax.lax.conv_general_dilated)]
+    assert_equal(*in_each_way(functions, shape, rng, dtype), {"float32": 1e-5, "bfloat16": 0}[dtype])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rhs_dilation=(2, 2)),
+        dict(lhs_dilation=(1, 2)),
+        dict(precision=jax.lax.Precision.HIGHEST),
+        dict(preferred_element_type=jnp.float64),
+        dict(batch_group_count=2),
+        dict(padding="SAME"),
+        dict(dimension_numbers=("NHWC", "HWOI", "NHWC")),
+        dict(dimension_numbers=None),
+    ],
+    ids=str,
+)
+def test_what_is_asked_beyond_a_convolution_of_images_is_left_to_lax(options, x64):
+    options = dict(padding=((7, 7), (7, 7)), dimension_numbers=NHWC) | options
+    x, kernel = (jnp.zeros((n, 8, 8, 8), jnp.float32) for n in (4, 8))  # in any layout
+
+    def asked(function):
+        jaxpr = jax.make_jaxpr(lambda x, kernel: function(x, kernel, (1, 1), **options))(x, kernel)
+        return [str(eqn.params) for eqn in jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+
+    assert len(asked(jax.lax.conv_general_dilated)) == 1
+    assert asked(conv_general_dilated) == asked(jax.lax.conv_general_dilated)
 
 
 def test_the_models_call_it():
-    layer = nnx.eval_shape(lambda: conv(8, 8, 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    """With options that leave its own program."""
+    layer = conv(8, 8, 3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     assert layer.conv_general_dilated is conv_general_dilated
+    calls = [eqn.primitive.name for eqn in jax.make_jaxpr(layer)(jnp.zeros((2, 6, 6, 8))).eqns]
+    assert "custom_vjp_call" in calls and "conv_general_dilated" not in calls
 
 
 def gradient_of(function):
@@ -163,9 +193,6 @@ def test_of_a_split_batch_the_gradient_is_all_reduced_and_nothing_else_travels(r
         in_shardings=(whole, batch_sharding(mesh)),
         out_shardings=(whole, batch_sharding(mesh)),
     )
-    compiled = step.lower(kernel, x).compile().as_text()
-    collectives = r"= (\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    assert [kind for _, kind in re.findall(collectives, compiled)] == ["all-reduce"]
-    assert re.findall(collectives, compiled)[0][0].startswith("f32[3,3,8,8]")
+    assert transfers(step.lower(kernel, x).compile()) == [("all-reduce", [(3, 3, 8, 8)])]
     for result, theirs in zip(step(kernel, x), gradient_of(plain)(kernel, x), strict=True):
         np.testing.assert_allclose(result, theirs, rtol=1e-4, atol=1e-4)

@@ -20,10 +20,13 @@ from tests.conftest import comparable_lines, killed_copy, tiny_overrides
 from tests.pages import PAGES, blocks
 from tests.train.trainer_test import saved, values
 
+# Those that learn, depend on the epoch, read the teacher's weights or see two views; and one that does none of it.
+RESUMED = {"kd", "ctkd", "sld", "wkd", "crld"}
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, teacher_dir, tmp_path, method):
-    """A step of learning lowers what it minimises, on the same batch without augmentation."""
+    """A step of learning lowers what it minimises, on the same batch without augmentation; resumes where it matters."""
     overrides = [f"method={method}", f"teacher.checkpoint={teacher_dir}", "data.pad=0", "kd_warmup_epochs=0"]
     overrides += ["mesh.data=1", "data.train_split=train[:40]", "optim.warmup=none", "optim.schedule=constant"]
     config = tiny(*overrides, "optim.learning_rate=.01", "epochs=4")
@@ -33,6 +36,8 @@ def test_a_method_is_run_by_its_name_alone_and_resumed(tiny, teacher_dir, tmp_pa
     assert len(losses) == 4
     assert np.isfinite(values(tmp_path / "straight", "train", method)).all()
     assert losses[-1] < losses[0]
+    if method not in RESUMED:
+        return
     trainer.train(config, killed_copy(tmp_path / "straight", tmp_path / "resumed", step=3))
     assert comparable_lines(tmp_path / "resumed") == comparable_lines(tmp_path / "straight")
     chex.assert_trees_all_equal(saved(tmp_path / "resumed", 4), saved(tmp_path / "straight", 4))
@@ -147,25 +152,27 @@ def test_a_learnt_parameter_moves_by_its_own_scale(tiny, teacher_dir, tmp_path, 
     assert saved(tmp_path, 3)["training"]["method_params"]["ctkd"]["theta"] == 1.0
 
 
-def test_standardisation_is_the_same_as_a_field_of_kd_and_as_a_transform_of_any(tiny, teacher_dir, tmp_path):
-    losses = {}
-    for name in ("standardize=False", "loss.kd.standardize=True", "standardize=True"):
-        flags = ["method=kd", f"teacher.checkpoint={teacher_dir}", "epochs=1", "data.train_split=train[:40]"]
-        trainer.train(tiny(*flags, name), tmp_path / name)
-        losses[name] = values(tmp_path / name, "train", "kd")
-    plain, field, transform = losses.values()
+def test_standardisation_is_the_same_as_a_field_of_kd_and_as_a_transform_of_any(tiny, rng):
+    teacher, student = (jnp.asarray(3 * rng.normal(size=(6, 10)), jnp.float32) for _ in range(2))
+
+    def loss(name):
+        config = config_lib.resolve(tiny("method=kd", "teacher.model=resnet8", "teacher.checkpoint=t", name))
+        return make_objective(config)(teacher, student, jnp.arange(6, dtype=jnp.int32), epoch=jnp.int32(1))[1]["kd"]
+
+    plain, field, transform = map(loss, ("standardize=False", "loss.kd.standardize=True", "standardize=True"))
     np.testing.assert_allclose(field, transform, rtol=1e-6)
-    assert abs(field[0] / plain[0] - 1) > 0.01
+    assert abs(field / plain - 1) > 0.01
 
 
-@pytest.mark.parametrize("ensemble", ["logits", "probabilities"])
-def test_an_ensemble_of_one_teacher_twice_is_that_teacher(tiny, teacher_dir, tmp_path, ensemble):
+def test_an_ensemble_of_one_teacher_twice_is_that_teacher(tiny, teacher_dir, tmp_path):
     one = trainer.train(tiny("method=kd", f"teacher.checkpoint={teacher_dir}", "epochs=1"), tmp_path / "one")
     twice = ["teacher.model=tiny_net,tiny_net", f"teacher.checkpoint={teacher_dir},{teacher_dir}"]
-    two = trainer.train(tiny("method=kd", *twice, f"teacher.ensemble={ensemble}", "epochs=1"), tmp_path / "two")
-    assert one["teacher_top1"] == two["teacher_top1"]
-    losses = [values(tmp_path / name, "train", "kd") for name in ("one", "two")]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    for ensemble in ("logits", "probabilities"):
+        flags = ["method=kd", *twice, f"teacher.ensemble={ensemble}", "epochs=1"]
+        two = trainer.train(tiny(*flags), tmp_path / ensemble)
+        assert one["teacher_top1"] == two["teacher_top1"]
+        losses = [values(tmp_path / name, "train", "kd") for name in ("one", ensemble)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_an_ensemble_needs_a_checkpoint_for_each(tiny, teacher_dir, tmp_path):

@@ -146,15 +146,6 @@ def test_cross_entropy_is_pytorchs(rng, x64, smoothing):
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
 
-def test_the_diagnostics_of_a_student_that_is_the_teacher(network, x64):
-    """A student in training mode is compared with itself in evaluation mode only through its ranks."""
-    metrics = stepped(network, Objective({"kd": term("kd")}), batch_of(np.random.default_rng(2), 8))[1]
-    logits = {name: metrics[name].value for name in ("agreement", "top_d_overlap", "label_in_top_d", "top1")}
-    assert all(0 <= value <= 100 for value in logits.values())
-    shared = logits["top_d_overlap"] * 8 * 7 / 100  # of eight times seven classes
-    assert shared == pytest.approx(round(shared), abs=1e-4)
-
-
 @pytest.mark.parametrize(("classes", "depth"), [(5, 2), (5, 5), (30, 7)])
 def test_student_and_teacher_are_compared_as_two_selections_would(classes, depth, rng):
     """Compares with masks of each side's largest classes, bit for bit, with ties, ruled-out classes and masked rows."""

@@ -86,11 +86,11 @@ def test_the_teacher_is_bitwise_unchanged_by_a_distillation(tiny, teacher_dir, t
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, after), before)
 
 
-@pytest.mark.parametrize(("remainder", "traces"), [("keep", 2), ("drop", 1)])
-def test_the_step_is_traced_once_a_batch_shape(tiny, tmp_path, monkeypatch, remainder, traces):
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
+def test_the_step_is_traced_once_also_for_a_smaller_last_batch(tiny, tmp_path, monkeypatch, remainder):
     make = loop.make_train_step
     chex.clear_trace_counter()
-    monkeypatch.setattr(loop, "make_train_step", lambda *a, **k: chex.assert_max_traces(make(*a, **k), n=traces))
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **k: chex.assert_max_traces(make(*a, **k), n=1))
     trainer.train(tiny(f"data.remainder={remainder}", "epochs=3"), tmp_path)
     assert len(values(tmp_path, "train", "loss")) == (9 if remainder == "keep" else 6)
 
