@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["XLA", "apart"])
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split(","))), default=SHAPES)
-    parser.add_argument("--cpu", action="store_true", help="processor time, which other load affects least")
+    parser.add_argument("--cpu", action="store_true", help="CPU time, which other load affects least")
     flags = parser.parse_args()
     if "oneDNN" in flags.ways and not torch:
         parser.error("oneDNN is called through PyTorch, which is not installed")

@@ -14,7 +14,7 @@ deliver uint8 and leave scaling and normalisation to the device, where XLA fuses
 "normalised" performs them on the host. Contestants take turns, so that other load on the machine affects all of them
 equally; the median over the turns is reported. Batches of 64.
 
---scale also prints the processor time an image that the run's own process spends, and how much of it its interpreter
+--scale also prints the CPU time an image that the run's own process spends, and how much of it its interpreter
 lock can be held at most: all of it but decoding, resizing, and copying the batch of a worker, which release the lock.
 """
 
@@ -76,7 +76,7 @@ def to_tensor(image: Image.Image):
 
 
 class Photos:
-    """Endless data set equivalent to a torchvision ImageFolder with its training transforms."""
+    """Endless dataset equivalent to a torchvision ImageFolder with its training transforms."""
 
     def __init__(self, root: pathlib.Path):
         self.paths = sorted(map(str, root.glob("train/*/*.jpg")))
@@ -95,7 +95,7 @@ class Photos:
 
 
 class Cifar:
-    """Endless data set equivalent to torchvision's CIFAR with RandomCrop(32, padding=4) and a flip."""
+    """Endless dataset equivalent to torchvision's CIFAR with RandomCrop(32, padding=4) and a flip."""
 
     def __init__(self, images: np.ndarray):
         self.images = images
@@ -189,7 +189,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Returns each contestant's images per second in each turn, without batches prefetched between turns.
 
-    `spent` gets the milliseconds of processor time an image in this process, and `held` those that are not in `free`,
+    `spent` gets the milliseconds of CPU time an image in this process, and `held` those that are not in `free`,
     see `lock_free`.
     """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
@@ -251,7 +251,7 @@ def decode_share(root: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def lock_free() -> Iterator[list[float]]:
-    """Yields a list of the seconds of processor time of this process's threads in calls that release the lock.
+    """Yields a list of the seconds of CPU time of this process's threads in calls that release the lock.
 
     Those are decoding, resizing, and copying a batch from a worker.
     """

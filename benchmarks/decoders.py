@@ -5,7 +5,7 @@ python benchmarks/decoders.py --turns 7
 The images are those of benchmarks/data.py: 500x375, in one thread. The region is the box that `random_resized_crop`
 draws. Decoders that are not installed are left out: pip install simplejpeg opencv-python-headless PyTurboJPEG
 torchvision nvidia-nvimgcodec-cu12. nvImageCodec runs here without a GPU. Decoders take turns; the median of the
-processor time is reported, which other load on the machine changes little. All results are arrays, for which Pillow
+CPU time is reported, which other load on the machine changes little. All results are arrays, for which Pillow
 copies its pixels. A difference is that of a channel of a pixel from Pillow's, in levels of 255.
 """
 

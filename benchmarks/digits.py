@@ -4,7 +4,7 @@ python benchmarks/digits.py --turns 3
 
 "empty" starts with an empty cache of compiled programs, "warm" with those of the "empty" before it, "torch" and "torch
 compiled" run `benchmarks/torch_digits.py`; "torch compiled" starts with inductor's cache empty. Seconds are medians;
-"CPU s" is the processor time of the process and its children. Each row shows the accuracies of its last turn.
+"CPU s" is the CPU time of the process and its children. Each row shows the accuracies of its last turn.
 """
 
 import argparse

@@ -11,7 +11,7 @@ torch.compile, of student, teacher and loss; where that does not work, as on a C
 says so in place of its row. "xla" is ours with XLA's own convolutions on a CPU (elsewhere the two are the
 same program). "several", which runs only on request, is ours with all steps of a turn in one dispatch. MFU is XLA's
 FLOP count divided by time and the device's peak (`ldrld_jax/runtime/devices.py`), omitted if the peak is unknown.
---seconds limits the turns, not the compilation. "CPU ms" is processor time, which other load affects least. Both
+--seconds limits the turns, not the compilation. "CPU ms" is CPU time, which other load affects least. Both
 frameworks use a GPU if there is one.
 """
 

@@ -5,7 +5,7 @@ python -m ldrld_jax.sweep experiments/laptop.py --jobs 2 --config.teacher.checkp
 
 published  none: the 240-epoch recipe is cut to a sixteenth, with decays after 9, 11 and 13 epochs and a linear
            warm-up of one epoch, because the official form would not lower the rate at all in so short a warm-up
-ours       experiments/README.md: five methods, three seeds; about 12 minutes of processor time per run
+ours       experiments/README.md: five methods, three seeds; about 12 minutes of CPU time per run
 All seeds use the same crops (`data.augment_seed`), so that their runs can share one logit store. Without
 `teacher.checkpoint` the teacher is trained first, on all images.
 """

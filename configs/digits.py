@@ -2,7 +2,7 @@
 
 python -m ldrld_jax.main
 
-published  none: this data set needs no download, so everything can be tried with it
+published  none: this dataset needs no download, so everything can be tried with it
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ python -m ldrld_jax.main --config configs/tokens.py --workdir runs/tokens-top --
 published  none: the texts ship with Python (pydoc_data), so everything can be tried with them
 ours       kd 56.41, ce 55.94, topk_tail 56.65, and 62.22 for the teacher: top-1 in percent of the next characters,
            seed 0, Python 3.11, jax 0.10.2 on a CPU; cross-entropy 1.589, 1.610, 1.591 and 1.320 nats a character
-time       3 minutes of processor time for teacher and student, on a busy machine
+time       3 minutes of CPU time for teacher and student, on a busy machine
 Another version of Python has other texts of about the same length. The model and the data are named by
 `module:function`, like a user's own, so `--mode eval` and `--mode export` also need
 `--config.student.model=ldrld_jax.examples.tokens:small --config.data.name=ldrld_jax.examples.tokens:texts`.

@@ -5,7 +5,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
-_MOST_LISTED = 100  # names of a table; TFDS knows more than a thousand data sets
+_MOST_LISTED = 100  # names of a table; TFDS knows more than a thousand datasets
 
 
 class UserError(ValueError):

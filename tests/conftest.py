@@ -68,7 +68,7 @@ def two_cores():
 def forget_programs():
     """Frees what a module traced and compiled; compiled programs stay on disk.
 
-    Garbage collection takes 4 % of the processor time, and 13 % with Python's thresholds and nothing frozen.
+    Garbage collection takes 4 % of the CPU time, and 13 % with Python's thresholds and nothing frozen.
     """
     yield
     jax.clear_caches()

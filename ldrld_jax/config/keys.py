@@ -98,10 +98,10 @@ class Data:
     pad: Whole = 0  # pixels of zeros on each side of an image before pad_crop crops it
     crop_area: tuple[Positive, ...] = (0.08, 1.0)  # share of the image that random_resized_crop takes, from and to
     rotate_degrees: NotNegative = 20.0  # largest angle by which rotate turns an image, either way
-    flip: bool = False  # mirror half of the training images horizontally, with any augmentation
+    flip: bool = False  # flip half of the training images horizontally, with any augmentation
     rand_augment: Whole = 0  # number of random distortions of each training image
     rand_magnitude: Annotated[int, Range(0, 30)] = 9  # strength of the distortions of rand_augment
-    augment_seed: Seed | None = None  # seed of crops, mirrors and the like; unset: seed
+    augment_seed: Seed | None = None  # seed of crops, flips and the like; unset: seed
     # alpha of mixup: two images of a batch are blended with a weight drawn from Beta(alpha, alpha); 0: no mixup
     mixup: NotNegative = 0.0
     resize_size: Count | None = None  # length to which the shorter side is resized for evaluation; unset: crop_size
@@ -266,7 +266,7 @@ class Config:
     # folder in which compiled programs are kept for the next start; "": keep none
     compile_cache: Annotated[str, Words("a path, or empty", empty=True)] = "~/.cache/ldrld_jax/compiled"
     logits: Logits = Logits()  # a store of the teacher's logits: the first run writes it, later ones run no teacher
-    compile: Compile = Compile()  # sizes of a data set that --mode compile cannot find on this machine
+    compile: Compile = Compile()  # sizes of a dataset that --mode compile cannot find on this machine
     check: Check = Check()  # settings of --mode check
     mesh: Mesh = Mesh()
     log: Log = Log()

@@ -120,7 +120,7 @@ def _is_read_here(source: Any) -> bool:
 
 
 def _seconds_per_call(one: Callable[[int], Any], count: int) -> float:
-    """Measures the processor time of one of `count` images: the median of a few, after the first, which opens files."""
+    """Measures the CPU time of one of `count` images: the median of a few, after the first, which opens files."""
     seconds = []
     for index in range(min(count, 9)):
         start = time.thread_time()

@@ -19,7 +19,7 @@ class BrokenImageError(ValueError):
 
 
 class RaisedError(BrokenImageError):
-    """An example whose data set object raised; `__cause__` is what it raised."""
+    """An example whose dataset object raised; `__cause__` is what it raised."""
 
 
 # An encoded image, its pixels [height, width, 1 or 3] uint8, or why it could not be read.

@@ -1,4 +1,4 @@
-"""Data sets known by description alone: enough to compile a run, but without records to read."""
+"""Datasets known by description alone: enough to compile a run, but without records to read."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ldrld_jax.data.source import Source
 from ldrld_jax.data.sources import ARRAYS, open_source
 from ldrld_jax.errors import UserError, reason
 
-# Images per split if no description is on disk: TFDS's code holds a data set's classes and shape, but not its size.
+# Images per split if no description is on disk: TFDS's code holds a dataset's classes and shape, but not its size.
 _SIZES = {
     "cifar10": {"train": 50_000, "test": 10_000},
     "cifar100": {"train": 50_000, "test": 10_000},
@@ -39,7 +39,7 @@ class Undelivered:
         raise UserError(f"record {indices[0]} is only described and cannot be read.")
 
     def name(self, index: int) -> str:
-        return f"record {index} of a described data set"
+        return f"record {index} of a described dataset"
 
     def labels(self) -> np.ndarray:
         return np.arange(self.count, dtype=np.int32) % self.classes
@@ -63,7 +63,7 @@ class Describer:
         """Describes a split.
 
         Raises:
-          UserError: if the data set is unknown, or it is not on this machine and a key of `compile` is missing.
+          UserError: if the dataset is unknown, or it is not on this machine and a key of `compile` is missing.
         """
         files = name in folders.FOLDERS or name == decoded.NAME
         listed = files and data_dir is not None and epath.Path(data_dir).is_dir()
@@ -94,7 +94,7 @@ def _folder(name: str, split: str) -> tuple[int | None, tuple[Any, ...] | None, 
 
 
 def _tfds(name: str, split: str, data_dir: str | None) -> tuple[int, tuple[Any, ...], int | None]:
-    """Returns classes, shape and number of images of a TFDS data set; None for an unknown number."""
+    """Returns classes, shape and number of images of a TFDS dataset; None for an unknown number."""
     builder = tfds_records.make_builder(name, data_dir)
     label, image = builder.info.features["label"], builder.info.features["image"]
     sizes = {key: info.num_examples for key, info in builder.info.splits.items()} or _SIZES.get(name, {})

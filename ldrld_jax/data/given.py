@@ -1,12 +1,12 @@
-"""Data that are given as objects: arrays, and data sets with one example an index, of any library.
+"""Data that are given as objects: arrays, and datasets with one example an index, of any library.
 
-An object is a data set here if it has `len(it)` and `it[i]`, which is a pair `(image, label)` or a dict with
+An object is a dataset here if it has `len(it)` and `it[i]`, which is a pair `(image, label)` or a dict with
 `image` and `label`. An image is an array, a Pillow image or an encoded file's bytes. A label is a class, or an array of
 classes, one a token, in which -1 is left out. Further attributes, all optional:
 
 - `class_names` (or `classes`), the name of each label, or `num_classes`, their number;
 - `raw`: True if inputs go to the model as they are: token ids, spectrograms, images that are normalised already;
-- `thread_safe`: True if several threads may read examples at once. Otherwise one does, as with PyTorch's data sets,
+- `thread_safe`: True if several threads may read examples at once. Otherwise one does, as with PyTorch's datasets,
   which may share a file handle or a random generator.
 
 Arrays and images of 8 bits are pixels; others are raw, as are texts `[length]` of 8 bits with a label per token. Raw
@@ -31,8 +31,8 @@ _HASHED_BYTES = 2**28  # of arrays; of larger ones evenly spaced examples
 _LOOKED_AT = 1000
 _GREY, _NUMBERS = ("1", "L", "LA", "La"), ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # modes of Pillow
 _READ_TWICE = 16  # of 16 images mirrored at random, all are the same twice in one of 65,536 cases
-_ONE_AT_A_TIME = threading.RLock()  # shared by all data sets: two may read one file, and one may read another
-_LABELS_LOOKED_AT = 64  # each reads an image of a data set object
+_ONE_AT_A_TIME = threading.RLock()  # shared by all datasets: two may read one file, and one may read another
+_LABELS_LOOKED_AT = 64  # each reads an image of a dataset object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ArrayRecords:
 
 @dataclasses.dataclass(frozen=True)
 class ItemRecords:
-    """Examples of a data set object, one an index.
+    """Examples of a dataset object, one an index.
 
     Attributes:
       items: the object, see the module.
@@ -112,7 +112,7 @@ class ItemRecords:
     def listing(self) -> Iterator[str]:
         """Yields the type and the number of examples, and some labels.
 
-        Images tell nothing: a data set object may augment them at random.
+        Images tell nothing: a dataset object may augment them at random.
         """
         yield f"{type(self.items).__name__} {len(self)}"
         yield " ".join(
@@ -158,7 +158,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data",
     """Returns a source of what a user gives as one split.
 
     Args:
-      data: a pair of arrays `(images, labels)`, a `datasets.Dataset`, another data set object (see the module), or a
+      data: a pair of arrays `(images, labels)`, a `datasets.Dataset`, another dataset object (see the module), or a
         `Source`.
       num_classes: for data that do not know it; unset, arrays have as many classes as their largest label asks for.
       title: the name in error messages.
@@ -188,7 +188,7 @@ def as_source(data: Any, *, num_classes: int | None = None, title: str = "data",
     if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | dict):
         return _of_items(data, num_classes=num_classes, title=title, exif=exif)
     raise UserError(
-        f"the {title} must be (images, labels), a data set with a length and one example per index, or a source, got "
+        f"the {title} must be (images, labels), a dataset with a length and one example per index, or a source, got "
         f"{type(data).__name__}. Give one of these."
     )
 
@@ -316,7 +316,7 @@ def _changes(records: ItemRecords) -> bool:
 
 
 def _check_hugging_face(data: Any, title: str) -> None:
-    """Raises a UserError for a data set of Hugging Face that has no length, or whose rows are a function's."""
+    """Raises a UserError for a dataset of Hugging Face that has no length, or whose rows are a function's."""
     if not hasattr(data, "__len__"):
         raise UserError(
             f"the {title} are of type {type(data).__name__}, which has no length and no example per index. Give "
@@ -325,7 +325,7 @@ def _check_hugging_face(data: Any, title: str) -> None:
     if data.format["type"] == "custom":
         raise UserError(
             f"the {title} have a transform (with_transform, set_transform), which may drop the columns of images and "
-            "labels. Apply it with dataset.map, or give a data set object of your own with (image, label) per index."
+            "labels. Apply it with dataset.map, or give a dataset object of your own with (image, label) per index."
         )
 
 
@@ -408,7 +408,7 @@ def as_array(image: Any, *, exif: bool) -> np.ndarray:
 
 
 def _bytes(image: dict[str, Any] | None) -> bytes | BrokenImageError:
-    """Returns the file of an image that a data set holds as its bytes, or as the path of a local file; or an error."""
+    """Returns the file of an image that a dataset holds as its bytes, or as the path of a local file; or an error."""
     if image is None:
         return BrokenImageError("it is missing")
     if image["bytes"] is not None:

@@ -21,7 +21,7 @@ DeviceBatch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ResidentBatches(TrainBatches):
-    """The same batches as `TrainBatches`, made on the devices; for data sets that fit in each device's memory.
+    """The same batches as `TrainBatches`, made on the devices; for datasets that fit in each device's memory.
 
     Attributes:
       sharding: sharding of a batch over the devices; None for the default device.

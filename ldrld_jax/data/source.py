@@ -92,7 +92,7 @@ class Source:
       dtype: of an image; what is not uint8 is raw.
       raw: whether inputs go to the model as they are, and no view but the default can be taken of them.
       label_shape: of a record's labels: () for one, `(length,)` for one per token.
-      changes: whether the records themselves differ each time they are read, as a data set's do that augments them.
+      changes: whether the records themselves differ each time they are read, as a dataset's do that augments them.
     """
 
     records: Any
@@ -171,7 +171,7 @@ class Source:
         """Skips a broken image, see `skip`.
 
         Raises:
-          UserError: if `on_error` is "raise", or too many are broken. An error raised by a user's data set is raised
+          UserError: if `on_error` is "raise", or too many are broken. An error raised by a user's dataset is raised
             again instead.
         """
         name = self.records.name(index)

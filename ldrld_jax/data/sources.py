@@ -1,4 +1,4 @@
-"""Opens data sets by name: TFDS's, folders and lists of files, arrays in a file, and what a user's own code makes."""
+"""Opens datasets by name: TFDS's, folders and lists of files, arrays in a file, and what a user's own code makes."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """Worker processes, which make batches beside a run's process and so do not share its interpreter lock.
 
 A worker is a fresh interpreter, not a fork, because JAX runs threads. It does not execute the run's script, and imports
-JAX only if a data set does, which then sees the CPU alone. The function that makes the batches is pickled once, into
+JAX only if a dataset does, which then sees the CPU alone. The function that makes the batches is pickled once, into
 memory that all workers map. A batch comes back in memory that the worker and the run share, so that requests are small.
 
 A worker ends with its run, whatever ends that, and ignores the signals of a terminal or a scheduler, which the run
@@ -62,7 +62,7 @@ class Job:
             pickled = _dumps((make, source), buffers.append)
         except Exception as error:
             raise UserError(
-                f"data.workers={len(pool)} hands the data set to other processes, and it cannot be pickled: "
+                f"data.workers={len(pool)} hands the dataset to other processes, and it cannot be pickled: "
                 f"{reason(error)}. Let it open files, connections and locks where it reads an example, or set "
                 "data.workers=0."
             ) from error
@@ -262,7 +262,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[:] = {sys.path!r}; from ldrld_jax.data import workers; "
         code += f"workers.work({theirs.fileno()}, {os.getpid()})"
-        # A data set's JAX must not take the memory of a GPU, nor NumPy a thread a core in each process.
+        # A dataset's JAX must not take the memory of a GPU, nor NumPy a thread a core in each process.
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the process inherits that
         try:
@@ -414,7 +414,7 @@ class _Task:
                 self._make, source = pickle.loads(first.tobytes(), buffers=buffers)
             except Exception as error:
                 raise UserError(
-                    f"a worker process cannot make the data set again: {one_line(error)} Put its code where `import` "
+                    f"a worker process cannot make the dataset again: {one_line(error)} Put its code where `import` "
                     "finds it, or set data.workers=0."
                 ) from error
             # The parent counts broken images, because each worker sees only some.

@@ -64,7 +64,7 @@ def export(
       given: parts of the run that are objects.
 
     Raises:
-      UserError: if the run does not exist or trained another model, if its data set is missing (the class names are
+      UserError: if the run does not exist or trained another model, if its dataset is missing (the class names are
         read from it), or if `folder` contains other files.
     """
     with needs("exporting a student", "export"):

@@ -13,7 +13,7 @@ from ldrld_jax.models import MODELS
 
 # Licences as the publishers of the data state them; not legal advice.
 _LICENCES = {
-    "digits": "UCI's page of the data set names CC BY 4.0",
+    "digits": "UCI's page of the dataset names CC BY 4.0",
     "cifar10": "its authors name none; they ask to cite Krizhevsky, 2009",
     "cifar100": "its authors name none; they ask to cite Krizhevsky, 2009",
     "imagenet2012": "ImageNet's terms of access: non-commercial research and education only",
@@ -44,7 +44,7 @@ def model_card(
     title = f"{model} on {_shown(config['data']['name'])}"
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
-        "data set": _data(config["data"]),
+        "dataset": _data(config["data"]),
         "licence of the data": _LICENCES.get(config["data"]["name"].partition("/")[0], _UNKNOWN),
         "student": f"{model}, {parameters:,} parameters, {classes} classes, {config['precision']}",
         "teacher": _teacher(config, summary),

@@ -34,7 +34,7 @@ class Guess(NamedTuple):
 
     Attributes:
       label: the index of the class.
-      name: from the data set.
+      name: from the dataset.
       probability: in 0..1.
     """
 

@@ -20,7 +20,7 @@ VOCABULARY = 128  # ASCII; 0 is padding
 
 
 class Texts:
-    r"""A data set of pieces of texts, each with its title.
+    r"""A dataset of pieces of texts, each with its title.
 
     Args:
       pieces: pairs of a title and a text, which fit into `LENGTH` + 1 characters together.

@@ -159,7 +159,7 @@ class LogitsFile:
         if views.shape[1:] != wanted:
             raise UserError(
                 f"{path} holds {held}, and the training images need logits [{shown}] or [views, {shown}], in the order "
-                "of the data set. Compute them for these images."
+                "of the dataset. Compute them for these images."
             )
         if not jnp.issubdtype(logits.dtype, jnp.floating):
             raise UserError(f"{path} holds {held}, and logits are floating-point numbers. Save them as float32.")

@@ -61,7 +61,7 @@ class Group:
 
 @dataclasses.dataclass
 class Comparison:
-    """The groups that train one student on one data set, the best mean of last-epoch accuracy first.
+    """The groups that train one student on one dataset, the best mean of last-epoch accuracy first.
 
     Attributes:
       running: of the same, the runs that have not ended.
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def compare(runs: Iterable[FoundRun], running: Iterable[FoundRun] = ()) -> list[Comparison]:
-    """Groups finished runs by data set and student, and within that by all of their identity but the seed.
+    """Groups finished runs by dataset and student, and within that by all of their identity but the seed.
 
     A second run of a seed is in a group of its own, named by its number, that nothing is compared with.
     """

@@ -51,7 +51,7 @@ _IMAGENET = {
         **dict(kd="70.50", dkd="72.05", nkd="72.58", dist="73.24", wttm="73.09", ldrld="73.12"),
     },
 }
-# data set, teacher, student: method: top-1 in percent
+# dataset, teacher, student: method: top-1 in percent
 PUBLISHED: dict[tuple[str, str, str], dict[str, str]] = {
     **{("cifar100", *pair): dict(zip(_COLUMNS, row.split(), strict=True)) for pair, row in _CIFAR100.items()},
     **{("imagenet2012", *pair): row for pair, row in _IMAGENET.items()},
@@ -75,7 +75,7 @@ def published(config: Mapping[str, Any]) -> str:
 
 
 def figures(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the published top-1 of each method for a run's data set, teacher and student, whatever its recipe."""
+    """Returns the published top-1 of each method for a run's dataset, teacher and student, whatever its recipe."""
     pairs = [pair for pair in PUBLISHED if (pair[0], pair[2]) == (data_set(config), config["student.model"])]
     if config["method"] != "ce":
         pairs = [pair for pair in pairs if pair[1] == config.get("teacher.model")]
@@ -99,5 +99,5 @@ def protocol(config: Mapping[str, Any]) -> str:
 
 
 def data_set(config: Mapping[str, Any]) -> str:
-    """Returns the name of a run's data set in the tables."""
+    """Returns the name of a run's dataset in the tables."""
     return re.split("[:/]", config["data.name"])[0]

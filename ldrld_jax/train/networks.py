@@ -63,7 +63,7 @@ class _Form(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """Factory of networks for one data set at one precision; their weights stay on the host.
+    """Factory of networks for one dataset at one precision; their weights stay on the host.
 
     Attributes:
       num_classes: C.

@@ -166,7 +166,7 @@ def _absent(source: Readable) -> list[int]:
     records = source.uncached.records
     selected = isinstance(records, Selected) and records.given_labels is not None
     known = selected or isinstance(records, FolderRecords | ArrayRecords)
-    # TFDS and data set objects give a label with its image; an object may decode that.
+    # TFDS and dataset objects give a label with its image; an object may decode that.
     few = isinstance(source, InMemory) and len(source) <= _FEW and type(records) is not ItemRecords
     if source.label_shape or not (known or few):
         return []
@@ -182,7 +182,7 @@ def _evaluated_on_training_images(run: Run) -> bool:
         train, evaluation = (source.uncached.records for source in (run.batches.source, run.eval_source))
         if isinstance(train, Selected):
             train = train.records
-        # The list of a data set object has its labels alone.
+        # The list of a dataset object has its labels alone.
         alike = run.data_note["train"]["digest"] == run.data_note["eval"]["digest"]
         return alike and checksum_of_images(train) == checksum_of_images(evaluation)
     part, _, cut = data.eval_split.partition("[")

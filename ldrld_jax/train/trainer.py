@@ -81,10 +81,10 @@ class Trainer:
         `(teacher_logits, student_logits, labels)` that returns one loss per example; or a list of these, to
         be added.
       train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one per token; labels of -1
-        are left out; a data set object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
+        are left out; a dataset object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
       evaluation: the same; if `train` is a builder, a folder or a name, the name of a split, or None for the default.
-      num_classes: C. None takes it from the data set, or from the largest label of arrays.
+      num_classes: C. None takes it from the dataset, or from the largest label of arrays.
       optimizer: an optax optimizer of the pair (student's parameters, parameters that a method learns); or a name,
         with its learning rate in `config={"optim.learning_rate": ...}`. None uses the `optim` block of `config`.
       epochs, batch_size, seed: as in a config; the batch is global.

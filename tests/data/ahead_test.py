@@ -81,7 +81,7 @@ class Own:
 
 
 class Callers:
-    """A data set object as a caller writes it."""
+    """A dataset object as a caller writes it."""
 
     num_classes = 2
 

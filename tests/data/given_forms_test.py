@@ -1,4 +1,4 @@
-"""Forms of arrays and data sets that are read as others are, or refused in one line that says what to give instead."""
+"""Forms of arrays and datasets that are read as others are, or refused in one line that says what to give instead."""
 
 import numpy as np
 import pytest

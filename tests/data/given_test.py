@@ -23,7 +23,7 @@ def arrays(rng):
 
 
 class Items:
-    """A data set of pairs, as PyTorch's are."""
+    """A dataset of pairs, as PyTorch's are."""
 
     def __init__(self, images, labels, **attributes):
         self.pairs = list(zip(images, labels, strict=True))
@@ -403,7 +403,7 @@ def test_names_of_classes_may_be_an_array_and_a_number_of_them_is_none(names):
 
 @pytest.mark.parametrize("safe", [False, True])
 def test_one_thread_at_a_time_reads_a_data_set_object_that_does_not_say_otherwise(safe):
-    """Lets another thread try the lock of all data sets while an example is read."""
+    """Lets another thread try the lock of all datasets while an example is read."""
     free = []
 
     def try_lock() -> bool:

@@ -93,7 +93,7 @@ def test_too_many_broken_images_end_the_run(broken):
 
 def make_probe():
     class Probe:
-        """A data set that no module holds, whose images say what its process is."""
+        """A dataset that no module holds, whose images say what its process is."""
 
         num_classes, raw = 2, True
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_pickled_is_refused_in_one_line():
 def test_what_a_worker_cannot_unpickle_is_said_in_one_line():
     probe = make_probe()
     type(probe).__reduce__ = lambda self: (int, ("no number",))
-    with pytest.raises(UserError, match=r"cannot make the data set again: ValueError: .* set data\.workers=0"):
+    with pytest.raises(UserError, match=r"cannot make the dataset again: ValueError: .* set data\.workers=0"):
         next(TrainBatches(as_source(probe), batch_size=4, seed=0).iterate(workers=2))
 
 

@@ -198,7 +198,7 @@ def test_each_missing_image_of_a_list_is_a_problem_and_may_be_skipped(tiny, list
 
 
 def test_what_the_system_says_of_the_data_is_a_problem_and_the_check_goes_on(tiny, listed, tmp_path, monkeypatch):
-    """Raises as a disk that fails does, or a data set object that opens a file that is not there."""
+    """Raises as a disk that fails does, or a dataset object that opens a file that is not there."""
     _, flags = listed
     read = FolderRecords.__getitems__
 

@@ -12,7 +12,7 @@ from tests.data.given_test import Items
 
 
 class Drawn(Items):
-    """A data set that mirrors its images at random, as torchvision's transforms do."""
+    """A dataset that mirrors its images at random, as torchvision's transforms do."""
 
     def __getitem__(self, index):
         image, label = self.pairs[index]

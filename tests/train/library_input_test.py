@@ -277,7 +277,7 @@ def test_a_loss_that_fails_is_one_line_of_a_check_too(make, tmp_path, method, me
 
 
 def test_pictures_are_turned_as_the_files_that_they_are_opened_from(make, rng):
-    """Turns them by EXIF in a data set, an evaluation and `predict`, unless `data.exif=False`."""
+    """Turns them by EXIF in a dataset, an evaluation and `predict`, unless `data.exif=False`."""
     files = []
     for pixels in rng.integers(0, 256, (20, 8, 8, 3), np.uint8):
         exif, file = Image.Exif(), io.BytesIO()
@@ -332,7 +332,7 @@ def test_whole_numbers_that_do_not_fit_are_not_predicted(make):
 
 
 def test_a_run_of_objects_goes_on_and_is_exported_with_data_of_one_form_only(make, digits, monkeypatch):
-    """A data set object says nothing of its images, whose list is that of their labels."""
+    """A dataset object says nothing of its images, whose list is that of their labels."""
 
     class Items:
         num_classes = 10
