@@ -39,7 +39,7 @@ WRONG = {
     "a Linen module alone": (dict(student=Linen()), "with its variables"),
     "no teacher": (dict(teacher=None), "needs a teacher"),
     "paths and models": (dict(teacher=["a", Drop]), "all paths or all models"),
-    "a file of what": (dict(teacher=__file__), "does not say what model"),
+    "a file of what": (dict(teacher=__file__), "does not name its model"),
     "a file that is not there": (dict(teacher="net.pth"), "no model, file or folder for the teacher: 'net.pth'"),
     "no workdir": (dict(teacher="."), r"holds no run \(no config.json\)"),
     "a number as a method": (dict(method=3), "a method must be a name"),
@@ -132,7 +132,7 @@ WRONG = {
     ),
     "groups of Flax's normalisation": (
         dict(student=Drop(nnx.Rngs(0)), config={"batch_norm_group": 20}),
-        "known to this package's BatchNorm alone",
+        "works with this package's BatchNorm only",
     ),
 }
 
