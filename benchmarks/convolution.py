@@ -45,8 +45,8 @@ def passes(convolution: Any, shape: tuple[int, ...], batch: int) -> dict[str, An
     y = plain(x, w, *at)
     functions = {
         "forward": lambda x, w, y: convolution(x, w, *at),
-        "by input": lambda x, w, y: jax.linear_transpose(lambda x: convolution(x, w, *at), x)(y)[0],
-        "by kernel": lambda x, w, y: jax.linear_transpose(lambda w: convolution(x, w, *at), w)(y)[0],
+        "input gradient": lambda x, w, y: jax.linear_transpose(lambda x: convolution(x, w, *at), x)(y)[0],
+        "weight gradient": lambda x, w, y: jax.linear_transpose(lambda w: convolution(x, w, *at), w)(y)[0],
     }
     compiled = {name: jax.jit(function).lower(x, w, y).compile() for name, function in functions.items()}
     return {name: lambda run=run: jax.block_until_ready(run(x, w, y)) for name, run in compiled.items()}
@@ -65,8 +65,8 @@ def passes_of_torch(shape: tuple[int, ...], batch: int) -> dict[str, Any]:
     )
     return {
         "forward": lambda: torch.nn.functional.conv2d(x, w, **at),
-        "by input": lambda: backward(y, x, w, **whole, **at, output_mask=(True, False, False)),
-        "by kernel": lambda: backward(y, x, w, **whole, **at, output_mask=(False, True, False)),
+        "input gradient": lambda: backward(y, x, w, **whole, **at, output_mask=(True, False, False)),
+        "weight gradient": lambda: backward(y, x, w, **whole, **at, output_mask=(False, True, False)),
     }
 
 
@@ -100,7 +100,7 @@ def main() -> None:
                 taken[key].append(1e3 * (clock() - start))
         return [statistics.median(times[1:]) for times in taken.values()]
 
-    names, products = ("forward", "by input", "by kernel"), peak()
+    names, products = ("forward", "input gradient", "weight gradient"), peak()
     speeds = [f"{name} {2 * 1536**3 / 1e6 / ms:.0f}" for name, ms in zip(products, milliseconds(products), strict=True)]
     print(f"a matrix product, GFLOP per second of {'processor' if flags.cpu else 'wall'} time: {', '.join(speeds)}\n")
     columns = [f"{name}: {way}" for name in names for way in flags.ways]
