@@ -357,7 +357,7 @@ class LogitStore:
 
 @contextlib.contextmanager
 def _reachable(directory: str) -> Iterator[None]:
-    """Raises a UserError for what is wrong with the machine or the permissions, and not with the store."""
+    """Raises a UserError for an error that is due to the machine or to permissions, not to the store's content."""
     try:
         yield
     except ValueError as error:
@@ -365,8 +365,8 @@ def _reachable(directory: str) -> Iterator[None]:
             raise
         why = reason(error).partition(" [")[0]  # tensorstore's notes on the source and the spec
         raise UserError(
-            f"the logit store {directory} cannot be used: {why}. Nothing says that it is damaged: see to its "
-            "permissions or to the machine, or set another logits.dir."
+            f"the logit store {directory} cannot be used: {why}. This is no sign of damage: check its permissions and "
+            "the machine, or set another logits.dir."
         ) from None
 
 

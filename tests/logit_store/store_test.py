@@ -175,7 +175,7 @@ def test_a_failure_of_the_machine_is_no_damage(store, logits, code, monkeypatch)
     uses = [store.check_key, lambda: store.teacher_top1(TEST), lambda: store.create(teacher_top1=1, evaluated=TEST)]
     for use in (*uses, lambda: 3 in store, lambda: store.read(3), lambda: store.write(4, logits)):
         with pytest.raises(
-            UserError, match=rf"store cannot be used: {code}: Error opening '.*key.json'\. Nothing says"
+            UserError, match=rf"store cannot be used: {code}: Error opening '.*key.json'\. This is no sign"
         ):
             use()
 
