@@ -6,7 +6,7 @@ _KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|col
 
 
 def transfers(compiled) -> list[tuple[str, list[tuple[int, ...]]]]:
-    """The transfers of a compiled program in its order: the kind, and the shapes of its results, () for a scalar.
+    """Returns the transfers of a compiled program in order: the kind, and the shapes of its results, () for a scalar.
 
     `aot.hlo.CompiledText.collectives` adds the bytes of a kind up; tests also bound what a single transfer holds.
     """

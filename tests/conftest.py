@@ -83,7 +83,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch) -> pathlib.Path:
-    """The local folder that stands for gs://bucket, without gcsfs, wherever epath or a checkpoint's arrays go."""
+    """Makes a local folder that stands for gs://bucket, without gcsfs, wherever epath or a checkpoint's arrays go."""
     from ldrld_jax.checkpoint import orbax_io
 
     store = ObjectStore(tmp_path / "remote")

@@ -12,7 +12,7 @@ PLACE = "gs://bucket/run/checkpoints"
 
 @pytest.fixture
 def place(bucket, tmp_path, monkeypatch):
-    """The local folder that stands for PLACE."""
+    """Returns the local folder that stands for PLACE."""
     monkeypatch.chdir(tmp_path)
     return bucket / "run" / "checkpoints"
 
@@ -25,7 +25,7 @@ def save(*checkpoints):
 
 
 def kept(place):
-    """The names of the folders that have files; a bucket has no others."""
+    """Returns the names of the folders that have files; a bucket has no others."""
     return sorted(path.name for path in place.iterdir() if any(file.is_file() for file in path.rglob("*")))
 
 

@@ -134,7 +134,7 @@ def test_logits_in_a_zarr_folder_are_those_that_a_run_began_with(tiny, tmp_path)
     config = tiny("method=kd", "teacher.model=logits", f"teacher.checkpoint={path}")
 
     def folder() -> RunFolder:
-        """The folder as a start of the run sees it."""
+        """Returns the folder as a start of the run sees it."""
         return RunFolder(Run.plan(config_lib.resolve(config), epath.Path(tmp_path / "run")))
 
     def write(logits: np.ndarray) -> None:

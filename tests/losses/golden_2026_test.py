@@ -81,7 +81,7 @@ def prepared(name, case, dtype):
 
 @functools.cache
 def compiled(method, cfg):
-    """The loss with its parts, and the gradient with respect to the student, compiled once a shape."""
+    """Returns the loss with its parts, and the gradient with respect to the student, compiled once a shape."""
 
     def loss(student, teacher, labels, rows):
         parts = method.parts(teacher, student, labels, cfg, **rows)

@@ -61,7 +61,7 @@ def compiled(method, cfg, as_users=False):
 
 @functools.cache
 def of_standard_logits(name):
-    """`standardized` of a method, made once so that its programs are compiled once."""
+    """Returns `standardized` of a method, made once so that its programs are compiled once."""
     return standardized(METHODS[name])
 
 

@@ -15,12 +15,12 @@ def from_teacher(method, classes):
 
 
 def given(method, cfg, classes):
-    """The parameters of the loss as a run begins: what it learns, or what a teacher gives; None if there are none."""
+    """Returns the parameters of the loss at the start of a run: learnt ones, or those of a teacher; None without any."""
     return from_teacher(method, classes).get("params") if method.init is None else method.init(cfg)
 
 
 def lead(method, cfg, rows):
-    """The leading axes of so many rows: a first one of 2 for a loss that compares two views."""
+    """Returns the leading axes of so many rows: a first one of 2 for a loss that compares two views."""
     return (2, rows) if method.views(cfg) == 2 else (rows,)
 
 

@@ -35,7 +35,7 @@ SHAPES = [
 
 
 def in_each_way(functions, shape, rng, dtype):
-    """Output and gradients of some functions at one shape, by one program."""
+    """Computes outputs and gradients of some functions at one shape, by one program."""
     height, width, channels, features, kernel, stride, groups = shape
     x = jnp.asarray(rng.standard_normal((3, height, width, channels)), dtype)
     w = jnp.asarray(rng.standard_normal((kernel, kernel, channels // groups, features)), dtype)

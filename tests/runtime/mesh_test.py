@@ -10,14 +10,14 @@ from ldrld_jax.runtime.mesh import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh reads of a device."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     process_index: int
 
 
 def slice_of(hosts: int, each: int) -> list[Device]:
-    """Devices that are numbered across the hosts, as the chips of a TPU slice may be."""
+    """Returns devices that are numbered across the hosts, as the chips of a TPU slice may be."""
     return [Device(i, i % hosts) for i in range(hosts * each)]
 
 
