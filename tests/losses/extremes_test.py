@@ -121,7 +121,7 @@ OFFSET_BY_ROW = sorted(set(METHODS) - {"luminet"})
 
 @functools.cache
 def with_offsets(name):
-    """Makes a loss of rows with a large common offset, `loss(teacher, student, temperature=None)`, the rows, its gradient."""
+    """Makes a loss of rows with a large offset, `loss(teacher, student, temperature=None)`, the rows, its gradient."""
     method, rng = METHODS[name], np.random.default_rng(0)
     cfg = method.config()
     if hasattr(cfg, "temperature"):

@@ -15,7 +15,7 @@ def from_teacher(method, classes):
 
 
 def given(method, cfg, classes):
-    """Returns the parameters of the loss at the start of a run: learnt ones, or those of a teacher; None without any."""
+    """Returns the parameters of a loss at the start of a run: learnt ones, or a teacher's; None without any."""
     return from_teacher(method, classes).get("params") if method.init is None else method.init(cfg)
 
 
