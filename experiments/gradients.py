@@ -1,10 +1,14 @@
 """Measures each method's step size: the gradient norm of its weighted loss in one example's logits.
 
 python experiments/gradients.py runs/logits
+python experiments/gradients.py runs/logits --ranks
 
 The teacher logits are the first 1,024 of a logit store's first epoch; the labels are the teacher's top classes. Two
 students are simulated: an untrained one (noise of .3) and one half way (half the teacher's logits plus noise of 1).
 Batches of 64.
+
+--ranks prints how a method moves the logits of a student whose logits are all equal, by the teacher's rank: the mean
+negative gradient for each of its five largest classes, and for one of the others, over all images of that epoch.
 """
 
 import json
@@ -26,6 +30,7 @@ SETTINGS = {
     "dist": (2.0, 1.0, {}),
     "ldrld": (1.0, 1.0, dict(depth=7, temperature=4.0, alpha=10.5, beta=7.0)),
 }
+RANKED = {"bild": ("bild", {}), "dkd": ("dkd", {}), "dkd, top_k=5": ("dkd", {"top_k": 5})}
 EXAMPLES, BATCH = 1024, 64
 
 
@@ -46,10 +51,24 @@ def mean_norm(method: str, teacher: jax.Array, student: jax.Array) -> float:
     return float(jnp.mean(jnp.linalg.norm(jnp.concatenate(by_example), axis=-1)))
 
 
-def main(store: str) -> None:
+def by_rank(method: str, settings: dict, teacher: jax.Array) -> list[float]:
+    """Returns the mean negative gradient for the teacher's five largest classes, and for one of the others."""
+    order = jnp.argsort(-teacher, axis=-1)
+    cfg = METHODS[method].config(**settings)
+    gradient = jax.jit(jax.grad(lambda student: METHODS[method].loss(teacher, student, order[:, 0], cfg)))
+    moved = -len(teacher) * jnp.take_along_axis(gradient(jnp.zeros_like(teacher)), order, axis=-1)
+    means = [*jnp.mean(moved[:, :5], axis=0), jnp.mean(moved[:, 5:])]
+    return [round(float(mean), 3) for mean in means]
+
+
+def main(store: str, *, ranks: bool = False) -> None:
     place = {"driver": "file", "path": str(next(pathlib.Path(store).rglob("00000"))) + "/"}
-    logits = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()[:EXAMPLES].read().result()
-    teacher, rng = jnp.asarray(logits, jnp.float32), np.random.default_rng(0)
+    logits = tensorstore.open({"driver": "zarr3", "kvstore": place}).result().read().result()
+    if ranks:
+        every = jnp.asarray(logits, jnp.float32)
+        print(json.dumps({name: by_rank(*each, every) for name, each in RANKED.items()}, indent=2))
+        return
+    teacher, rng = jnp.asarray(logits[:EXAMPLES], jnp.float32), np.random.default_rng(0)
     students = {
         "start": jnp.asarray(0.3 * rng.normal(size=teacher.shape), jnp.float32),
         "half way": 0.5 * teacher + jnp.asarray(rng.normal(size=teacher.shape), jnp.float32),
@@ -59,6 +78,6 @@ def main(store: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python experiments/gradients.py STORE")
-    main(sys.argv[1])
+    if sys.argv[2:] not in ([], ["--ranks"]) or len(sys.argv) < 2:
+        sys.exit("usage: python experiments/gradients.py STORE [--ranks]")
+    main(sys.argv[1], ranks=len(sys.argv) > 2)
