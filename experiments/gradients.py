@@ -55,8 +55,9 @@ def by_rank(method: str, settings: dict, teacher: jax.Array) -> list[float]:
     """Returns the mean negative gradient for the teacher's five largest classes, and for one of the others."""
     order = jnp.argsort(-teacher, axis=-1)
     cfg = METHODS[method].config(**settings)
-    gradient = jax.jit(jax.grad(lambda student: METHODS[method].loss(teacher, student, order[:, 0], cfg)))
-    moved = -len(teacher) * jnp.take_along_axis(gradient(jnp.zeros_like(teacher)), order, axis=-1)
+    gradient = jax.jit(jax.grad(lambda student, teacher, labels: METHODS[method].loss(teacher, student, labels, cfg)))
+    pull = gradient(jnp.zeros_like(teacher), teacher, order[:, 0])
+    moved = -len(teacher) * jnp.take_along_axis(pull, order, axis=-1)
     means = [*jnp.mean(moved[:, :5], axis=0), jnp.mean(moved[:, 5:])]
     return [round(float(mean), 3) for mean in means]
 
