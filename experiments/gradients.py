@@ -11,9 +11,9 @@ Batches of 64.
 negative gradient for each of its five largest classes, and for one of the others, over all images of that epoch.
 """
 
+import argparse
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,8 @@ def main(store: str, *, ranks: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] not in ([], ["--ranks"]) or len(sys.argv) < 2:
-        sys.exit("usage: python experiments/gradients.py STORE [--ranks]")
-    main(sys.argv[1], ranks=len(sys.argv) > 2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", help="folder of a logit store")
+    parser.add_argument("--ranks", action="store_true", help="print the gradients by the teacher's rank")
+    given = parser.parse_args()
+    main(given.store, ranks=given.ranks)
