@@ -42,14 +42,16 @@ class ObjectStore(backend.Backend):
         return [f"gs://{found.relative_to(self._root)}" for found in self._root.glob(path.removeprefix("gs://"))]
 
     def walk(self, top, *, top_down=True, on_error=None):
-        raise NotImplementedError("epath's own for gs:// yields paths without gs://")
+        for folder, folders, files in _DISK.walk(self.local(top), top_down=top_down, on_error=on_error):
+            # As epath's own for a bucket yields them, without gs://.
+            yield os.path.relpath(folder, self._root), folders, files
 
     def makedirs(self, path, *, exist_ok=False, mode=None):
         self.mkdir(path, exist_ok=exist_ok, mode=mode)
 
     def mkdir(self, path, *, exist_ok=False, mode=None):
         if mode not in (None, 0o777):
-            raise NotImplementedError("mkdir with custom `mode=` not supported")
+            backend.fsspec_backend.mkdir(path, mode=mode)  # epath's own for a bucket, which refuses a mode
         if not exist_ok and self.exists(path):
             raise FileExistsError(path)
 

@@ -2,6 +2,7 @@
 
 import chex
 import pytest
+from etils import epath
 
 from ldrld_jax.checkpoint.folder import Checkpoints, load_model
 from tests.checkpoint.saved import flip, largest, trees
@@ -27,6 +28,18 @@ def save(*checkpoints):
 def kept(place):
     """Returns the names of the folders that have files; a bucket has no others."""
     return sorted(path.name for path in place.iterdir() if any(file.is_file() for file in path.rglob("*")))
+
+
+def test_the_stand_in_has_the_habits_of_a_bucket(place):
+    folder = epath.Path(PLACE)
+    (folder / "5/file").write_text("x")
+    assert [path.name for path in folder.iterdir()] == ["5"]
+    assert [(str(top), folders, files) for top, folders, files in folder.walk()] == [
+        ("bucket/run/checkpoints", ["5"], []),
+        ("bucket/run/checkpoints/5", [], ["file"]),
+    ]
+    with pytest.raises(NotImplementedError, match="custom `mode=` not supported"):
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def test_checkpoints_go_to_the_bucket_and_not_to_a_local_folder_of_its_name(place, tmp_path):
