@@ -29,8 +29,21 @@ import jax
 import numpy as np
 import pytest
 from etils.epath import gpath
+from jax._src import lru_cache
 
 from tests.object_store import ObjectStore
+
+
+def put_whole(cache: lru_cache.LRUCache, key: str, program: bytes) -> None:
+    """Writes a program to JAX's compile cache in one step; after JAX's own, another process may read half of it."""
+    place = cache.path / f"{key}{lru_cache._CACHE_SUFFIX}"
+    if not place.exists():
+        temporary = cache.path / f"{key}.{os.getpid()}"
+        temporary.write_bytes(program)
+        temporary.replace(place)
+
+
+lru_cache.LRUCache.put = put_whole
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8  # JAX starts now, before a test of `--target cpu:4` could start it with four
