@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldrld_jax.losses.common import mean_over_rows, prepare_logits
-from ldrld_jax.losses.divergence import RULED_OUT, AxisName, bernoulli_kl, masked_kl
+from ldrld_jax.losses.divergence import RULED_OUT, AxisName, bernoulli_kl_and_slope, masked_kl
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, host_rank_weights
 from ldrld_jax.losses.top import Top, not_in_top, take, top_classes
 
@@ -21,25 +21,63 @@ PROVEN_DEVICES: dict[str, str] = {}
 JAX with which the kernel's values were checked there. Empty: it has not run on a device yet (docs/loss_speed.md)."""
 
 
-def _local_terms(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
-    """Computes pairs and integrity, `[N]`, from the logits of the d classes over T, `[d, N]`.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pairs(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> jax.Array:
+    """Computes the weighted KL over all pairs of ranks, `[N]`, from the logits of the d classes over T, `[d, N]`."""
+    return _pairs_and_slopes(teacher, student, cfg)[0]
+
+
+@_pairs.defjvp
+def _(cfg, primals, tangents):
+    slopes = _pairs_and_slopes(*primals, cfg)[1]
+    return _pairs(*primals, cfg), jnp.sum(slopes * tangents[1], axis=0)
+
+
+def _pairs_and_slopes(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
+    """Computes `_pairs` and its derivative with respect to the student, `[d, N]`.
 
     The ranks are the first axis because the pairs are then computed row by row; on CPU the last axis takes
     twice as long.
     """
+    cpu, default = (functools.partial(compute, cfg=cfg) for compute in (_each_pair, _pairs_of_each_rank))
+    return jax.lax.platform_dependent(teacher, student, cpu=cpu, default=default)
+
+
+def _each_pair(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
+    """Computes every pair once."""
     i, j = np.triu_indices(cfg.depth, k=1)
     # z_i - z_j of all pairs as a product with rows of 1 and -1, exact at full precision. Gathering z_i and
     # z_j would hold two more arrays a side (at C = 100: 3.3 arrays of B x C instead of 2.8).
     difference = jnp.asarray(np.eye(cfg.depth)[i] - np.eye(cfg.depth)[j], student.dtype)
-    pair = lambda z: jnp.matmul(difference, z, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def weighted_pair_kl(teacher_pair, student_pair, weight):
-        return weight * bernoulli_kl(teacher_pair, student_pair)
+        value, slope = bernoulli_kl_and_slope(teacher_pair, student_pair)
+        return weight * value, weight * slope
 
     weights = jnp.asarray(host_rank_weights(cfg)[i, j], student.dtype)
-    pairs = jax.vmap(weighted_pair_kl)(pair(teacher), pair(student), weights)
-    log_p, log_q = jax.nn.log_softmax(teacher, axis=0), jax.nn.log_softmax(student, axis=0)
-    return jnp.sum(pairs, axis=0), jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=0)
+    value, slope = jax.vmap(weighted_pair_kl)(product(difference, teacher), product(difference, student), weights)
+    return jnp.sum(value, axis=0), product(difference.T, slope)
+
+
+def _pairs_of_each_rank(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
+    """Computes every pair twice, once for each of its ranks, so that a rank's slope is a plain sum.
+
+    XLA for an accelerator fuses sums. The products of `_each_pair` are programs of their own, with every pair
+    written to memory before and after them.
+    """
+    weights = host_rank_weights(cfg)
+    weights = jnp.asarray(weights + weights.T, student.dtype)[:, :, None]
+    value, slope = bernoulli_kl_and_slope(*(z[:, None] - z[None, :] for z in (teacher, student)))
+    of_rank, slopes = (jnp.sum(weights * part, axis=1) for part in (value, slope))
+    # Halved before the sum over the ranks; XLA would merge two plain sums into one that cannot share the slopes' loop.
+    return jnp.sum(0.5 * of_rank, axis=0), slopes
+
+
+def _integrity(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Computes the KL over the d classes, `[N]`, from their logits over T relative to the largest, `[d, N]`."""
+    every, largest = jnp.ones(teacher.shape[0], bool), jnp.zeros((), teacher.dtype)
+    return jax.vmap(lambda t, s: masked_kl(t, s, every, largest, largest, 1.0), in_axes=-1)(teacher, student)
 
 
 def _remainder(teacher: jax.Array, student: jax.Array, top: Top, cfg: LDRLDConfig, class_axis_name: AxisName):
@@ -87,7 +125,8 @@ def _terms_of_rows(
     at_top = jax.vmap(at_top_of_row, out_axes=-1)
     # Where a NaN lies in the ranking side's row, the d classes are not known: it need not be among them.
     known = jnp.where(jnp.isnan(top.values[:, 0]), jnp.nan, jnp.ones((), student.dtype))
-    pairs, integrity = _local_terms(at_top(teacher, top), known[None] * at_top(student, top), cfg)
+    local = at_top(teacher, top), known[None] * at_top(student, top)
+    pairs, integrity = _pairs(*local, cfg), _integrity(*local)
     if classes - cfg.depth > 1:
         remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)
     else:  # The KL over at most one class is 0.
@@ -252,12 +291,14 @@ def parts_of_terms(
         # The official code tells pairs from the full set by size, so at d = 2 it weights the full set as
         # the pair that it is. The golden case with d = 2 checks this.
         integrity = integrity * float(host_rank_weights(cfg)[0, 1])
-    parts = {"pairs": local_weight * mean(terms.pairs)}
+    parts = {"pairs": (local_weight, terms.pairs)}
     if cfg.use_integrity:
-        parts["integrity"] = local_weight * mean(integrity)
+        parts["integrity"] = (local_weight, integrity)
     if cfg.use_remainder:
-        parts["remainder"] = cfg.beta * mean(terms.remainder)
-    return parts
+        parts["remainder"] = (cfg.beta, terms.remainder)
+    # One reduction of all parts is one kernel on an accelerator, and one transfer between devices.
+    means = jax.vmap(mean)(jnp.stack([term for _, term in parts.values()]))
+    return {name: weight * means[k] for k, (name, (weight, _)) in enumerate(parts.items())}
 
 
 def ldrld_loss(

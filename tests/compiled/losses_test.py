@@ -91,6 +91,13 @@ def test_ldrld_moves_at_most_three_times_what_kd_does_on_a_tpu(rows, classes):
     assert ours.bytes_moved <= 3 * theirs.bytes_moved
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(64, 100), (256, 100), (1024, 1000)])
+def test_ldrld_launches_at_most_three_times_the_kernels_of_kd_on_a_gpu(rows, classes):
+    shapes = (((rows, classes), jnp.float32),) * 2
+    ours, theirs = (compiled(jax.value_and_grad(loss), "h100", *shapes) for loss in (ldrld, kd))
+    assert ours.kernels <= 3 * theirs.kernels
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.12 on
 @pytest.mark.parametrize("target", ["h100:8", "v5e:2x4"])
 def test_the_kernel_of_a_batch_on_eight_devices_gathers_no_logits(target):
