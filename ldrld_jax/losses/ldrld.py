@@ -66,8 +66,8 @@ def _pairs_of_each_rank(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig
     XLA for an accelerator fuses sums. The products of `_each_pair` are programs of their own, with every pair
     written to memory before and after them.
     """
-    weights = host_rank_weights(cfg)
-    weights = jnp.asarray(weights + weights.T, student.dtype)[:, :, None]
+    decay = host_rank_weights(cfg)
+    weights = jnp.asarray(decay + decay.T, student.dtype)[:, :, None]
     value, slope = bernoulli_kl_and_slope(*(z[:, None] - z[None, :] for z in (teacher, student)))
     of_rank, slopes = (jnp.sum(weights * part, axis=1) for part in (value, slope))
     # Halved before the sum over the ranks; XLA would merge two plain sums into one that cannot share the slopes' loop.
