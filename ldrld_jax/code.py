@@ -1,11 +1,13 @@
 """Objects of a user's own modules, by name: "my_module:make_net"."""
 
 import importlib
+import inspect
 import re
+import runpy
 import sys
 from typing import Any
 
-from ldrld_jax.errors import UserError, one_line, unknown
+from ldrld_jax.errors import UserError, as_user_error, one_line, unknown
 
 
 def is_code(name: str) -> bool:
@@ -21,6 +23,9 @@ def is_code(name: str) -> bool:
 def load_object(name: str) -> Any:
     """Imports `module:attribute` and returns the attribute; the working directory's modules are found first.
 
+    The working directory stays on the path, as with `python -m`: the attribute may import when it is called, and worker
+    processes import its module again.
+
     Raises:
       UserError: if there is no such module or attribute, or the module fails when it is imported.
 
@@ -29,8 +34,7 @@ def load_object(name: str) -> Any:
       2.0
     """
     module_name, _, attribute = name.partition(":")
-    path = list(sys.path)
-    if "" not in path:
+    if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
@@ -43,8 +47,6 @@ def load_object(name: str) -> Any:
         ) from None
     except Exception as error:
         raise UserError(f"{name} cannot be imported: {one_line(error)}") from error
-    finally:
-        sys.path[:] = path
     if not hasattr(module, attribute):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown(f"object in module {module_name}", attribute, known)
@@ -62,9 +64,27 @@ def call(name: str, *arguments: Any, **options: Any) -> Any:
       2.0
     """
     function = load_object(name)
-    try:
+    with as_user_error(f"{name} failed"):
         return function(*arguments, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name} failed: {one_line(error)}") from error
+
+
+def call_of_file(file: str, function: str, argument: str, *, kind: str, instead: str) -> Any:
+    """Runs a Python file and calls one of its functions.
+
+    Args:
+      file: its path.
+      function: the name of the function, which takes no argument or one.
+      argument: for the function; "" for none.
+      kind: of the file, for the error: "config" or "sweep".
+      instead: what to give if the file has no such function.
+
+    Raises:
+      UserError: if the file or the function fails, or there is no such function, or it takes no argument.
+    """
+    with as_user_error(f"{kind} {file} failed", "Correct the file."):
+        found = runpy.run_path(file).get(function)
+        if found is None:
+            raise UserError(f"{file} defines no {function}(). Add it, or give {instead}.")
+        if argument and not inspect.signature(found).parameters:
+            raise UserError(f"{file} takes no argument, got {argument!r}. Leave out the colon and what follows it.")
+        return found(argument) if argument else found()

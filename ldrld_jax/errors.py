@@ -98,6 +98,28 @@ def needs(purpose: str, extra: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_user_error(what: str, then: str = "") -> Iterator[None]:
+    """Raises any error of a user's code in the block as a `UserError`, except one that is already.
+
+    Args:
+      what: the beginning of the line, what fails.
+      then: its end, what to do.
+
+    Example:
+      >>> with as_user_error("config a.py failed", "Correct the file."):
+      ...     1 / 0
+      Traceback (most recent call last):
+      ldrld_jax.errors.UserError: config a.py failed: ZeroDivisionError: division by zero. Correct the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {one_line(error)} {then}".rstrip()) from error
+
+
+@contextlib.contextmanager
 def silent(logger_name: str) -> Iterator[None]:
     """Drops what a library logs in the block, for one that logs errors which it raises as well."""
     log = logging.getLogger(logger_name)

@@ -103,7 +103,7 @@ def parse(argv: Sequence[str], mode: str | None = None) -> tuple[argparse.Namesp
       UserError: if a flag is unknown, lacks its value or is of another mode.
     """
     try:
-        flags, key_flags = split_overrides(argv)
+        flags, overrides = split_overrides(argv)
         args, rest = make_parser(mode).parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
@@ -112,9 +112,9 @@ def parse(argv: Sequence[str], mode: str | None = None) -> tuple[argparse.Namesp
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / pathlib.Path(file).stem))
     for name in ("hub", "json", "output", "profile"):
         setattr(args, name, getattr(args, name) and expand_home(getattr(args, name)))
-    args.images = []
+    args.images = [word for word in rest if word == "-" or not word.startswith("-")] if args.mode == "predict" else []
     known = [*(["--mode", *FLAGS] if mode is None else flags_of(mode)), "--help"]
-    overrides = overrides_in([*rest, *key_flags], known, args.images if args.mode == "predict" else None)
+    check_all_known([word for word in rest if word not in args.images], known)
     if args.mode == "predict" and not args.images:
         raise UserError("predict needs images: --workdir DIR IMAGE...")
     return args, overrides
@@ -136,11 +136,14 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a command line into what argparse may see, and the flags of config keys, whose values may hold spaces.
+    """Splits a command line into what argparse may see, and the `key=value` of `--config.key` flags.
+
+    Raises:
+      UserError: if a key has no value.
 
     Example:
       >>> split_overrides(["--workdir", "w", "--config.seed", "1", "--config.data.data_dir=/my data"])
-      (['--workdir', 'w'], ['--config.seed', '1', '--config.data.data_dir=/my data'])
+      (['--workdir', 'w'], ['seed=1', 'data.data_dir=/my data'])
     """
     flags, overrides, left = list[str](), list[str](), list(argv)
     while left:
@@ -148,42 +151,18 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if not flag.startswith("--config."):
             flags.append(flag)
             continue
-        overrides.append(flag)
-        if "=" not in flag and left:
-            overrides.append(left.pop(0))
+        if "=" not in flag:
+            if not left or left[0].startswith("--"):
+                raise UserError(f"{flag} needs a value: {flag}=VALUE.")
+            flag = f"{flag}={left.pop(0)}"
+        overrides.append(flag.removeprefix("--config."))
     return flags, overrides
 
 
-def overrides_in(rest: Sequence[str], known: Sequence[str], words: list[str] | None = None) -> list[str]:
-    """Returns the `--config.key=value` flags that a parser left over, as `key=value`.
-
-    Args:
-      rest: the arguments that the parser did not recognise.
-      known: the parser's flags, for the error message.
-      words: a list to which positional arguments are appended; None if there may be none.
-
-    Raises:
-      UserError: if there is another flag, or a value is missing.
-
-    Example:
-      >>> overrides_in(["--config.seed=1", "--config.method", "kd"], [])
-      ['seed=1', 'method=kd']
-    """
-    rest, overrides = list(rest), []
-    while rest:
-        flag = rest.pop(0)
-        if words is not None and (flag == "-" or not flag.startswith("-")):
-            words.append(flag)
-            continue
-        if not flag.startswith("--config."):
-            raise UserError(f"there is no flag {flag!r}. Known: {', '.join(['--config.KEY=VALUE', *known])}.")
-        override = flag.removeprefix("--config.")
-        if "=" not in override:
-            if not rest:
-                raise UserError(f"{flag} needs a value: {flag}=VALUE.")
-            override = f"{override}={rest.pop(0)}"
-        overrides.append(override)
-    return overrides
+def check_all_known(rest: Sequence[str], known: Sequence[str]) -> None:
+    """Raises a UserError if a parser that knows the flags `known` left arguments over."""
+    if rest:
+        raise UserError(f"there is no flag {rest[0]!r}. Known: {', '.join(['--config.KEY=VALUE', *known])}.")
 
 
 def main(argv: Sequence[str] | None = None, mode: str | None = None) -> int:

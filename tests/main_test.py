@@ -50,6 +50,7 @@ WRONG = [
     (["--config.seed=" + 9000 * "-" + "1"], "seed must be of type int, got '--"),
     (["--config.data.flip=3"], "data.flip must be of type bool, got 3"),
     (["--config.seed"], "--config.seed needs a value"),
+    (["--config.data.flip", "--profile", "x"], "--config.data.flip needs a value: --config.data.flip=VALUE"),
     (["--confg=x.py"], "there is no flag '--confg=x.py'"),
     (["train"], "there is no flag 'train'"),
     (["--mode=eval", "--profile=x"], "--profile is a flag of train and bench, and not of eval. Remove it."),

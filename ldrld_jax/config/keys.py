@@ -352,9 +352,9 @@ def may_be_unset(key: str) -> bool:
 
 def coerce(value: Any) -> Any:
     """Converts NumPy numbers to Python's and lists to tuples; returns anything else unchanged."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return tuple(map(coerce, value))
     return value
 

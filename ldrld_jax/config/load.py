@@ -1,17 +1,15 @@
 """Loading of configs: the defaults, a file over them, and `key=value` overrides over both."""
 
 import ast
-import importlib.util
-import inspect
 import pathlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ldrld_jax.code import is_code
+from ldrld_jax.code import call_of_file, is_code
 from ldrld_jax.config.keys import KINDS, check, coerce, default, expanded, leaves, may_be_unset
-from ldrld_jax.errors import UserError, one_line, unknown
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import split_argument
 from ldrld_jax.identity import is_object
 from ldrld_jax.losses import METHODS
@@ -31,23 +29,8 @@ def load(path: str, overrides: Iterable[str] = ()) -> ConfigDict:
       UserError: if the file is not found or fails, or a key or value is not allowed.
     """
     file, arg = split_argument(path)
-    found = _find(file)
-    spec = importlib.util.spec_from_file_location("ldrld_jax_config_file", found)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(
-                f"{path} defines no get_config(). Add it, or give a sweep file to `python -m ldrld_jax.sweep`."
-            )
-        if arg and not inspect.signature(module.get_config).parameters:
-            raise UserError(f"{file} takes no argument, got {arg!r}. Leave out the colon and what follows it.")
-        changes = module.get_config(arg) if arg else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config {path} failed: {one_line(error)} Correct the file.") from error
+    instead = "a sweep file to `python -m ldrld_jax.sweep`"
+    changes = call_of_file(str(_find(file)), "get_config", arg, kind="config", instead=instead)
     if not isinstance(changes, ConfigDict):
         raise UserError(
             f"get_config of {path} must return a ConfigDict, got {type(changes).__name__}. End it with `return "

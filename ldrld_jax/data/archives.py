@@ -27,7 +27,9 @@ def load_arrays(file: str, split: str) -> Source:
             archive = np.load(opened, allow_pickle=False)
             images_of = (f"x_{split}", f"{split}_images")
             arrays = {name: archive[name] for name in archive.files if name in images_of or _is_labels(name)}
-            names = archive["class_names"].tolist() if "class_names" in archive.files else None
+            names = archive["class_names"] if "class_names" in archive.files else None
+            if names is not None:
+                names = (names.astype(str) if names.dtype.kind == "S" else names).tolist()
     except Exception as error:  # of NumPy, zipfile or zlib, which have errors of their own for damaged bytes
         raise UserError(
             f"{file} cannot be read as a NumPy archive: {reason(error)}. Write it with numpy.savez."

@@ -119,4 +119,6 @@ def _count(split: str, sizes: dict[str, int]) -> int:
             f"split {split!r} cannot be read: {reason(error)}. Name a split, or a slice such as train[:90%]."
         ) from None
     ends = ((part.from_ or 0, sizes[part.splitname] if part.to is None else part.to) for part in parts)
-    return sum(end - start for start, end in ends)
+    if (count := sum(end - start for start, end in ends)) <= 0:
+        raise UserError(f"split {split!r} has no images. Name a split, or a slice such as train[:90%].")
+    return count

@@ -107,7 +107,7 @@ class ItemRecords:
         return f"{self.title}[{index}]"
 
     def labels(self) -> np.ndarray:
-        return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])], np.int32)
+        return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])])
 
     def listing(self) -> Iterator[str]:
         """Yields the type and the number of examples, and some labels.
@@ -376,12 +376,12 @@ def _record(item: Any, name: str, exif: bool) -> dict[str, Any]:
 
 
 def _label(label: Any, name: str) -> int | np.ndarray:
-    """Returns a class, or an array of them, int32; raises a UserError with the example's name for any other thing."""
+    """Returns a class, or an array of them; raises a UserError with the example's name for any other thing."""
     array = np.asarray(label)
     if array.dtype.kind not in "iub":
         shown = " ".join(str(label).split())[:60]
         raise UserError(f"{name} has the label {shown}, and labels are whole numbers from 0. Convert it.")
-    return int(array) if array.ndim == 0 else array.astype(np.int32)
+    return int(array) if array.ndim == 0 else array
 
 
 def as_array(image: Any, *, exif: bool) -> np.ndarray:

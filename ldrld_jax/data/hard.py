@@ -19,12 +19,14 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
 
     Args:
       records: the whole training split.
-      data: a block with `held_out`, `fraction`, `imbalance`, `label_noise`, `label_noise_rate` and `seed`.
+      data: a block with `held_out`, `fraction`, `imbalance`, `label_noise`, `label_noise_rate`, `seed` and
+        `on_error`.
       classes: C.
       held_out: return the records put aside instead.
 
     Raises:
-      UserError: if no record is left, or records with several labels each cannot be selected so.
+      UserError: if no record is left, a label is not of the classes and `on_error` is "raise", or records with several
+        labels each cannot be selected so.
     """
     noisy = data.label_noise != "none"
     if noisy and classes < 2:
@@ -41,6 +43,12 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
                     f"shape {labels.shape[1:]}. Unset it."
                 )
         labels, classes = np.zeros(len(labels), np.int32), 1
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))  # which no part below would have
+    if len(outside) and data.on_error == "raise":
+        raise UserError(
+            f"{records.name(int(outside[0]))} is broken: its label is {labels[outside[0]]}, and there are {classes} "
+            "classes. Repair or remove it, or set data.on_error=skip."
+        )
     aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
     if held_out:
         return Selected(records, aside, None if several else labels[aside])

@@ -67,7 +67,7 @@ class Records(Protocol):
         ...
 
     def labels(self) -> np.ndarray:
-        """Returns the labels `[n, ...]` int32, without decoding any image."""
+        """Returns the labels `[n, ...]`, integers, without decoding any image."""
         ...
 
     def listing(self) -> Iterator[str]:
@@ -155,16 +155,13 @@ class Source:
         return images, labels
 
     def _checked(self, label: Any) -> Any:
-        classes = len(self.class_names)
-        if not self.label_shape:
-            if not 0 <= label < classes:
-                raise BrokenImageError(f"its label is {label}, and there are {classes} classes")
-            return label
         if np.shape(label) != self.label_shape:
             raise BrokenImageError(f"its labels have shape {np.shape(label)}, and the others {self.label_shape}")
-        bad = label[(label < -1) | (label >= classes)]
-        if bad.size:
-            raise BrokenImageError(f"a label is {bad[0]}, and there are {classes} classes, and -1 for none")
+        classes, several = len(self.class_names), bool(self.label_shape)
+        each = np.atleast_1d(label)
+        if (bad := each[(each < -several) | (each >= classes)]).size:
+            whose, none = ("a", ", and -1 for none") if several else ("its", "")
+            raise BrokenImageError(f"{whose} label is {bad[0]}, and there are {classes} classes{none}")
         return label
 
     def report(self, index: int, error: BrokenImageError) -> None:

@@ -36,7 +36,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from ldrld_jax.errors import UserError, one_line, reason
+from ldrld_jax.errors import UserError, as_user_error, reason
 
 Batch = dict[str, np.ndarray]
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -410,13 +410,11 @@ class _Task:
     def _loaded(self) -> Callable[..., Batch]:
         if self._make is None:
             first, *buffers = self._memory.parts(self._sizes)
-            try:
+            with as_user_error(
+                "a worker process cannot make the dataset again",
+                "Put its code where `import` finds it, or set data.workers=0.",
+            ):
                 self._make, source = pickle.loads(first.tobytes(), buffers=buffers)
-            except Exception as error:
-                raise UserError(
-                    f"a worker process cannot make the dataset again: {one_line(error)} Put its code where `import` "
-                    "finds it, or set data.workers=0."
-                ) from error
             # The parent counts broken images, because each worker sees only some.
             object.__setattr__(source, "skip", lambda *skipped: self._skipped.append(skipped))
         assert self._make is not None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldrld_jax.errors import UserError, needs, one_line, reason
+from ldrld_jax.errors import UserError, as_user_error, needs, reason
 from ldrld_jax.files import is_local
 
 Batch = dict[str, np.ndarray]
@@ -63,15 +63,10 @@ class HostTeacher:
             mean, std = (np.asarray(values, np.float32) for values in (self.mean or (0.0,), self.std or (1.0,)))
             scale = 255 if images.dtype == np.uint8 else 1
             images = (images.astype(np.float32) / scale - mean) / std
-        try:
+        with as_user_error(
+            f"the teacher {self.shown} fails on images {images.shape} {images.dtype}", "Mend its function."
+        ):
             found = self.function(images)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"the teacher {self.shown} fails on images {images.shape} {images.dtype}: {one_line(error)} Mend its "
-                "function."
-            ) from error
         logits = self._array(found)
         lead = (len(images), *label_shape)
         if logits.shape[:-1] != lead or classes not in (None, logits.shape[-1]):

@@ -11,7 +11,7 @@ from etils import epath
 
 from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_remote, check_writable, expand_home, is_local, split_argument
-from ldrld_jax.main import fail, overrides_in, split_overrides
+from ldrld_jax.main import check_all_known, fail, split_overrides
 from ldrld_jax.record.console import say
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
       UserError: if a flag is unknown or lacks its value.
     """
     try:
-        flags, given = split_overrides(argv)
+        flags, overrides = split_overrides(argv)
         parser = make_parser(prog)
         args, rest = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
@@ -123,7 +123,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if args.launcher == "slurm" and (args.gpus or args.dry_run or count > 1 or not is_local(epath.Path(args.workdir))):
         raise UserError("--launcher slurm takes a local --workdir, and none of --gpus, --shard and --dry_run.")
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    return args, overrides_in([*rest, *given], known)
+    check_all_known(rest, known)
+    return args, overrides
 
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:

@@ -7,7 +7,6 @@ import itertools
 import json
 import pathlib
 import re
-import runpy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 from etils import epath
 
 from ldrld_jax import config as config_lib
-from ldrld_jax.code import is_code
-from ldrld_jax.errors import UserError, one_line, unknown
+from ldrld_jax.code import call_of_file, is_code
+from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import is_locked, split_argument
 from ldrld_jax.identity import identity
 from ldrld_jax.interop import hub
@@ -37,15 +36,7 @@ def load(path: str) -> dict[str, Any]:
         raise UserError(
             f"there is no sweep file {file!r}. The paper's are in experiments/; or give --config and --grid."
         )
-    try:
-        get_sweep = runpy.run_path(file).get("get_sweep")
-        if get_sweep is None:
-            raise UserError(f"{path} defines no get_sweep(). Add it, or give a config by --config.")
-        sweep = get_sweep(arg) if arg else get_sweep()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"sweep {path} failed: {one_line(error)} Correct the file.") from error
+    sweep = call_of_file(file, "get_sweep", arg, kind="sweep", instead="a config by --config")
     _check_form(sweep)
     return sweep
 

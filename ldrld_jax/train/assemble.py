@@ -87,13 +87,7 @@ def assemble(
     set_value(made, "student.model", student if isinstance(student, str) else _entered(student, models), "Trainer")
     host_teacher = _set_teacher(made, teacher, models)
     methods = _set_method(made, method)
-    splits = _set_data(
-        made,
-        train,
-        evaluation,
-        num_classes,
-        own_splits=[key for key in ("train_split", "eval_split") if f"data.{key}" in config],
-    )
+    splits = _set_data(made, train, evaluation, num_classes, own=config)
     if isinstance(optimizer, str):
         set_value(made, "optim.name", optimizer, "Trainer(optimizer=...)")
     elif optimizer is not None:
@@ -184,6 +178,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
             f"the teacher {paths[0]} is a file, which does not name its model. Name the model in "
             'config={"teacher.model": "resnet32x4"}, for example.'
         )
+    _check_same("teacher.checkpoint", config.teacher.checkpoint, "teacher", ",".join(paths))
     config.teacher.checkpoint = ",".join(paths)
     return None
 
@@ -193,13 +188,16 @@ def _is_model(name: str) -> bool:
 
 
 def _name_teacher(config: ConfigDict, model: str) -> None:
-    """Sets `teacher.model`, which another key of the arguments may have set otherwise."""
-    if config.teacher.model not in (None, model):
-        raise UserError(
-            f"Trainer(config=...) has teacher.model={config.teacher.model!r}, and its argument teacher is {model!r}. "
-            "Give one of them."
-        )
+    _check_same("teacher.model", config.teacher.model, "teacher", model)
     config.teacher.model = model
+
+
+def _check_same(key: str, there: Any, argument: str, given: Any) -> None:
+    """Raises a UserError if the user's config sets a key, to `there`, that an argument sets otherwise."""
+    if there not in (None, given):
+        raise UserError(
+            f"Trainer(config=...) has {key}={there!r}, and its argument {argument} gives {given!r}. Give one of them."
+        )
 
 
 def _trained_model(workdir: str) -> str:
@@ -230,11 +228,7 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
             names += known
             for field, value in vars(one).items():
                 key = f"loss.{known[0]}.{field}"
-                if config.loss[known[0]][field] not in (None, value):
-                    raise UserError(
-                        f"Trainer(config=...) has {key}={config.loss[known[0]][field]!r}, and its argument method has "
-                        f"{value!r}. Give one of them."
-                    )
+                _check_same(key, config.loss[known[0]][field], "method", value)
                 set_value(config, key, value, "Trainer(method=...)")
         elif inspect.isclass(one):
             raise UserError(f"a method must be an object, got the class {one.__name__}. Give {one.__name__}(...).")
@@ -250,9 +244,9 @@ def _set_method(config: ConfigDict, method: Any) -> dict[str, Method]:
 
 
 def _set_data(
-    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None, *, own_splits: Sequence[str]
+    config: ConfigDict, train: Any, evaluation: Any, num_classes: int | None, *, own: Mapping[str, Any]
 ) -> tuple[Source | None, Source | None]:
-    """Names the data in a config; returns the splits that are objects."""
+    """Names the data in a config, in which `own` keys are set already; returns the splits that are objects."""
     if isinstance(train, str | pathlib.PurePath):
         if not (evaluation is None or isinstance(evaluation, str)):
             raise UserError(
@@ -262,13 +256,17 @@ def _set_data(
         train = expand_home(str(train))
         check_remote(train)
         if is_folder(train):
+            _check_same("data.data_dir", config.data.data_dir, "train", train)
             if config.data.name == default().data.name:
                 config.data.name = "image_folder"
-            config.data.data_dir = str(train)
-            config.data.update({key: split for key, split in _FOLDER_SPLITS.items() if key not in own_splits})
+            config.data.data_dir = train
+            config.data.update({key: split for key, split in _FOLDER_SPLITS.items() if f"data.{key}" not in own})
         else:
-            config.data.name = str(train)
-        config.data.eval_split = evaluation or config.data.eval_split
+            _check_same("data.name", own.get("data.name"), "train", train)
+            config.data.name = train
+        if evaluation is not None:
+            _check_same("data.eval_split", own.get("data.eval_split"), "evaluation", evaluation)
+            config.data.eval_split = evaluation
         return None, None
     if hasattr(train, "as_data_source"):  # a builder of TFDS
         split = evaluation or config.data.eval_split

@@ -20,7 +20,7 @@ from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.source import Selected, Source, spaced, too_many
 from ldrld_jax.data.stream import Readable
-from ldrld_jax.errors import NonFiniteError, UserError
+from ldrld_jax.errors import NonFiniteError, UserError, one_line
 from ldrld_jax.files import free_bytes, human_bytes, is_local
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import check_new
@@ -202,6 +202,8 @@ class _Check:
                     broken.append(str(error))
                 except OSError as error:  # which data.on_error=skip does not skip
                     self._problems.add(str(error))
+                except Exception as error:  # of a user's dataset
+                    broken.append(f"{sample.records.name(index)} is broken: {one_line(error)}")
             return np.concatenate(labels)
 
         labels = [np.zeros(0, int)]

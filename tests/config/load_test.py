@@ -7,11 +7,13 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.config.load import set_value
 from ldrld_jax.errors import UserError
 from ldrld_jax.identity import identity
 from ldrld_jax.losses import METHODS
@@ -113,6 +115,21 @@ def test_a_file_is_found_in_the_working_directory_first(tmp_path, monkeypatch):
     assert config_lib.load("configs/digits.py").seed == 17
     (tmp_path / "configs/digits.py").unlink()
     assert config_lib.load("configs/digits.py").seed == 0
+
+
+def test_a_file_may_define_dataclasses_whose_annotations_are_text(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom ml_collections import ConfigDict\n"
+        "@dataclasses.dataclass\nclass Recipe:\n    seed: int = 17\n"
+        "def get_config():\n    return ConfigDict(dataclasses.asdict(Recipe()))\n"
+    )
+    assert config_lib.load(str(tmp_path / "mine.py")).seed == 17
+
+
+def test_an_array_without_an_axis_is_a_number():
+    config = config_lib.default()
+    set_value(config, "seed", np.array(3), source="a file")
+    assert (config.seed, type(config.seed)) == (3, int)
 
 
 def test_a_file_that_returns_no_config_is_one_line(tmp_path):

@@ -51,6 +51,26 @@ def test_tokens_of_8_bits_are_raw_from_arrays_and_from_a_data_set_object():
         assert not as_source(data, num_classes=15).raw
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, np.array([1, 2])], r"data\[1\] is broken: its labels have shape \(2,\), and the others \(\)"),
+        ([np.array([2, 1]), 1], r"data\[1\] is broken: its labels have shape \(\), and the others \(2,\)"),
+        ([np.array([2, 1]), np.array([2**32 + 1, 1])], r"data\[1\] is broken: a label is 4294967297, and there are 5"),
+        ([1, 2**32 + 1], r"data\[1\] is broken: its label is 4294967297, and there are 5 classes\. Repair"),
+    ],
+)
+def test_labels_of_another_shape_or_beyond_32_bits_are_broken(labels, message):
+    source = as_source(Items(TOKENS[:2], labels, num_classes=5))
+    with pytest.raises(UserError, match=message):
+        source.read(np.arange(2))
+
+
+def test_names_of_classes_in_an_archive_may_be_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=np.zeros((2, 4), np.float32), y_train=[0, 1], class_names=[b"cat", b"dog"])
+    assert open_source(f"arrays:{tmp_path / 'a.npz'}", "train").class_names == ("cat", "dog")
+
+
 def test_a_single_tag_a_text_is_no_one_hot_label_where_the_classes_are_counted():
     source = as_source((TOKENS.astype(int), TAGS), num_classes=2)
     assert (source.class_names, source.label_shape) == (("0", "1"), (5,))

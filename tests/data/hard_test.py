@@ -121,6 +121,14 @@ def test_settings_that_do_not_suit_the_data_are_one_line(changes, expected, data
         make_train_batches(data(data_dir=data_dir, **changes), batch_size=8, seed=0)
 
 
+@pytest.mark.parametrize("changes", [{"held_out": 0.25}, {"fraction": 0.5}, {"imbalance": 2.0}])
+def test_a_label_without_a_class_is_named_although_no_part_would_have_it(changes):
+    records = Labelled(np.repeat([0, 1, 2, 7, -1], 4))
+    with pytest.raises(UserError, match=r"^12 is broken: its label is 7, and there are 5 classes\. .*on_error=skip\.$"):
+        hard.select(records, data(**changes), classes=5)
+    assert len(hard.select(records, data(on_error="skip", **changes), classes=5)) < 12
+
+
 def test_labels_of_one_class_cannot_be_made_wrong():
     records, noisy = Labelled(np.zeros(9, np.int32)), data(label_noise="symmetric", label_noise_rate=0.3)
     with pytest.raises(

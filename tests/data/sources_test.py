@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ldrld_jax.data import described
 from ldrld_jax.data.source import InMemory, Source
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.tfds_records import open_builder
@@ -171,3 +172,9 @@ def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
         open_builder("train", tfds.builder("cifar10", data_dir=tmp_path))
     with pytest.raises(UserError, match=r"^dataset imdb_reviews has text \(Text\), label .*, but needs image"):
         open_builder("train", tfds.builder("imdb_reviews", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train[9:8]", "train[:0]", "train[50%:10%]"])
+def test_a_slice_without_images_is_refused_where_only_its_size_is_known(split):
+    with pytest.raises(UserError, match=r"^split '.*' has no images\. Name a split, or a slice such as"):
+        described._count(split, {"train": 10})

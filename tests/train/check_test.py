@@ -175,6 +175,31 @@ def test_a_broken_image_is_found_wherever_it_lies(tiny, tmp_path):
     assert "train/cat/31.png" in problem
 
 
+def test_an_error_of_a_dataset_object_is_skipped_or_raised_as_a_run_does(make, capsys):
+    class Faulty:
+        num_classes = 10
+
+        def __init__(self, faults):
+            self.faults = faults
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            if i >= 20 - self.faults:
+                raise KeyError("no such key")
+            return np.full((8, 8, 1), i, np.uint8), i % 10
+
+    skip = {"data.on_error": "skip", "data.max_skipped": 0.5}
+    assert not make(train=Faulty(1), evaluation=Faulty(0), config=skip).check()
+    assert "1 broken" in capsys.readouterr().out
+    problems = make(train=Faulty(12), evaluation=Faulty(0), config=skip).check()
+    assert "training data[13] is broken: KeyError: 'no such key'." in problems
+    assert "2 more training images are broken." in problems
+    with pytest.raises(KeyError, match="no such key"):
+        make(train=Faulty(1), evaluation=Faulty(0)).check()
+
+
 @pytest.fixture
 def listed(tmp_path):
     """Flags of lists of the images of a folder, two of which are missing."""

@@ -199,7 +199,7 @@ def test_names_of_teachers_are_told_from_paths(make, tmp_path):
     assert (both.model, both.checkpoint) == ("resnet8,resnet20", ",".join(map(str, files)))
     with pytest.raises(UserError, match="several teachers are all names or all paths"):
         make(teacher=["resnet8", files[0]])
-    with pytest.raises(UserError, match=r"has teacher\.model='resnet20', and its argument teacher is 'resnet8'"):
+    with pytest.raises(UserError, match=r"has teacher\.model='resnet20', and its argument teacher gives 'resnet8'"):
         make(teacher="resnet8", config={"teacher.model": "resnet20"})
     with pytest.raises(UserError, match=r"needs a teacher: .* teacher\.checkpoint, or with teacher\.epochs"):
         make(teacher="resnet8").fit()

@@ -87,7 +87,23 @@ WRONG = {
     "a method and another key": (dict(config={"method": "dkd"}), r"has method='dkd', and its argument method is 'kd'"),
     "a field and another key": (
         dict(method=LDRLDConfig(depth=3), config={"loss.ldrld.temperature": 2.0}),
-        r"has loss.ldrld.temperature=2.0, and its argument method has 4.0\. Give one of them",
+        r"has loss.ldrld.temperature=2.0, and its argument method gives 4.0\. Give one of them",
+    ),
+    "a dataset and another": (
+        dict(train="mnist", evaluation=None, config={"data.name": "cifar10"}),
+        "has data.name='cifar10', and its argument train gives 'mnist'",
+    ),
+    "a folder and another": (
+        dict(train=".", evaluation=None, config={"data.data_dir": "elsewhere"}),
+        r"has data\.data_dir='elsewhere', and its argument train gives '\.'",
+    ),
+    "a split and another": (
+        dict(train="mnist", evaluation="test", config={"data.eval_split": "validation"}),
+        "has data.eval_split='validation', and its argument evaluation gives 'test'",
+    ),
+    "a checkpoint and another": (
+        dict(teacher=__file__, config={"teacher.model": "resnet8", "teacher.checkpoint": "b.pth"}),
+        "has teacher.checkpoint='b.pth', and its argument teacher gives",
     ),
     "a student and its name": (
         dict(config={"student.model": "resnet8"}),

@@ -102,6 +102,15 @@ def test_a_users_own_parts_work_with_every_command(own, capsys):
     assert "0 " in capsys.readouterr().out
 
 
+def test_own_code_may_import_more_of_the_folder_when_it_is_called(own, monkeypatch):
+    """As an installed command does, which has no working directory on its path; and so may worker processes."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (own / "of_own.py").write_text("scale = 3.0\n")
+    (own / "own.py").write_text(OWN.replace("    rng = np", "    import of_own\n    rng = np"))
+    assert command("--config.data.workers=1", method="ce", epochs=1) == 0
+    sys.modules.pop("of_own")
+
+
 def test_a_student_that_asks_for_the_size_of_a_batch_is_not_exported_and_told_why(own, capsys):
     (own / "own.py").write_text(OWN.replace("x.shape[0]", "len(x)"))
     again = ["--config.student.model=own:make_net", "--config.data.name=own:source"]
