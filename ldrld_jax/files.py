@@ -206,9 +206,9 @@ def check_remote(path: epath.PathLike) -> None:
         ) from error
 
 
-def checked_remote(path: str) -> str:
-    """Returns a path after `check_remote`."""
-    check_remote(path)
+def given_path(path: epath.PathLike) -> str:
+    """Returns a path that a user gives, with ~ expanded by `expand_home`, after `check_remote`."""
+    check_remote(path := expand_home(str(path)))
     return path
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import checked_remote, expand_home
+from ldrld_jax.files import given_path
 from ldrld_jax.losses import METHODS
 
 
@@ -363,8 +363,7 @@ def expanded(value: str, kind: Any) -> str:
     """Expands ~ in a path, and checks that a remote one can be opened; returns other text unchanged."""
     if (kind := _without_none(kind)) not in (Path, Paths):
         return value
-    paths = map(expand_home, value.split(",") if kind is Paths else [value])
-    return ",".join(map(checked_remote, paths))
+    return ",".join(map(given_path, value.split(",") if kind is Paths else [value]))
 
 
 def check_value(key: str, value: Any, kind: Any) -> None:

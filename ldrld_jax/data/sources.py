@@ -7,7 +7,7 @@ from ldrld_jax.data import decoded, folders, tfds_records
 from ldrld_jax.data.archives import load_arrays
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
-from ldrld_jax.files import check_remote, expand_home
+from ldrld_jax.files import given_path
 
 ARRAYS = "arrays:"
 
@@ -39,8 +39,7 @@ def open_source(
         command that prepares it.
     """
     if name.startswith(ARRAYS):
-        check_remote(file := expand_home(name.removeprefix(ARRAYS)))
-        source = load_arrays(file, split)
+        source = load_arrays(given_path(name.removeprefix(ARRAYS)), split)
     elif is_code(name):
         source = as_source(call(name, split), title=f"{split} split of {name}", exif=exif)
     elif name == decoded.NAME:

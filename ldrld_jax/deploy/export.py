@@ -20,7 +20,7 @@ from ldrld_jax.code import is_code
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError, needs
-from ldrld_jax.files import expand_home, is_link, named, read_json, replace_bytes, replace_text
+from ldrld_jax.files import given_path, is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
 from ldrld_jax.record.reader import read_config, read_summary
@@ -70,7 +70,7 @@ def export(
     with needs("exporting a student", "export"):
         import flatbuffers  # noqa: F401  # jax.export writes by it
         import safetensors  # noqa: F401
-    folder = epath.Path(workdir) / "export" if folder is None else epath.Path(expand_home(str(folder)))
+    folder = epath.Path(workdir) / "export" if folder is None else epath.Path(given_path(folder))
     _check_free(folder)
     student, variables, saved = student_of(config, workdir, given=given)
     if not first():

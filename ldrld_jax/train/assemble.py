@@ -17,7 +17,7 @@ from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import Source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.files import check_remote, expand_home, is_folder
+from ldrld_jax.files import expand_home, given_path, is_folder
 from ldrld_jax.identity import is_object
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
@@ -153,9 +153,7 @@ def _set_teacher(config: ConfigDict, teacher: Any, models: dict[str, Any]) -> Ho
     if not isinstance(teacher, list):
         config.teacher.model = _entered(teacher, models)
         return None
-    paths = [expand_home(str(one)) for one in teacher if isinstance(one, str | pathlib.PurePath)]
-    for path in paths:
-        check_remote(path)
+    paths = [given_path(one) for one in teacher if isinstance(one, str | pathlib.PurePath)]
     if paths and len(paths) < len(teacher):
         raise UserError("several teachers are all paths or all models, got both. Load the paths as models first.")
     if not paths:
@@ -253,8 +251,7 @@ def _set_data(
                 "where train is a name, evaluation must be the name of a split, or None for the usual one, got "
                 f"{type(evaluation).__name__}."
             )
-        train = expand_home(str(train))
-        check_remote(train)
+        train = given_path(train)
         if is_folder(train):
             _check_same("data.data_dir", config.data.data_dir, "train", train)
             if config.data.name == default().data.name:

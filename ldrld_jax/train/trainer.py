@@ -18,7 +18,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
 from ldrld_jax.errors import UserError
-from ldrld_jax.files import LockedError, check_remote, expand_home, is_locked
+from ldrld_jax.files import LockedError, given_path, is_locked
 from ldrld_jax.record.console import counted, say, summary_table, waiting
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
@@ -153,9 +153,7 @@ class Trainer:
         )
         if workdir is None and jax.distributed.is_initialized():
             raise UserError("a run of several processes needs one folder for all of them. Give Trainer(workdir=...).")
-        place = tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else expand_home(str(workdir))
-        check_remote(place)
-        self.workdir = epath.Path(place)
+        self.workdir = epath.Path(tempfile.mkdtemp(prefix="ldrld_jax_") if workdir is None else given_path(workdir))
 
     def __repr__(self) -> str:
         return f"Trainer({self.config.student.model} by {self.config.method}, workdir={str(self.workdir)!r})"
@@ -179,8 +177,7 @@ class Trainer:
         """
         check_observers(writers, callbacks, metrics or {})
         trainer = cls.__new__(cls)
-        check_remote(place := expand_home(str(workdir)))
-        trainer.config, trainer.workdir = config, epath.Path(place)
+        trainer.config, trainer.workdir = config, epath.Path(given_path(workdir))
         trainer.given = Given(writers=tuple(writers), callbacks=tuple(callbacks), metrics=dict(metrics or {}))
         return trainer
 
