@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data import workers
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
-from ldrld_jax.data.source import Selected, Source, spaced, too_many
+from ldrld_jax.data.source import Selected, Source, spaced, too_many, whole_of
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.files import free_bytes, human_bytes, is_local
@@ -288,7 +289,7 @@ class _Check:
             each.append(seconds / (step - before))
         one = float(np.median(each[1:] or each))
         evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
-        rated = min(_seconds(lambda: evaluate(state.evaluated, self._signals.check)) for _ in range(2))
+        rated = min(timeit.repeat(lambda: evaluate(state.evaluated, self._signals.check), repeat=2, number=1))
         if config.check.images is not None:
             rated *= len(open_evaluation(config, run.given)) / len(run.eval_source)
         evaluations = -(-config.epochs // config.eval_every_epochs)
@@ -315,16 +316,7 @@ class _Check:
             )
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 def _left_out(source: Readable) -> int:
     """Returns the number of records that the data block leaves out of a split."""
     records = source.uncached.records
-    kept = len(records)
-    while isinstance(records, Selected):
-        records = records.records
-    return len(records) - kept
+    return len(whole_of(records)) - len(records)
