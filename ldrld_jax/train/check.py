@@ -32,11 +32,12 @@ from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
+from ldrld_jax.train.dispatch import Dispatcher
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder, pinned
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import open_evaluation, opener
-from ldrld_jax.train.loop import dispatcher, make_step
+from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import make_objective
 from ldrld_jax.train.opening import no_images, opening, teacher_warnings, warnings
@@ -276,7 +277,7 @@ class _Check:
         state = run.make_state(variables, optimizer)
         self._look_at_disk(state.to_trees())
         step_fn = make_step(run, network, teacher, optimizer)
-        advance = dispatcher(run, step_fn, state, teacher, 0, lambda _: None)
+        advance = Dispatcher(run, step_fn, state, teacher, 0, lambda _: None)
         step, each, compiled, timed = 0, list[float](), 0.0, 0.0
         while step < run.steps and (len(each) < 2 or timed < _TIMED_SECONDS):
             self._signals.check()
