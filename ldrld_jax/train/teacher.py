@@ -155,7 +155,7 @@ def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
     config, outside = run.config.teacher, config_lib.teaches_itself(run.config) or run.teacher_is_outside
     if not run.objective.methods or outside or config.checkpoint is not None or config.epochs is None:
         return []
-    return list(config_lib.teacher_runs(run.config, run.workdir))
+    return config_lib.teacher_runs(run.config, run.workdir)
 
 
 def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
