@@ -5,9 +5,10 @@ ldrld-jax train --config configs/cifar100.py:resnet32x4-resnet8x4 --workdir DIR 
 
 import argparse
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ldrld_jax import completion
 from ldrld_jax import main as main_lib
@@ -104,31 +105,14 @@ def _flags(command: Command) -> list[str]:
     return [*flags, *(["--config."] if command.keys else [])]
 
 
-# The packages of sweep and report are imported by their own commands alone.
+def _of_package(name: str, does: str, *, keys: bool = False) -> Command:
+    """Returns the command of a package with a command line of its own, which this command alone imports."""
+    program = f"ldrld-jax {name}"
 
+    def package() -> Any:
+        return importlib.import_module(f"ldrld_jax.{name}.__main__")
 
-def _sweep(argv: Sequence[str]) -> int:
-    from ldrld_jax.sweep import __main__ as sweep
-
-    return sweep.main(argv, "ldrld-jax sweep")
-
-
-def _sweep_parser() -> argparse.ArgumentParser:
-    from ldrld_jax.sweep import __main__ as sweep
-
-    return sweep.make_parser("ldrld-jax sweep")
-
-
-def _report(argv: Sequence[str]) -> int:
-    from ldrld_jax.report import __main__ as report
-
-    return report.main(argv, "ldrld-jax report")
-
-
-def _report_parser() -> argparse.ArgumentParser:
-    from ldrld_jax.report import __main__ as report
-
-    return report.make_parser("ldrld-jax report")
+    return Command(does, lambda argv: package().main(argv, program), lambda: package().make_parser(program), keys)
 
 
 def _of_mode(name: str) -> Command:
@@ -138,8 +122,8 @@ def _of_mode(name: str) -> Command:
 
 COMMANDS = {
     **{name: _of_mode(name) for name in main_lib.MODES},
-    "sweep": Command("Runs a grid or a list of configs, and resumes", _sweep, _sweep_parser, keys=True),
-    "report": Command("Compares runs in a table and on an HTML page", _report, _report_parser),
+    "sweep": _of_package("sweep", "Runs a grid or a list of configs, and resumes", keys=True),
+    "report": _of_package("report", "Compares runs in a table and on an HTML page"),
     "help": Command("Explains a command or a config key", _help),
     "completion": Command("Prints the completion script for bash or zsh", _completion),
 }

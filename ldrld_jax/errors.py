@@ -41,6 +41,16 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text without its full stop, or the name of its type if it has no text.
+
+    Example:
+      >>> first_line(OSError("no connection.\\nTry again.")), first_line(MemoryError())
+      ('no connection', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
+
+
 def os_error(error: OSError) -> str:
     """Returns an error of the operating system as text, with the name of its file."""
     return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)

@@ -72,12 +72,6 @@ def append_text(path: epath.Path, text: str) -> None:
         file.write(text)
 
 
-def flush_to_disk(path: epath.Path) -> None:
-    """Waits until what was written to a local file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def appending(path: epath.Path, mode: str = "a") -> IO[Any]:
     """Opens a local file to write to its end ("a", or "ab" for bytes), never through a link."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), mode)

@@ -1,5 +1,6 @@
 """Identity of a run: the keys of a resolved config that determine what is computed."""
 
+from collections.abc import Iterator
 from typing import Any
 
 # Keys of a data block that determine where images lie and how they are read, not what is read.
@@ -26,8 +27,7 @@ def identity(config: Any) -> dict[str, Any]:
       >>> identity({"seed": 1, "data": {"mean": (0.5,), "threads": 4}})
       {'seed': 1, 'data.mean': [0.5]}
     """
-    keys = flat(config if isinstance(config, dict) else config.to_dict())
-    return {key: value for key, value in keys.items() if not key.startswith(NOT_IDENTITY)}
+    return {key: value for key, value in flat(config).items() if not key.startswith(NOT_IDENTITY)}
 
 
 def is_object(name: str) -> bool:
@@ -54,12 +54,15 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested config to dotted keys, with tuples as lists, as in JSON."""
-    keys: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            keys |= flat(value, f"{prefix}{key}.")
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each dotted key of a nested config, a ConfigDict or a dict, with its value."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            keys[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return keys
+            yield f"{prefix}{key}", value
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Flattens a nested config to dotted keys, with tuples as lists, as in JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in leaves(config)}

@@ -41,13 +41,14 @@ def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:
     """
     if where is not None and (where.shape != values.shape or where.dtype != jnp.bool_):
         raise ValueError(f"where must be boolean {values.shape}, got {where.dtype} {where.shape}.")
-    values = _at_least_float32(values)
+    values = at_least_float32(values)
     kept = jnp.ones(values.shape, bool) if where is None else where
     return Mean(jnp.sum(jnp.where(kept, values, 0)), jnp.sum(kept, dtype=values.dtype))
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Casts to float32, unless the array is float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _percent(shares: jax.Array, where: jax.Array | None) -> Mean:
@@ -155,7 +156,7 @@ def classification(logits: jax.Array, labels: jax.Array, where: jax.Array | None
       >>> found["top1"].value, found["top1"].count.item()
       (50.0, 2.0)
     """
-    log_p = jax.nn.log_softmax(_at_least_float32(logits))
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
     nll = -at_labels(log_p, labels)
     tops = {f"top{k}": _percent(in_top(logits, labels, k), where) for k in (1, 5)}
     return {"ce": mean_of(nll, where), **tops}

@@ -26,7 +26,7 @@ from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.train.dispatch import Dispatcher, Step
-from ldrld_jax.train.loop import dispatcher, make_step
+from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import TrainState
 from ldrld_jax.train.teacher import NetworkTeacher, Teacher, teacher_at_hand, weights_of
@@ -71,7 +71,7 @@ class _Measurement:
         step, state = self._step(run, self._teacher)
         endless = copy.deepcopy(run.config)
         endless.epochs = _ENDLESS  # it is timed for so many seconds, whatever the number of its steps
-        advance = dispatcher(dataclasses.replace(run, config=endless), step, state, self._teacher, 0, lambda what: None)
+        advance = Dispatcher(dataclasses.replace(run, config=endless), step, state, self._teacher, 0, lambda what: None)
         begun = time.perf_counter()
         compiled = advance.one.lower(state, self._frozen, batch).compile()  # the jitted function reuses it
         compile_seconds = time.perf_counter() - begun

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from ldrld_jax.errors import UserError, unknown
 from ldrld_jax.files import given_path
+from ldrld_jax.identity import leaves
 from ldrld_jax.losses import METHODS
 
 
@@ -438,12 +439,3 @@ def _check_data(prefix: str, data: ConfigDict) -> None:
         low, high = data.crop_area if len(data.crop_area) == 2 else (1, 0)
         if not low <= high <= 1:
             raise UserError(f"{prefix}.crop_area must be two numbers, 0 < low <= high <= 1, got {data.crop_area}.")
-
-
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each dotted key with its value."""
-    for key in config:
-        if isinstance(config[key], ConfigDict):
-            yield from leaves(config[key], f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", config[key]

@@ -28,8 +28,8 @@ _FED = {"data.mean", "data.std", "data.image_size"}
 def remarks(config: ConfigDict, path: str | None = None, given: Methods = NONE, *, on_host: bool = False) -> list[str]:
     """Returns the warnings about an unresolved config, a line each.
 
-    A warning names a key that has no effect, unless the config file set it for a run that would read it: files have a
-    recipe for the teacher, and the fields of LDRLD, also for runs with a trained teacher or of another method. Another
+    A warning names a key that has no effect. A key that the config file itself sets is not warned about if the run
+    without overrides would read it: files hold the teacher's recipe and LDRLD's fields for other runs. Another warning
     names the config file's learning rate if the batch size is not the file's.
 
     Args:
@@ -85,6 +85,7 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
     """Returns for each key that depends on another one whether a run reads it, and the reason if it does not."""
     data, optim, augment = config.data, config.optim, f"data.augment={config.data.augment}"
     stored = config.logits.dir is not None, "logits.dir is not set"
+    rest = [key for key in optim if key != "name"] if is_object(optim.name) else []
     stepped = optim.schedule == "step", f"optim.schedule={optim.schedule}"
     return {
         "data.pad": (data.augment == "pad_crop", augment),
@@ -97,7 +98,7 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
         "optim.decay_epochs": stepped,
         "optim.decay_rate": stepped,
         "optim.warmup_epochs": (optim.warmup != "none", "optim.warmup=none"),
-        **{f"optim.{key}": (False, "the optimizer is an object") for key in _rest_of_optimizer(config)},
+        **{f"optim.{key}": (False, "the optimizer is an object") for key in rest},
         "logits.dtype": stored,
         "logits.top_k": stored,
         "logits.spread_rest": stored,
@@ -106,11 +107,6 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
         **dict.fromkeys(("kd_weight", "kd_warmup_epochs", "standardize"), (config.method != "ce", "method=ce")),
         "student.checkpoint_head": (config.student.checkpoint is not None, "student.checkpoint is not set"),
     }
-
-
-def _rest_of_optimizer(config: ConfigDict) -> list[str]:
-    """Returns the keys that nothing reads beside an optimizer that is an object."""
-    return [key for key in config.optim if key != "name"] if is_object(config.optim.name) else []
 
 
 def _teacher(config: ConfigDict, names: list[str], *, on_host: bool) -> dict[str, str]:

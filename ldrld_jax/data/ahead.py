@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldrld_jax.data.source import InMemory, Selected
+from ldrld_jax.data.source import InMemory, whole_of
 from ldrld_jax.data.workers import Batch, Job, pool
 
 # Limits for the memory of batches that wait for use, and for that of workers. A thread or a worker has one in hand.
@@ -113,9 +113,7 @@ def available_cores() -> int:
 
 def _is_read_here(source: Any) -> bool:
     """Returns whether this package reads a source's images from files; a caller's object may not be picklable."""
-    records = getattr(source, "records", None)
-    while isinstance(records, Selected):
-        records = records.records
+    records = whole_of(getattr(source, "records", None))
     return type(records).__module__ in {f"ldrld_jax.data.{name}" for name in _OWN_READERS}
 
 

@@ -174,8 +174,8 @@ def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str
 
 def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Reads `root/SPLIT.csv` or `root/SPLIT.jsonl`; the classes are those of the training list, sorted."""
-    listed = {name: _listed(root, name) for name in (train_split, split)}
-    labels = {label for _, label in listed[train_split]}
+    lists = {name: _read_list(root, name) for name in (train_split, split)}
+    labels = {label for _, label in lists[train_split]}
     if not labels:
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     # Numbers are labels from 0; "007" is a name, as it is of a folder.
@@ -185,13 +185,13 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
         check_count_from_0(largest, len(labels), f"the list {train_split} of {root}", instead=instead)
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
-    for path, label in listed[split]:
+    for path, label in lists[split]:
         if label not in label_of:
             raise UserError(f"{split} gives {path} the class {label!r}, which no training image has.")
-    return [(path, label_of[label]) for path, label in listed[split]], class_names
+    return [(path, label_of[label]) for path, label in lists[split]], class_names
 
 
-def _listed(root: epath.Path, split: str) -> list[tuple[str, str]]:
+def _read_list(root: epath.Path, split: str) -> list[tuple[str, str]]:
     """Reads the paths and the classes of a list; paths are relative to its folder."""
     found = [root / f"{split}{suffix}" for suffix in (".csv", ".jsonl") if (root / f"{split}{suffix}").exists()]
     if not found:

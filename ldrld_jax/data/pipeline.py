@@ -48,10 +48,7 @@ def make_train_batches(
       UserError: if the block or the data are invalid; names the first problem.
     """
     source = opened(data, data.train_split, open_source)
-    if source.raw or source.label_shape:
-        _check_unchanged(source, data)
-    elif source.image_shape[-1] not in (1, 3):
-        _check_uncropped(source, data)
+    _check_unset(source, data)
     records = hard.select(source.records, data, classes=len(source.class_names))
     view = _train_view(source.image_shape, data)
     if data.rand_augment:
@@ -121,32 +118,34 @@ def made_by(data: ConfigDict) -> dict[str, Any]:
     return {"threads": data.threads, "workers": data.workers}
 
 
-def _check_unchanged(source: Source, data: ConfigDict) -> None:
-    """Raises a UserError if the config asks for what is done to pixels with one label alone."""
-    unset = {
-        "loader": "stream",
-        "augment": "pad_crop",
-        "rand_augment": 0,
-        "crop_size": None,
-        "resize_size": None,
-        "image_size": None,
-        "mixup": 0.0,
-    }
+def _check_unset(source: Source, data: ConfigDict) -> None:
+    """Raises a UserError if the config asks for an operation that does not exist for such data."""
+    shape = source.image_shape
+    unset: dict[str, Any] = {"crop_size": None, "rand_augment": 0}
+    if source.raw or source.label_shape:
+        unset = {"loader": "stream", "augment": "pad_crop", "mixup": 0.0, **unset}
+        unset |= {"resize_size": None, "image_size": None}
+        if source.raw:
+            unset |= {"mean": (0.5,), "std": (0.5,)}
+        if len(shape) != 3 or source.label_shape:
+            unset |= {"pad": 0, "flip": False}
     if source.raw:
-        unset |= {"mean": (0.5,), "std": (0.5,)}
-    if len(source.image_shape) != 3 or source.label_shape:
-        unset |= {"pad": 0, "flip": False}
+        only = (
+            f"pixels, and the data are raw: {np.dtype(source.dtype)} of shape {shape}. Unset it, or give images "
+            "[n, height, width, channels] uint8."
+        )
+    elif source.label_shape:
+        only = f"images with one label each, and these have labels of shape {source.label_shape}. Unset it."
+    elif shape[-1] not in (1, 3):
+        only = (
+            f"images of 1 or 3 channels, and these have {shape[-1]}. Unset it; data.image_size resizes images of any "
+            "channels."
+        )
+    else:
+        return
     for key, value in unset.items():
-        if data[key] != value and source.raw:
-            raise UserError(
-                f"data.{key}={data[key]} is for pixels, and the data are raw: {np.dtype(source.dtype)} of shape "
-                f"{source.image_shape}. Unset it, or give images [n, height, width, channels] uint8."
-            )
         if data[key] != value:
-            raise UserError(
-                f"data.{key}={data[key]} is for images with one label each, and these have labels of shape "
-                f"{source.label_shape}. Unset it."
-            )
+            raise UserError(f"data.{key}={data[key]} is for {only}")
 
 
 def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
@@ -170,16 +169,6 @@ def opened(data: ConfigDict, split: str, open_source: Open) -> Source:
             f"data.exif={data.exif}. Set data.exif={source.records.exif}, or decode them again."
         )
     return source
-
-
-def _check_uncropped(source: Source, data: ConfigDict) -> None:
-    """Raises a UserError if the config asks for an operation that exists for grey and RGB images alone."""
-    for key, value in {"crop_size": None, "rand_augment": 0}.items():
-        if data[key] != value:
-            raise UserError(
-                f"data.{key}={data[key]} is for images of 1 or 3 channels, and these have {source.image_shape[-1]}. "
-                "Unset it; data.image_size resizes images of any channels."
-            )
 
 
 def _train_view(stored: tuple[Any, Any, int], data: ConfigDict) -> View:

@@ -18,10 +18,6 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=fill)
 
 
-def _rotate(image: Image.Image, degrees: float) -> Image.Image:
-    return image.rotate(degrees, fillcolor=GREY if image.mode == "RGB" else GREY[0])
-
-
 # Each operation takes a strength in -1..1; operations without a direction use its absolute value.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "identity": lambda image, s: image,
@@ -29,7 +25,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "shear_y": lambda image, s: _affine(image, 1, 0, 0, 0.3 * s, 1, 0),
     "translate_x": lambda image, s: _affine(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
     "translate_y": lambda image, s: _affine(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
-    "rotate": lambda image, s: _rotate(image, 30 * s),
+    "rotate": lambda image, s: image.rotate(30 * s, fillcolor=GREY if image.mode == "RGB" else GREY[0]),
     "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
     "colour": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
     "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),

@@ -294,10 +294,12 @@ class Selected:
         """Yields the listing of all records: a run's config says which of them are selected."""
         return self.records.listing()
 
-    @property
-    def original(self) -> str | None:
-        """The digest of the source that all records are copies of, see `fingerprint`; None if they are no copies."""
-        return getattr(self.records, "original", None)
+
+def whole_of(records: Any) -> Any:
+    """Returns all the records of which some are selected."""
+    while isinstance(records, Selected):
+        records = records.records
+    return records
 
 
 def fingerprint(source: Any) -> dict[str, Any]:
@@ -309,5 +311,5 @@ def fingerprint(source: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for line in records.listing():
         digest.update(line.encode(errors="surrogateescape") + b"\n")
-    original = getattr(records, "original", None)
+    original = getattr(whole_of(records), "original", None)
     return {"images": len(source), "digest": digest.hexdigest()[:32], **({"original": original} if original else {})}

@@ -22,12 +22,12 @@ T = TypeVar("T")
 _SECONDS = 5.0  # of a measurement
 
 
-def measure(data: ConfigDict, *, batch_size: int, seconds: float = _SECONDS) -> dict[str, float]:
+def measure(data: ConfigDict, batches: TrainBatches, seconds: float = _SECONDS) -> dict[str, float]:
     """Measures the images per second of a config's training input, without training.
 
     Args:
       data: the `data` block of a config.
-      batch_size: size of a batch.
+      batches: the training batches of that block.
       seconds: approximate duration of each measurement.
 
     Returns:
@@ -39,10 +39,6 @@ def measure(data: ConfigDict, *, batch_size: int, seconds: float = _SECONDS) -> 
     Raises:
       UserError: if the data differ from the block, or an image is broken and `data.on_error` is "raise".
     """
-    return _measure(data, make_train_batches(data, batch_size=batch_size, seed=0), seconds)
-
-
-def _measure(data: ConfigDict, batches: TrainBatches, seconds: float = _SECONDS) -> dict[str, float]:
     source = batches.source.uncached  # a cache would hide the cost
     draws, count = batches.draws(0), min(batches.batch_size, len(batches.source))
 
@@ -77,7 +73,7 @@ def _measure(data: ConfigDict, batches: TrainBatches, seconds: float = _SECONDS)
 def report(data: ConfigDict, *, batch_size: int) -> str:
     """Formats the result of `measure` as a readable table."""
     batches = make_train_batches(data, batch_size=batch_size, seed=0)
-    rates = _measure(data, batches)
+    rates = measure(data, batches)
     how = {
         "read": "encoded images from the disk, one thread",
         "decode": "read and fully decoded, one thread",

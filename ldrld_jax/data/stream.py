@@ -4,43 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
 from ldrld_jax.data.ahead import ahead
 from ldrld_jax.data.augment import Draws, draw, pad_crop_flip
-from ldrld_jax.data.source import Source
+from ldrld_jax.data.source import InMemory, Source
 from ldrld_jax.data.workers import Batch
 
-
-class Readable(Protocol):
-    """The part of a source that the loader uses, see `source.Source`."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def image_shape(self) -> tuple[Any, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-    @property
-    def raw(self) -> bool: ...
-
-    @property
-    def label_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def changes(self) -> bool: ...
-
-    @property
-    def uncached(self) -> Source: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray, key: tuple[int, int] = (0, 0)) -> tuple[np.ndarray, np.ndarray]: ...
+Readable = Source | InMemory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,9 +151,9 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     held = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not all(isinstance(held.get(key), kind) for key, kind in kinds.items()):
-        listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in held.items()) or features
+        shown = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in held.items()) or features
         raise UserError(
-            f"dataset {name} has {listed}, but needs image (Image) and label (ClassLabel). Choose a classification "
+            f"dataset {name} has {shown}, but needs image (Image) and label (ClassLabel). Choose a classification "
             "dataset, or prepare this one with such features."
         )
     if features["label"].num_classes is None:

@@ -30,10 +30,6 @@ class View(Protocol):
     def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray: ...
 
 
-def _as_array(image: Image.Image, shape: Shape) -> np.ndarray:
-    return np.asarray(image).reshape(shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class AsStored:
     """Images of one size, unchanged, or raw inputs of one shape."""
@@ -51,7 +47,7 @@ class AsStored:
         image = pixels(open_image(data), channels=channels, exif=self.exif)
         if image.size != (width, height):
             raise BrokenImageError(f"{image.width}x{image.height} pixels, the others have {width}x{height}")
-        return _as_array(image, self.shape)
+        return np.asarray(image).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +80,9 @@ class CentreCrop:
             side = self.size * short / self.resize
             x, y = max(left * short / self.resize, 0), max(top * short / self.resize, 0)
             box = (x, y, min(x + side, width), min(y + side, height))
-            return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
+            return np.asarray(image.resize((self.size, self.size), BILINEAR, box=box)).reshape(self.shape)
         image = image.resize(scaled, BILINEAR).crop((left, top, left + self.size, top + self.size))
-        return _as_array(image, self.shape)
+        return np.asarray(image).reshape(self.shape)
 
 
 def scaled_size(width: int, height: int, *, shorter: int) -> tuple[int, int]:
@@ -116,7 +112,7 @@ class Fitted:
     def __call__(self, data: Encoded, rng: np.random.Generator | None = None) -> np.ndarray:
         height, width, channels = self.shape
         image = pixels(open_image(data), channels=channels, exif=self.exif)
-        return _as_array(ImageOps.fit(image, (width, height), BILINEAR), self.shape)
+        return np.asarray(ImageOps.fit(image, (width, height), BILINEAR)).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +150,7 @@ class RandomResizedCrop:
         if (scale_x, scale_y) == (1, 1):
             # Crop first: with box=, resize would blend in the pixels around the crop.
             image, box = image.crop((left, top, left + wide, top + high)), (0, 0, wide, high)
-        return _as_array(image.resize((self.size, self.size), BILINEAR, box=box), self.shape)
+        return np.asarray(image.resize((self.size, self.size), BILINEAR, box=box)).reshape(self.shape)
 
     def _of_pixels(self, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Crops before anything is converted, so that of a mapped file only the crop is copied."""
@@ -163,7 +159,7 @@ class RandomResizedCrop:
         left, top, wide, high = crop_box(rng, width, height, area=self.area, ratio=self.ratio)
         crop = np.ascontiguousarray(data[top : top + high, left : left + wide])
         image = pixels(open_image(crop), channels=self.channels, exif=False)
-        return _as_array(image.resize((self.size, self.size), BILINEAR), self.shape)
+        return np.asarray(image.resize((self.size, self.size), BILINEAR)).reshape(self.shape)
 
 
 def crop_box(

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ldrld_jax.code import is_code
 from ldrld_jax.deploy import preprocessing
 from ldrld_jax.deploy.model_card import model_card
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, first_line, needs
 from ldrld_jax.files import given_path, is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
 from ldrld_jax.record.console import printable
@@ -132,10 +132,9 @@ def student_of(
         except Exception as error:  # JAX raises many types
             if not (is_code(config.student.model) or config.student.model in given.models):
                 raise
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
-                f"{config.student.model} cannot be traced for batches of any size: {reason}. In the model, write "
-                "x.shape[0] in place of len(x), and do not compare batch sizes."
+                f"{config.student.model} cannot be traced for batches of any size: {first_line(error)}. In the model, "
+                "write x.shape[0] in place of len(x), and do not compare batch sizes."
             ) from error
     shapes: dict[str, Any] = dict(dtype=source.dtype, label_shape=source.label_shape)
     described = preprocessing.describe(network, config.data, source.image_shape, len(source.class_names), **shapes)

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, first_line, needs
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -129,8 +129,7 @@ def normalisation(name: str) -> dict[str, tuple[float, ...]] | None:
 
 def refused(what: str, error: Exception) -> UserError:
     """Returns the error for what the Hub, or the way to it, refuses."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
     return UserError(
-        f"{what} ({type(error).__name__}: {reason}). Check the name, the connection and, for a repository that is not "
-        "public, the login: hf auth login."
+        f"{what} ({type(error).__name__}: {first_line(error)}). Check the name, the connection and, for a "
+        "repository that is not public, the login: hf auth login."
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldrld_jax.errors import UserError, needs
+from ldrld_jax.errors import UserError, first_line, needs
 from ldrld_jax.files import replace_bytes
 from ldrld_jax.interop.hub import download, is_on_hub
 
@@ -266,8 +266,8 @@ def _unreadable(name: str, error: Exception) -> UserError:
         )
     wanted = re.search(r"GLOBAL (\S+)", str(error))
     if wanted is None:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(f"{name} is truncated or no PyTorch checkpoint ({reason[:120]}). Download it again.")
+        reason = first_line(error)[:120]
+        return UserError(f"{name} is truncated or no PyTorch checkpoint ({reason}). Download it again.")
     return UserError(
         f"{name} asks to run {wanted[1]!r} on loading, which is refused: only tensors are read. "
         "If you trust it, save model.state_dict() from it with PyTorch and give that."

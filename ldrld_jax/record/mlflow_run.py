@@ -52,7 +52,7 @@ class MLflowRun:
             found = self._client.get_experiment_by_name(experiment)
             where = found.experiment_id if found else self._client.create_experiment(experiment)
             self._run = self._client.create_run(where, run_name=workdir.name).info.run_id
-            params = [Param(key, str(value)[:_LENGTH]) for key, value in identity(dict(config)).items()]
+            params = [Param(key, str(value)[:_LENGTH]) for key, value in identity(config).items()]
             for start in range(0, len(params), _PARAMETERS):
                 self._client.log_batch(self._run, params=params[start : start + _PARAMETERS])
         except MlflowException as error:

@@ -1,13 +1,14 @@
 """The writer of a run's metrics: lines of JSON, with TensorBoard's events and a user's writers beside them."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from etils import epath
 
-from ldrld_jax.files import append_text, flush_to_disk, is_local, replace_text
+from ldrld_jax.files import append_text, is_local, replace_text
 from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.record.tensorboard import Events
@@ -74,7 +75,8 @@ class Writer:
     def flush(self) -> None:
         """Brings what was written to the disk, so that a machine that goes down does not lose it."""
         if is_local(self._path):
-            flush_to_disk(self._path)
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if self._events is not None:

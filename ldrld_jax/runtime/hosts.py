@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, first_line
 from ldrld_jax.record.console import mute
 from ldrld_jax.runtime.signals import Signals
 
@@ -65,7 +65,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
             initialization_timeout=2 * _TOGETHER_SECONDS,  # never reached: it would dump the stack
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{_APART} ({str(error).splitlines()[0]}). {_TOGETHER}") from error
+        raise UserError(f"{_APART} ({first_line(error)}). {_TOGETHER}") from error
     finally:
         giving_up.cancel()
     if not first():

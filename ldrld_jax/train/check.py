@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.data import workers
 from ldrld_jax.data.ahead import makers
 from ldrld_jax.data.pipeline import make_train_batches
-from ldrld_jax.data.source import Selected, Source, spaced, too_many
+from ldrld_jax.data.source import Selected, Source, spaced, too_many, whole_of
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError, one_line
 from ldrld_jax.files import free_bytes, human_bytes, is_local
@@ -31,11 +32,12 @@ from ldrld_jax.runtime.compile_cache import keep_compiled
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
+from ldrld_jax.train.dispatch import Dispatcher
 from ldrld_jax.train.evaluator import Evaluator
 from ldrld_jax.train.folder import RunFolder, pinned
 from ldrld_jax.train.given import NOTHING, Given
 from ldrld_jax.train.input import open_evaluation, opener
-from ldrld_jax.train.loop import dispatcher, make_step
+from ldrld_jax.train.loop import make_step
 from ldrld_jax.train.networks import Networks
 from ldrld_jax.train.objective import make_objective
 from ldrld_jax.train.opening import no_images, opening, teacher_warnings, warnings
@@ -277,7 +279,7 @@ class _Check:
         state = run.make_state(variables, optimizer)
         self._look_at_disk(state.to_trees())
         step_fn = make_step(run, network, teacher, optimizer)
-        advance = dispatcher(run, step_fn, state, teacher, 0, lambda _: None)
+        advance = Dispatcher(run, step_fn, state, teacher, 0, lambda _: None)
         step, each, compiled, timed = 0, list[float](), 0.0, 0.0
         while step < run.steps and (len(each) < 2 or timed < _TIMED_SECONDS):
             self._signals.check()
@@ -290,7 +292,7 @@ class _Check:
             each.append(seconds / (step - before))
         one = float(np.median(each[1:] or each))
         evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
-        rated = min(_seconds(lambda: evaluate(state.evaluated, self._signals.check)) for _ in range(2))
+        rated = min(timeit.repeat(lambda: evaluate(state.evaluated, self._signals.check), repeat=2, number=1))
         if config.check.images is not None:
             rated *= len(open_evaluation(config, run.given)) / len(run.eval_source)
         evaluations = -(-config.epochs // config.eval_every_epochs)
@@ -317,16 +319,7 @@ class _Check:
             )
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 def _left_out(source: Readable) -> int:
     """Returns the number of records that the data block leaves out of a split."""
     records = source.uncached.records
-    kept = len(records)
-    while isinstance(records, Selected):
-        records = records.records
-    return len(records) - kept
+    return len(whole_of(records)) - len(records)

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.resident import ResidentBatches
 from ldrld_jax.data.speed import watched
-from ldrld_jax.interop.host_teacher import HostTeacher
-from ldrld_jax.logit_store.feed import LogitFeed
 from ldrld_jax.metrics import Means, Packed, packed
-from ldrld_jax.runtime.mesh import to_devices
+from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.step import Batch, TrainState
+from ldrld_jax.train.teacher import OnHost, StoredTeacher, Teacher
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Means]]
 
@@ -32,11 +31,10 @@ class Dispatcher:
     Args:
       run: the plan.
       step: of `make_train_step`.
+      state: of the run.
+      teacher: whose logits accompany the batches, unless the step runs it; None for plain training.
       start: steps done.
-      out_shardings: of the state and of the metrics.
       tell: called with a description of what comes next, for the watchdog.
-      logits: the stored teacher logits that accompany the batches; None if the step runs the teacher, or has none.
-      host_teacher: the teacher that runs on the host beside the steps; None without one.
 
     Attributes:
       one: the program of a single step, `one(state, teacher, batch)`; the state is donated.
@@ -46,14 +44,15 @@ class Dispatcher:
         self,
         run: Run,
         step: Step,
+        state: TrainState,
+        teacher: Teacher | None,
         start: int,
-        out_shardings: Any,
         tell: Callable[[str], None],
-        logits: LogitFeed | None = None,
-        host_teacher: HostTeacher | None = None,
     ):
-        self._run, self._tell, self._logits, self._compiled = run, tell, logits, set[int]()
-        jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
+        self._run, self._tell, self._compiled = run, tell, set[int]()
+        self._logits = teacher.logits if isinstance(teacher, StoredTeacher) else None
+        shardings = run.placement.of_state(state), replicated(run.mesh)
+        jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
         one = packed(step)
         self.one = jit(one)
         if isinstance(run.batches, ResidentBatches):
@@ -63,8 +62,8 @@ class Dispatcher:
         else:
             endless = run.batches.iterate(start, **made_by(run.config.data))
             made: Iterator[Any] = itertools.islice(endless, run.steps - start)
-            if host_teacher is not None:
-                made = host_teacher.beside(made, views=run.batches.views, **run.label_form)
+            if isinstance(teacher, OnHost):
+                made = teacher.teacher.beside(made, views=run.batches.views, **run.label_form)
             batches = to_devices(watched(made), run.mesh)
             self._batch = lambda step: next(batches)
 

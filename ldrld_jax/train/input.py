@@ -45,7 +45,8 @@ def open_input(
             cycle=config.logits.get("views"),
             sharding=batch_sharding(mesh),
             open_source=Describer(config.compile, "train_images") if absent else opener(given.train),
-            **(shares(mesh) | {"divisor": _divisor(config, mesh)}),
+            # Each device and each group takes equally many rows of a microbatch.
+            **(shares(mesh) | {"divisor": config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))}),
         )
         described = Describer(config.compile, "eval_images") if absent else None
         eval_source = open_evaluation(config, given, described)
@@ -109,11 +110,6 @@ def opener(split: Source | None) -> Open:
     if split is None:
         return open_source
     return lambda *name, train_split, exif, **on_error: dataclasses.replace(split, **on_error)
-
-
-def _divisor(config: ConfigDict, mesh: Mesh) -> int:
-    """Returns the divisor of a padded batch: each device and each group takes equally many rows of a microbatch."""
-    return config.accumulate * math.lcm(mesh.shape["data"], batch_norm_groups(config))
 
 
 def batch_norm_groups(config: ConfigDict) -> int:

@@ -19,7 +19,6 @@ from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
 from ldrld_jax.record.recorder import Recorder
 from ldrld_jax.runtime.hosts import first, together
-from ldrld_jax.runtime.mesh import replicated
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.runtime.signals import Interrupted, Signals
 from ldrld_jax.runtime.watchdog import Watchdog
@@ -29,7 +28,7 @@ from ldrld_jax.train.folder import RunFolder
 from ldrld_jax.train.plan import Run
 from ldrld_jax.train.state import TrainState, Variables
 from ldrld_jax.train.step import Mixup, Network, make_train_step
-from ldrld_jax.train.teacher import OnHost, StoredTeacher, Teacher, network_of, top1_of, weights_of
+from ldrld_jax.train.teacher import Teacher, network_of, top1_of, weights_of
 
 
 def fit(
@@ -107,7 +106,7 @@ def _train(
                 pause(start, state)
         elif (top1 := top1_of(teacher)) is not None:
             recorder.write(0, "teacher_eval", {"top1": top1})
-        frozen, advance = weights_of(teacher), dispatcher(run, step_fn, state, teacher, start, at)
+        frozen, advance = weights_of(teacher), Dispatcher(run, step_fn, state, teacher, start, at)
         trace = stack.enter_context(contextlib.closing(Profile(profile, start=start, steps=run.steps)))
         step, pending = start, None
         while step < run.steps:
@@ -183,17 +182,6 @@ class _Pause:
     def _each_batch(self, step: int) -> None:
         self.at(f"{self.evaluate.doing} after step {step}")
         self.signals.check()
-
-
-def dispatcher(
-    run: Run, step_fn: Step, state: TrainState, teacher: Teacher | None, start: int, tell: Callable[[str], None]
-) -> Dispatcher:
-    """Returns the dispatcher of a run's steps after `start`; logits of a teacher that no step runs come with them."""
-    shardings = run.placement.of_state(state), replicated(run.mesh)
-    logits = teacher.logits if isinstance(teacher, StoredTeacher) else None
-    return Dispatcher(
-        run, step_fn, start, shardings, tell, logits, teacher.teacher if isinstance(teacher, OnHost) else None
-    )
 
 
 def make_step(run: Run, student: Network, teacher: Teacher | None, optimizer: optax.GradientTransformation) -> Step:

@@ -140,9 +140,8 @@ class Networks:
         return self._forms[key]
 
     def _module(self, model: str, seed: int) -> Any:
-        return self.given[model] if model in self.given else self._made(model, seed)
-
-    def _made(self, model: str, seed: int) -> Any:
+        if model in self.given:
+            return self.given[model]
         if is_object(model):
             raise given_in_python(f"the model {model}")
         create = own_model if is_code(model) else create_model

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError, one_line
 from ldrld_jax.losses import METHODS, Method, standardized
-from ldrld_jax.losses.common import computed_in, mean_over_rows
+from ldrld_jax.losses.common import mean_over_rows
 from ldrld_jax.losses.schedule import Schedule, with_values
-from ldrld_jax.metrics import MEASURED, at_labels
+from ldrld_jax.metrics import MEASURED, at_labels, at_least_float32
 
 Tree = Any
 
@@ -147,11 +147,6 @@ class Objective:
             terms[name] = sum(parts.values(), start=jnp.zeros((), loss.dtype))
             loss = loss + scale * weight * terms[name]
         return loss, terms
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Casts to float32, unless the array is float64."""
-    return x.astype(computed_in(x))
 
 
 def cross_entropy(

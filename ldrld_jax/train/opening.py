@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ldrld_jax import config as config_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.given import ArrayRecords, ItemRecords
-from ldrld_jax.data.source import InMemory, Selected
+from ldrld_jax.data.source import InMemory, Selected, whole_of
 from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import listed
 from ldrld_jax.interop import hub
@@ -180,11 +180,9 @@ def _evaluated_on_training_images(run: Run) -> bool:
         return False
     if run.given.train is not None:
         train, evaluation = (source.uncached.records for source in (run.batches.source, run.eval_source))
-        if isinstance(train, Selected):
-            train = train.records
         # The list of a dataset object has its labels alone.
         alike = run.data_note["train"]["digest"] == run.data_note["eval"]["digest"]
-        return alike and checksum_of_images(train) == checksum_of_images(evaluation)
+        return alike and checksum_of_images(whole_of(train)) == checksum_of_images(evaluation)
     part, _, cut = data.eval_split.partition("[")
     return data.eval_split == data.train_split or (bool(cut) and part == data.train_split)
 

@@ -12,10 +12,10 @@ import optax
 
 from ldrld_jax.logit_store.top import TopLogits
 from ldrld_jax.losses.top import ranks_of, top_classes
-from ldrld_jax.metrics import Mean, Means, agreement, classification, mean_of
+from ldrld_jax.metrics import Mean, Means, agreement, at_least_float32, classification, mean_of
 from ldrld_jax.models.layers import accumulation_dtype
 from ldrld_jax.models.purify import last_matrix_path
-from ldrld_jax.train.objective import Objective, at_least_float32
+from ldrld_jax.train.objective import Objective
 from ldrld_jax.train.state import TrainState, Tree, Variables, trainable
 
 Batch = Mapping[str, jax.Array]

@@ -155,7 +155,7 @@ def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
     config, outside = run.config.teacher, config_lib.teaches_itself(run.config) or run.teacher_is_outside
     if not run.objective.methods or outside or config.checkpoint is not None or config.epochs is None:
         return []
-    return list(config_lib.teacher_runs(run.config, run.workdir))
+    return config_lib.teacher_runs(run.config, run.workdir)
 
 
 def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | StoredTeacher:
@@ -194,9 +194,8 @@ def _from_file(run: Run) -> StoredTeacher:
     config, batches = run.config, run.batches
     path, source = config.teacher.checkpoint, batches.source
     file = LogitsFile.open(path, images=len(source), **run.label_form)
-    views, view = config.logits.get("views"), getattr(source, "view", None)
-    random = (view is not None and view.random) or source.changes
-    if views is None and (batches.pad or batches.flip or random):
+    views = config.logits.get("views")
+    if views is None and (batches.pad or batches.flip or source.uncached.view.random or source.changes):
         raise UserError(
             f"{path} holds logits of images as they are stored, and the run augments them. Set data.pad=0, "
             "data.flip=False and no random view, or compute a view for each of logits.views epochs."

@@ -113,7 +113,7 @@ class Trainer:
       (8, 2)
     """
 
-    # Of the last prediction: its config and checkpoint, and the network made from them.
+    # The network that `predict` used last, with its config and checkpoints; reused while both stay the same.
     _kept: tuple[Any, Best] | None = None
 
     def __init__(

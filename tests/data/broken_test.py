@@ -91,8 +91,9 @@ def test_a_missing_image_is_broken_and_the_list_is_another_one_once_it_is_there(
 
 def test_the_measurement_of_the_input_names_a_broken_image_or_skips_it(folder, caplog):
     with pytest.raises(UserError, match=r"train/cat/1\.jpg is broken: .*truncated.* or set data\.on_error=skip"):
-        measure(block(folder), batch_size=6, seconds=0.0)
-    rates = measure(block(folder, on_error="skip"), batch_size=6, seconds=0.01)
+        measure(block(folder), make_train_batches(block(folder), batch_size=6, seed=0), 0.0)
+    skipping = block(folder, on_error="skip")
+    rates = measure(skipping, make_train_batches(skipping, batch_size=6, seed=0), 0.01)
     assert list(rates) == ["read", "decode", "augment", "pipeline"]
     assert [line.partition(": ")[0] for line in caplog.messages] == [f"skipped {folder}/train/cat/1.jpg"]
 

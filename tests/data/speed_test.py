@@ -7,13 +7,14 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
+from ldrld_jax.data.pipeline import make_train_batches
 from ldrld_jax.data.speed import measure, watched
 
 
 @pytest.mark.parametrize("loader", ["stream", "resident"])
 def test_every_stage_is_measured(loader, data_dir):
     data = config_lib.load("configs/digits.py", [f"data.data_dir={data_dir}", f"data.loader={loader}"]).data
-    rates = measure(data, batch_size=16, seconds=0.05)
+    rates = measure(data, make_train_batches(data, batch_size=16, seed=0), 0.05)
     assert list(rates) == ["read", "decode", "augment", "pipeline"]
     assert all(rate > 0 for rate in rates.values())
 
@@ -23,7 +24,7 @@ def test_arrays_of_any_channels_are_measured(channels, tmp_path):
     np.savez(tmp_path / "d.npz", x_train=np.zeros((8, 8, 8, channels), np.uint8), y_train=np.arange(8) % 2)
     data = config_lib.load("configs/digits.py", [f"data.name=arrays:{tmp_path / 'd.npz'}"]).data
     stages = ["read", "augment", "pipeline"] if channels in (2, 4) else ["read", "decode", "augment", "pipeline"]
-    assert list(measure(data, batch_size=8, seconds=0.0)) == stages
+    assert list(measure(data, make_train_batches(data, batch_size=8, seed=0), 0.0)) == stages
 
 
 def test_the_command_line_prints_a_table(data_dir, tmp_path, capsys, monkeypatch):

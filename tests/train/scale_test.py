@@ -115,7 +115,7 @@ def test_data_parallel_steps_reduce_gradients_moments_and_scalars_and_nothing_el
     found = transfers(compiled(config, tmp_path))
     gradients = {(3, 3, 1, 16), (16,), (10,), (10, 16), (16, 10)}
     moments = {(1,) * n + (16,) for n in range(1, 5)}
-    numbers = {(), (1, 1, 1, 1)}  # the second of a mask's rows
+    numbers = {(), (1, 1, 1, 1), (3,)}  # the second of a mask's rows, the third of LDRLD's three parts
     assert {kind for kind, _ in found} == {"all-reduce"}
     shapes = {shape for _, shapes in found for shape in shapes}
     assert shapes <= gradients | moments | numbers
