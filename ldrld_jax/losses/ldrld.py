@@ -47,7 +47,7 @@ def _each_pair(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tupl
     """Computes every pair once."""
     i, j = np.triu_indices(cfg.depth, k=1)
     # z_i - z_j of all pairs as a product with rows of 1 and -1, exact at full precision. Gathering z_i and
-    # z_j would hold two more arrays a side (at C = 100: 3.3 arrays of B x C instead of 2.8).
+    # z_j would hold two more arrays a side (at C = 100 half an array of B x C).
     difference = jnp.asarray(np.eye(cfg.depth)[i] - np.eye(cfg.depth)[j], student.dtype)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
