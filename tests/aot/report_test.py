@@ -151,6 +151,13 @@ def test_a_run_that_does_not_fit_gets_a_change_that_fits(overrides, described, m
     assert [program["fits"] for program in programs] == [False, True]
 
 
+def test_a_report_that_compiles_nothing_leaves_that_of_before(described, tmp_path):
+    (tmp_path / "costs.json").write_text("good")
+    with pytest.raises(UserError, match="there is no model 'nonet'"):
+        report.report(described("student.model=nonet"), "cpu:2", str(tmp_path / "costs.json"))
+    assert (tmp_path / "costs.json").read_text() == "good"
+
+
 def test_a_program_that_the_compiler_refuses_is_no_traceback(described, monkeypatch):
     measure = report.measure
 

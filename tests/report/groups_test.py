@@ -88,7 +88,8 @@ def test_published_figures_stand_beside_the_recipe_they_belong_to_and_no_other()
 def test_rank_matrices_are_the_factors_and_their_product():
     ldrld = dict(method="ldrld", loss__ldrld__irw_epsilon=1.5, loss__ldrld__erd_scale=2.0, loss__ldrld__erd_decay=0.05)
     runs = [found(**ldrld, loss__ldrld__depth=depth, seed=depth) for depth in (7, 3)]
-    runs += [found(**ldrld, loss__ldrld__depth=0), found()]  # a depth that no config may have
+    runs += [found(**ldrld, loss__ldrld__depth=depth) for depth in (0, 10**7)]  # what no config or no page may have
+    runs += [found()]
     matrices = {tuple(map(len, weights)): weights for _, weights in rank_matrices(compare(runs)[0].groups)}
     assert set(matrices) == {(7, 7, 7), (3, 3, 3)}
     irw, erd, product = matrices[7, 7, 7]
