@@ -24,23 +24,20 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still be
 _WHOLE = "commit_success.txt"  # the last file of a checkpoint; on gs:// nothing else tells a whole one
 
 
-class Writing:
-    """A checkpoint that is being written in the background."""
+def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Callable[[], None]:
+    """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole.
 
-    def __init__(self, path: epath.Path, response: ocp.AsyncResponse):
-        self._path, self._response = path, response
-
-    def wait(self) -> None:
-        """Waits until the checkpoint is whole; raises an OSError if the disk is full."""
-        with full_disk_named(self._path.parent, _FULL):
-            self._response.result()
-
-
-def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
-    """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole."""
+    Returns a function that waits until then, and raises an OSError if the disk is full.
+    """
     _quiet_threads()
     with full_disk_named(path.parent, _FULL), _layout(path):
-        return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
+        writing = ocp.save_checkpointables_async(path, trees, custom_metadata=note)
+
+    def wait() -> None:
+        with full_disk_named(path.parent, _FULL):
+            writing.result()
+
+    return wait
 
 
 def is_whole(path: epath.Path) -> bool:

@@ -106,7 +106,7 @@ def test_runs_on_other_images_under_one_name_are_neither_averaged_nor_compared(t
     for seed, (name, method, last, digest) in enumerate(runs):
         note = {split: {"images": 90, "digest": 16 * two} for split, two in (("train", digest), ("eval", "e0"))}
         workdir = write(tmp_path, name, last, method=method, seed=seed, data__name="image_folder")
-        (workdir / "data.json").write_text(json.dumps(note | {"classes": ["x"]}))
+        (workdir / "data.json").write_text(json.dumps(note | {"classes": ["x"], "form": {}, "weights": {}}))
     found = collect([tmp_path]).summaries
     assert column(found, "last top-1 %") == ["95.00", "60.00", "51.00 ± 1.41"]
     assert column(found, "against our kd") == ["", "+9.00", ""]
