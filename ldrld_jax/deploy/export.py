@@ -33,7 +33,7 @@ from ldrld_jax.train.step import Network
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _WEIGHTS = "student.stablehlo", "student.safetensors"
 _LABELS, _PREPROCESSING = "labels.txt", "preprocessing.json"
-_NOTED = "input", "before", "labels", "sha256"  # in the latter, by `export`
+_NOTED = "input", "before", "labels", "sha256"  # in the latter; `export` writes each
 
 
 @dataclasses.dataclass(frozen=True)
