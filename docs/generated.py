@@ -7,11 +7,12 @@ import contextlib
 import io
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from ldrld_jax import main
 from ldrld_jax.config.describe import Key, comments, described
 from ldrld_jax.models import MODELS
+from ldrld_jax.report.table import Table, markdown
 
 KEYS = pathlib.Path(__file__).parent / "keys.md"
 _HEAD = """\
@@ -37,8 +38,8 @@ def keys() -> str:
         parts.append(f"## {block or 'Keys outside of blocks'}\n")
         if meanings.get(block):
             parts.append(f"{meanings[block][0].upper()}{meanings[block][1:].rstrip('.')}.\n")
-        cells = [(f"`{k.name}`", k.type, k.default, k.range, k.meaning, "yes" if k.identity else "no") for k in rows]
-        parts.append(_table(("key", "type", "default", "range", "meaning", "identity"), cells))
+        cells = [[f"`{k.name}`", k.type, k.default, k.range, k.meaning, "yes" if k.identity else "no"] for k in rows]
+        parts.append(markdown(Table(["key", "type", "default", "range", "meaning", "identity"], cells)) + "\n")
     return "\n".join(parts)
 
 
@@ -61,11 +62,6 @@ def contents() -> str:
     return "\n\n".join(
         "\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```"]) for caption, pages in trees
     )
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 MADE: tuple[Callable[[], str], ...] = (command_line, contents, models)

@@ -282,7 +282,7 @@ def _bench(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.bench import step
     from ldrld_jax.record.console import say
 
-    say(step.report(config, profile=args.profile))
+    say(str(step.measure(config, profile=args.profile)))
 
 
 def _bench_data(args: argparse.Namespace, config: "ConfigDict") -> None:

@@ -165,6 +165,7 @@ def test_a_sweep_into_a_file_is_one_line(tmp_path, capsys):
             "changes no run: each run of the sweep sets method itself",
         ),
         (["experiments/methods.py", "--workdir="], "--workdir is empty"),
+        (["experiments/methods.py", "--gpus=0,"], "--gpus=0, has an empty name. Name GPUs, as in --gpus=0,1"),
     ],
 )
 def test_wrong_flags_get_one_line(argv, message, capsys, monkeypatch):

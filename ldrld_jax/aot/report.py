@@ -34,7 +34,7 @@ def report(config: ConfigDict, target: str, json_file: str | None = None) -> Non
     Args:
       config: from `ldrld_jax.config.load`.
       target: a target's name, see `Target.find`.
-      json_file: path for the same report as JSON; None writes none.
+      json_file: path for the same report as JSON; None writes none. It stays as it is if no program was compiled.
 
     Raises:
       UserError: if the config or the target is invalid.
@@ -50,7 +50,7 @@ def report(config: ConfigDict, target: str, json_file: str | None = None) -> Non
     except TooLargeError as error:
         raise DoesNotFitError(_refusal(config, found, len(costs), error)) from None
     finally:
-        if json_file is not None:
+        if json_file is not None and costs:
             content = {"target": target, "jax": jax.__version__, "programs": [cost.to_json() for cost in costs]}
             replace_text(epath.Path(json_file), json.dumps(content, indent=2) + "\n")
     for index, cost in enumerate(costs):

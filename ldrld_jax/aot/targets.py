@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ldrld_jax.errors import UserError, unknown
+from ldrld_jax.errors import UserError, needs, unknown
 from ldrld_jax.runtime.devices import DEVICES, Device
 
 
@@ -68,7 +67,8 @@ def _cpus(name: str, shape: str) -> list[jax.Device]:
 
 
 def _tpus(kind: str, name: str, shape: str) -> list[jax.Device]:
-    _installed("libtpu", name)
+    with needs(f"--target {name}", "compile"):
+        import libtpu  # noqa: F401
     if not shape:
         raise UserError(f"--target {name} names no slice. Give its chips: {kind}:2x4 for example.")
     # By default libtpu queries a cloud machine's metadata and locks a file for one process.
@@ -90,7 +90,8 @@ def _tpus(kind: str, name: str, shape: str) -> list[jax.Device]:
 
 
 def _gpus(facts: Device, kind: str, count: int) -> list[jax.Device]:
-    _installed("jax-cuda12-plugin", kind)
+    with needs(f"--target {kind}", "compile"):
+        import jax_cuda12_plugin  # noqa: F401
     return list(
         topologies.get_topology_desc(
             platform="cuda", topology_name=kind, topology=f"1x1x{count}", target_config=_description(facts)
@@ -129,17 +130,6 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{device.kind}"
 """
-
-
-def _installed(package: str, target: str) -> None:
-    """Raises a UserError unless the compiler package is installed."""
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"--target {target} needs a compiler that is not installed ({package}). Install the extra compile: "
-            "pip install 'ldrld_jax[compile]'."
-        ) from None
 
 
 def _reason(error: Exception) -> str:

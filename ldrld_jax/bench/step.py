@@ -35,11 +35,6 @@ _TURNS = 5
 _ENDLESS = 10**9  # epochs
 
 
-def report(config: ConfigDict, *, profile: str | None = None) -> str:
-    """Returns the result of `measure` as a readable table."""
-    return str(measure(config, profile=profile))
-
-
 def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = None) -> Bench:
     """Measures the training that a config describes.
 

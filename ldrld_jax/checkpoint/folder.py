@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +64,8 @@ class Checkpoints:
         self._run = run or {}
         self._directory = absolute(epath.Path(directory))  # tensorstore accepts absolute paths only
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._notes = {step: _of_step(step, read_note(self._path(step))) for step in self._steps_on_disk()}
-        self._writing: tuple[int, Note, orbax_io.Writing] | None = None
+        self._notes = {step: read_note(self._path(step)) for step in self._steps_on_disk()}
+        self._writing: tuple[int, Note, Callable[[], None]] | None = None
         # Nobody but this process holds all arrays, and the clocks of several do not agree on when to write.
         self._min_seconds = min_seconds if jax.process_count() == 1 else 0.0
         self._written = -math.inf  # when the last write began
@@ -152,7 +153,7 @@ class Checkpoints:
             "run": self._run,
             "host": host,
             "top1": top1,
-            "kept": self._is_for_good(step),
+            "kept": bool(self._keep_every and step % self._keep_every == 0),
         }
         kept = self._kept({**self._readable(), **{held: note for held, (note, _) in self._held.items()}, step: note})
         self._held = {held: self._held[held] for held in self._held if held in kept}
@@ -204,8 +205,8 @@ class Checkpoints:
         """Waits for the write in the background."""
         if self._writing is None:
             return
-        (step, note, writing), self._writing = self._writing, None
-        writing.wait()
+        (step, note, wait), self._writing = self._writing, None
+        wait()
         self._notes[step] = note
         self._tidy()
 
@@ -280,13 +281,8 @@ class Checkpoints:
     def _kept(self, notes: dict[int, Note]) -> set[int]:
         """Returns those of the steps that the policy keeps."""
         best = _best(notes)
-        # Those of earlier versions do not say whether they are kept for good.
-        for_good = (step for step, note in notes.items() if note.get("kept", self._is_for_good(step)))
+        for_good = (step for step, note in notes.items() if note["kept"])
         return {*sorted(notes)[-self._keep_last :], *([] if best is None else [best]), *for_good}
-
-    def _is_for_good(self, step: int) -> bool:
-        """Returns whether a checkpoint that is saved now is kept for good."""
-        return bool(self._keep_every and step % self._keep_every == 0)
 
     def _tidy(self) -> None:
         """Removes checkpoints that the policy does not keep, and half-written or half-deleted ones of a killed run."""
@@ -323,13 +319,6 @@ def _best(notes: dict[int, Note]) -> int | None:
     """Returns the step of the highest top-1, the latest one among ties; None if no step was evaluated."""
     top1s = _top1s(notes)
     return max(top1s, key=lambda step: (top1s[step], step), default=None)
-
-
-def _of_step(step: int, note: Note | DamagedError) -> Note | DamagedError:
-    """Returns a note; for one that was saved at another step, as its folder's name says, an error."""
-    if isinstance(note, DamagedError) or note.get("step", step) == step:
-        return note
-    return DamagedError(f"it was saved at step {note['step']}: its folder has another name")
 
 
 def load_model(directory: epath.PathLike, like: dict[str, Any], *, run: Json | None = None) -> dict[str, Any]:

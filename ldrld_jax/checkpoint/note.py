@@ -27,7 +27,11 @@ def read_note(checkpoint: epath.Path) -> Note | DamagedError:
         return DamagedError(f"it has no {_FILE}")
     except (ValueError, KeyError, TypeError):
         return DamagedError(f"its {_FILE} is torn")
-    return note if digest == _digest(note) else DamagedError(f"its {_FILE} has changed since it was saved")
+    if digest != _digest(note):
+        return DamagedError(f"its {_FILE} has changed since it was saved")
+    if str(note["step"]) != checkpoint.name:
+        return DamagedError(f"it was saved at step {note['step']}: its folder has another name")
+    return note
 
 
 def rewrite_note(checkpoint: epath.Path, note: Note) -> None:

@@ -16,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ldrld_jax.checkpoint.note import DamagedError, Note
-from ldrld_jax.errors import silent
+from ldrld_jax.errors import UserError, silent
 from ldrld_jax.files import full_disk_named, is_full_disk, is_local, is_of_machine
 
 _FULL = "no space left; the last whole checkpoint is intact"
@@ -24,23 +24,20 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a checkpoint that is still be
 _WHOLE = "commit_success.txt"  # the last file of a checkpoint; on gs:// nothing else tells a whole one
 
 
-class Writing:
-    """A checkpoint that is being written in the background."""
+def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Callable[[], None]:
+    """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole.
 
-    def __init__(self, path: epath.Path, response: ocp.AsyncResponse):
-        self._path, self._response = path, response
-
-    def wait(self) -> None:
-        """Waits until the checkpoint is whole; raises an OSError if the disk is full."""
-        with full_disk_named(self._path.parent, _FULL):
-            self._response.result()
-
-
-def write(path: epath.Path, trees: dict[str, Any], note: Note) -> Writing:
-    """Copies the trees and writes them with a note; the checkpoint appears under its path once it is whole."""
+    Returns a function that waits until then, and raises an OSError if the disk is full.
+    """
     _quiet_threads()
     with full_disk_named(path.parent, _FULL), _layout(path):
-        return Writing(path, ocp.save_checkpointables_async(path, trees, custom_metadata=note))
+        writing = ocp.save_checkpointables_async(path, trees, custom_metadata=note)
+
+    def wait() -> None:
+        with full_disk_named(path.parent, _FULL):
+            writing.result()
+
+    return wait
 
 
 def is_whole(path: epath.Path) -> bool:
@@ -74,6 +71,7 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
     """Reads the trees named in `like`: leaves with a sharding are placed by it, others become NumPy arrays.
 
     Raises:
+      UserError: if the machine or the permissions keep them from being read.
       DamagedError: if they cannot be read; its message shortens orbax's to one line.
     """
     _quiet_threads()
@@ -84,11 +82,14 @@ def read(path: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
             # One at a time: with several at once, orbax never awaits those after a damaged one, and Python warns.
             return {name: ocp.load_checkpointables(path, {name: tree})[name] for name, tree in abstract.items()}
         except Exception as error:  # orbax raises dozens of kinds
+            why = _first_cause(error)
             if is_of_machine(error):
-                raise
-            reason = _first_cause(error)
+                raise UserError(
+                    f"the checkpoint {path} cannot be read: {why}. This is no sign of damage: check its permissions "
+                    "and the machine."
+                ) from None
         gc.collect()  # coroutines that orbax never awaited warn when they are collected: do it while silenced
-    raise DamagedError(f"it cannot be read: {reason}")
+    raise DamagedError(f"it cannot be read: {why}")
 
 
 def _first_cause(error: BaseException) -> str:

@@ -7,7 +7,6 @@ holds only the weights, for long-term storage; README.md is a model card.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.errors import UserError, first_line, needs
 from ldrld_jax.files import given_path, is_link, named, read_json, replace_bytes, replace_text
 from ldrld_jax.interop.torch_import import save_torch_checkpoint
-from ldrld_jax.record.console import printable
+from ldrld_jax.record.console import TABLE_NUMBERS, printable
 from ldrld_jax.record.reader import read_config, read_summary
 from ldrld_jax.runtime.hosts import first
 from ldrld_jax.runtime.precision import precision_scope
@@ -34,6 +33,7 @@ from ldrld_jax.train.step import Network
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _WEIGHTS = "student.stablehlo", "student.safetensors"
 _LABELS, _PREPROCESSING = "labels.txt", "preprocessing.json"
+_NOTED = "input", "before", "labels", "sha256"  # in the latter; `export` writes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def card_of(
     """Returns the model card of what `student_of` returns; see `model_card` for `place`."""
     return model_card(
         saved,
-        read_summary(workdir, numbers=("best_top1",)),
+        read_summary(workdir, numbers=TABLE_NUMBERS),
         described=student.preprocessing,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
         place=place,
@@ -170,11 +170,15 @@ def read_student(folder: epath.PathLike) -> Student:
     with needs("reading an exported student", "export"):
         import flatbuffers  # noqa: F401  # jax.export reads by it
     folder = epath.Path(folder)
-    described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys={"input", "before"})
-    if "labels" not in described:  # an export of before the names were in the JSON
-        described["labels"] = (folder / _LABELS).read_text(errors="replace").splitlines()
-    expected = expected_digest(described, _PROGRAM)
-    if expected not in (None, sha256_of(folder / _PROGRAM)):
+    described = read_json(folder / _PREPROCESSING, "Beside an exported student", keys=_NOTED)
+    try:
+        expected, noted = described["sha256"][_PROGRAM], described["input"]["shape"][1:]
+    except (LookupError, TypeError) as error:
+        raise UserError(
+            f"{folder / _PREPROCESSING} is not of an export ({type(error).__name__}: {error}). Export it again, by "
+            "--mode export."
+        ) from None
+    if sha256_of(folder / _PROGRAM) != expected:
         raise UserError(
             f"{folder / _PROGRAM} has changed since it was exported: its SHA-256 is not {expected}. Export it again, "
             "by --mode export."
@@ -191,7 +195,7 @@ def read_student(folder: epath.PathLike) -> Student:
         ) from error
     if described["before"] is not None:
         preprocessing.view_of(described)
-    if described["input"]["shape"][1:] != list(shape):
+    if noted != list(shape):
         raise UserError(
             f"{folder / _PREPROCESSING} is of another student: its inputs are not {shape}. Export it again."
         )
@@ -199,12 +203,6 @@ def read_student(folder: epath.PathLike) -> Student:
     if not isinstance(labels, list) or len(labels) != classes:
         raise UserError(f"{folder} has no name for each of its {classes} classes. Export it again, by --mode export.")
     return Student(program, described, tuple(map(str, labels)))
-
-
-def expected_digest(described: Mapping[str, Any], name: str) -> str | None:
-    """Returns the SHA-256 that an export noted of a file; None for exports of earlier versions."""
-    digests = described.get("sha256")
-    return digests.get(name) if isinstance(digests, dict) else None
 
 
 def sha256_of(path: epath.Path) -> str:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import ldrld_jax
 from ldrld_jax.config.keys import KINDS
-from ldrld_jax.deploy.export import Student, card_of, expected_digest, make_program, sha256_of, student_of
+from ldrld_jax.deploy.export import Student, card_of, make_program, sha256_of, student_of
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError, needs
 from ldrld_jax.files import is_link, named, read_json, replace_text
@@ -124,9 +124,9 @@ def read_student(place: str) -> Student:
     else:
         config, weights = epath.Path(place) / hub.CONFIG, str(epath.Path(place) / hub.WEIGHTS)
     what = "Beside a student for the Hub"
-    content = read_json(config, what, keys={"architecture", "preprocessing"})
+    content = read_json(config, what, keys={"architecture", "preprocessing", "sha256"})
     model = content["architecture"]
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         raise UserError(
             f"{place} holds a network {model!r}, which is not of this package and is not imported. Give a student of "
             "one of these: python -m ldrld_jax.models.table."
@@ -138,6 +138,7 @@ def read_student(place: str) -> Student:
         data.image_size = None if inside["resize"] is None else int(inside["resize"])
         labels = tuple(str(content["id2label"][str(i)]) for i in range(len(content["id2label"])))
         precision, products = content["precision"], content["matmul_precision"]
+        expected = content["sha256"][hub.WEIGHTS]
         dtypes(precision)  # a name that it does not know is a LookupError
         if not all(data.std) or not labels or products not in get_args(KINDS["matmul_precision"]):
             raise ValueError(f"std {data.std}, {len(labels)} labels, matmul_precision {products!r}")
@@ -145,9 +146,8 @@ def read_student(place: str) -> Student:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{config} is not of a student ({type(error).__name__}: {error}). Export it again.") from None
-    expected = expected_digest(content, hub.WEIGHTS)
     file = epath.Path(hub.download(weights) if hub.is_on_hub(weights) else weights)
-    if expected is not None and file.exists() and sha256_of(file) != expected:
+    if file.exists() and sha256_of(file) != expected:
         raise UserError(f"{weights} is not what {config} describes: its SHA-256 is not {expected}. Export it again.")
     with precision_scope(precision, products):
         network, variables = Networks(len(labels), channels, precision).restore(weights, model, data)

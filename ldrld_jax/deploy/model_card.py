@@ -1,6 +1,7 @@
 """Writes the model card of an exported student: its data, training and accuracy."""
 
 import json
+import re
 from typing import Any
 
 import flax
@@ -45,7 +46,7 @@ def model_card(
     title += f", distilled from {_name(config)}" if config["teacher"] else ", trained from its labels"
     facts = {
         "dataset": _data(config["data"]),
-        "licence of the data": _LICENCES.get(config["data"]["name"].partition("/")[0], _UNKNOWN),
+        "licence of the data": _LICENCES.get(re.split("[:/]", config["data"]["name"])[0], _UNKNOWN),
         "student": f"{model}, {parameters:,} parameters, {classes} classes, {config['precision']}",
         "teacher": _teacher(config, summary),
         "method": _method(config),

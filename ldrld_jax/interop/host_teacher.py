@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ldrld_jax.errors import UserError, as_user_error, needs, reason
+from ldrld_jax.errors import UserError, as_user_error, reason
 from ldrld_jax.files import is_local
+from ldrld_jax.interop.torch_files import read_tensors
 
 Batch = dict[str, np.ndarray]
 
@@ -190,11 +191,10 @@ def _read(path: str) -> Any:
             spec = {"driver": driver, "kvstore": {"driver": "file", "path": path} if is_local(path) else path}
             return tensorstore.open(spec, open=True, read=True).result().read().result()
         if path.endswith(".safetensors"):
-            with needs(f"reading {path}", "export"):
-                from safetensors.numpy import load, load_file
-
-            (logits,) = (load_file(path) if is_local(path) else load(epath.Path(path).read_bytes())).values()
-            return logits
+            arrays = [*read_tensors(path, "").values()]
+            if len(arrays) != 1:
+                raise ValueError(f"it holds {len(arrays)} arrays; save one")
+            return arrays[0]
         if is_local(path):
             logits = np.load(path, mmap_mode="r", allow_pickle=False)
         else:

@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from ldrld_jax.errors import UserError, first_line, needs
 
@@ -29,7 +29,7 @@ class HubFile(NamedTuple):
     file: str
 
     def __str__(self) -> str:
-        revision = "" if self.revision is None else f"@{self.revision}"
+        revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
         return f"{_SCHEME}{self.repo}{revision}{'' if self.file == WEIGHTS else f'/{self.file}'}"
 
 

@@ -20,9 +20,7 @@ from ldrld_jax.errors import UserError, listed
 from ldrld_jax.interop.torch_files import read_tensors, write_safetensors
 from ldrld_jax.models import outline
 from ldrld_jax.models.layers import Dtype
-from ldrld_jax.models.purify import Tree, check_finite, purify, with_variables
-
-__all__ = ["from_state_dict", "load_torch_checkpoint", "save_torch_checkpoint", "to_state_dict"]
+from ldrld_jax.models.purify import Tree, check_finite, purify, rebuilder
 
 _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"
@@ -68,7 +66,7 @@ def load_torch_checkpoint(
     model = outline(name, num_classes, in_channels, dtype=dtype, param_dtype=param_dtype)
     _, params, batch_stats = purify(model)
     title = f"{name} with {num_classes} classes and {in_channels} channels"
-    return with_variables(model, *load_variables(path, name, params, batch_stats, title=title))
+    return rebuilder(model)(*load_variables(path, name, params, batch_stats, title=title))
 
 
 def load_variables(

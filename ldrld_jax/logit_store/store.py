@@ -148,15 +148,6 @@ def make_key(
     return json.loads(json.dumps(key | {"data": data, "teacher": teacher}))  # tuples become lists, as when read back
 
 
-# What stores of earlier versions lack.
-_LATER = "data.listing", "teacher.structure", "teacher.fed.mean", "teacher.fed.std"
-
-
-def _parts(key: Key) -> dict[str, Any]:
-    """Returns the parts of a key by name, without those of `_NOT_KEY` that earlier versions wrote."""
-    return {name: value for name, value in flat(key).items() if name not in {f"data.{other}" for other in _NOT_KEY}}
-
-
 def checksum(tree: Any) -> str:
     """Returns a checksum over the paths, dtypes, shapes and bits of a tree's arrays.
 
@@ -251,16 +242,15 @@ class LogitStore:
         Raises:
           UserError: if the store has another key; the message names each part that differs.
         """
-        note = self._note()
-        # Stores of earlier versions name the split alone, which may have other images by now.
-        return note["teacher_top1"] if note is not None and note.get("evaluated") == evaluated else None
+        found = self._note()
+        return found[0] if found is not None and found[1] == evaluated else None
 
     def check_key(self) -> None:
         """Raises a UserError if there is a store of another key; the message names each part that differs."""
         self._note()
 
-    def _note(self) -> dict[str, Any] | None:
-        """Returns the content of `key.json` after checking its key; None if there is no store yet."""
+    def _note(self) -> tuple[float, Any] | None:
+        """Checks the key in `key.json`; returns the teacher's top-1 and what it is of, or None if there is no store."""
         with _reachable(self.directory):
             content = self._files.read("key.json").result()
         if content.state == "missing":
@@ -268,8 +258,8 @@ class LogitStore:
             return None
         try:
             note = json.loads(content.value)
-            theirs, ours = _parts(note["key"]), _parts(self.key)
-            theirs = {name: ours[name] for name in _LATER if name in ours} | theirs
+            top1, evaluated = float(note["teacher_top1"]), note["evaluated"]
+            theirs, ours = flat(note["key"]), flat(self.key)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(
                 f"{self.directory}/key.json is not the key.json of a logit store. Set another logits.dir."
@@ -277,15 +267,14 @@ class LogitStore:
         if differing := differences(theirs, ours):
             shown = ", ".join(differing.values())
             raise UserError(f"the logit store {self.directory} holds other logits: {shown}. Set another logits.dir.")
-        return note
+        return top1, evaluated
 
     def create(self, *, teacher_top1: float, evaluated: dict[str, Any]) -> None:
         """Writes the key unless one exists; raises a UserError if the existing key differs. See `teacher_top1`."""
         note = {"teacher_top1": teacher_top1, "evaluated": evaluated, "key": self.key}
         with _reachable(self.directory), full_disk_named(self.directory, _FULL):
             there = self._files.read("key.json").result()
-            # A store of an earlier version is given the description that it lacks.
-            if "evaluated" not in (self._note() or {}):
+            if self._note() is None:
                 text = json.dumps(note, indent=2) + "\n"
                 self._files.write("key.json", text.encode(), if_equal=there.stamp.generation).result()
         self._note()

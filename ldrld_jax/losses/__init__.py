@@ -39,7 +39,7 @@ from ldrld_jax.losses.decoupled import (
 from ldrld_jax.losses.divergence import AxisName
 from ldrld_jax.losses.ldrld import ldrld_loss, ldrld_parts, ldrld_terms
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, rank_weights
-from ldrld_jax.losses.own import NoConfig, own_parts
+from ldrld_jax.losses.own import own_parts
 from ldrld_jax.losses.tokens import BiLDConfig, TopKTailConfig, bild_terms, topk_tail_terms, topk_tail_top_needed
 from ldrld_jax.losses.transport import WKDConfig, wkd_cost, wkd_terms
 from ldrld_jax.losses.two_views import CRLDConfig, SLDConfig, crld_parts, sld_parts, sld_student_swap
@@ -235,7 +235,7 @@ def as_method(loss: Any) -> Method:
       1.0
     """
     # A scalar of a batch may compare its examples.
-    return loss if isinstance(loss, Method) else Method(NoConfig, own_parts(loss), decomposes=False)
+    return loss if isinstance(loss, Method) else Method(MethodConfig, own_parts(loss), decomposes=False)
 
 
 def standardized(method: Method) -> Method:

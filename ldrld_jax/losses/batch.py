@@ -125,7 +125,8 @@ def _direction_distances(
     A row of weight w acts as w equal rows: its entries carry sqrt(w) in D_i and in the covariance.
     """
     teacher, student = (numerics.down_scale(z) * z for z in (teacher, student))
-    of_teacher, of_student = (z / jnp.maximum(_norm(z), 1e-12) for z in (teacher, student))
+    norm = lambda z: numerics.sqrt(jnp.sum(z**2, axis=-1, keepdims=True))  # noqa: E731  # of slope 0 at 0
+    of_teacher, of_student = (z / jnp.maximum(norm(z), 1e-12) for z in (teacher, student))
     dot = lambda a, b: jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     # A A' - B B' = ((A - B)(A + B)' + its transpose) / 2 avoids subtracting large numbers if A is near B.
     product = dot(of_student - of_teacher, (of_student + of_teacher).T)
@@ -135,11 +136,6 @@ def _direction_distances(
     covariance = dot(centred, centred.T) / jnp.maximum(count - 1, 1.0)
     factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(len(rows), dtype=rows.dtype))
     return numerics.sqrt(jnp.sum(jax.scipy.linalg.solve_triangular(factor, rows, lower=True) ** 2, axis=0))
-
-
-def _norm(z: jax.Array) -> jax.Array:
-    """Computes the Euclidean norm of each row, `[N, C]` to `[N, 1]`, with slope 0 at 0."""
-    return numerics.sqrt(jnp.sum(z**2, axis=-1, keepdims=True))
 
 
 def _share_up_to_median(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """A user's own loss as a method."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldrld_jax.losses.common import MethodConfig, check_logits, check_rows, computed_in, mean_over_rows
+from ldrld_jax.losses.common import check_logits, check_rows, computed_in, mean_over_rows
 from ldrld_jax.losses.divergence import AxisName
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class NoConfig(MethodConfig):
-    """The config of a loss without fields."""
 
 
 def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
@@ -29,7 +22,7 @@ def own_parts(function: Callable[..., jax.Array]) -> Callable[..., dict[str, jax
     Example:
       >>> import jax.numpy as jnp
       >>> parts = own_parts(lambda teacher, student, labels: jnp.sum((teacher - student) ** 2, axis=-1))
-      >>> float(parts(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, int), NoConfig())[""])
+      >>> float(parts(jnp.ones((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, int), None)[""])
       3.0
     """
     if inspect.isclass(function):

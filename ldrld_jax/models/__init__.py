@@ -10,19 +10,15 @@ from flax import nnx
 
 from ldrld_jax.code import call, is_code, load_object
 from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.models.cifar_resnet import CIFAR_RESNETS
-from ldrld_jax.models.imagenet_resnet import IMAGENET_RESNETS
 from ldrld_jax.models.layers import Dtype
 from ldrld_jax.models.mobilenet_v1 import MOBILENETS_V1
 from ldrld_jax.models.mobilenet_v2 import MOBILENETS_V2
+from ldrld_jax.models.resnet import CIFAR_RESNETS, IMAGENET_RESNETS, SMALL_IMAGE_RESNETS
 from ldrld_jax.models.shufflenet_v1 import SHUFFLENETS_V1
 from ldrld_jax.models.shufflenet_v2 import SHUFFLENETS_V2
-from ldrld_jax.models.small_image_resnet import SMALL_IMAGE_RESNETS
 from ldrld_jax.models.vgg import VGGS
 from ldrld_jax.models.vit import VISION_TRANSFORMERS
 from ldrld_jax.models.wrn import WIDE_RESNETS
-
-__all__ = ["MODELS", "create_model", "outline"]
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     **CIFAR_RESNETS,

@@ -1,6 +1,7 @@
 """Layers shared by the model families, with PyTorch's padding, initialisation and statistics."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -165,6 +166,24 @@ class Sequential(nnx.List):
             modeless = isinstance(layer, nnx.Conv) or not isinstance(layer, nnx.Module)
             x = layer(x) if modeless else layer(x, mode)
         return x
+
+
+def stage(
+    block: Callable[..., nnx.Module], in_features: int, features: int, count: int, *, stride: int, **options: Any
+) -> Sequential:
+    """Creates `count` blocks of one width; the first may have a stride and change the width.
+
+    Args:
+      block: a class of blocks; one with an attribute `expansion` returns so many times `features` channels.
+      in_features: channels of the input.
+      features: the width of the blocks.
+      count: at least 1.
+      stride: of the first block.
+      options: of every block.
+    """
+    width = getattr(block, "expansion", 1) * features
+    first = block(in_features, features, stride=stride, **options)
+    return Sequential(first, *(block(width, features, stride=1, **options) for _ in range(count - 1)))
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ldrld_jax.models.initializers import normal, torch_default, torch_uniform
-from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
+from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear, stage
 
 
 def _inverted(
@@ -77,9 +77,8 @@ class MobileNetV2(nnx.Module):
         self.conv1 = Sequential(conv(in_channels, 16, 3, stride=2, **common), BatchNorm(16, **common), nnx.relu)
         features, stages = 16, []
         for expansion, width, count, stride in _STAGES:
-            first = InvertedResidual(features, width, expansion=expansion, stride=stride, **common)
-            rest = (InvertedResidual(width, width, expansion=expansion, stride=1, **common) for _ in range(count - 1))
-            stages.append(Sequential(first, *rest))
+            options = dict(stride=stride, expansion=expansion, **common)
+            stages.append(stage(InvertedResidual, features, width, count, **options))
             features = width
         self.blocks = Sequential(*stages)
         self.conv2 = Sequential(conv(features, 1280, 1, **common), BatchNorm(1280, **common), nnx.relu)
@@ -146,11 +145,9 @@ class TinyImageNetMobileNetV2(nnx.Module):
         self.pre = Sequential(_biased_conv(in_channels, 32, 1, **common), BatchNorm(32, **common), nnx.relu6)
         features = 32
         for i, (expansion, width, count, stride) in enumerate(_TINY_IMAGENET_STAGES, start=1):
-            first = BiasedInvertedResidual(features, width, expansion=expansion, stride=stride, **common)
-            rest = [
-                BiasedInvertedResidual(width, width, expansion=expansion, stride=1, **common) for _ in range(count - 1)
-            ]
-            setattr(self, f"stage{i}", Sequential(first, *rest) if rest else first)  # as the published keys have it
+            options = dict(stride=stride, expansion=expansion, **common)
+            layers = stage(BiasedInvertedResidual, features, width, count, **options)
+            setattr(self, f"stage{i}", layers if count > 1 else layers[0])  # as the published keys have it
             features = width
         self.conv1 = Sequential(_biased_conv(features, 1280, 1, **common), BatchNorm(1280, **common), nnx.relu6)
         self.conv2 = _biased_conv(1280, num_classes, 1, **common)

@@ -81,21 +81,18 @@ def is_random(model: nnx.Module) -> bool:
     return bool(jax.tree.leaves(nnx.state(model, nnx.RngState)))
 
 
-def with_variables(model: nnx.Module, params: Tree, batch_stats: Tree) -> nnx.Module:
-    """Returns a copy of `model`, which may be abstract (`nnx.eval_shape`), with these variables: purify's inverse.
+def rebuilder(model: nnx.Module) -> Callable[[Tree, Tree], nnx.Module]:
+    """Returns a function of params and batch statistics that returns a copy of a model with these: purify's inverse.
+
+    The model may be abstract (`nnx.eval_shape`). The function does not hold its variables.
 
     Example:
       >>> from ldrld_jax.models import create_model
       >>> model = create_model("resnet8", 10, in_channels=1, rngs=nnx.Rngs(0))
       >>> _, params, stats = purify(model)
-      >>> with_variables(model, params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
+      >>> rebuilder(model)(params, stats)(jax.numpy.zeros((2, 8, 8, 1)), train=False).shape
       (2, 10)
     """
-    return rebuilder(model)(params, batch_stats)
-
-
-def rebuilder(model: nnx.Module) -> Callable[[Tree, Tree], nnx.Module]:
-    """Returns a function that does what `with_variables` does, and does not hold the variables of `model`."""
     graph, *states, streams = _split(model)
     keys = [_keys(state) for state in states]
     return lambda params, batch_stats: nnx.merge(graph, *map(_own_keys, (params, batch_stats), keys), streams)
@@ -220,7 +217,7 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
     key = jax.random.key(0) if key is None else key
     number = 0
 
-    def renewed(path: Any, leaf: Any) -> Any:
+    def renewed(leaf: Any) -> Any:
         nonlocal number
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.zeros(leaf.shape, leaf.dtype)
@@ -228,7 +225,7 @@ def _streams(streams: Any, key: jax.Array | None) -> Any:
         own = jax.random.fold_in(key, number)
         return jax.random.split(own, leaf.shape) if leaf.shape else own  # nnx.split_rngs gives each layer a key
 
-    return jax.tree_util.tree_map_with_path(renewed, streams)
+    return jax.tree.map(renewed, streams)
 
 
 def last_matrix_path(params: Tree, classes: int) -> tuple[str, ...]:

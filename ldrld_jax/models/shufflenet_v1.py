@@ -9,11 +9,11 @@ from flax import nnx
 from ldrld_jax.models.layers import (
     BatchNorm,
     Mode,
-    Sequential,
     average_pool,
     global_average_pool,
     linear,
     shuffle_channels,
+    stage,
     torch_conv,
 )
 
@@ -67,9 +67,9 @@ class ShuffleNetV1(nnx.Module):
     def __init__(self, num_classes: int, in_channels: int = 3, **common: Any):
         self.conv1 = torch_conv(in_channels, _STEM, 1, **common)
         self.bn1 = BatchNorm(_STEM, **common)
-        self.layer1 = _stage(_STEM, 240, 4, **common)
-        self.layer2 = _stage(240, 480, 8, **common)
-        self.layer3 = _stage(480, 960, 4, **common)
+        self.layer1 = stage(ShuffleUnit, _STEM, 240, 4, stride=2, **common)
+        self.layer2 = stage(ShuffleUnit, 240, 480, 8, stride=2, **common)
+        self.layer3 = stage(ShuffleUnit, 480, 960, 4, stride=2, **common)
         self.linear = linear(960, num_classes, **common)
 
     def __call__(self, x: jax.Array, *, train: bool, where: jax.Array | None = None) -> jax.Array:
@@ -79,11 +79,6 @@ class ShuffleNetV1(nnx.Module):
         for layer in (self.layer1, self.layer2, self.layer3):
             x = layer(x, mode)
         return self.linear(global_average_pool(x))
-
-
-def _stage(in_features: int, features: int, count: int, **common: Any) -> Sequential:
-    first = ShuffleUnit(in_features, features, stride=2, **common)
-    return Sequential(first, *(ShuffleUnit(features, features, stride=1, **common) for _ in range(count - 1)))
 
 
 SHUFFLENETS_V1 = {"ShuffleV1": ShuffleNetV1}

@@ -1,13 +1,12 @@
 """The wide ResNets for CIFAR: pre-activation blocks, without dropout."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from ldrld_jax.models.layers import BatchNorm, Mode, Sequential, conv, global_average_pool, linear
+from ldrld_jax.models.layers import BatchNorm, Mode, conv, global_average_pool, linear, stage
 
 
 class PreActivationBlock(nnx.Module):
@@ -50,9 +49,9 @@ class WideResNet(nnx.Module):
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         blocks = (depth - 4) // 6
         self.conv1 = conv(in_channels, 16, 3, **common)
-        self.block1 = _stage(widths[0], widths[1], blocks, stride=1, **common)
-        self.block2 = _stage(widths[1], widths[2], blocks, stride=2, **common)
-        self.block3 = _stage(widths[2], widths[3], blocks, stride=2, **common)
+        self.block1 = nnx.Dict(layer=stage(PreActivationBlock, widths[0], widths[1], blocks, stride=1, **common))
+        self.block2 = nnx.Dict(layer=stage(PreActivationBlock, widths[1], widths[2], blocks, stride=2, **common))
+        self.block3 = nnx.Dict(layer=stage(PreActivationBlock, widths[2], widths[3], blocks, stride=2, **common))
         self.bn1 = BatchNorm(widths[3], **common)
         self.fc = linear(widths[3], num_classes, bias_init=nnx.initializers.zeros, **common)
 
@@ -65,14 +64,8 @@ class WideResNet(nnx.Module):
         return self.fc(global_average_pool(nnx.relu(self.bn1(x, mode))))
 
 
-def _stage(in_features: int, features: int, count: int, *, stride: int, **common: Any) -> nnx.Dict:
-    first = PreActivationBlock(in_features, features, stride=stride, **common)
-    rest = (PreActivationBlock(features, features, stride=1, **common) for _ in range(count - 1))
-    return nnx.Dict(layer=Sequential(first, *rest))
-
-
-def _wrn(depth: int, widen: int) -> Callable[..., WideResNet]:
-    return functools.partial(WideResNet, depth=depth, widen=widen)
-
-
-WIDE_RESNETS = {f"wrn_{depth}_{widen}": _wrn(depth, widen) for depth in (16, 40) for widen in (1, 2)}
+WIDE_RESNETS = {
+    f"wrn_{depth}_{widen}": functools.partial(WideResNet, depth=depth, widen=widen)
+    for depth in (16, 40)
+    for widen in (1, 2)
+}

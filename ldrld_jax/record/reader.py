@@ -46,7 +46,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
     """Reads the note that the run in a workdir has of its data; None for a run without one.
 
     Returns:
-      `{"classes": names, "train": {"images": n, "digest": text}, "eval": the same}`.
+      `{"classes": names, "form": of an input, "train": {"images": n, "digest": text}, "eval": the same, "weights":
+      digests of given models}`.
 
     Raises:
       UserError: if the file is torn, or no such note.
@@ -54,8 +55,8 @@ def read_data(workdir: epath.PathLike) -> dict[str, Any] | None:
     path = epath.Path(workdir) / "data.json"
     if not path.exists():
         return None
-    data = read_json(path, "A run's note of its data", keys=("classes", "train", "eval"))
-    names, weights = data["classes"], data.get("weights", {})
+    data = read_json(path, "A run's note of its data", keys=("classes", "form", "train", "eval", "weights"))
+    names, weights = data["classes"], data["weights"]
     whole = (
         isinstance(names, list) and all(isinstance(name, str) for name in names),
         all(isinstance(data[split], dict) and is_number(data[split].get("images")) for split in ("train", "eval")),

@@ -49,7 +49,8 @@ class Recorder:
         steps: int,
         steps_per_epoch: int,
     ):
-        host = host or {"best": {}, "last": {}, "window": {}, "lines": 0, "skipped": 0}
+        counts = {"lines": 0, "skipped": 0, "seconds": 0.0, "examples_per_second": 0.0}
+        host = host or {"best": {}, "last": {}, "window": {}, **counts}
         self.best: dict[str, float] = host["best"]
         self.last: dict[str, float] = host["last"]
         self.skipped: int = host["skipped"]
@@ -58,9 +59,8 @@ class Recorder:
         self._window: Means = {name: Mean(*pair) for name, pair in host["window"].items()}
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=200)
         self._clock: float | None = None
-        # Older checkpoints have neither.
-        self._begun = time.perf_counter() - host.get("seconds", 0.0)
-        self._speed_before: float = host.get("examples_per_second", 0.0)
+        self._begun = time.perf_counter() - host["seconds"]
+        self._speed_before: float = host["examples_per_second"]
         self._writer = None
         if jax.process_index() == 0:
             self._writer = Writer(

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    report, out = collect(args.folders), epath.Path(args.out or _first_there(args.folders))
+    report = collect(args.folders)
+    there = (folder for folder in args.folders if epath.Path(folder).is_dir())
+    out = epath.Path(args.out or next(there, args.folders[0]))
     comparisons = compare(report.summaries, report.running)
     if args.analyse:
         from ldrld_jax.report import outputs
@@ -79,10 +81,6 @@ def _report(args: argparse.Namespace) -> int:
     if not comparisons:
         return 2
     return _write(out, report, comparisons, markdown(cells))
-
-
-def _first_there(folders: Sequence[str]) -> str:
-    return next((folder for folder in folders if epath.Path(folder).is_dir()), folders[0])
 
 
 # What each file has in it if this program wrote it.

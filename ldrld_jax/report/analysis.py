@@ -9,26 +9,16 @@ BINS = 15
 _LARGEST = 100  # classes a side of a matrix that is drawn: of more, blocks are averaged
 
 
-class Calibration(NamedTuple):
-    """Confidence and accuracy of a classifier, in bins of equal width of its largest probability.
+def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> dict[str, Any]:
+    """Computes the calibration of logits `[n, C]` against labels `[n]`, in bins of equal width of the confidence.
 
-    Attributes:
-      ece: the expected calibration error: the mean distance of the two over all examples, in percent.
-      examples, confidence, accuracy: `[bins]`; the last two from 0 to 1, and 0 where there is no example.
-    """
-
-    ece: float
-    examples: list[int]
-    confidence: list[float]
-    accuracy: list[float]
-
-
-def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """Computes the calibration of logits `[n, C]` against labels `[n]`.
+    Returns:
+      `ece`, the expected calibration error: the mean distance of confidence and accuracy over all examples, in percent;
+      `examples`, `confidence` and `accuracy`: `[bins]`, the last two from 0 to 1, and 0 where there is no example.
 
     Example:
       >>> logits = np.log(np.array([[0.9, 0.1], [0.7, 0.3]]))
-      >>> calibration(logits, np.array([0, 1]), bins=5).ece  # .1 off and .7 off
+      >>> calibration(logits, np.array([0, 1]), bins=5)["ece"]  # .1 off and .7 off
       40.0
 
     References:
@@ -40,8 +30,12 @@ def calibration(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Cal
     count, confidence, accuracy = (np.bincount(bin_of, w, bins) for w in (None, sure, right))
     ece = np.abs(confidence - accuracy).sum() / len(labels) * 100
     filled = np.maximum(count, 1)
-    shares = ((total / filled).round(4).tolist() for total in (confidence, accuracy))
-    return Calibration(round(float(ece), 4), count.tolist(), *shares)
+    return {
+        "ece": round(float(ece), 4),
+        "examples": count.tolist(),
+        "confidence": (confidence / filled).round(4).tolist(),
+        "accuracy": (accuracy / filled).round(4).tolist(),
+    }
 
 
 def agreement(teacher: np.ndarray, student: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from etils import epath
 
 from ldrld_jax.files import absolute, replace_text
 
-_VERSION = 2  # of what is kept: version 1, which has less, is shown, and computed again where the run is at hand
+VERSION = 2  # of what is kept: version 1, which has less, is shown, and computed again where the run is at hand
 _KEYS = {"step", "features", "calibration", "embedding", "embedded", "teacher"}
 
 
@@ -19,19 +19,14 @@ def read(folder: str, out: epath.Path) -> dict[str, Any] | None:
             found = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and found.get("version") in (1, _VERSION) and set(found) >= _KEYS:
+        if isinstance(found, dict) and found.get("version") in (1, VERSION) and set(found) >= _KEYS:
             return found
     return None
 
 
-def newest(analysis: dict[str, Any]) -> bool:
-    """Returns whether an analysis has all that one has today."""
-    return analysis["version"] == _VERSION
-
-
 def write(folder: str, out: epath.Path, analysis: dict[str, Any]) -> None:
     """Writes an analysis as `analysis.json` in the run's folder, or under `out` where that cannot be written to."""
-    text = json.dumps({"version": _VERSION, **analysis})
+    text = json.dumps({"version": VERSION, **analysis})
     first, second = _places(folder, out)
     try:
         replace_text(first, text)

@@ -119,7 +119,7 @@ def _told_apart(*found: list[FoundRun]) -> list[list[FoundRun]]:
     """
     digests = defaultdict[str, set[tuple[Any, ...]]](set)
     for run in itertools.chain(*found):
-        if _DIGESTS[0] in run.config:  # earlier versions noted none
+        if _DIGESTS[0] in run.config:  # not in a run without data.json
             digests[_data_keys(run)].add(tuple(run.config[key] for key in _DIGESTS))
     return [
         [
@@ -204,8 +204,8 @@ def _objects(workdir: epath.Path, notes: list[str]) -> dict[str, str]:
     if note:
         for key, split in zip(_DIGESTS, ("train", "eval"), strict=True):
             found[key] = str(note[split].get("original", note[split].get("digest")))[:_SHORT]
-    if (weights := note.get("weights", {}).get("teacher.model")) is not None:
-        found["teacher.weights"] = " ".join(digest[:_SHORT] for digest in weights.split())
+        if (weights := note["weights"].get("teacher.model")) is not None:
+            found["teacher.weights"] = " ".join(digest[:_SHORT] for digest in weights.split())
     return found
 
 

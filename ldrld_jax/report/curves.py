@@ -79,7 +79,10 @@ def _said(settings: dict[str, Any]) -> str:
 
 
 def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
-    """Returns the three matrices of each LDRLD config among the groups, with the labels of those that use it."""
+    """Returns the three matrices of each LDRLD config among the groups, with the labels of those that use it.
+
+    One too large to be drawn is left out.
+    """
     from ldrld_jax.losses.ldrld_config import LDRLDConfig, host_rank_weights
 
     found: dict[str, tuple[list[str], list[Any]]] = {}
@@ -92,11 +95,15 @@ def rank_matrices(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:
         if fields:
             irw, erd = ({**fields, off: False} for off in ("use_erd", "use_irw"))
             try:
-                weights = [host_rank_weights(LDRLDConfig(**kept)).tolist() for kept in (irw, erd, fields)]
+                configs = [LDRLDConfig(**kept) for kept in (irw, erd, fields)]
             except (TypeError, ValueError):  # a config.json that somebody wrote by hand
                 continue
+            if configs[0].depth > _MOST_RANKS:
+                continue
+            weights = [host_rank_weights(cfg).tolist() for cfg in configs]
             found.setdefault(json.dumps(fields), ([], weights))[0].append(group.label)
     return [(", ".join(labels), weights) for labels, weights in found.values()]
 
 
+_MOST_RANKS = 100  # of a matrix whose every cell is drawn
 _OF_RANKS = ("depth", "irw_epsilon", "erd_scale", "erd_decay", "use_irw", "use_erd")

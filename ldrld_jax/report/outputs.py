@@ -78,7 +78,7 @@ def _analyse(
 ) -> None:
     step = Checkpoints(epath.Path(found.folder) / "checkpoints").best_step
     known = cache.read(found.folder, out)
-    if known and cache.newest(known) and known["step"] == step and (known["features"] or not features):
+    if known and known["version"] == cache.VERSION and known["step"] == step and (known["features"] or not features):
         return
     print(f"analysing {found.folder}", file=sys.stderr)
     config = _config(found.folder, data_dir)
@@ -166,7 +166,7 @@ def described(student: Outputs, teacher: Outputs | None, names: Sequence[str]) -
     result: dict[str, Any] = {
         "images": len(labels),
         "classes": len(names),
-        "calibration": analysis.calibration(logits, labels)._asdict(),
+        "calibration": analysis.calibration(logits, labels),
         "embedding": student.embedding,
         "embedded": [names[label] for label in student.labels[chosen]] if student.embedding else [],
         "names": names,
@@ -186,7 +186,7 @@ def described(student: Outputs, teacher: Outputs | None, names: Sequence[str]) -
         "pairs": analysis.disagreeing_pairs(means, names),
         "pair_map": _part(means.kl, names, digits=4),
         "teacher": {
-            "calibration": analysis.calibration(taught, labels)._asdict(),
+            "calibration": analysis.calibration(taught, labels),
             "embedding": teacher.embedding,
             "class_top1": taught_said.diagonal().round(2).tolist(),
             "confusion": _part(taught_said, names, analysis.striking(said)),  # of the same classes

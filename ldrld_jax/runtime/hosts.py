@@ -53,7 +53,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     """
     if processes is not None and not 0 <= (process or 0) < processes:
         raise UserError(f"--process must be at least 0 and below --processes ({processes}), got {process}.")
-    giving_up = threading.Timer(_TOGETHER_SECONDS, _give_up)
+    giving_up = threading.Timer(_TOGETHER_SECONDS, _end, [f"{_APART} within {_TOGETHER_SECONDS} s. {_TOGETHER}"])
     giving_up.start()
     try:
         jax.distributed.initialize(
@@ -139,10 +139,6 @@ class _SignalsOfAll(Signals):
         if multihost_utils.reached_preemption_sync_point(next(_asked)):
             self.received = signal.SIGTERM
         return self.received is not None
-
-
-def _give_up() -> None:
-    _end(f"{_APART} within {_TOGETHER_SECONDS} s. {_TOGETHER}")
 
 
 def _end(why: str) -> None:

@@ -109,8 +109,8 @@ def parse(argv: Sequence[str], prog: str = _PROG) -> tuple[argparse.Namespace, l
     if args.workdir == "":
         raise UserError("--workdir is empty. Name a folder, or leave the flag out.")
     args.workdir = expand_home(args.workdir or str(pathlib.Path("runs") / f"{name}-sweep"))
-    if args.gpus == "":
-        raise UserError("--gpus is empty. Name GPUs, as in --gpus=0,1, or leave the flag out.")
+    if args.gpus is not None and not all(args.gpus.split(",")):
+        raise UserError(f"--gpus={args.gpus} has an empty name. Name GPUs, as in --gpus=0,1, or leave the flag out.")
     if args.jobs < 1 or (args.gpus and args.jobs > 1):
         raise UserError("--jobs must be at least 1, and cannot be given with --gpus, which runs one per GPU.")
     try:

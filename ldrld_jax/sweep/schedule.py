@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from etils import epath
 
@@ -37,7 +36,7 @@ class Sweep:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:  # as nohup sets SIGHUP
-                signal.signal(number, _raise_exit)
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             while self._turn():
                 self.show(self.jobs)
@@ -98,7 +97,3 @@ class Sweep:
                 process.wait()
         except (KeyboardInterrupt, SystemExit):
             self._stop(number)
-
-
-def _raise_exit(number: int, frame: Any) -> None:
-    sys.exit(128 + number)

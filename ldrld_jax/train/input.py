@@ -89,7 +89,7 @@ def _shown(form: dict[str, Any]) -> str:
 
 def check_form(workdir: epath.PathLike, here: dict[str, Any]) -> None:
     """Raises a UserError if the run in a workdir was trained on data of another form, see `form_of`."""
-    there = (read_data(workdir) or {}).get("form", here)  # the runs of earlier versions do not say
+    there = (read_data(workdir) or {}).get("form", here)
     if not isinstance(there, dict) or there.keys() != here.keys():
         raise UserError(f"{workdir}/data.json is not a valid data.json. Restore it, or choose another workdir.")
     if there != here:

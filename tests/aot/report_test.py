@@ -1,8 +1,8 @@
 """`--mode compile` on CPU devices: the programs are the run's own, and what does not fit gets a change that does."""
 
 import dataclasses
-import importlib.metadata
 import json
+import sys
 
 import jax
 import pytest
@@ -151,6 +151,13 @@ def test_a_run_that_does_not_fit_gets_a_change_that_fits(overrides, described, m
     assert [program["fits"] for program in programs] == [False, True]
 
 
+def test_a_report_that_compiles_nothing_leaves_that_of_before(described, tmp_path):
+    (tmp_path / "costs.json").write_text("good")
+    with pytest.raises(UserError, match="there is no model 'nonet'"):
+        report.report(described("student.model=nonet"), "cpu:2", str(tmp_path / "costs.json"))
+    assert (tmp_path / "costs.json").read_text() == "good"
+
+
 def test_a_program_that_the_compiler_refuses_is_no_traceback(described, monkeypatch):
     measure = report.measure
 
@@ -180,13 +187,10 @@ def test_a_wrong_target_is_one_line(target, line):
     assert line in str(error.value)
 
 
-@pytest.mark.parametrize(("target", "package"), [("v5e:2x4", "libtpu"), ("a100", "jax-cuda12-plugin")])
+@pytest.mark.parametrize(("target", "package"), [("v5e:2x4", "libtpu"), ("a100", "jax_cuda12_plugin")])
 def test_a_missing_compiler_names_its_extra(target, package, monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(UserError, match=rf"not installed \({package}\). Install the extra compile"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"--target {target} needs {package}: pip install 'ldrld_jax\[compile\]'\.$"):
         Target.find(target)
 
 

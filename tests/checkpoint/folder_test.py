@@ -319,7 +319,9 @@ def test_a_disk_that_cannot_be_read_is_no_damage(two, monkeypatch):
         raise ValueError("PERMISSION_DENIED: Error reading local file")
 
     monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", denied)
-    with pytest.raises(ValueError, match="PERMISSION_DENIED"):
+    with pytest.raises(
+        UserError, match=r"checkpoint .*/2 cannot be read: PERMISSION_DENIED: Error .*\. This is no sign of damage"
+    ):
         Checkpoints(two).resume(trees(0))
     assert names(two) == ["1", "2"]
 

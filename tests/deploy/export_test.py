@@ -23,6 +23,7 @@ from ldrld_jax.data.pipeline import _eval_view, make_eval_source
 from ldrld_jax.deploy import export
 from ldrld_jax.deploy.model_card import model_card
 from ldrld_jax.deploy.preprocessing import describe, view_of
+from ldrld_jax.errors import UserError
 from ldrld_jax.models import MODELS
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.train import trainer
@@ -172,6 +173,38 @@ def test_one_file_serves_all_platforms_and_is_as_large_as_its_weights(run):
     assert (run / "export/student.stablehlo").stat().st_size < weights + 20_000
 
 
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"sha256": {}}, "is not of an export (KeyError: 'student.stablehlo')"),
+        ({"sha256": None}, "is not of an export (TypeError"),
+        ({"input": 5, "before": None}, "is not of an export (TypeError"),
+        ({"input": {"shape": 3}}, "is not of an export (TypeError"),
+        (["labels", "sha256"], "lacks labels, sha256"),
+    ],
+)
+def test_a_preprocessing_json_that_export_did_not_write_is_refused_in_one_line(run, tmp_path, changed, line):
+    shutil.copytree(run / "export", tmp_path / "export")
+    path = tmp_path / "export/preprocessing.json"
+    content = json.loads(path.read_text())
+    content = (
+        {key: content[key] for key in content if key not in changed} if isinstance(changed, list) else content | changed
+    )
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        export.read_student(tmp_path / "export")
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_summary_that_lacks_a_number_of_the_card_is_named(run, tmp_path):
+    student, variables, saved = export.student_of(config_lib.load_run(str(run)), run)
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["last_top5"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="has no number last_top5"):
+        export.card_of(tmp_path, student, variables, saved)
+
+
 def test_the_models_card_says_what_the_run_was(run):
     card = (run / "export/README.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
@@ -201,6 +234,9 @@ def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(t
     config["teacher"]["checkpoint"] = "/home/me/run,1"  # a comma is part of a single teacher's path
     card = model_card(config, None, described=described, parameters=1234)
     assert "| teacher | resnet20, from run,1 |" in card
+    config["data"]["name"] = "cifar100:3.0.2"
+    card = model_card(config, None, described=described, parameters=1234)
+    assert "| licence of the data | its authors name none; they ask to cite Krizhevsky, 2009 |" in card
 
 
 def test_the_lines_of_the_models_card_run(run, monkeypatch, capsys):

@@ -203,6 +203,9 @@ def test_timms_names_are_models_of_ours(overrides, teacher, tiny):
 # what is changed in a stranger's config.json; the line
 STRANGE = {
     "code as the network": ({"architecture": "ldrld_trap:net"}, "'ldrld_trap:net', which is not of this package"),
+    "no name of a network": ({"architecture": ["a"]}, "['a'], which is not of this package"),
+    "no digests": ({"sha256": {}}, "is not of a student"),
+    "digests that are none": ({"sha256": None}, "is not of a student"),
     "no preprocessing": ({"preprocessing": None}, "is not of a student"),
     "labels that are none": ({"id2label": ["a"]}, "is not of a student"),
     "too few labels": ({"id2label": {"0": "a"}}, "does not fit tiny_net with 1 classes"),
@@ -253,6 +256,11 @@ def test_what_the_hub_does_not_have_is_said_in_one_line(name, line, server):
 
 
 def test_names_on_the_hub_are_written_as_they_are_read():
-    for name in ("hf://me/net", "hf://me/net@v1.0", "hf://me/net@main/weights/a.safetensors"):
+    for name in (
+        "hf://me/net",
+        "hf://me/net@v1.0",
+        "hf://me/net@main/weights/a.safetensors",
+        "hf://me/net@refs%2Fpr%2F1",
+    ):
         assert str(hub_files.parse(name)) == name
     assert hub_files.parse("hf://me/net@refs%2Fpr%2F1").revision == "refs/pr/1"

@@ -210,7 +210,7 @@ def test_a_teacher_that_saw_what_the_student_is_evaluated_on_is_said(tiny, tmp_p
     of_teacher, of_student, said = TEACHERS[case]
     teacher = planned(tiny(*of_teacher), tmp_path)
     (tmp_path / "config.json").write_text(teacher.config.to_json())
-    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note))
+    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note | {"weights": {}}))
     run = planned(tiny("method=kd", f"teacher.checkpoint={tmp_path}", *of_student), tmp_path / "run")
     found = list(teacher_warnings(run, [str(tmp_path)], 90.0))
     assert ["was trained on images that the student is evaluated on" in text for text in found] == [True] * said
@@ -224,7 +224,7 @@ def test_decoded_images_were_seen_by_who_saw_those_that_they_are_copies_of(tiny,
     of_teacher, of_student = (decoded, files) if copies == "the teacher's" else (files, decoded)
     teacher = planned(tiny(*of_teacher), tmp_path)
     (tmp_path / "config.json").write_text(teacher.config.to_json())
-    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note))
+    (tmp_path / "data.json").write_text(json.dumps(teacher.data_note | {"weights": {}}))
     held_out = [f"teacher.checkpoint={tmp_path}", "data.held_out=.2"]
     run = planned(tiny("method=kd", *held_out, *of_student), tmp_path / "run")
     (found,) = teacher_warnings(run, [str(tmp_path)], 90.0)

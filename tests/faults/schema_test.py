@@ -53,7 +53,7 @@ def test_a_config_with_anything_in_a_keys_place_is_read_or_refused_in_one_line(t
 def test_a_summary_and_a_note_of_data_likewise(tmp_path):
     summary = {"steps": 3, "teacher_top1": 2.0, "warnings": []}
     split = {"images": 3, "digest": "x"}
-    data = {"classes": ["a", "b"], "train": split, "eval": split}
+    data = {"classes": ["a", "b"], "form": {}, "weights": {}, "train": split, "eval": split}
     for key in summary:
         for value in STRANGE:
             path = tmp_path / "summary.json"

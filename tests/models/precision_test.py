@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ldrld_jax.models.cifar_resnet import CifarResNet
+from ldrld_jax.models.resnet import ResNet
 from ldrld_jax.models.vit import VisionTransformer
 
 QUICK = {"xla_backend_optimization_level": 0}
 SMALL = {
-    "resnet": functools.partial(CifarResNet, depth=8, widths=(8, 8, 16, 16)),
+    "resnet": functools.partial(ResNet, counts=(1, 1, 1), widths=(8, 8, 16, 16)),
     "vit": functools.partial(VisionTransformer, width=128, depth=2),
 }
 

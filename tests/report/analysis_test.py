@@ -10,10 +10,10 @@ def test_ece_is_the_mean_distance_of_confidence_and_accuracy_by_bin():
     # Confidences .8, .8 (one of them right), .55 (right), 1 (right): bins [.5, .75), [.75, 1].
     rows = [[0.8, 0.2], [0.2, 0.8], [0.55, 0.45], [1.0, 1e-30]]
     found = analysis.calibration(np.log(np.array(rows)), np.array([0, 0, 0, 0]), bins=4)
-    assert found.examples == [0, 0, 1, 3]
-    assert found.accuracy[2:] == [1.0, 0.6667]
-    np.testing.assert_allclose(found.confidence[2:], [0.55, 2.6 / 3], atol=1e-4)
-    assert found.ece == pytest.approx(100 * (0.45 * 1 + abs(2.6 - 2)) / 4, abs=1e-3)
+    assert found["examples"] == [0, 0, 1, 3]
+    assert found["accuracy"][2:] == [1.0, 0.6667]
+    np.testing.assert_allclose(found["confidence"][2:], [0.55, 2.6 / 3], atol=1e-4)
+    assert found["ece"] == pytest.approx(100 * (0.45 * 1 + abs(2.6 - 2)) / 4, abs=1e-3)
 
 
 def test_correlations_differ_as_numpy_says_and_a_constant_class_correlates_with_nothing(rng):
@@ -44,7 +44,7 @@ def test_the_pair_that_teacher_and_student_tell_apart_differently_comes_first(rn
 def test_extreme_logits_give_finite_figures():
     teacher, student = np.array([[1e4, 0.0, -1e4]] * 3), np.array([[-1e4, 0.0, 1e4]] * 3)
     labels = np.array([0, 0, 2])
-    assert analysis.calibration(teacher, labels).ece == pytest.approx(100 / 3, abs=1e-3)
+    assert analysis.calibration(teacher, labels)["ece"] == pytest.approx(100 / 3, abs=1e-3)
     assert analysis.agreement(teacher, student) == 0.0
     pairs = analysis.disagreeing_pairs(analysis.pair_means(teacher, student, labels), "abc")
     assert all(np.isfinite(pair["kl"]) for pair in pairs)

@@ -207,9 +207,13 @@ def test_objects_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
     runs = {"a": ("1f", "ee", "a0"), "b": ("2f", "ee", "a0"), "c": ("1f", "e5", "a0"), "d": ("1f", "ee", "a0 b0")}
     for name, (train, evaluation, weights) in runs.items():
         note = {split: {"images": 90, "digest": 16 * two} for split, two in (("train", train), ("eval", evaluation))}
-        note |= {"classes": ["x"], "weights": {"teacher.model": " ".join(16 * two for two in weights.split())}}
+        note |= {
+            "classes": ["x"],
+            "form": {},
+            "weights": {"teacher.model": " ".join(16 * two for two in weights.split())},
+        }
         (write(tmp_path, name, **objects) / "data.json").write_text(json.dumps(note))
-    write(tmp_path, "e", **objects)  # of an earlier version
+    write(tmp_path, "e", **objects)  # has no data.json
     write(tmp_path, "f", **objects)
     for name, content in (("torn", "{"), ("typed", json.dumps({**note, "weights": 3}))):
         (write(tmp_path, name, seed=7) / "data.json").write_text(content)

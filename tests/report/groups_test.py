@@ -88,7 +88,8 @@ def test_published_figures_stand_beside_the_recipe_they_belong_to_and_no_other()
 def test_rank_matrices_are_the_factors_and_their_product():
     ldrld = dict(method="ldrld", loss__ldrld__irw_epsilon=1.5, loss__ldrld__erd_scale=2.0, loss__ldrld__erd_decay=0.05)
     runs = [found(**ldrld, loss__ldrld__depth=depth, seed=depth) for depth in (7, 3)]
-    runs += [found(**ldrld, loss__ldrld__depth=0), found()]  # a depth that no config may have
+    runs += [found(**ldrld, loss__ldrld__depth=depth) for depth in (0, 10**7)]  # what no config or no page may have
+    runs += [found()]
     matrices = {tuple(map(len, weights)): weights for _, weights in rank_matrices(compare(runs)[0].groups)}
     assert set(matrices) == {(7, 7, 7), (3, 3, 3)}
     irw, erd, product = matrices[7, 7, 7]
@@ -105,7 +106,7 @@ def test_runs_on_other_images_under_one_name_are_neither_averaged_nor_compared(t
     for seed, (name, method, last, digest) in enumerate(runs):
         note = {split: {"images": 90, "digest": 16 * two} for split, two in (("train", digest), ("eval", "e0"))}
         workdir = write(tmp_path, name, last, method=method, seed=seed, data__name="image_folder")
-        (workdir / "data.json").write_text(json.dumps(note | {"classes": ["x"]}))
+        (workdir / "data.json").write_text(json.dumps(note | {"classes": ["x"], "form": {}, "weights": {}}))
     found = collect([tmp_path]).summaries
     assert column(found, "last top-1 %") == ["95.00", "60.00", "51.00 ± 1.41"]
     assert column(found, "against our kd") == ["", "+9.00", ""]

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -53,15 +54,17 @@ def test_a_teacher_and_images_in_a_bucket_are_given_by_their_paths(bucket, teach
     assert (made.data.name, made.data.data_dir) == ("image_folder", "gs://bucket/images")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["logits.npy", "logits.safetensors"])
-def test_a_file_of_logits_in_a_bucket_is_read(bucket, rng, name):
-    logits = rng.normal(size=(3, 2)).astype(np.float32)
+def test_a_file_of_logits_on_a_disk_and_in_a_bucket_is_read(bucket, rng, name, dtype):
+    logits = rng.normal(size=(3, 2)).astype(jnp.dtype(dtype))
     bucket.mkdir(parents=True)
     if name.endswith(".npy"):
         np.save(bucket / name, logits)
     else:
         safetensors.numpy.save_file({"logits": logits}, bucket / name)
-    np.testing.assert_array_equal(LogitsFile.open(f"gs://bucket/{name}", images=3, classes=2).read(0), logits)
+    for path in (f"gs://bucket/{name}", str(bucket / name)):
+        np.testing.assert_array_equal(LogitsFile.open(path, images=3, classes=2).read(0), logits)
 
 
 def test_a_zarr_array_in_a_bucket_has_the_digest_of_its_copy_on_a_disk(bucket):
