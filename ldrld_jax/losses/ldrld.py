@@ -8,11 +8,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import platform_dependent
 
 from ldrld_jax.losses.common import mean_over_rows, prepare_logits
 from ldrld_jax.losses.divergence import RULED_OUT, AxisName, bernoulli_kl_and_slope, masked_kl
 from ldrld_jax.losses.ldrld_config import LDRLDConfig, LDRLDTerms, host_rank_weights
-from ldrld_jax.losses.top import Top, not_in_top, take, top_classes
+from ldrld_jax.losses.top import Top, not_in_top, take, take_own, top_classes
 
 Implementation = Literal["xla", "pallas"] | None
 
@@ -40,7 +41,7 @@ def _pairs_and_slopes(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) 
     twice as long.
     """
     cpu, default = (functools.partial(compute, cfg=cfg) for compute in (_each_pair, _pairs_of_each_rank))
-    return jax.lax.platform_dependent(teacher, student, cpu=cpu, default=default)
+    return platform_dependent(teacher, student, cpu=cpu, default=default)
 
 
 def _each_pair(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) -> tuple[jax.Array, jax.Array]:
@@ -115,17 +116,17 @@ def _terms_of_rows(
     # One more than d, because entry d + 1 is the largest of the remaining classes.
     top = jax.vmap(lambda z: top_classes(z, min(cfg.depth + 1, classes), class_axis_name))(ranking)
 
-    def at_top_of_row(z, top):
-        chosen = take(z, jax.tree.map(lambda z: z[: cfg.depth], top), class_axis_name)
-        chosen = jnp.maximum(chosen, RULED_OUT)
-        # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
-        # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
-        return (chosen - jax.lax.stop_gradient(jnp.max(chosen))) / cfg.temperature
-
-    at_top = jax.vmap(at_top_of_row, out_axes=-1)
+    largest = jax.tree.map(lambda z: z[:, : cfg.depth], top)
+    of_teacher, of_student = (take_own, take) if cfg.rank_by == "teacher" else (take, take_own)
+    at_top = lambda z, of: jax.vmap(lambda z, top: of(z, top, class_axis_name), out_axes=-1)(z, largest)  # noqa: E731
     # Where a NaN lies in the ranking side's row, the d classes are not known: it need not be among them.
     known = jnp.where(jnp.isnan(top.values[:, 0]), jnp.nan, jnp.ones((), student.dtype))
-    local = at_top(teacher, top), known[None] * at_top(student, top)
+    # One array of both sides, because each operation on it is then one kernel, whose call costs as much as its work.
+    chosen = jnp.stack([at_top(teacher, of_teacher), known[None] * at_top(student, of_student)])
+    chosen = jnp.maximum(chosen, RULED_OUT)
+    # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
+    # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
+    local = (chosen - jax.lax.stop_gradient(jnp.max(chosen, axis=1, keepdims=True))) / cfg.temperature
     pairs, integrity = _pairs(*local, cfg), _integrity(*local)
     if classes - cfg.depth > 1:
         remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)

@@ -99,11 +99,31 @@ def take(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
 
 @take.defjvp
 def _(axis_name, primals, tangents):
-    logits, top = primals
+    return take(*primals, axis_name), _tangent_at(tangents[0], primals[1], axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def take_own(logits: jax.Array, top: Top, axis_name: AxisName = None) -> jax.Array:
+    """Returns the entries of `logits` `[C]` at their own `top`, `[k]`, which are its values, without a second pass.
+
+    The derivative is that of `take`, and 0 for an entry that was raised to `RULED_OUT`.
+    """
+    return top.values
+
+
+@take_own.defjvp
+def _(axis_name, primals, tangents):
+    values = take_own(*primals, axis_name)
+    tangent = _tangent_at(tangents[0], primals[1], axis_name)
+    return values, jnp.where(values == RULED_OUT, jnp.zeros_like(tangent), tangent)
+
+
+def _tangent_at(tangent: jax.Array, top: Top, axis_name: AxisName) -> jax.Array:
+    """Returns the tangent of logits, `[C]`, at `top`, `[k]`, across all shards."""
     # Recomputed in the backward pass, so that its residuals are the classes and not k masks of size C.
     matched = jax.checkpoint(_matched, prevent_cse=False)
-    tangent = matched(tangents[0], top.classes - _first_class(logits, axis_name))
-    return take(logits, top, axis_name), tangent if axis_name is None else jax.lax.psum(tangent, axis_name)
+    values = matched(tangent, top.classes - _first_class(tangent, axis_name))
+    return values if axis_name is None else jax.lax.psum(values, axis_name)
 
 
 def _gathered(logits: jax.Array, classes: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ def form(request, monkeypatch):
     def choose(*arrays, cpu, default):
         return (cpu if request.param == "cpu" else default)(*arrays)
 
-    monkeypatch.setattr(top_lib, "platform_dependent", choose)
+    for module in (top_lib, ldrld):
+        monkeypatch.setattr(module, "platform_dependent", choose)
     ldrld._terms_of_rows.clear_cache()
     yield
     ldrld._terms_of_rows.clear_cache()
@@ -75,6 +76,38 @@ def test_the_accelerators_form_gives_the_official_loss_and_gradient(form, case, 
     value, gradient = jax.value_and_grad(loss)(student)
     assert relative(value, get("loss")) < 1e-12
     assert relative(gradient, get("grad")) < 1e-12
+
+
+@pytest.mark.parametrize("rank_by", ["student", "teacher"])
+def test_both_forms_have_the_same_derivatives_in_both_modes(monkeypatch, rank_by, rng, x64):
+    teacher, student = logits(rng, 3, 9)
+    cfg = LDRLDConfig(depth=4, rank_by=rank_by)
+    derivatives = []
+    for form in ("cpu", "default"):
+        for module in (top_lib, ldrld):
+            monkeypatch.setattr(module, "platform_dependent", lambda *arrays, form=form, **forms: forms[form](*arrays))
+        ldrld._terms_of_rows.clear_cache()
+        terms = lambda z: jnp.stack(ldrld.ldrld_terms(teacher, z, cfg))  # noqa: E731
+        second = jax.jacfwd(jax.jacrev(terms))(student)
+        derivatives.append((terms(student), jax.jacfwd(terms)(student), jax.jacrev(terms)(student), second))
+    ldrld._terms_of_rows.clear_cache()
+    (value, *first, second), others = derivatives
+    chex.assert_trees_all_close(first[0], first[1], rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close((value, *first, second), others, rtol=1e-12, atol=1e-12)
+    assert float(jnp.max(jnp.abs(second))) > 0.01
+
+
+def test_a_students_logit_of_minus_1e30_has_the_slope_of_minus_infinity(rng):
+    """None among the d classes; it had half of that of a finite logit, and the kernel none."""
+    teacher, student = (np.array(z) for z in logits(rng, 2, 6, dtype=np.float32))
+    gradients = []
+    for lowest in (-np.inf, -1e30, -2e30):
+        student[:, 2:] = lowest
+        loss = lambda z: ldrld.ldrld_loss(teacher, z, LDRLDConfig(depth=4, use_remainder=False))  # noqa: E731
+        gradients.append(jax.grad(loss)(jnp.asarray(student)))
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, gradients[0])
+        assert np.all(gradient[:, 2:] == 0) and np.all(gradient[:, :2] != 0)
 
 
 def test_one_program_is_exported_for_all_platforms(rng):
