@@ -118,7 +118,9 @@ def at_labels(values: jax.Array, labels: jax.Array) -> jax.Array:
       >>> at_labels(jnp.array([[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]), jnp.array([1, -1, 2])).tolist()
       [0.75, nan, nan]
     """
-    labels = labels.astype(jnp.int32)  # a small dtype need not hold C
+    if labels.dtype.itemsize > 4:  # a cast to 32 bits would turn 2^32 + k into class k
+        labels = labels.clip(-1 if jnp.issubdtype(labels.dtype, jnp.signedinteger) else 0, values.shape[-1])
+    labels = jnp.asarray(labels, jnp.int32)  # a small dtype need not hold C
     labels = jnp.where(labels < 0, values.shape[-1], labels)  # negative indices would count from the end
     return jnp.take_along_axis(values, labels[..., None], axis=-1, mode="fill")[..., 0]
 

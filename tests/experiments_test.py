@@ -5,11 +5,13 @@ import re
 import runpy
 
 import pytest
+from etils import epath
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import store
 from ldrld_jax.report import collect, table
+from ldrld_jax.sweep.plan import plan
 from ldrld_jax.train.objective import make_objective
 from tests.conftest import ROOT, tiny_overrides
 
@@ -43,6 +45,30 @@ def test_every_run_on_a_fifth_of_cifar_can_use_the_store_that_its_command_names(
         store.check(config, views=objective.views, last_layer=last, top_needed=objective.top_needed, **changes)
         stored += "dir" in config.logits
     assert stored == len(sweep["runs"]) - 4  # ce has no teacher; wkd, crld and sld do without
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"teacher.data.label_noise_rate": [0.1, 0.4]},
+        {"data.label_noise": ["symmetric"], "data.label_noise_rate": [0.1, 0.4]},  # which the teacher's data inherit
+        {"eval_every_epochs": [1, 2]},  # the teacher is its best epoch's
+        {"seed": [0, 1], "data.augment_seed": [0]},
+    ],
+)
+def test_runs_with_several_trained_teachers_have_as_many_logit_stores(grid, tmp_path):
+    overrides = {"teacher.epochs": 2, "teacher.data.label_noise": "symmetric", "logits.dir": "store"}
+    sweep = {"config": "configs/digits.py", "overrides": overrides, "grid": grid}
+    jobs = plan(sweep, epath.Path(tmp_path), [])
+    stores = {flag for job in jobs for flag in job.command if "logits.dir=store/" in flag}
+    assert len(stores) == len({str(job.teachers) for job in jobs})
+
+
+def test_the_ablation_of_noisy_teachers_has_a_logit_store_for_each(tmp_path):
+    sweep = runpy.run_path(str(ROOT / "experiments/ablations.py"))["get_sweep"]("noisy_teacher")
+    jobs = plan(sweep, epath.Path(tmp_path), ["logits.dir=store"])
+    stores = {flag for job in jobs for flag in job.command if "logits.dir=store/" in flag}
+    assert len(stores) == len({str(job.teachers) for job in jobs}) == 4
 
 
 def test_every_folder_of_logs_has_its_table():

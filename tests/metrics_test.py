@@ -9,6 +9,7 @@ from ldrld_jax.metrics import (
     Mean,
     add,
     agreement,
+    at_labels,
     by_step,
     classification,
     in_top,
@@ -77,3 +78,10 @@ def test_the_metrics_of_a_step_come_to_the_host_as_one_array(x64):
     assert step == {"a": Mean(1 / 3, 2.0), "b": Mean(float(np.float32(0.1)), 7.0)}
     several = jax.lax.map(lambda x: pack({"a": Mean(x, x + 1)}), jnp.arange(3.0))
     assert [step["a"] for step in by_step(several)] == [Mean(0.0, 1.0), Mean(1.0, 2.0), Mean(2.0, 3.0)]
+
+
+@pytest.mark.parametrize("label", [2**32 + 1, -(2**32) + 1, np.iinfo(np.int64).min, 2])
+def test_a_label_beyond_32_bits_is_out_of_range(label):
+    logits, labels = jnp.array([[0.25, 0.75]]), np.array([label])
+    assert np.isnan(at_labels(logits, labels)).all()
+    assert not in_top(logits, labels, 1).any()

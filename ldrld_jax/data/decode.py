@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _ORIENTATION = 0x0112  # the EXIF tag; values of 5 and above swap width and height
-_BITS = 0x0102  # the TIFF tag
+_BITS, _PHOTOMETRIC = 0x0102, 0x0106  # TIFF tags
+_SCALES = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies grey pixels of few bits, and not the transparent grey
 
 
 class BrokenImageError(ValueError):
@@ -45,7 +46,11 @@ def open_image(data: Encoded) -> Image.Image:
         check_pixels(data)
         return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
     with _as_broken(f"not an image ({len(data)} bytes)"):
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    scale = _SCALES.get(str(image.tile[0][3])) if image.format == "PNG" and image.tile else None
+    if scale is not None and isinstance(key := image.info.get("transparency"), int):
+        image.info["transparency"] = scale * key
+    return image
 
 
 def check_pixels(data: np.ndarray) -> None:
@@ -100,11 +105,13 @@ def pixels(image: Image.Image, *, channels: int, exif: bool) -> Image.Image:
     """
     with _as_broken():
         image.load()
-        bits = 12 if getattr(image, "tag_v2", {}).get(_BITS) == (12,) else 16
+        tags = getattr(image, "tag_v2", {})
+        bits, white_is_zero = 12 if tags.get(_BITS) == (12,) else 16, tags.get(_PHOTOMETRIC) == 0
         if exif and _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _eight_bits(image, bits)
+            image = ImageOps.invert(image) if white_is_zero else image  # as Pillow does for 8 bits
         if image.has_transparency_data:
             layers = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
@@ -118,4 +125,6 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
         raise BrokenImageError(
             f"mode {image.mode}: only 8-bit and 16-bit integer pixels are supported, and 12-bit ones in TIFF"
         )
+    if isinstance(key := image.info.get("transparency"), int):
+        values = np.where(values == key, white, values)
     return Image.fromarray(((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8))

@@ -191,16 +191,20 @@ def _teacher(config: dict[str, Any], summary: dict[str, Any] | None) -> str:
 
 
 def _method(config: dict[str, Any]) -> str:
-    # A method of the user's own has no block.
-    blocks = [
-        f"{name} ({', '.join(f'{key} {value}' for key, value in config['loss'].get(name, {}).items()) or 'own code'}) "
-        f"times {config['loss_weight'].get(name, 1.0):g}"
-        for name in _methods(config)
-    ]
-    weights = f"ce_weight {config['ce_weight']:g}"
-    if blocks:
-        weights += f", kd_weight {config['kd_weight']:g}, kd_warmup_epochs {config['kd_warmup_epochs']}"
-    return "; ".join([*blocks, weights]) if blocks else f"cross-entropy with the labels, {weights}"
+    ce = f"ce_weight {config['ce_weight']:g}"
+    if not _methods(config):
+        return f"cross-entropy with the labels, {ce}"
+    facts = []
+    for name in _methods(config):
+        fields = ", ".join(f"{key} {value}" for key, value in config["loss"].get(name, {}).items())
+        weight = config["loss_weight"].get(name)  # a method of the user's own has neither fields nor weight
+        facts.append(f"{name} ({fields or 'own code'})" + ("" if weight is None else f" times {weight:g}"))
+    if config["standardize"]:
+        facts.append("of standardised logits")
+    facts.append(f"{ce}, kd_weight {config['kd_weight']:g}, kd_warmup_epochs {config['kd_warmup_epochs']}")
+    schedule = config["loss_schedule"]
+    facts += [f"{field} by epoch {schedule[field]} instead" for field in schedule if schedule[field] is not None]
+    return "; ".join(facts)
 
 
 def _seeds(config: dict[str, Any]) -> str:

@@ -134,14 +134,18 @@ class BatchNorm(nnx.Module):
         return y.reshape(shape).astype(self.dtype)
 
     def _average(self, moments: Moments) -> None:
-        """Moves the running statistics a tenth of the way to the groups' mean, weighted by their example counts."""
+        """Moves the running statistics a tenth of the way to the groups' mean, weighted by their example counts.
+
+        A batch of which every example is masked leaves them as they are.
+        """
         mean, var, count = jax.lax.stop_gradient(moments)
-        weight = count / jnp.maximum(jnp.sum(count), 1)
+        total = jnp.sum(count)
+        weight = count / jnp.maximum(total, 1)
         unbiased = var * (count / jnp.maximum(count - 1, 1))
         for running, batch in ((self.mean, mean), (self.var, unbiased)):
             average = jnp.sum(weight * batch, axis=tuple(range(batch.ndim - 1)))
             # `running[...] = ` words an error of both tracers only to drop it: two thirds of a deep net's tracing.
-            running.set_value(0.9 * running[...] + 0.1 * average)
+            running.set_value(jnp.where(total > 0, 0.9 * running[...] + 0.1 * average, running[...]))
 
 
 def group_batch_norms(model: nnx.Module, groups: int) -> None:

@@ -63,14 +63,14 @@ class Writer:
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
         for other in self._others:  # first: a line of one that raises is written again by the run that resumes
             other.write(step, epoch, split, dict(values))
-        line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
-        self._lines.append(line)
-        if not is_local(self._path):
-            self._path.write_text("".join(_dump(line) for line in self._lines))
-        else:
-            append_text(self._path, _dump(line))
         if self._events is not None:
             self._events.write(step, {f"{split}/{name}": value for name, value in values.items()})
+        line = {"step": step, "epoch": epoch, "split": split, "values": dict(values)}
+        if is_local(self._path):
+            append_text(self._path, _dump(line))
+        else:
+            self._path.write_text("".join(map(_dump, [*self._lines, line])))
+        self._lines.append(line)
 
     def flush(self) -> None:
         """Brings what was written to the disk, so that a machine that goes down does not lose it."""

@@ -157,11 +157,13 @@ def _names(texts: Sequence[str]) -> list[str]:
     Example:
       >>> _names(["student.checkpoint=a/b", "student.checkpoint=a_b", "seed=0"])
       ['student.checkpoint=a_b-5cbca83d', 'student.checkpoint=a_b', 'seed=0']
+      >>> _names(["student.checkpoint=a b", "student.checkpoint=ab", "optim.decay_epochs=(2, 3)"])
+      ['student.checkpoint=ab-a93582b2', 'student.checkpoint=ab', 'optim.decay_epochs=(2,3)']
     """
     wanted = {text: text.replace(" ", "") or "run" for text in texts}
     names = {text: _file_name(re.sub(r"[/\\\ud800-\udfff]", "_", own)) for text, own in wanted.items()}
     shared = {name for name, count in collections.Counter(names.values()).items() if count > 1}
-    changed = {text for text, name in names.items() if name in shared and name != wanted[text]}
+    changed = {text for text, name in names.items() if name in shared and name != text}
     return [_file_name(f"{names[text]}-{_short(text)}") if text in changed else names[text] for text in texts]
 
 
@@ -239,6 +241,8 @@ def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
     seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
     seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}
     numbers = {"precision": config.precision, "matmul_precision": config.matmul_precision}
+    if config.teacher.get("epochs") is not None:  # its weights depend on all of its recipe, label noise as well
+        numbers["recipes"] = _recipes(config)
     return seen | {"data.augment_seed": seed} | numbers
 
 

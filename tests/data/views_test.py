@@ -1,6 +1,8 @@
 """Pixels, compared with Pillow step by step as torchvision takes it, and every kind of image that is not RGB."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -167,6 +169,35 @@ def test_sixteen_bits_are_scaled_not_clipped(picture):
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
     assert sixteen.mode.startswith("I;16")
     np.testing.assert_array_equal(rgb(encoded(sixteen, "png"))[..., 0], grey)
+
+
+def grey_png(pixels, bits, transparent) -> bytes:
+    """Returns a PNG of one row of grey pixels of so many bits, one of which is transparent."""
+    samples = np.unpackbits(np.array(pixels, ">u2").view(np.uint8)).reshape(-1, 16)[:, -bits:]
+    row = b"\0" + np.packbits(samples.reshape(-1)).tobytes()
+    header = struct.pack(">IIBBBBB", len(pixels), 1, bits, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(("bits", "grey"), [(2, 85), (4, 17), (8, 1), (16, 0)])
+@pytest.mark.parametrize("transparent", [0, 1])
+def test_a_transparent_grey_of_any_depth_lies_on_white(bits, grey, transparent):
+    found = rgb(grey_png([0, 1, 2**bits - 1], bits, transparent))[0, :, 0]
+    np.testing.assert_array_equal(found, [255 if transparent == 0 else 0, 255 if transparent == 1 else grey, 255])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_white_is_0_is_no_negative(dtype):
+    most = np.iinfo(dtype).max
+    data = encoded(Image.fromarray(np.array([[0, most, most // 5]], dtype)), "tiff")
+    photometric = struct.pack("<HHIHH", 0x0106, 3, 1, 1, 0)
+    assert data.count(photometric) == 1
+    white_is_0 = data.replace(photometric, struct.pack("<HHIHH", 0x0106, 3, 1, 0, 0))
+    np.testing.assert_array_equal(rgb(data)[0, :, 0], [0, 255, 51])
+    np.testing.assert_array_equal(rgb(white_is_0)[0, :, 0], [255, 0, 204])
 
 
 def test_an_array_without_pixels_is_no_image():

@@ -231,6 +231,11 @@ def test_the_models_card_of_a_distilled_student_names_teacher_method_and_seeds(t
     assert "| seeds | 3 |" in card
     assert "| licence of the data | not known to this software |" in card
     assert "| accuracy, best epoch | the run had not ended |" in card
+    config["standardize"], config["loss_schedule"]["kd_weight"] = True, "linear:0@1:5@20"
+    config["method"] = "ldrld+mymod:mine"
+    card = model_card(config, None, described=described, parameters=1234)
+    assert "; mymod:mine (own code); of standardised logits; ce_weight 1, kd_weight 1, kd_warmup_epochs 0; " in card
+    assert "; kd_weight by epoch linear:0@1:5@20 instead |" in card
     config["teacher"]["checkpoint"] = "/home/me/run,1"  # a comma is part of a single teacher's path
     card = model_card(config, None, described=described, parameters=1234)
     assert "| teacher | resnet20, from run,1 |" in card

@@ -169,3 +169,12 @@ def test_a_group_of_padding_alone_has_no_say(rng):
     y, moments = normalise(x, jnp.ones(4), jnp.zeros(4), kept)
     assert moments.number.ravel().tolist() == [3, 0]
     assert bool(jnp.isfinite(y).all())
+
+
+def test_a_batch_of_which_every_example_is_masked_leaves_the_statistics(rng):
+    norm = BatchNorm(3, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    norm(jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32), Mode(train=True))
+    before = norm.mean[...], norm.var[...]
+    norm(jnp.ones((4, 2, 2, 3)), Mode(train=True, where=jnp.zeros(4, bool)))
+    chex.assert_trees_all_equal((norm.mean[...], norm.var[...]), before)
+    assert np.all(before[1] != 1)

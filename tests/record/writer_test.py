@@ -3,6 +3,7 @@
 import json
 import struct
 
+import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
@@ -22,6 +23,23 @@ def test_on_resume_later_lines_and_a_torn_one_are_cut_off(tmp_path):
     Writer(epath.Path(tmp_path), lines=2, step=2, tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+@pytest.mark.parametrize("fails", ["ldrld_jax.record.tensorboard.Events.write", "ldrld_jax.record.writer.append_text"])
+def test_a_line_that_could_not_be_written_is_written_once_by_the_next_attempt(fails, tmp_path, monkeypatch):
+    writer = Writer(epath.Path(tmp_path))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fails, full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(3, 1.0, "eval", {"top1": 50.0})
+    assert (writer.lines, read_metrics(tmp_path)) == (0, [])
+    writer.write(3, 1.0, "eval", {"top1": 50.0})
+    assert writer.lines == len(read_metrics(tmp_path)) == 1
+    writer.close()
 
 
 def events_of(content):
