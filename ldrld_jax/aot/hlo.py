@@ -82,10 +82,7 @@ class CompiledText:
         for computation, instruction, times in self._executed(self._entry, 1):
             kind = instruction.kind.removesuffix("-start")
             if kind in COLLECTIVES:
-                size = _bytes(instruction.shape, any_memory=True)
-                if instruction.kind in ("all-gather-start", "collective-permute-start"):  # operand and result
-                    operands = (self._computations[computation][name].shape for name in instruction.operands)
-                    size -= sum(_bytes(shape, any_memory=True) for shape in operands)
+                size = self._written(computation, instruction, any_memory=True)
                 counts[kind] += times
                 sizes[kind] += times * size
         return [Collective(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]
@@ -138,7 +135,7 @@ class CompiledText:
         if instruction.kind == "copy-start":  # its shape holds source and destination
             return _bytes(instruction.shape)
         shapes = [self._computations[computation][name].shape for name in instruction.operands]
-        written = _bytes(instruction.shape)
+        written = self._written(computation, instruction)
         if instruction.kind in _SLICES:
             return 2 * written
         if instruction.kind == "dynamic-update-slice":
@@ -149,6 +146,15 @@ class CompiledText:
         parameters = _parameters(inside)
         read = sum(_read(inside, parameters[i], shape) for i, shape in enumerate(shapes))
         return read + max(0, written - sum(_kept(inside, root) for root in _roots(inside)))
+
+    def _written(self, computation: str, instruction: _Instruction, any_memory: bool = False) -> int:
+        """Returns the bytes of an instruction's results, without the operands that the shape of a start has as well."""
+        written, kind = _bytes(instruction.shape, any_memory), instruction.kind
+        # From jax 0.12 on it is of all collectives, with the operands in brackets of their own.
+        if kind in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
+            shapes = (self._computations[computation][name].shape for name in instruction.operands)
+            written -= sum(_bytes(shape, any_memory) for shape in shapes)
+        return written
 
 
 def _read(inside: dict[str, _Instruction], parameter: str, shape: str) -> int:

@@ -115,6 +115,11 @@ class _Split:
                 f"data.name={data.name} cannot be decoded: only images of 1 or 3 channels with one label each can. "
                 "Choose other data."
             )
+        if source.changes:
+            raise UserError(
+                f"data.name={data.name} cannot be decoded: its images differ each time they are read, and one draw "
+                "would be kept. Give images without random transforms."
+            )
         self.maker, self._folder = _Maker(source, short_side, quality, data.exif), folder
         self._made_by = dict(
             format=decoded.FORMAT,

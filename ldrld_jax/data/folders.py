@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,7 @@ from etils import epath
 from ldrld_jax.data.decode import BrokenImageError
 from ldrld_jax.data.source import check_count_from_0
 from ldrld_jax.errors import UserError, listed, unknown
+from ldrld_jax.files import is_local
 
 logger = logging.getLogger("ldrld_jax")
 
@@ -140,7 +141,7 @@ def _image_folder(root: epath.Path, split: str, train_split: str) -> tuple[list[
 def _holds_classes(root: epath.Path) -> bool:
     """Returns whether a folder in `root` has an image in it, and not only further folders."""
     within = (root / name for name in _folders(root)) if root.is_dir() else ()
-    return any(path.suffix.lower() in SUFFIXES for folder in within for path in folder.iterdir())
+    return any(path.suffix.lower() in SUFFIXES for folder in within for path in _entries(folder))
 
 
 def _tiny_imagenet(root: epath.Path, split: str, _: str) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
@@ -260,7 +261,12 @@ def _name(text: str, place: epath.Path) -> str:
 
 
 def _folders(folder: epath.Path) -> tuple[str, ...]:
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    return tuple(sorted(p.name for p in _entries(folder) if p.is_dir() and not p.name.startswith(".")))
+
+
+def _entries(folder: epath.Path) -> Iterable[epath.Path]:
+    """Returns all that is in a folder; epath leaves out names that end in ~."""
+    return (folder / path.name for path in pathlib.Path(folder).iterdir()) if is_local(folder) else folder.iterdir()
 
 
 def _by_class(folder: epath.Path, class_names: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -284,7 +290,7 @@ def images_below(folder: epath.Path, others: list[epath.Path], above: frozenset[
     if real in above:
         return
     above |= {real, *map(str, pathlib.PurePath(real).parents)}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(_entries(folder)):
         if path.name.startswith("."):
             continue
         if path.suffix.lower() in SUFFIXES:

@@ -100,14 +100,16 @@ class ItemRecords:
         except Exception as error:  # of the user's code; what reads the record raises or skips it
             broken = RaisedError(f"{type(error).__name__}: {error}")
             broken.__cause__ = error
-            return {"image": broken, "label": 0}
+            return {"image": broken, "label": -1}
         return _record(item, self.name(index), self.exif)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
     def labels(self) -> np.ndarray:
-        return np.array([record["label"] for i in range(len(self)) for record in self.__getitems__([i])])
+        labels = [record["label"] for i in range(len(self)) for record in self.__getitems__([i])]
+        shape = max(map(np.shape, labels), key=len)  # a scalar among arrays is the -1 of an example that raised
+        return np.array([np.broadcast_to(label, shape) for label in labels])
 
     def listing(self) -> Iterator[str]:
         """Yields the type and the number of examples, and some labels.
@@ -301,7 +303,8 @@ def _of_items(data: Any, *, num_classes: int | None, title: str, exif: bool) -> 
     records = ItemRecords(data, title, exif)
     shape: tuple[int, ...] = np.shape(label)
     if isinstance(first, bytes):
-        return Source(records, named_classes(names, count), (None, None, 3), label_shape=shape)
+        changes = _changes(records)
+        return Source(records, named_classes(names, count), (None, None, 3), label_shape=shape, changes=changes)
     raw = bool(getattr(data, "raw", False) or (shape and first.ndim != 3))  # as `_of_arrays` has it
     kind: dict[str, Any] = dict(raw=raw, dtype=_stored_as(first.dtype), changes=_changes(records))
     return Source(records, named_classes(names, count), first.shape, label_shape=shape, **kind)
@@ -346,7 +349,7 @@ def _of_hugging_face(data: Any, title: str) -> Source:
             "them: dataset.cast_column(name, datasets.ClassLabel(names=...)), or give texts as arrays (inputs, labels)."
         )
     (image,), (label,) = columns["Image"], columns["ClassLabel"]
-    encoded = data.cast_column(image, type(data.features[image])(decode=False))
+    encoded = data.with_format(None).cast_column(image, type(data.features[image])(decode=False))
     records = HuggingFaceRecords(encoded, title, image=image, label=label)
     return Source(records, tuple(data.features[label].names), (None, None, 3))
 

@@ -46,8 +46,8 @@ def select(records: Records, data: ConfigDict, *, classes: int, held_out: bool =
     outside = np.flatnonzero((labels < 0) | (labels >= classes))  # which no part below would have
     if len(outside) and data.on_error == "raise":
         raise UserError(
-            f"{records.name(int(outside[0]))} is broken: its label is {labels[outside[0]]}, and there are {classes} "
-            "classes. Repair or remove it, or set data.on_error=skip."
+            f"{records.name(int(outside[0]))} is broken: its label is {labels[outside[0]]} or cannot be read, and "
+            f"there are {classes} classes. Repair or remove it, or set data.on_error=skip."
         )
     aside = stratified(labels, data.held_out, classes, _rng(data.seed, 0))
     if held_out:

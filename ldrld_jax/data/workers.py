@@ -336,7 +336,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is not np.memmap:
             return super().reducer_override(obj)
-        if obj.filename is None or not isinstance(obj.base, mmap.mmap):  # a part of a map does not know where it is
+        # A part of a map does not know where it is, and what was written to a private map is not in its file.
+        if obj.filename is None or obj.mode == "c" or not isinstance(obj.base, mmap.mmap):
             return obj.view(np.ndarray).__reduce_ex__(5)
         order = "C" if obj.flags.c_contiguous else "F"
         return np.memmap, (obj.filename, obj.dtype, "r", obj.offset, obj.shape, order)

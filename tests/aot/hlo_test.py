@@ -73,7 +73,7 @@ def test_the_traffic_of_a_program_counts_slices_updates_and_loops():
     updated = row + scalar + row  # the update in, its index, and the update out: not the array that it lies in
     on_chip = array  # the result stays on the chip
     reduced = 5 * 2 * array
-    gathered = array + 5 * array  # the operand; operand and result of the start
+    gathered = array + 4 * array  # the operand and the result: the shape of the start has both
     assert CompiledText(TEXT).bytes_moved == sliced + updated + on_chip + reduced + gathered
 
 
@@ -82,6 +82,15 @@ def test_collectives_are_counted_with_their_loops_and_sizes():
         Collective("all-gather", 1, 4 * 100 * 8 * 4),
         Collective("all-reduce", 5, 5 * 100 * 8 * 4),
     ]
+
+
+def test_a_start_moves_its_results_whatever_else_is_in_its_shape():
+    """From jax 0.12 on an all-reduce has its operands in it too, which were counted as transfers."""
+    line = "  ROOT %out = {} all-reduce-start(%x), channel_id=1, replica_groups={{}}, to_apply=%sum"
+    for shape in ("f32[30]{0}", "((f32[30]{0}), f32[30]{0})"):
+        text = f"ENTRY %main (x: f32[30]) -> f32[30] {{\n  %x = f32[30]{{0}} parameter(0)\n{line.format(shape)}\n}}\n"
+        assert CompiledText(text).collectives == [Collective("all-reduce", 1, 120)]
+        assert CompiledText(text).bytes_moved == 240
 
 
 def test_kernels_and_operations_are_counted():

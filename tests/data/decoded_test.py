@@ -11,6 +11,7 @@ from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.data import decoding as decoding_lib
 from ldrld_jax.data.decoding import Decoding
+from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.data.sources import open_source
@@ -252,3 +253,19 @@ def test_images_that_were_turned_otherwise_are_refused(place):
         make_eval_source(from_decoded(place, exif=False))
     with pytest.raises(UserError, match=turned):
         make_train_batches(from_decoded(place, exif=False), batch_size=4, seed=3)
+
+
+def test_images_that_differ_each_time_are_not_decoded(tmp_path, rng, monkeypatch):
+    class Random:
+        num_classes = 2
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return rng.integers(0, 256, (8, 8, 3), np.uint8), i % 2
+
+    monkeypatch.setattr("ldrld_jax.data.decoding.open_source", lambda *arguments, **options: as_source(Random()))
+    with pytest.raises(UserError, match="its images differ each time they are read, and one draw would be kept"):
+        Decoding(config_lib.default().data, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

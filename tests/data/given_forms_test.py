@@ -6,7 +6,7 @@ import pytest
 from ldrld_jax.data.given import as_source
 from ldrld_jax.data.sources import open_source
 from ldrld_jax.errors import UserError
-from tests.data.given_test import Items, assert_read
+from tests.data.given_test import Items, assert_read, png
 
 TAGS = np.eye(5, dtype=int)[[0, 3, 4]]  # one tag a text
 TOKENS = np.arange(15, dtype=np.uint8).reshape(3, 5)
@@ -66,6 +66,16 @@ def test_labels_of_another_shape_or_beyond_32_bits_are_broken(labels, message):
         source.read(np.arange(2))
 
 
+def test_encoded_images_that_differ_each_time_are_known_to_change(rng):
+    class Shots(Items):
+        def __getitem__(self, index):
+            return png(rng.integers(0, 256, (8, 8, 3), np.uint8)), index
+
+    still = png(np.zeros((8, 8, 3), np.uint8))
+    assert as_source(Shots([still] * 3, [0, 1, 2], num_classes=3)).changes
+    assert not as_source(Items([still] * 3, [0, 1, 2], num_classes=3)).changes
+
+
 def test_names_of_classes_in_an_archive_may_be_bytes(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=np.zeros((2, 4), np.float32), y_train=[0, 1], class_names=[b"cat", b"dog"])
     assert open_source(f"arrays:{tmp_path / 'a.npz'}", "train").class_names == ("cat", "dog")
@@ -117,7 +127,11 @@ def test_a_data_set_of_hugging_face_without_fixed_rows_is_refused_in_one_line(ch
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
     rows = {"image": [np.zeros((8, 8, 3), np.uint8)] * 2, "label": [0, 1]}
     data = datasets.Dataset.from_dict(rows, features=features)
-    assert len(as_source(data)) == 2
+    for form in (data, data.with_format("arrow"), data.with_format("numpy", columns=["label"])):
+        records = as_source(form).records
+        assert records.labels().tolist() == [0, 1]
+        (record,) = records.__getitems__([1])
+        assert (record["label"], type(record["image"])) == (1, bytes)
     with pytest.raises(UserError, match=message) as error:
         as_source(change(data), title="training data")
     assert "\n" not in str(error.value)

@@ -5,6 +5,7 @@ import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.data import hard
+from ldrld_jax.data.given import as_source
 from ldrld_jax.data.pipeline import make_eval_source, make_train_batches
 from ldrld_jax.errors import UserError
 
@@ -124,9 +125,39 @@ def test_settings_that_do_not_suit_the_data_are_one_line(changes, expected, data
 @pytest.mark.parametrize("changes", [{"held_out": 0.25}, {"fraction": 0.5}, {"imbalance": 2.0}])
 def test_a_label_without_a_class_is_named_although_no_part_would_have_it(changes):
     records = Labelled(np.repeat([0, 1, 2, 7, -1], 4))
-    with pytest.raises(UserError, match=r"^12 is broken: its label is 7, and there are 5 classes\. .*on_error=skip\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^12 is broken: its label is 7 or cannot be read, and .* 5 classes\. .*on_error=skip\.$",
+    ):
         hard.select(records, data(**changes), classes=5)
     assert len(hard.select(records, data(on_error="skip", **changes), classes=5)) < 12
+
+
+@pytest.mark.parametrize("label", [2, np.array([2, 0])], ids=["a label", "several"])
+def test_an_example_that_raises_while_labels_are_read_has_no_label(label):
+    class Once:
+        num_classes, failed = 3, False
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            if i == 7 and not self.failed:
+                self.failed = True
+                raise ConnectionResetError("once")
+            return np.full((4, 4, 1), i, np.uint8), label
+
+    records = as_source(Once()).records
+    records.items.failed = False
+    labels = records.labels()
+    assert (labels[7] == -1).all() and (np.delete(labels, 7, axis=0) == label).all()
+    records.items.failed = False
+    if np.ndim(label) == 0:  # several labels are not chosen by
+        with pytest.raises(UserError, match=r"\[7\] is broken: its label is -1 or cannot be read"):
+            hard.select(records, data(fraction=0.9), classes=3)
+        records.items.failed = False
+        chosen = hard.select(records, data(fraction=0.9, on_error="skip"), classes=3)
+        assert len(chosen) == 10 and 7 not in chosen.indices and set(chosen.labels()) == {2}
 
 
 def test_labels_of_one_class_cannot_be_made_wrong():

@@ -178,3 +178,12 @@ def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
 def test_a_slice_without_images_is_refused_where_only_its_size_is_known(split):
     with pytest.raises(UserError, match=r"^split '.*' has no images\. Name a split, or a slice such as"):
         described._count(split, {"train": 10})
+
+
+def test_a_class_may_end_in_a_tilde(tmp_path):
+    make_image_folder(tmp_path)
+    (tmp_path / "train/dog").rename(tmp_path / "train/dog~")
+    (tmp_path / "val/dog").rename(tmp_path / "val/dog~")
+    source = open_source("image_folder", "train", str(tmp_path))
+    assert source.class_names == ("cat", "dog~")
+    assert set(source.records.labels()) == {0, 1}

@@ -118,11 +118,13 @@ def test_arrays_are_shared_and_files_mapped_again(tmp_path, rng):
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     sizes = []
-    for given in (images, mapped, mapped[2:]):
+    private = np.load(tmp_path / "images.npy", mmap_mode="c")
+    private[0] = 7  # is not in the file
+    for given in (images, mapped, mapped[2:], private):
         batches = TrainBatches(as_source((given, labels[-len(given) :])), batch_size=4, seed=0, pad=1, flip=True)
         chex.assert_trees_all_equal(first(batches.iterate(workers=2), 3), first(batches.iterate(), 3))
         sizes.append(workers.Job(workers.pool(2), batches.part, batches.source).memory.sizes)
-    assert [images.nbytes in size for size in sizes] == [True, False, False]
+    assert [images.nbytes in size for size in sizes] == [True, False, False, True]
     assert images[2:].nbytes in sizes[2]
 
 
