@@ -36,7 +36,8 @@ ALLOWED = {
     "bench": {"config", "data", "metrics", "runtime", "train"},
     "deploy": {"code", "config", "data", "errors", "files", "interop", "models", "record", "runtime", "train"},
     "report": {
-        *("checkpoint", "config", "data", "errors", "files", "identity", "losses", "record", "runtime", "train"),
+        *("checkpoint", "code", "config", "data", "errors", "files", "identity", "losses", "record", "runtime"),
+        "train",
     },
     "main": {"aot", "bench", "config", "data", "deploy", "errors", "files", "record", "runtime", "train"},
     "sweep": {"code", "config", "errors", "files", "identity", "interop", "main", "models", "record", "report"},

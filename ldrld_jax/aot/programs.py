@@ -93,7 +93,7 @@ def programs_of(run: Run) -> Iterator[Program]:
         yield Program("batch of resident images", images.make, made, config.batch_size)
     if stored and isinstance(teacher, NetworkTeacher):
         program = teacher_program(teacher.network, config.logits.dtype, mesh, config.logits.top_k)
-        taught = {"teacher": teacher.variables, "images": batch["image"]}
+        taught = {"teacher": teacher.variables, "batch": batch["image"]}
         yield Program("teacher of the logit store", program, taught, config.batch_size, one=(program, taught))
     yield _evaluation(run, network, state.evaluated)
 

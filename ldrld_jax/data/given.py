@@ -236,8 +236,8 @@ def _of_arrays(images: Any, labels: Any, *, num_classes: int | None, title: str)
     if len(bad):
         raise UserError(
             f"label {labels[tuple(bad[0])]} of example {bad[0][0]} of the {title} is out of range: there are "
-            f"{len(names)} classes, from 0{', and -1 for a label that is left out' * several}. Correct it and "
-            f"{len(bad) - 1} others, or num_classes."
+            f"{len(names)} classes, from 0{', and -1 for a label that is left out' * several}. Correct it"
+            f"{f' and {len(bad) - 1} others' * (len(bad) > 1)}, or num_classes."
         )
     records = ArrayRecords(images, labels.astype(np.int32), title)
     raw = several and images.ndim != 4  # bytes of a text

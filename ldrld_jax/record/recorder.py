@@ -145,7 +145,6 @@ class Recorder:
         if not self.best or values["top1"] >= self.best["top1"]:
             self.best = self.last
         say(evaluation_line(self._role, epoch, self._config.epochs, values, self.best["top1"]))
-        self._clock = None  # the next interval is not a step's
 
     def evaluated_at(self, step: int) -> bool:
         """Returns whether the last evaluation was after this step."""
@@ -155,6 +154,11 @@ class Recorder:
         name = f"teacher_{split}" if self._role == "teacher" else split
         if self._writer is not None:
             self._writer.write(step, step / self._steps_per_epoch, name, values)
+
+    def go_on(self) -> None:
+        """Starts the clock of the steps again after a pause, whose time is none of theirs."""
+        if self._clock is not None:  # else the next interval has the compilation
+            self._clock = time.perf_counter()
 
     def _tick(self, steps: int) -> None:
         now = time.perf_counter()

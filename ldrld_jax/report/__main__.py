@@ -101,10 +101,15 @@ def _write(out: epath.Path, report: Report, comparisons: list[Comparison], text:
     analyses = {}
     for run in report.summaries:
         if (found := cache.read(run.folder, out)) is not None:
-            if drawable(run, found):
-                analyses[run.folder] = found
-            else:
+            if not drawable(run, found):
                 report.notes.append(f"{run.folder}: its analysis.json cannot be drawn. Remove it, and analyse again.")
+            elif (best := run.best_step) not in (None, found["step"]):
+                report.notes.append(
+                    f"{run.folder}: its analysis is of step {found['step']}, and its best checkpoint of step {best}. "
+                    "Analyse again: --analyse."
+                )
+            else:
+                analyses[run.folder] = found
     try:
         if stranger := next((out / name for name, mark in _MARKS.items() if not _ours(out / name, mark)), None):
             print(f"{stranger} was not written by this program, and stays as it is. Set --out.", file=sys.stderr)

@@ -55,6 +55,13 @@ class FoundRun:
         return self.config["method"]
 
     @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None where the summary does not say."""
+        found: list[Any] = [(self.summary or {}).get(name) for name in ("best_epoch", "steps", "epochs")]
+        best, steps, epochs = found
+        return round(best * steps / epochs) if all(map(is_number, found)) and epochs else None
+
+    @property
     def seed(self) -> int:
         return self.config["seed"]
 

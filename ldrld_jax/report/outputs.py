@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.checkpoint.folder import Checkpoints
+from ldrld_jax.code import is_code
 from ldrld_jax.data import workers
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import Readable, eval_batches
 from ldrld_jax.errors import UserError
+from ldrld_jax.identity import is_object
 from ldrld_jax.report import analysis, cache, pictures
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison
@@ -80,6 +82,10 @@ def _analyse(
     known = cache.read(found.folder, out)
     if known and known["version"] == cache.VERSION and known["step"] == step and (known["features"] or not features):
         return
+    for key in ("student.model", "data.name"):
+        if is_code(value := found.config[key]) or is_object(value):
+            notes.append(f"{found.folder}: no analysis: {key} is {value}, and the report executes no code of a run.")
+            return
     print(f"analysing {found.folder}", file=sys.stderr)
     config = _config(found.folder, data_dir)
     keep_compiled(config.compile_cache)

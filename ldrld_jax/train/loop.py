@@ -153,6 +153,7 @@ class _Pause:
         if self.signals.received is not None and not ended:
             raise Interrupted(self.signals.received, step)
         self.signals.in_time = False
+        self.recorder.go_on()
 
     def _call_back(self, step: int, state: TrainState, *, rated: bool) -> None:
         for callback in self.run.given.callbacks:

@@ -80,8 +80,8 @@ class Trainer:
       method: a name of `METHODS`, several as "ldrld+kd"; a method's config such as `LDRLDConfig(depth=5)`; a function
         `(teacher_logits, student_logits, labels)` that returns one loss per example; or a list of these, to
         be added.
-      train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one per token; labels of -1
-        are left out; a dataset object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
+      train: `(inputs, labels)`, images or token ids with labels `[n]`, or `[n, ...]` for one per token, where -1 is
+        left out; a dataset object (see `ldrld_jax.data.given`), a `datasets.Dataset`, a builder of
         TFDS, a folder of class folders, or a name of TFDS.
       evaluation: the same; if `train` is a builder, a folder or a name, the name of a split, or None for the default.
       num_classes: C. None takes it from the dataset, or from the largest label of arrays.

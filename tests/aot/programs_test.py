@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from ldrld_jax import config as config_lib
+from ldrld_jax.aot import cost
 from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.train.plan import Run
 
@@ -27,3 +28,16 @@ def test_the_step_takes_logits_in_the_form_in_which_the_teacher_stores_them(tiny
     step = programs["train step" if together == 1 else "2 train steps"]
     state, _ = jax.eval_shape(step.jitted, *step.arguments.values())
     assert shapes(state) == shapes(step.arguments["state"])
+
+
+def test_what_a_store_leaves_in_memory_beside_a_program_is_counted_once(tiny, tmp_path):
+    """The resident training set was replaced by one batch, the teacher's argument of the same name."""
+    flags = ["method=kd", "teacher.model=tiny_net", "teacher.checkpoint=untrained", "data.loader=resident"]
+    run = Run.plan(config_lib.resolve(tiny(*flags, f"logits.dir={tmp_path / 'logits'}")), tmp_path / "run")
+    programs = list(programs_of(run))
+    resident = next(p for p in programs if p.name == "batch of resident images").argument_bytes()["images"]
+    for program in programs:
+        expected = 0 if program.name == "batch of resident images" else resident
+        assert cost._beside(program, programs) >= expected
+    teacher = next(p for p in programs if p.name == "teacher of the logit store")
+    assert "images" not in teacher.argument_bytes()

@@ -54,3 +54,17 @@ def test_a_resumed_run_has_the_speed_of_before_until_it_has_its_own(recorder, no
         now[0] += 0.25
     second.close()
     assert speeds == [128.0, 128.0] and second.examples_per_second == 256.0  # batches of 64
+
+
+def test_a_pause_after_each_dispatch_is_no_time_of_steps(recorder, now):
+    """As where an epoch is one dispatch: there were no two without an evaluation between them, and the speed was 0."""
+    means = pack({name: Mean(jnp.array(1.0), jnp.array(1.0)) for name in ("loss", "top1")})
+    run = recorder(None, 0)
+    for step in (1, 2):
+        now[0] += 0.5
+        run.add(step, means)
+        now[0] += 100.0
+        run.evaluated(step, {"top1": 50.0, "top5": 50.0, "ce": 1.0})
+        run.go_on()
+    run.close()
+    assert run.examples_per_second == 64 / 0.5

@@ -24,6 +24,9 @@ def test_correlations_differ_as_numpy_says_and_a_constant_class_correlates_with_
     np.testing.assert_allclose(
         analysis.correlation_difference(teacher, student)[2], np.abs(np.corrcoef(teacher.T)[2]), atol=1e-12
     )
+    constant = np.full((1000, 3), 0.1, np.float32)  # the mean of equal numbers is not always the number
+    constant[:, 2] = rng.normal(size=1000)
+    np.testing.assert_allclose(analysis._correlation(constant), np.diag([0.0, 0.0, 1.0]), atol=1e-6)
 
 
 def test_the_pair_that_teacher_and_student_tell_apart_differently_comes_first(rng):

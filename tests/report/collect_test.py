@@ -154,6 +154,25 @@ def test_collecting_and_the_table_load_no_big_library(tmp_path):
     assert len(out) == 4
 
 
+def test_an_analysis_of_another_step_than_the_best_is_left_out_and_named(tmp_path, capsys):
+    calibration = {"ece": 1.0, "examples": [1], "confidence": [0.5], "accuracy": [0.5]}
+    found = {"version": 1, "features": True, "calibration": calibration, "embedding": None, "embedded": []}
+    for step, name in ((40, "kd"), (30, "dkd")):
+        run = write(tmp_path, name, method=name)
+        summary = json.loads((run / "summary.json").read_text())
+        epochs = json.loads((run / "config.json").read_text())["epochs"]
+        summary |= {"best_epoch": epochs / 2, "steps": 80, "epochs": epochs}
+        (run / "summary.json").write_text(json.dumps(summary))
+        (run / "analysis.json").write_text(json.dumps(found | {"step": step, "teacher": None}))
+    assert main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "dkd</code> its analysis is of step 30, and its best checkpoint of step 40. Analyse again: --analyse." in page
+    )
+    assert "kd: ECE 1.00 %" in page and "dkd: ECE" not in page
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -103,6 +103,19 @@ def test_evaluation_images_without_a_silhouette_are_analysed_without_pictures_of
     assert "t-SNE of features," not in page
 
 
+@pytest.mark.parametrize(("key", "value"), [("student.model", "own:net"), ("data.name", "<Items>")])
+def test_a_run_of_a_users_code_is_not_analysed_and_executes_nothing(tiny, tmp_path, capsys, key, value):
+    untrained(tiny("mesh.data=1"), tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    block, last = key.split(".")
+    config[block][last] = value
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    [note] = analyse(tmp_path / "run", tmp_path / "out")
+    assert note == f"{tmp_path / 'run'}: no analysis: {key} is {value}, and the report executes no code of a run."
+    assert capsys.readouterr() == ("", "")
+
+
 def test_an_image_that_cannot_be_read_is_a_note_and_the_other_runs_are_analysed(tiny, tmp_path, monkeypatch):
     for name in ("a", "b"):
         untrained(tiny("mesh.data=1", f"seed={ord(name)}"), tmp_path / "runs" / name)
