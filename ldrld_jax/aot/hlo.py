@@ -150,7 +150,7 @@ class CompiledText:
     def _written(self, computation: str, instruction: _Instruction, any_memory: bool = False) -> int:
         """Returns the bytes of an instruction's results, without the operands that the shape of a start has as well."""
         written, kind = _bytes(instruction.shape, any_memory), instruction.kind
-        # From jax 0.12 on it is of all collectives, with the operands in brackets of their own.
+        # From jax 0.12 on the starts of all collectives have them, in brackets of their own.
         if kind in ("all-gather-start", "collective-permute-start") or instruction.shape.startswith("(("):
             shapes = (self._computations[computation][name].shape for name in instruction.operands)
             written -= sum(_bytes(shape, any_memory) for shape in shapes)

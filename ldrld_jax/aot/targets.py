@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from ldrld_jax.errors import UserError, needs, unknown
+from ldrld_jax.errors import UserError, first_line, needs, unknown
 from ldrld_jax.runtime.devices import DEVICES, Device
 
 
@@ -133,5 +133,11 @@ device_description_str: "{device.kind}"
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first line of an error without its status code."""
-    return str(error).splitlines()[0].partition(": ")[2].rstrip(".") or type(error).__name__
+    """Returns the first line of an error without its status code.
+
+    Example:
+      >>> _reason(RuntimeError("NOT_FOUND: no such slice.")), _reason(RuntimeError("no slice")), _reason(AssertionError())
+      ('no such slice', 'no slice', 'AssertionError')
+    """
+    line = first_line(error)
+    return line.partition(": ")[2] or line

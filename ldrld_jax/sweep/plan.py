@@ -240,10 +240,10 @@ def _seen_by_the_teacher(config: Any) -> dict[str, Any]:
     keys = identity(config)
     seed = config.seed if config.data.augment_seed is None else config.data.augment_seed
     seen = {k: v for k, v in keys.items() if k.startswith(("teacher.", "data.", "logits.")) and "label_noise" not in k}
-    numbers = {"precision": config.precision, "matmul_precision": config.matmul_precision}
+    seen |= {"data.augment_seed": seed, "precision": config.precision, "matmul_precision": config.matmul_precision}
     if config.teacher.get("epochs") is not None:  # its weights depend on all of its recipe, label noise as well
-        numbers["recipes"] = _recipes(config)
-    return seen | {"data.augment_seed": seed} | numbers
+        seen["recipes"] = _recipes(config)
+    return seen
 
 
 def _short(content: Any) -> str:

@@ -31,7 +31,7 @@ def test_the_step_takes_logits_in_the_form_in_which_the_teacher_stores_them(tiny
 
 
 def test_what_a_store_leaves_in_memory_beside_a_program_is_counted_once(tiny, tmp_path):
-    """The resident training set was replaced by one batch, the teacher's argument of the same name."""
+    """Counts the resident training set, which one batch replaced: the teacher's argument had the same name."""
     flags = ["method=kd", "teacher.model=tiny_net", "teacher.checkpoint=untrained", "data.loader=resident"]
     run = Run.plan(config_lib.resolve(tiny(*flags, f"logits.dir={tmp_path / 'logits'}")), tmp_path / "run")
     programs = list(programs_of(run))

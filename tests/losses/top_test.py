@@ -98,7 +98,7 @@ def test_both_forms_have_the_same_derivatives_in_both_modes(monkeypatch, rank_by
 
 
 def test_a_students_logit_of_minus_1e30_has_the_slope_of_minus_infinity(rng):
-    """None among the d classes; it had half of that of a finite logit, and the kernel none."""
+    """Differentiates pairs and integrity, where it has none; it had half of a finite logit's, and the kernel none."""
     teacher, student = (np.array(z) for z in logits(rng, 2, 6, dtype=np.float32))
     gradients = []
     for lowest in (-np.inf, -1e30, -2e30):

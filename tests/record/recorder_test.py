@@ -57,7 +57,7 @@ def test_a_resumed_run_has_the_speed_of_before_until_it_has_its_own(recorder, no
 
 
 def test_a_pause_after_each_dispatch_is_no_time_of_steps(recorder, now):
-    """As where an epoch is one dispatch: there were no two without an evaluation between them, and the speed was 0."""
+    """Pauses after each dispatch, as a run does whose epochs are one dispatch each; its speed was 0."""
     means = pack({name: Mean(jnp.array(1.0), jnp.array(1.0)) for name in ("loss", "top1")})
     run = recorder(None, 0)
     for step in (1, 2):

@@ -103,7 +103,7 @@ def test_a_users_own_parts_work_with_every_command(own, capsys):
 
 
 def test_own_code_may_import_more_of_the_folder_when_it_is_called(own, monkeypatch):
-    """As an installed command does, which has no working directory on its path; and so may worker processes."""
+    """Runs without the working directory on the path, as an installed command does, and with a worker process."""
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     (own / "of_own.py").write_text("scale = 3.0\n")
     (own / "own.py").write_text(OWN.replace("    rng = np", "    import of_own\n    rng = np"))
