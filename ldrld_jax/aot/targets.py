@@ -136,8 +136,8 @@ def _reason(error: Exception) -> str:
     """Returns the first line of an error without its status code.
 
     Example:
-      >>> _reason(RuntimeError("NOT_FOUND: no such slice.")), _reason(RuntimeError("no slice")), _reason(AssertionError())
-      ('no such slice', 'no slice', 'AssertionError')
+      >>> _reason(RuntimeError("NOT_FOUND: no slice.")), _reason(RuntimeError("no slice")), _reason(AssertionError())
+      ('no slice', 'no slice', 'AssertionError')
     """
     line = first_line(error)
     return line.partition(": ")[2] or line
