@@ -1,6 +1,7 @@
 """Selection of the largest classes of a row of logits without a sort or a gather of rows or sharded classes."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jax.lax import platform_dependent
 
 from ldrld_jax.losses.divergence import RULED_OUT, AxisName
+
+Entry = tuple[jax.Array, jax.Array]  # a value and its class
 
 
 class Top(NamedTuple):
@@ -147,29 +150,29 @@ def _first_class(logits: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _by_rounds(logits: jax.Array, depth: int) -> Top:
-    """Finds the two largest remaining classes in each pass over `logits` `[C]`.
+    """Finds the four largest remaining classes in each pass over `logits` `[C]`.
 
-    A pass is one reduction over values and classes, and writes only its result. Finding three or more per
-    pass saves little time and makes an accelerator's compiler much slower (TPU v5e, 1,024 x 1,000: 5 s for
-    one, 10 s for two, 70 s for all eight).
+    A pass is one reduction over values and classes, and writes only its result. Eight per pass would save another
+    pass, but an accelerator's compiler takes much longer over them (docs/loss_speed.md).
     """
     classes = jnp.arange(logits.size, dtype=logits.dtype)
     logits = jnp.maximum(logits, jnp.asarray(RULED_OUT, logits.dtype))
     lowest, highest = jnp.asarray(-jnp.inf, logits.dtype), jnp.asarray(jnp.inf, logits.dtype)
     nothing = jnp.broadcast_to(lowest, logits.shape), jnp.broadcast_to(highest, logits.shape)
-    value, found = highest, list[tuple[jax.Array, jax.Array]]()
+    found: list[Entry] = []
     while len(found) < depth:
         # By class and not by value: a program may compute its logits on the way, by scaling and shifting others, and
         # XLA does so anew in each pass. Where it contracts one into the other they round differently.
         remain = ~_is_one_of(classes, [c for _, c in found])
-        # The minimum is -inf, or NaN after a NaN was found, which makes all later values NaN.
-        candidates = jnp.where(remain, logits, jnp.minimum(value, lowest))
-        first, first_class, value, c = jax.lax.reduce(
-            (candidates, classes, *nothing), (lowest, highest) * 2, _two_best, (0,)
-        )
-        value = jnp.where(jnp.isnan(first), first, value)
-        found += (first, first_class), (value, c)
-    return Top(*(jnp.stack(column) for column in zip(*found[:depth], strict=True)))
+        candidates = jnp.where(remain, logits, lowest)
+        missing = depth - len(found)
+        number = missing if missing <= 2 else 4  # a power of two, as the merge needs
+        entries = (candidates, classes), *(nothing,) * (number - 1)
+        flat = jax.lax.reduce(_flat(entries), (lowest, highest) * number, _best_of_both, (0,))
+        found += _entries(flat)
+    values, of_values = zip(*found[:depth], strict=True)
+    first = values[0]  # where there is a NaN, it is one
+    return Top(jnp.stack([jnp.where(jnp.isnan(first), first, value) for value in values]), jnp.stack(of_values))
 
 
 def _is_one_of(classes: jax.Array, some: Iterable[jax.Array]) -> jax.Array:
@@ -177,21 +180,36 @@ def _is_one_of(classes: jax.Array, some: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.logical_or, (classes == c for c in some), jnp.zeros(classes.shape, bool))
 
 
-def _two_best(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Merges two rankings `(value, class, value, class)` into the two best of their four."""
-    ahead = _ranks_before(one, other)
-    winner, loser = _either(ahead, one, other), _either(ahead, other, one)
-    return *winner[:2], *_either(_ranks_before(winner[2:], loser), winner[2:], loser[:2])
+def _best_of_both(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Merges two rankings `(value, class, value, class, ...)` of 1, 2 or 4 entries into their best, as many as one has.
+
+    The better one of each entry and its opposite (the first with the last) are the best of both. They come in
+    bitonic order, which compares and swaps at halving distances sort.
+    """
+    best = [_in_order(a, b)[0] for a, b in zip(_entries(one), reversed(_entries(other)), strict=True)]
+    distance = len(best) // 2
+    while distance:
+        for k in range(len(best)):
+            if not k & distance:
+                best[k], best[k + distance] = _in_order(best[k], best[k + distance])
+        distance //= 2
+    return _flat(best)
 
 
-def _ranks_before(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns whether the first `(value, class)` of `one` ranks before that of `other`; NaN ranks before all."""
-    (value, c), (other_value, other_c) = one[:2], other[:2]
-    return (value > other_value) | jnp.isnan(value) | ((value == other_value) & (c < other_c))
+def _in_order(one: Entry, other: Entry) -> tuple[Entry, Entry]:
+    """Returns the entry that ranks first, and then the other; NaN ranks before all, and ties go to the lower class."""
+    (value, c), (other_value, other_c) = one, other
+    ahead = (value > other_value) | jnp.isnan(value) | ((value == other_value) & (c < other_c))
+    first = jnp.where(ahead, value, other_value), jnp.where(ahead, c, other_c)
+    return first, (jnp.where(ahead, other_value, value), jnp.where(ahead, other_c, c))
 
 
-def _either(choice: jax.Array, one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(jnp.where(choice, a, b) for a, b in zip(one, other, strict=True))
+def _flat(entries: Iterable[Entry]) -> tuple[jax.Array, ...]:
+    return tuple(itertools.chain.from_iterable(entries))
+
+
+def _entries(flat: tuple[jax.Array, ...]) -> list[Entry]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _by_blocks(logits: jax.Array, depth: int) -> Top:
