@@ -1,21 +1,30 @@
 """The writer of a run's metrics: lines of JSON, with TensorBoard's events and a user's writers beside them."""
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from etils import epath
 
+from ldrld_jax.errors import first_line
 from ldrld_jax.files import append_text, is_local, replace_text
 from ldrld_jax.record.console import say
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.record.tensorboard import Events
 
+logger = logging.getLogger("ldrld_jax")
+
 
 class LineWriter(Protocol):
-    """A user's writer of metrics; `close()`, if it has one, is called at the end."""
+    """A user's writer of metrics.
+
+    `close()`, if it has one, is called at the end; `fail(error)`, if it has one, before it, if an error or a signal (a
+    KeyboardInterrupt) ended the run.
+    """
 
     def write(self, step: int, epoch: float, split: str, values: Mapping[str, float]) -> None: ...
 
@@ -31,7 +40,7 @@ class Writer:
       step: of that checkpoint.
       tensorboard: False leaves out the events.
       hparams: of the run, for TensorBoard.
-      others: they get each new line as well.
+      others: they get each new line as well; whoever made them closes them.
     """
 
     def __init__(
@@ -80,10 +89,42 @@ class Writer:
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
-        for other in self._others:
-            if hasattr(other, "close"):
-                other.close()
+            close_all([self._events])
+
+
+@contextlib.contextmanager
+def closing_all(writers: Sequence[LineWriter]) -> Iterator[Sequence[LineWriter]]:
+    """Closes the writers after the block, and tells them of the error that ended it."""
+    try:
+        yield writers
+    except BaseException as error:
+        close_all(writers, error)
+        raise
+    close_all(writers)
+
+
+def close_all(writers: Iterable[object], error: BaseException | None = None) -> None:
+    """Closes the writers that can be closed, after a call of `fail(error)` if there is an error.
+
+    What they raise is logged: it must not keep a complete run from its summary, nor hide the error.
+    """
+    for writer in writers:
+        if error is not None and hasattr(writer, "fail"):
+            with _logged(writer):
+                writer.fail(error)
+        if hasattr(writer, "close"):
+            with _logged(writer):
+                writer.close()
+
+
+@contextlib.contextmanager
+def _logged(writer: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.warning(
+            "%s could not be closed: %s. Its last lines may be lost.", type(writer).__name__, first_line(error)
+        )
 
 
 def _dump(line: dict[str, Any]) -> str:

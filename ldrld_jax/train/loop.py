@@ -18,6 +18,7 @@ from ldrld_jax.files import locked, replace_text
 from ldrld_jax.losses import LDRLDConfig
 from ldrld_jax.record.console import say
 from ldrld_jax.record.recorder import Recorder
+from ldrld_jax.record.writer import closing_all
 from ldrld_jax.runtime.hosts import first, together
 from ldrld_jax.runtime.profiling import Profile
 from ldrld_jax.runtime.signals import Interrupted, Signals
@@ -91,7 +92,7 @@ def _train(
             folder.write()
         start, host = (restored.step, restored.host) if restored else (0, None)
         span = dict(start=start, steps=run.steps, steps_per_epoch=run.batches.steps_per_epoch)
-        writers = run.given.all_writers(config, run.workdir) if first() else []
+        writers = stack.enter_context(closing_all(run.given.all_writers(config, run.workdir) if first() else []))
         recorder = stack.enter_context(contextlib.closing(Recorder(run.workdir, config, role, host, writers, **span)))
         evaluate = Evaluator(network, run.eval_source, config, run.mesh, run.given.metrics)
 
@@ -122,6 +123,7 @@ def _train(
                 pending = None
                 pause(step, state)
             checkpoints.write_due()
+        checkpoints.wait()  # here: the writers are closed before the checkpoints, as those of a run that ended well
     return recorder
 
 

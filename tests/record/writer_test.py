@@ -8,7 +8,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from ldrld_jax.record.reader import read_metrics
-from ldrld_jax.record.writer import Writer
+from ldrld_jax.record.writer import Writer, closing_all
 
 
 def test_a_line_can_be_read_back(tmp_path):
@@ -61,3 +61,57 @@ def test_tensorboard_has_the_runs_hyperparameters_and_no_others(tmp_path):
             assert (value.tag, value.metadata.plugin_data.plugin_name) == ("_hparams_/session_start_info", "hparams")
             found |= {key: getattr(v, v.WhichOneof("kind")) for key, v in data.session_start_info.hparams.items()}
     assert found == {"method": "ldrld", "seed": 3.0, "remat": False, "loss.ldrld.alpha": 10.5}
+
+
+class Closed:
+    """A writer that notes how it is closed, and raises then if it is told to."""
+
+    def __init__(self, said, error=None):
+        self.said, self.error = said, error
+
+    def write(self, step, epoch, split, values):
+        pass
+
+    def close(self):
+        self.said.append("close")
+        if self.error:
+            raise self.error
+
+
+class Told(Closed):
+    def fail(self, error):
+        self.said.append(error)
+        if self.error:
+            raise self.error
+
+
+def test_a_writer_that_cannot_be_closed_is_named_and_the_others_are_closed(caplog):
+    said = []
+    with closing_all([Closed(said, OSError("the service is away.\nTry later.")), Closed(said), object()]):
+        pass
+    assert said == ["close", "close"]
+    assert [record.message for record in caplog.records if record.name == "ldrld_jax"] == [
+        "Closed could not be closed: the service is away. Its last lines may be lost."
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("diverged"), KeyboardInterrupt()])
+def test_writers_are_told_of_the_error_that_ended_the_run_and_do_not_hide_it(error, caplog):
+    said = []
+    with pytest.raises(type(error)) as raised, closing_all([Told(said, OSError("away")), Told(said), Closed(said)]):
+        raise error
+    assert raised.value is error
+    assert said == [error, "close", error, "close", "close"]
+    assert len(caplog.records) == 2
+
+
+def test_events_that_cannot_be_closed_end_no_run(tmp_path, monkeypatch, caplog):
+    writer = Writer(epath.Path(tmp_path))
+
+    def full(events):
+        events._writer.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldrld_jax.record.tensorboard.Events.close", full)
+    writer.close()
+    assert "Events could not be closed: [Errno 28] No space left on device" in caplog.text

@@ -397,3 +397,13 @@ def test_rows_of_two_axes_are_predicted_as_they_are_trained_on(make):
     trainer = make(student=student, teacher=student, epochs=1, **data)
     trainer.fit()
     assert trainer.predict(rows[:2]).shape == (2, 4, 2)
+
+
+def test_a_writer_that_cannot_be_closed_keeps_no_run_from_its_summary(make, tmp_path, caplog):
+    class Away(Printer):
+        def close(self):
+            raise OSError("no route to host")
+
+    make(writers=[Away()]).fit()
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "Away could not be closed: no route to host." in caplog.text
