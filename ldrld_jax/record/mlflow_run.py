@@ -41,7 +41,7 @@ class MLflowRun:
             from mlflow.exceptions import MlflowException
 
         place, self._metric = workdir / "mlflow_id", Metric
-        self._refusals, self._warned = MlflowException, False
+        self._refusals, self._warned, self._status = MlflowException, False, "FINISHED"
         try:
             with needs("log.mlflow", "mlflow"):
                 self._client = MlflowClient()  # it opens its store, by SQLAlchemy for a local one
@@ -70,9 +70,13 @@ class MLflowRun:
         with self._warning():
             self._client.log_batch(self._run, metrics=metrics)
 
+    def fail(self, error: BaseException) -> None:
+        """Notes that the run did not end well: a signal killed it, or an error."""
+        self._status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+
     def close(self) -> None:
         with self._warning():
-            self._client.set_terminated(self._run)
+            self._client.set_terminated(self._run, self._status)
 
     @contextlib.contextmanager
     def _warning(self) -> Iterator[None]:

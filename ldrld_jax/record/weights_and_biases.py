@@ -28,6 +28,7 @@ class WeightsAndBiases:
         with needs("log.wandb.project", "wandb"):
             import wandb
 
+        self._exit_code = 0
         place = workdir / "wandb_id"
         with named(place):
             if not place.exists():
@@ -42,6 +43,7 @@ class WeightsAndBiases:
                 id=name,
                 name=workdir.name,
                 resume="allow",
+                reinit="create_new",  # else a run of the user's that is active is taken for this one, or ended
                 config=dict(config),
             )
         except wandb.Error as error:
@@ -54,5 +56,10 @@ class WeightsAndBiases:
         """Writes a line of metrics.jsonl, each value as `split/name`."""
         self._run.log({f"{split}/{name}": value for name, value in values.items()} | {"epoch": epoch}, step=step)
 
+    def fail(self, error: BaseException) -> None:
+        """Notes that the run did not end well."""
+        del error
+        self._exit_code = 1
+
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=self._exit_code)

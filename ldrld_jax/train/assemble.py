@@ -24,7 +24,7 @@ from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
 from ldrld_jax.metrics import MEASURED
 from ldrld_jax.models import MODELS
 from ldrld_jax.record.reader import read_config
-from ldrld_jax.train.given import Callback, Given, LineWriter, check_num_classes
+from ldrld_jax.train.given import Callback, Given, LineWriter, check_num_classes, check_writer
 from ldrld_jax.train.step import Metric
 
 _FOLDER_SPLITS, _LOGITS = {"train_split": "train", "eval_split": "val"}, (".npy", ".zarr")
@@ -313,9 +313,4 @@ def check_observers(
                 "method of it as Callback(after_save=callback.method)."
             )
     for writer in writers:
-        if isinstance(writer, type):
-            raise UserError(f"a writer must be an object, got the class {writer.__name__}. Give {writer.__name__}().")
-        if not hasattr(writer, "write"):
-            raise UserError(
-                f"a writer must have write(step, epoch, split, values), and {type(writer).__name__} has not."
-            )
+        check_writer(writer)

@@ -15,7 +15,7 @@ from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import Method
 from ldrld_jax.record.mlflow_run import MLflowRun
 from ldrld_jax.record.weights_and_biases import WeightsAndBiases
-from ldrld_jax.record.writer import LineWriter
+from ldrld_jax.record.writer import LineWriter, close_all
 from ldrld_jax.train.state import Variables
 from ldrld_jax.train.step import Metric
 
@@ -81,13 +81,24 @@ class Given:
         return self.teacher
 
     def all_writers(self, config: ConfigDict, workdir: epath.Path) -> list[LineWriter]:
-        """Returns the writers that are given, and those that `log.writers` names, made for a workdir."""
-        theirs: list[LineWriter] = []
-        if project := config.log.wandb.project:
-            theirs.append(WeightsAndBiases(workdir, project, config.to_dict()))
-        if experiment := config.log.mlflow:
-            theirs.append(MLflowRun(workdir, experiment, config.to_dict()))
-        return [*self.writers, *theirs, *(call(name, str(workdir)) for name in _named_writers(config))]
+        """Returns the writers that are given, and those that `log` names, made for a workdir.
+
+        If one cannot be made, those made before it are closed.
+        """
+        made: list[LineWriter] = []
+        try:
+            if project := config.log.wandb.project:
+                made.append(WeightsAndBiases(workdir, project, config.to_dict()))
+            if experiment := config.log.mlflow:
+                made.append(MLflowRun(workdir, experiment, config.to_dict()))
+            for name in _named_writers(config):
+                writer = call(name, str(workdir))
+                check_writer(writer, f"the writer that {name} of log.writers returns")
+                made.append(writer)
+        except BaseException as error:
+            close_all(made, error)
+            raise
+        return [*self.writers, *made]
 
     def check_writers(self, config: ConfigDict) -> None:
         """Raises a UserError unless the writers that the config names can be imported."""
@@ -112,6 +123,14 @@ def check_num_classes(num_classes: int | None, found: int) -> None:
             f"num_classes is {num_classes}, and the training data have {found} classes. Remove num_classes, or correct "
             "the data."
         )
+
+
+def check_writer(writer: Any, what: str = "a writer") -> None:
+    """Raises a UserError if a run cannot write to it."""
+    if isinstance(writer, type):
+        raise UserError(f"{what} must be an object, got the class {writer.__name__}. Give {writer.__name__}().")
+    if not hasattr(writer, "write"):
+        raise UserError(f"{what} must have write(step, epoch, split, values), and {type(writer).__name__} has not.")
 
 
 def _named_writers(config: ConfigDict) -> list[str]:

@@ -1,5 +1,6 @@
 """Teachers of PyTorch and ONNX Runtime, data of Hugging Face, writers to W&B and MLflow, where installed."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -15,6 +16,8 @@ from ldrld_jax.data.given import as_source
 from ldrld_jax.data.source import fingerprint
 from ldrld_jax.errors import UserError
 from ldrld_jax.record.mlflow_run import MLflowRun
+from ldrld_jax.record.weights_and_biases import WeightsAndBiases
+from ldrld_jax.runtime.signals import Interrupted
 from tests.conftest import comparable_lines
 from tests.pages import PAGES
 
@@ -231,6 +234,50 @@ def test_the_metrics_go_to_mlflow_and_on_there_after_a_resume(tmp_path, monkeypa
         (1, 0.5),
         (2, 1.0),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*noload.*loader strategy is deprecated")  # MLflow's, of SQLAlchemy 2.1
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError("full"), "FAILED"), (Interrupted(15, 3), "KILLED")]
+)
+def test_mlflow_has_how_a_run_ended(make, tmp_path, monkeypatch, error, status):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def end(step, variables):
+        if error is not None:
+            raise error
+
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        make(config={"log.mlflow": "digits"}, callbacks=[ldrld_jax.Callback(after_save=end)]).fit()
+    run = mlflow.MlflowClient().get_run((tmp_path / "run/mlflow_id").read_text())
+    assert run.info.status == status
+
+
+@pytest.mark.filterwarnings("ignore:.*noload.*loader strategy is deprecated")  # MLflow's, of SQLAlchemy 2.1
+def test_a_writer_that_cannot_be_made_leaves_no_run_open(make, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(UserError, match=r"^math:sqrt failed: "):
+        make(config={"log.mlflow": "digits", "log.writers": "math:sqrt"}).fit()
+    run = mlflow.MlflowClient().get_run((tmp_path / "run/mlflow_id").read_text())
+    assert run.info.status == "FAILED"
+
+
+def test_a_run_of_the_users_in_weights_and_biases_is_left_alone(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    theirs, codes = wandb.init(project="mine", dir=str(tmp_path)), []
+    ours = WeightsAndBiases(epath.Path(tmp_path), "digits", {})
+    assert ours._run is not theirs and wandb.run is theirs
+    finish = ours._run.finish
+    monkeypatch.setattr(ours._run, "finish", lambda exit_code: (codes.append(exit_code), finish(exit_code)))
+    ours.fail(ValueError("diverged"))
+    ours.close()
+    theirs.log({"loss": 1.0})
+    theirs.finish()
+    assert codes == [1]
 
 
 @pytest.mark.filterwarnings("ignore:.*noload.*loader strategy is deprecated")  # MLflow's, of SQLAlchemy 2.1

@@ -219,6 +219,19 @@ def test_what_is_wrong_with_own_parts_is_one_line(own, capsys, changes, message)
     assert not (own / "run" / "checkpoints").exists()
 
 
+def test_a_function_that_returns_no_writer_is_named_before_the_first_step(own, capsys):
+    (own / "own.py").write_text(OWN + "\ndef nothing(workdir):\n    pass\n\ndef a_class(workdir):\n    return Writer\n")
+    for name, wrong in (
+        ("nothing", "must have write(step, epoch, split, values), and NoneType"),
+        ("a_class", "an object"),
+    ):
+        assert command(**{"log.writers": f"own:{name}"}) == 2
+        error = capsys.readouterr().err
+        assert f"the writer that own:{name} of log.writers returns" in error and wrong in error
+        assert error.count("\n") == 1
+        assert not (own / "run" / "metrics.jsonl").exists()
+
+
 def test_names_of_objects_are_refused_where_there_are_none(own):
     for flags, what in (
         ({"student.model": "<Net>"}, "the model <Net> was given as a Python object"),
