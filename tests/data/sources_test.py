@@ -1,5 +1,7 @@
 """Sources of images: TFDS, Tiny-ImageNet and plain folders, and the errors for missing ones."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -159,11 +161,22 @@ def test_an_empty_share_of_a_batch_is_read_as_nothing(imagenet, data_dir, tmp_pa
 
 
 def test_a_split_without_images_is_told_from_one_that_is_not_there(data_dir):
-    for split in ("train[5:3]", "train[5:5]", "test[:0%]"):
+    for split in ("train[5:3]", "train[5:5]", "test[:0%]", "test[:5]+test[9:7]", "train[5:2] + test"):
         with pytest.raises(UserError, match=r"^the split .* of digits has no images\. Choose another slice\.$"):
             open_source("digits", split, data_dir)
     with pytest.raises(UserError, match=r"there is no split of digits 'trian\[:3\]'"):
         open_source("digits", "trian[:3]", data_dir)
+    with pytest.raises(UserError, match=r"there is no split of digits 'all\[:3\]'"):
+        open_source("digits", "all[:3]", data_dir)
+    assert len(open_source("digits", "train[:0%]+test", data_dir)) == 359
+
+
+@pytest.mark.parametrize("part", ["train[1430:1440]", "train[2000:]", "train[-1500:]", "train[:150%]"])
+def test_a_slice_beyond_the_end_is_told_how_many_images_there_are(data_dir, part):
+    message = f"the split {part} of digits leaves the 1,438 images of train. Choose a slice within them."
+    for split in (part, f"test+{part}"):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            open_source("digits", split, data_dir)
 
 
 def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
@@ -174,7 +187,7 @@ def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
         open_builder("train", tfds.builder("imdb_reviews", data_dir=tmp_path))
 
 
-@pytest.mark.parametrize("split", ["train[9:8]", "train[:0]", "train[50%:10%]"])
+@pytest.mark.parametrize("split", ["train[9:8]", "train[:0]", "train[50%:10%]", "train+train[5:2]"])
 def test_a_slice_without_images_is_refused_where_only_its_size_is_known(split):
     with pytest.raises(UserError, match=r"^split '.*' has no images\. Name a split, or a slice such as"):
         described._count(split, {"train": 10})
