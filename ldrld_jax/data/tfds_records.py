@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import re
@@ -33,11 +34,15 @@ class TfdsRecords:
       records: of TFDS, by index.
       title: the name in error messages.
       version: of the dataset, and the lengths of its shards.
+      split: as TFDS reads it, such as `train[:90%]`.
+      shards: the lengths of the shards of each split of the dataset.
     """
 
     records: Any
     title: str
     version: str = ""
+    split: str = ""
+    shards: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -61,6 +66,15 @@ class TfdsRecords:
     def listing(self) -> Iterator[str]:
         """Yields the dataset's version with the lengths of its shards, and the split."""
         yield from (self.version, self.title)
+
+    def overlaps(self, split: str) -> bool:
+        """Returns whether another split of the dataset has images of this one."""
+        try:
+            others = ranges_of(split, self.shards)
+        except ValueError:  # another version of the dataset may have other splits
+            return False
+        pairs = itertools.product(ranges_of(self.split, self.shards), others)
+        return any(ours[0] == other[0] and max(ours[1], other[1]) < min(ours[2], other[2]) for ours, other in pairs)
 
     def labels(self) -> np.ndarray:
         """Reads the labels from all records, in blocks, because TFDS stores them with the images."""
@@ -118,7 +132,8 @@ def _open(
     shards = {name: info.shard_lengths for name, info in builder.info.splits.items()}
     _check_split(name, split, shards)
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    opened = TfdsRecords(records, f"{name}, {split}", f"{builder.info.version} {json.dumps(shards, sort_keys=True)}")
+    version = f"{builder.info.version} {json.dumps(shards, sort_keys=True)}"
+    opened = TfdsRecords(records, f"{name}, {split}", version, split, shards)
     opened.__getitems__(sorted({0, len(opened) - 1}))  # to report missing or damaged files before the run begins
     return opened, tuple(features["label"].names), features["image"].shape
 
