@@ -11,7 +11,7 @@ from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.data.views import CentreCrop
 from ldrld_jax.errors import UserError
-from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet
+from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet, photograph
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,25 @@ def test_a_class_may_end_in_a_tilde(tmp_path):
     source = open_source("image_folder", "train", str(tmp_path))
     assert source.class_names == ("cat", "dog~")
     assert set(source.records.labels()) == {0, 1}
+
+
+@pytest.mark.parametrize("odd", ["-1", "012", "+3", "1e1", "nan", "9" * 5000])
+def test_an_odd_number_among_whole_ones_is_named(tmp_path, odd):
+    """It made names of all labels, and so renumbered the classes in the order of text."""
+    (tmp_path / "train.csv").write_text(
+        "path,label\n" + "".join(f"{i}.png,{i}\n" for i in range(11)) + f"b.png,{odd}\n"
+    )
+    said = f"gives .*b.png the label '{re.escape(odd)}' among" if len(odd) < 9 else "has a label of 5,000 digits, and"
+    with pytest.raises(
+        UserError, match=f"^the list train of .* {said} .*or make them names, such as id7\\.$"
+    ) as raised:
+        open_source("file_list", "train", str(tmp_path))
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("labels", [["-1", "1", "background"], ["098", "099", "100"], ["1e1", "2e1"], ["12", "1_0"]])
+def test_labels_are_names_where_no_whole_number_is_meant(tmp_path, labels):
+    for label in labels:
+        photograph(np.random.default_rng(0), 8, 8).save(tmp_path / f"{label}.png")
+    (tmp_path / "train.csv").write_text("path,label\n" + "".join(f"{label}.png,{label}\n" for label in labels))
+    assert open_source("file_list", "train", str(tmp_path)).class_names == tuple(sorted(labels))
