@@ -5,19 +5,17 @@ from typing import Any
 
 # Keys of a data block that determine where images lie and how they are read, not what is read.
 READING = ("data_dir", "loader", "threads", "workers", "cache_mb", "max_skipped")
-# These keys determine where and how fast a run executes, not what it computes.
-NOT_IDENTITY = (
+# Keys that may differ between the processes of one run.
+OF_A_PROCESS = (
     *(f"{block}.{key}" for block in ("data", "teacher.data") for key in READING),
     "logits.dir",
-    "remat",
     "teacher.workdir",
-    "steps_per_dispatch",
     "compile",  # the cache folder, and the assumptions of --mode compile
     "check.",
-    "mesh.",
     "log.",
-    "checkpoint.",
 )
+# These keys determine where and how fast a run executes, not what it computes.
+NOT_IDENTITY = (*OF_A_PROCESS, "remat", "steps_per_dispatch", "mesh.", "checkpoint.")
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -23,9 +23,6 @@ from ldrld_jax.record.reader import read_metrics
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.train.trainer_test import saved
 
-# One worker: the run that nobody kills is made once.
-pytestmark = pytest.mark.xdist_group("kill")
-
 EPOCHS = 8
 STEPS = EPOCHS * 3
 KILLS = int(os.environ.get("LDRLD_JAX_KILLS", "3"))

@@ -198,7 +198,6 @@ def test_the_loss_by_hand_is_the_librarys(tmp_path):
     assert swapped == [0, 0]
 
 
-@pytest.mark.xdist_group("notebooks_that_train")
 def test_on_colab_the_exported_student_scores_what_its_run_said(tmp_path):
     summary = 'json.loads((ROOT / "ldrld" / "summary.json").read_text())'
     top1, summary = run("distil_on_colab", f"[TOP1, {summary}]", tmp_path)
@@ -217,7 +216,6 @@ def test_one_loss_serves_four_frameworks(tmp_path):
     assert max(falls.values()) < 0.3
 
 
-@pytest.mark.xdist_group("notebooks_that_train")  # it then finds the other's programs compiled
 def test_a_pytorch_teacher_comes_in_and_the_student_goes_back_with_equal_logits(tmp_path):
     needed("torch", extra="torch,notebooks")
     differences = "[float(apart(of_jax_teacher, of_torch_teacher)), float(apart(of_torch_student, of_jax_student))]"
@@ -228,7 +226,6 @@ def test_a_pytorch_teacher_comes_in_and_the_student_goes_back_with_equal_logits(
     assert scores[1] == scores[2] > 80
 
 
-@pytest.mark.xdist_group("notebooks_that_train")
 def test_a_classifier_of_texts_learns_from_its_teacher(tmp_path):
     scores, named = run("text_classifier", "[scores, [CLASSES[row.argmax()] for row in logits]]", tmp_path)
     assert scores.keys() == {"teacher", "kd"}
@@ -237,7 +234,6 @@ def test_a_classifier_of_texts_learns_from_its_teacher(tmp_path):
     assert len(named) == 3
 
 
-@pytest.mark.xdist_group("notebooks_that_train")
 def test_a_language_model_learns_from_the_texts_and_from_its_teacher(tmp_path):
     scores = "{name: [values['ce'], values['top1']] for name, values in scores.items()}"
     scores, text = run("language_model", f"[{scores}, written(teacher.student, 'if: ', 3)]", tmp_path)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -111,14 +110,12 @@ def _count(split: str, sizes: dict[str, int]) -> int:
       >>> _count("train[:10%]", {"train": 1000}), _count("train+test[5:]", {"train": 20, "test": 10})
       (100, 25)
     """
-    infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()}
     try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+        found = [end - start for _, start, end in tfds_records.ranges_of(split, {key: [n] for key, n in sizes.items()})]
     except ValueError as error:
         raise UserError(
             f"split {split!r} cannot be read: {reason(error)}. Name a split, or a slice such as train[:90%]."
         ) from None
-    ends = ((part.from_ or 0, sizes[part.splitname] if part.to is None else part.to) for part in parts)
-    if (count := sum(end - start for start, end in ends)) <= 0:
+    if min(found) < 0 or not sum(found):
         raise UserError(f"split {split!r} has no images. Name a split, or a slice such as train[:90%].")
-    return count
+    return sum(found)

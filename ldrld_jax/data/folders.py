@@ -20,6 +20,7 @@ from ldrld_jax.files import is_local
 logger = logging.getLogger("ldrld_jax")
 
 _MOST_NAMED = 5  # classes
+_MOST_DIGITS = 100  # of a label; int() refuses some thousand
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
     ".webp",
@@ -180,16 +181,55 @@ def _file_list(root: epath.Path, split: str, train_split: str) -> tuple[list[tup
     if not labels:
         raise UserError(f"the list {train_split} of {root} lists no image. Write one line per image below its header.")
     # Numbers are labels from 0; "007" is a name, as it is of a folder.
-    numbers = all(label.isdecimal() and label == str(int(label)) for label in labels)
+    numbers = all(map(_is_whole, labels))
+    what, instead = f"the list {train_split} of {root}", ", or make them names, such as id7"
     if numbers:
-        largest, instead = max(map(int, labels)), ", or make them names, such as id7"
-        check_count_from_0(largest, len(labels), f"the list {train_split} of {root}", instead=instead)
+        if (digits := max(map(len, labels))) > _MOST_DIGITS:
+            raise UserError(
+                f"{what} has a label of {digits:,} digits, and numbers count from 0. Renumber them{instead}."
+            )
+        check_count_from_0(max(map(int, labels)), len(labels), what, instead=instead)
+    elif odd := _odd_number(labels):
+        path = next(path for path, label in lists[train_split] if label == odd)
+        raise UserError(
+            f"{what} gives {path} the label {odd[:_MOST_DIGITS]!r} among whole numbers, which count from 0 as 0, 1, 2. "
+            f"Renumber the labels{instead}."
+        )
     class_names = tuple(map(str, range(1 + max(map(int, labels))))) if numbers else tuple(sorted(labels))
     label_of = {name: label for label, name in enumerate(class_names)}
     for path, label in lists[split]:
         if label not in label_of:
             raise UserError(f"{split} gives {path} the class {label!r}, which no training image has.")
     return [(path, label_of[label]) for path, label in lists[split]], class_names
+
+
+def _is_whole(label: str) -> bool:
+    return re.fullmatch("0|[1-9][0-9]*", label) is not None
+
+
+def _odd_number(labels: Iterable[str]) -> str | None:
+    """Returns a label by which whole numbers would become names, in the order of text; None if there is none.
+
+    Where a label is no number all are names. So are identifiers that are padded to one width, of which the largest need
+    no zero.
+
+    Example:
+      >>> _odd_number(["0", "1", "-1"]), _odd_number(["9", "010"]), _odd_number(["007", "100"])
+      ('-1', '010', None)
+    """
+    whole, others = [[label for label in sorted(labels) if _is_whole(label) == kind] for kind in (True, False)]
+    if not whole or not all(map(_is_number, others)):
+        return None
+    shortest = min(map(len, whole))
+    padded = (re.fullmatch("0[0-9]+", label) is not None and len(label) <= shortest for label in others)
+    return next((label for label, is_padded in zip(others, padded, strict=True) if not is_padded), None)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return "_" not in label and float(label) is not None  # Python reads 1_0 as 10
+    except ValueError:
+        return False
 
 
 def _read_list(root: epath.Path, split: str) -> list[tuple[str, str]]:

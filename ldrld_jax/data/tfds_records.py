@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from ldrld_jax.data.digits import Digits
 from ldrld_jax.errors import UserError, reason, unknown
 from ldrld_jax.files import is_local
 
+# A slice as TFDS has them, in images or in percent.
+_SLICE = re.compile(r"(?P<split>[^\[]+)\[(-?\d+(\.\d+)?%?)?:(-?\d+(\.\d+)?%?)?\]")
+
 
 @dataclasses.dataclass(frozen=True)
 class TfdsRecords:
@@ -30,11 +34,15 @@ class TfdsRecords:
       records: of TFDS, by index.
       title: the name in error messages.
       version: of the dataset, and the lengths of its shards.
+      split: as TFDS reads it, such as `train[:90%]`.
+      shards: the lengths of the shards of each split of the dataset.
     """
 
     records: Any
     title: str
     version: str = ""
+    split: str = ""
+    shards: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -58,6 +66,15 @@ class TfdsRecords:
     def listing(self) -> Iterator[str]:
         """Yields the dataset's version with the lengths of its shards, and the split."""
         yield from (self.version, self.title)
+
+    def overlaps(self, split: str) -> bool:
+        """Returns whether another split of the dataset has images of this one."""
+        try:
+            others = ranges_of(split, self.shards)
+        except ValueError:  # another version of the dataset may have other splits
+            return False
+        pairs = itertools.product(ranges_of(self.split, self.shards), others)
+        return any(ours[0] == other[0] and max(ours[1], other[1]) < min(ours[2], other[2]) for ours, other in pairs)
 
     def labels(self) -> np.ndarray:
         """Reads the labels from all records, in blocks, because TFDS stores them with the images."""
@@ -112,17 +129,59 @@ def _open(
     features = builder.info.features
     if not _has_files(builder, ".array_record"):
         raise _not_prepared(name, data_dir, builder)
-    try:
-        count = builder.info.splits[split].num_examples
-    except (KeyError, ValueError):
-        raise unknown(f"split of {name}", split, builder.info.splits) from None
-    if count <= 0:  # below 0 for a slice whose end is before its start
-        raise UserError(f"the split {split} of {name} has no images. Choose another slice.")
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     shards = {name: info.shard_lengths for name, info in builder.info.splits.items()}
-    opened = TfdsRecords(records, f"{name}, {split}", f"{builder.info.version} {json.dumps(shards, sort_keys=True)}")
+    _check_split(name, split, shards)
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    version = f"{builder.info.version} {json.dumps(shards, sort_keys=True)}"
+    opened = TfdsRecords(records, f"{name}, {split}", version, split, shards)
     opened.__getitems__(sorted({0, len(opened) - 1}))  # to report missing or damaged files before the run begins
     return opened, tuple(features["label"].names), features["image"].shape
+
+
+def ranges_of(split: str, shards: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
+    """Returns the ranges of images in a split: of each, the split that it cuts, its start and its end.
+
+    Args:
+      split: such as `train[:90%]`, or a sum of them.
+      shards: the lengths of the shards of each split.
+
+    Raises:
+      ValueError: if there is no such split.
+
+    Example:
+      >>> ranges_of("train[:10%]+test", {"train": [600, 400], "test": [10]})
+      [('train', 0, 100), ('test', 0, 10)]
+    """
+    if split in shards:
+        return [(split, 0, sum(shards[split]))]
+    infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[*of], num_bytes=0) for name, of in shards.items()}
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except NotImplementedError as error:  # for a slice of `all`
+        raise ValueError(str(error)) from None
+    ends = (sum(shards[part.splitname]) if part.to is None else part.to for part in parts)
+    return [(part.splitname, part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
+
+
+def _check_split(name: str, split: str, shards: Mapping[str, Sequence[int]]) -> None:
+    """Raises a UserError if a split is unknown, leaves the images that there are, or has none."""
+    count = 0
+    for part in map(str.strip, split.split("+")):
+        try:
+            sizes = [end - start for _, start, end in ranges_of(part, shards)]
+        except ValueError:
+            cut = _SLICE.fullmatch(part)
+            if cut is None or cut["split"] not in shards:
+                raise unknown(f"split of {name}", split, shards) from None
+            raise UserError(
+                f"the split {part} of {name} leaves the {sum(shards[cut['split']]):,} images of {cut['split']}. Choose "
+                "a slice within them."
+            ) from None
+        if min(sizes, default=0) < 0:  # TFDS takes an end before the start off the other parts
+            raise UserError(f"the split {part} of {name} has no images. Choose another slice.")
+        count += sum(sizes)
+    if not count:
+        raise UserError(f"the split {split} of {name} has no images. Choose another slice.")
 
 
 def make_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

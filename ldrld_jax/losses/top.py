@@ -35,7 +35,8 @@ def top_classes(logits: jax.Array, depth: int, axis_name: AxisName = None) -> To
     into a full sort.
 
     Args:
-      logits: `[C]`, floating; NaN makes every value NaN.
+      logits: `[C]`, float32 or float64 (half precision has too few whole numbers for classes); NaN makes every value
+        NaN.
       depth: at most the number of classes over all shards.
       axis_name: mapped axes over which the classes are sharded; depth candidates of each shard are
         merged, and the logits stay in place.

@@ -43,7 +43,8 @@ class WeightsAndBiases:
                 id=name,
                 name=workdir.name,
                 resume="allow",
-                reinit="create_new",  # else a run of the user's that is active is taken for this one, or ended
+                # An active run is the user's own, which goes on; without one, wandb.log in a callback reaches this run.
+                reinit="create_new" if wandb.run is not None else None,
                 config=dict(config),
             )
         except wandb.Error as error:
@@ -56,9 +57,8 @@ class WeightsAndBiases:
         """Writes a line of metrics.jsonl, each value as `split/name`."""
         self._run.log({f"{split}/{name}": value for name, value in values.items()} | {"epoch": epoch}, step=step)
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, _: BaseException) -> None:
         """Notes that the run did not end well."""
-        del error
         self._exit_code = 1
 
     def close(self) -> None:

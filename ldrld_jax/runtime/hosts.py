@@ -1,7 +1,9 @@
 """Runs several processes as one: connects them, and ends all of them when one dies."""
 
+import collections
 import contextlib
 import itertools
+import json
 import os
 import re
 import secrets
@@ -11,7 +13,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +52,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
       process: index of this process, from 0.
 
     Raises:
-      UserError: if the arguments are invalid or the other processes do not connect.
+      UserError: if the arguments are invalid, the other processes do not connect, or have more or fewer devices.
     """
     if processes is not None and not 0 <= (process or 0) < processes:
         raise UserError(f"--process must be at least 0 and below --processes ({processes}), got {process}.")
@@ -68,6 +71,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         raise UserError(f"{_APART} ({first_line(error)}). {_TOGETHER}") from error
     finally:
         giving_up.cancel()
+    _check_devices()
     if not first():
         mute()
     lifeline = _Lifeline(coordinator.rpartition(":")[0] if coordinator else socket.gethostname())
@@ -92,6 +96,33 @@ def _local_devices() -> list[int] | None:
     tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None  # "1(x4)": one on each of four machines
     return [] if alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
+
+
+def _check_devices() -> None:
+    """Raises a UserError unless every process has as many devices, which JAX's collectives between them assume."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(str(counts[process]) for process in sorted(counts))
+        raise UserError(f"every process needs the same number of devices; processes 0, 1, ... have {numbers}.")
+
+
+def check_same(config: Mapping[str, Any]) -> None:
+    """Raises a UserError in every process unless all have the same keys and values of JSON.
+
+    With another seed they would train different weights, and with another number of epochs wait for each other for
+    ever.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(config).encode()
+    length = max(multihost_utils.process_allgather(np.int32(len(text))).tolist())
+    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(length), np.uint8))
+    first_of_all, *others = (json.loads(bytes(np.asarray(each, np.uint8))) for each in texts)
+    for process, theirs in enumerate(others, 1):
+        keys = [key for key in sorted(first_of_all | theirs) if first_of_all.get(key) != theirs.get(key)]
+        if keys:
+            differing = ", ".join(f"{key} ({first_of_all.get(key)!r} and {theirs.get(key)!r})" for key in keys)
+            raise UserError(f"processes 0 and {process} have different configs: {differing}. Give all the same.")
 
 
 def first() -> bool:

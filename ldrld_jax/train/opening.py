@@ -12,6 +12,7 @@ from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.data.given import ArrayRecords, ItemRecords
 from ldrld_jax.data.source import InMemory, Selected, whole_of
 from ldrld_jax.data.stream import Readable
+from ldrld_jax.data.tfds_records import TfdsRecords
 from ldrld_jax.errors import listed
 from ldrld_jax.interop import hub
 from ldrld_jax.logit_store.store import checksum_of_images
@@ -174,17 +175,30 @@ def _absent(source: Readable) -> list[int]:
 
 
 def _evaluated_on_training_images(run: Run) -> bool:
-    """Returns whether the evaluation split is the training split, or a part of it."""
+    """Returns whether the evaluation split has images of the training split."""
     data = run.config.data
     if data.held_out:
         return False
+    train, evaluation = (source.uncached.records for source in (run.batches.source, run.eval_source))
+    if isinstance(whole_of(train), TfdsRecords):
+        return _overlaps(run, data.train_split)
     if run.given.train is not None:
-        train, evaluation = (source.uncached.records for source in (run.batches.source, run.eval_source))
         # The list of a dataset object has its labels alone.
         alike = run.data_note["train"]["digest"] == run.data_note["eval"]["digest"]
         return alike and checksum_of_images(whole_of(train)) == checksum_of_images(evaluation)
-    part, _, cut = data.eval_split.partition("[")
-    return data.eval_split == data.train_split or (bool(cut) and part == data.train_split)
+    return data.eval_split == data.train_split or _overlaps(run, data.train_split)
+
+
+def _overlaps(run: Run, split: str) -> bool:
+    """Returns whether a split of the run's dataset has images that the student is evaluated on.
+
+    Of what is not TFDS's only a slice of that split, such as train[90%:], is known to.
+    """
+    evaluation = whole_of(run.eval_source.uncached.records)
+    if isinstance(evaluation, TfdsRecords):
+        return evaluation.overlaps(split)
+    part, _, cut = run.config.data.eval_split.partition("[")
+    return bool(cut) and part == split
 
 
 def teacher_warnings(run: Run, paths: list[str], top1: float | None) -> Iterator[str]:
@@ -244,9 +258,8 @@ def _leak(run: Run, path: str) -> str | None:
     theirs = config["data"]
     if _first(note["train"]) == _first(run.data_note["eval"]):
         seen = not ours.held_out or any(theirs.get(key) != ours[key] for key in ("held_out", "seed"))
-    else:  # a part of a TFDS split, such as train[90%:]
-        part, _, cut = ours.eval_split.partition("[")
-        seen = bool(cut) and not ours.held_out and (theirs["name"], theirs["train_split"]) == (ours.name, part)
+    else:  # another part of the same dataset
+        seen = not ours.held_out and theirs["name"] == ours.name and _overlaps(run, theirs["train_split"])
     if not seen:
         return None
     return (

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,11 @@ from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import LockedError, given_path, is_locked
+from ldrld_jax.identity import OF_A_PROCESS, flat
 from ldrld_jax.record.console import counted, say, summary_table, waiting
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
-from ldrld_jax.runtime.hosts import catch_signals_of_all
+from ldrld_jax.runtime.hosts import catch_signals_of_all, check_same
 from ldrld_jax.runtime.mesh import make_mesh
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.signals import Signals, catch_signals
@@ -41,6 +43,7 @@ from ldrld_jax.train.step import Metric
 from ldrld_jax.train.teacher import SelfTeacher, StoredTeacher, Teacher, checkpoints_of, obtain_teacher, top1_of
 
 _POLL_SECONDS = 1.0
+_training = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,10 +318,28 @@ def train(
     on_host = given.host_teacher(config) is not None
     remarks = config_lib.remarks(config, file, given.methods, on_host=on_host)
     config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
+    check_same({key: value for key, value in flat(config).items() if not key.startswith(OF_A_PROCESS)})
     keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
-    with precision_scope(config.precision, config.matmul_precision), workers.scope(), catching as signals:
+    scope = precision_scope(config.precision, config.matmul_precision)
+    with _alone(), scope, workers.scope(), catching as signals:
         return _train(config, epath.Path(workdir), signals, "student", given, profile, remarks)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Refuses a run while another thread has one: precision and asynchronous checkpoints are the whole process's.
+
+    A run within a callback of another, in its thread, is fine.
+    """
+    if not _training.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process is training. Start one run after another, or each in a process of its own."
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING) -> dict[str, float]:

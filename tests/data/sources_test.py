@@ -1,5 +1,7 @@
 """Sources of images: TFDS, Tiny-ImageNet and plain folders, and the errors for missing ones."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from ldrld_jax.data.sources import open_source
 from ldrld_jax.data.tfds_records import open_builder
 from ldrld_jax.data.views import CentreCrop
 from ldrld_jax.errors import UserError
-from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet
+from tests.data.images import make_image_folder, make_imagenet, make_tiny_imagenet, photograph
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +161,22 @@ def test_an_empty_share_of_a_batch_is_read_as_nothing(imagenet, data_dir, tmp_pa
 
 
 def test_a_split_without_images_is_told_from_one_that_is_not_there(data_dir):
-    for split in ("train[5:3]", "train[5:5]", "test[:0%]"):
+    for split in ("train[5:3]", "train[5:5]", "test[:0%]", "test[:5]+test[9:7]", "train[5:2] + test"):
         with pytest.raises(UserError, match=r"^the split .* of digits has no images\. Choose another slice\.$"):
             open_source("digits", split, data_dir)
     with pytest.raises(UserError, match=r"there is no split of digits 'trian\[:3\]'"):
         open_source("digits", "trian[:3]", data_dir)
+    with pytest.raises(UserError, match=r"there is no split of digits 'all\[:3\]'"):
+        open_source("digits", "all[:3]", data_dir)
+    assert len(open_source("digits", "train[:0%]+test", data_dir)) == 359
+
+
+@pytest.mark.parametrize("part", ["train[1430:1440]", "train[2000:]", "train[-1500:]", "train[:150%]"])
+def test_a_slice_beyond_the_end_is_told_how_many_images_there_are(data_dir, part):
+    message = f"the split {part} of digits leaves the 1,438 images of train. Choose a slice within them."
+    for split in (part, f"test+{part}"):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            open_source("digits", split, data_dir)
 
 
 def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
@@ -174,7 +187,7 @@ def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
         open_builder("train", tfds.builder("imdb_reviews", data_dir=tmp_path))
 
 
-@pytest.mark.parametrize("split", ["train[9:8]", "train[:0]", "train[50%:10%]"])
+@pytest.mark.parametrize("split", ["train[9:8]", "train[:0]", "train[50%:10%]", "train+train[5:2]"])
 def test_a_slice_without_images_is_refused_where_only_its_size_is_known(split):
     with pytest.raises(UserError, match=r"^split '.*' has no images\. Name a split, or a slice such as"):
         described._count(split, {"train": 10})
@@ -187,3 +200,25 @@ def test_a_class_may_end_in_a_tilde(tmp_path):
     source = open_source("image_folder", "train", str(tmp_path))
     assert source.class_names == ("cat", "dog~")
     assert set(source.records.labels()) == {0, 1}
+
+
+@pytest.mark.parametrize("odd", ["-1", "012", "+3", "1e1", "nan", "9" * 5000])
+def test_an_odd_number_among_whole_ones_is_named(tmp_path, odd):
+    """It made names of all labels, and so renumbered the classes in the order of text."""
+    (tmp_path / "train.csv").write_text(
+        "path,label\n" + "".join(f"{i}.png,{i}\n" for i in range(11)) + f"b.png,{odd}\n"
+    )
+    said = f"gives .*b.png the label '{re.escape(odd)}' among" if len(odd) < 9 else "has a label of 5,000 digits, and"
+    with pytest.raises(
+        UserError, match=f"^the list train of .* {said} .*or make them names, such as id7\\.$"
+    ) as raised:
+        open_source("file_list", "train", str(tmp_path))
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("labels", [["-1", "1", "background"], ["098", "099", "100"], ["1e1", "2e1"], ["12", "1_0"]])
+def test_labels_are_names_where_no_whole_number_is_meant(tmp_path, labels):
+    for label in labels:
+        photograph(np.random.default_rng(0), 8, 8).save(tmp_path / f"{label}.png")
+    (tmp_path / "train.csv").write_text("path,label\n" + "".join(f"{label}.png,{label}\n" for label in labels))
+    assert open_source("file_list", "train", str(tmp_path)).class_names == tuple(sorted(labels))

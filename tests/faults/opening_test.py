@@ -202,6 +202,9 @@ TEACHERS = {
     "a test split": ([], [], False),
     "the whole of a split": (["data.train_split=test"], [], True),
     "the training images": ([], ["data.eval_split=train[:90]"], True),
+    "some of the training images": ([], ["data.eval_split=train[80:200]"], True),
+    "other images of the split": ([], ["data.eval_split=train[90:200]"], False),
+    "a sum with them": (["data.train_split=train[:9]+test"], [], True),
 }
 
 
@@ -319,3 +322,21 @@ def test_a_student_that_goes_on_with_images_fed_otherwise_is_warned_of(tiny, tmp
         "data.mean as there"
     )
     assert list(warnings(planned(tiny(*flags, "data.mean=.2"), tmp_path / "next"))) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "said"),
+    [
+        ("train[:90%]", "train[50%:]", True),
+        ("train[:50%]", "train[:718]", True),
+        ("train+test", "test", True),
+        ("train", "train+test", True),
+        ("all", "test", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:9]+test[:5]", "train[9:20]+test[5:]", False),
+    ],
+)
+def test_ranges_of_a_dataset_that_overlap_are_said(tiny, tmp_path, train, evaluation, said):
+    flags = [f"data.train_split={train}", f"data.eval_split={evaluation}"]
+    found = list(warnings(planned(tiny(*flags), tmp_path)))
+    assert any(line.startswith("the student is evaluated on images that it is trained on") for line in found) == said

@@ -27,7 +27,9 @@ def form(request, monkeypatch):
     ldrld._terms_of_rows.clear_cache()
 
 
-@pytest.mark.parametrize(("classes", "depth"), [(1, 1), (2, 2), (7, 7), (37, 4), (1003, 3), (1003, 8)])
+@pytest.mark.parametrize(
+    ("classes", "depth"), [(1, 1), (2, 2), (7, 7), (37, 4), (70, 5), (70, 12), (1003, 3), (1003, 8)]
+)
 def test_the_largest_classes_are_found_in_order(form, classes, depth, rng):
     ranks_in = jax.jit(lambda z, top: ranks_of(z, top))  # traced anew for each form
     ruled_out = np.where(rng.random(classes) < 0.5, -np.inf, rng.normal(size=classes))

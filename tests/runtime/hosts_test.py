@@ -27,16 +27,22 @@ def overrides_of(data_dir: str, *more: str) -> list[str]:
     return [*kept, "checkpoint.every_steps=2", *more]
 
 
-def start(processes: int, devices: int, workdir, overrides: list[str]) -> list[subprocess.Popen]:
+def start(processes: int, devices: int, workdir, overrides, of_last=(), devices_of_last=None) -> list[subprocess.Popen]:
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator=localhost:{port}"]
     flags += [f"--processes={processes}", *(f"--config.{override}" for override in overrides)]
     command = [sys.executable, "-m", "ldrld_jax.main", *flags]
-    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last of two counts
-    environment = {**os.environ, "XLA_FLAGS": xla}
-    pipes = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return [subprocess.Popen([*command, f"--process={i}"], **pipes) for i in range(processes)]
+    pipes = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started = []
+    for process in range(processes):
+        last = process == processes - 1
+        own = devices_of_last if last and devices_of_last else devices
+        xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={own}"  # the last of two counts
+        more = [f"--config.{override}" for override in of_last] if last else []
+        environment = {**os.environ, "XLA_FLAGS": xla}
+        started.append(subprocess.Popen([*command, f"--process={process}", *more], env=environment, **pipes))
+    return started
 
 
 def lines_of(workdir) -> int:
@@ -94,6 +100,25 @@ def test_four_processes_give_the_losses_of_one_whose_logit_store_they_read(data_
     finished = finish(start(4, 2, tmp_path / "four", overrides))
     assert [status for status, _ in finished] == [0, 0, 0, 0], finished
     np.testing.assert_allclose(values(tmp_path / "four", "train", "loss"), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (
+            dict(of_last=["seed=5", "epochs=3", "data.threads=1"]),
+            "processes 0 and 1 have different configs: epochs (2 and 3), seed (0 and 5). Give all the same.",
+        ),
+        (
+            dict(devices_of_last=2),
+            "every process needs the same number of devices; processes 0, 1, ... have 1, 2.",
+        ),
+    ],
+)
+def test_processes_that_differ_train_nothing(last, expected, data_dir, tmp_path):
+    finished = finish(start(2, 1, tmp_path / "run", overrides_of(data_dir, "epochs=2"), **last))
+    assert [(status, error.splitlines()[-1]) for status, error in finished] == [(2, f"ldrld_jax: {expected}")] * 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

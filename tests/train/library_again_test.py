@@ -1,5 +1,7 @@
 """`ldrld_jax.Trainer` in a workdir that has a run of objects of the same names: the same run, or one line."""
 
+import concurrent.futures
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -249,6 +251,20 @@ def test_a_writer_that_raises_loses_no_training(make, tmp_path):
     assert saved(tmp_path / "run", 3)
     result = make().fit()
     assert [line["step"] for line in result.metrics if line["split"] == "eval"] == [3, 6]
+
+
+def test_a_run_in_another_thread_is_refused_and_one_within_a_callback_is_not(make, tmp_path):
+    refused, scores = [], []
+
+    def others(step, weights):
+        if step == 3:
+            with pytest.raises(UserError, match="another thread of this process is training"):
+                concurrent.futures.ThreadPoolExecutor(1).submit(make(workdir=str(tmp_path / "thread")).fit).result()
+            refused.append(not (tmp_path / "thread").exists())
+            scores.append(make(workdir=str(tmp_path / "within")).fit().summary["best_top1"])
+
+    result = make(callbacks=[ldrld_jax.Callback(after_save=others)]).fit()
+    assert refused == [True] and scores == [result.summary["best_top1"]]
 
 
 def test_a_store_of_a_functions_logits_says_what_it_knows(make, tmp_path):
