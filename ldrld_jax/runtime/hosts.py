@@ -112,7 +112,7 @@ def check_same(config: Mapping[str, Any]) -> None:
     With another seed they would train different weights, and with another number of epochs wait for each other for
     ever.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return
     text = json.dumps(config).encode()
     length = max(multihost_utils.process_allgather(np.int32(len(text))).tolist())
