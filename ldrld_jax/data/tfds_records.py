@@ -157,7 +157,7 @@ def ranges_of(split: str, shards: Mapping[str, Sequence[int]]) -> list[tuple[str
     infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[*of], num_bytes=0) for name, of in shards.items()}
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-    except NotImplementedError as error:  # for a slice of `all`
+    except NotImplementedError as error:  # what TFDS itself raises for a slice of `all`
         raise ValueError(str(error)) from None
     ends = (sum(shards[part.splitname]) if part.to is None else part.to for part in parts)
     return [(part.splitname, part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
