@@ -39,6 +39,10 @@ _MESSAGE = struct.Struct("!i")
 _asked = itertools.count(1)
 
 
+class _ErrorOfAll(UserError):
+    """Error that every process raises at the same call, so that all can report it before any of them ends."""
+
+
 @contextlib.contextmanager
 def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
     """Joins this process to a multi-process run for the duration of the block; only process 0 prints.
@@ -71,14 +75,18 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         raise UserError(f"{_APART} ({first_line(error)}). {_TOGETHER}") from error
     finally:
         giving_up.cancel()
-    _check_devices()
+    try:
+        _check_devices()
+    except _ErrorOfAll:
+        jax.distributed.shutdown()  # waits for the others: JAX aborts a process whose process 0 is gone
+        raise
     if not first():
         mute()
     lifeline = _Lifeline(coordinator.rpartition(":")[0] if coordinator else socket.gethostname())
     try:
         yield
     except BaseException as error:
-        if getattr(error, "exit_code", 0) >= 128:  # a signal, which every process obeys
+        if isinstance(error, _ErrorOfAll) or getattr(error, "exit_code", 0) >= 128:  # signals end all processes too
             _leave(lifeline)
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):  # probably a dead peer:
@@ -99,15 +107,15 @@ def _local_devices() -> list[int] | None:
 
 
 def _check_devices() -> None:
-    """Raises a UserError unless every process has as many devices, which JAX's collectives between them assume."""
+    """Raises an _ErrorOfAll unless every process has as many devices, which JAX's collectives between them assume."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         numbers = ", ".join(str(counts[process]) for process in sorted(counts))
-        raise UserError(f"every process needs the same number of devices; processes 0, 1, ... have {numbers}.")
+        raise _ErrorOfAll(f"every process needs the same number of devices; processes 0, 1, ... have {numbers}.")
 
 
 def check_same(config: Mapping[str, Any]) -> None:
-    """Raises a UserError in every process unless all have the same keys and values of JSON.
+    """Raises a UserError, an _ErrorOfAll, unless all processes have the same keys and values of JSON.
 
     With another seed they would train different weights, and with another number of epochs wait for each other for
     ever.
@@ -122,7 +130,7 @@ def check_same(config: Mapping[str, Any]) -> None:
         keys = [key for key in sorted(first_of_all | theirs) if first_of_all.get(key) != theirs.get(key)]
         if keys:
             differing = ", ".join(f"{key} ({first_of_all.get(key)!r} and {theirs.get(key)!r})" for key in keys)
-            raise UserError(f"processes 0 and {process} have different configs: {differing}. Give all the same.")
+            raise _ErrorOfAll(f"processes 0 and {process} have different configs: {differing}. Give all the same.")
 
 
 def first() -> bool:
@@ -187,15 +195,21 @@ class _Lifeline:
     """Connection between process 0 and each other process that breaks when one of them dies.
 
     A collective with a dead peer may wait for ever, and JAX's heartbeat ends it late and with a stack dump. If the
-    connection cannot be made, only the heartbeat remains.
+    connection cannot be made, only the heartbeat remains; and if process 0 is killed, JAX may abort the others first.
     """
 
     def __init__(self, host: str):
         self._ends: dict[int, socket.socket] = {}
+        self._reporting = threading.Lock()  # held by the one thread that reports the death of another process
+        self._failed = False  # this process reports an error of its own
         with contextlib.suppress(OSError):
             self._connect(host)
-        for peer, end in self._ends.items():
-            threading.Thread(target=self._watch, args=(peer, end), name=f"lifeline {peer}", daemon=True).start()
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(peer, end), name=f"lifeline {peer}", daemon=True)
+            for peer, end in self._ends.items()
+        ]
+        for watcher in self._watchers:
+            watcher.start()
 
     def _connect(self, host: str) -> None:
         token, server = secrets.token_bytes(16), None
@@ -227,26 +241,34 @@ class _Lifeline:
 
     def _watch(self, peer: int, end: socket.socket) -> None:
         end.settimeout(None)
-        try:
-            said = end.recv(4, socket.MSG_WAITALL)
-        except OSError:
-            said = b""
-        dead = peer
-        if len(said) == 4:
-            (dead,) = _MESSAGE.unpack(said)
-            if dead == _GOODBYE:
-                return
-            time.sleep(_GRACE_SECONDS)  # lets each process report an error common to all
-        self._send(dead)
-        _end(
-            f"process {dead} of {jax.process_count()} has died or failed, see its output; process "
-            f"{jax.process_index()} stops. The last checkpoint is intact: the same commands resume."
-        )
+        said = _message(end)
+        if said == _GOODBYE:
+            return
+        dead = peer if said is None else said
+        if self._reporting.acquire(blocking=False):
+            self._send(dead)
+            if said is not None:
+                time.sleep(_GRACE_SECONDS)  # lets this process report an error common to all
+            self._outlive()
+            if not self._failed:
+                _end(
+                    f"process {dead} of {jax.process_count()} has died or failed, see its output; process "
+                    f"{jax.process_index()} stops. The last checkpoint is intact: the same commands resume."
+                )
+        while said is not None:  # until the other process has ended
+            said = _message(end)
 
     def _send(self, message: int) -> None:
         for end in self._ends.values():
             with contextlib.suppress(OSError):
                 end.sendall(_MESSAGE.pack(message))
+
+    def _outlive(self) -> None:
+        """Waits in process 0 until the others have ended: JAX aborts those that lose it, with a stack dump."""
+        until = time.monotonic() + 2 * _GRACE_SECONDS
+        for watcher in self._watchers if first() else []:
+            if watcher is not threading.current_thread():
+                watcher.join(max(0.0, until - time.monotonic()))
 
     def leave(self) -> None:
         """Tells the other processes that this one has ended normally."""
@@ -254,4 +276,14 @@ class _Lifeline:
 
     def cut(self) -> None:
         """Tells the other processes that this one has failed."""
+        self._failed = True
         self._send(jax.process_index())
+        self._outlive()
+
+
+def _message(end: socket.socket) -> int | None:
+    """Returns the next message; None at the end of the other process."""
+    said = b""
+    with contextlib.suppress(OSError):
+        said = end.recv(_MESSAGE.size, socket.MSG_WAITALL)
+    return _MESSAGE.unpack(said)[0] if len(said) == _MESSAGE.size else None

@@ -20,6 +20,21 @@ from tests.train.trainer_test import values
 
 CONFIG = "tests/tiny_config.py"
 
+# The command line in a process that is three seconds late with an error that all processes raise.
+LATE = """
+import sys, time
+from ldrld_jax import main
+from ldrld_jax.runtime import hosts
+
+class Late(hosts._ErrorOfAll):
+    def __init__(self, message):
+        time.sleep(3)
+        super().__init__(message)
+
+hosts._ErrorOfAll = Late
+hosts.exit_with(main.main(sys.argv[1:]))
+"""
+
 
 def overrides_of(data_dir: str, *more: str) -> list[str]:
     """A run that is alike in any number of processes; epochs of three steps."""
@@ -27,21 +42,26 @@ def overrides_of(data_dir: str, *more: str) -> list[str]:
     return [*kept, "checkpoint.every_steps=2", *more]
 
 
-def start(processes: int, devices: int, workdir, overrides, of_last=(), devices_of_last=None) -> list[subprocess.Popen]:
+def free_address() -> str:
+    """A `host:port` on which nothing listens."""
     with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator=localhost:{port}"]
+        return f"localhost:{server.getsockname()[1]}"
+
+
+def start(processes: int, devices: int, workdir, overrides, of_last=(), devices_of_last=None) -> list[subprocess.Popen]:
+    flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator={free_address()}"]
     flags += [f"--processes={processes}", *(f"--config.{override}" for override in overrides)]
-    command = [sys.executable, "-m", "ldrld_jax.main", *flags]
     pipes = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     started = []
     for process in range(processes):
         last = process == processes - 1
+        program = ["-c", LATE] if last and (of_last or devices_of_last) else ["-m", "ldrld_jax.main"]
         own = devices_of_last if last and devices_of_last else devices
         xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={own}"  # the last of two counts
         more = [f"--config.{override}" for override in of_last] if last else []
         environment = {**os.environ, "XLA_FLAGS": xla}
-        started.append(subprocess.Popen([*command, f"--process={process}", *more], env=environment, **pipes))
+        command = [sys.executable, *program, *flags, f"--process={process}", *more]
+        started.append(subprocess.Popen(command, env=environment, **pipes))
     return started
 
 
@@ -119,6 +139,46 @@ def test_processes_that_differ_train_nothing(last, expected, data_dir, tmp_path)
     finished = finish(start(2, 1, tmp_path / "run", overrides_of(data_dir, "epochs=2"), **last))
     assert [(status, error.splitlines()[-1]) for status, error in finished] == [(2, f"ldrld_jax: {expected}")] * 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "end", "status"),
+    [
+        (0, "raise UserError('mine alone.')", 2),
+        (1, "raise UserError('mine alone.')", 2),
+        (1, "os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
+)
+def test_the_end_of_one_process_is_one_line_of_each_other(ending, end, status):
+    code = f"""
+import os, signal, sys, time
+from ldrld_jax.errors import UserError
+from ldrld_jax.runtime import hosts
+address, me = sys.argv[1], int(sys.argv[2])
+try:
+    with hosts.joined(address, 3, me):
+        if me == {ending}:
+            time.sleep(0.5)
+            {end}
+        hosts.together("a collective that one of them misses")
+except UserError as error:
+    print(f"ldrld_jax: {{error}}", file=sys.stderr)
+    hosts.exit_with(2)
+"""
+    address = free_address()
+    command = [sys.executable, "-c", code, address]
+    started = [
+        subprocess.Popen([*command, str(process)], cwd=ROOT, text=True, stderr=subprocess.PIPE) for process in range(3)
+    ]
+    finished = finish(started, 60)
+    assert finished[ending][0] == status
+    assert "mine alone." in finished[ending][1] or status < 0
+    for process in {0, 1, 2} - {ending}:
+        code, error = finished[process]
+        assert code == 1, error
+        assert "died or failed" in error.splitlines()[-1], error
+        assert f"process {ending} of 3" in error and f"process {process} stops" in error
+        assert "absl::" not in error  # no stack dump of JAX's
 
 
 @pytest.mark.parametrize(
