@@ -397,6 +397,7 @@ def _train(
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
+    signals.end()
     return summary
 
 
