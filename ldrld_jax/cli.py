@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 from ldrld_jax import completion
 from ldrld_jax import main as main_lib
 from ldrld_jax.completion import SHELLS
-from ldrld_jax.errors import UserError, unknown
-from ldrld_jax.record.console import say
+from ldrld_jax.errors import UserError, os_error, unknown
+from ldrld_jax.record.console import answer
 
 
 class Command(NamedTuple):
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name].run(rest)
     except UserError as error:
         return main_lib.fail(str(error), 2)
+    except OSError as error:
+        return main_lib.fail(os_error(error), 2)
 
 
 def script() -> NoReturn:
@@ -66,9 +68,9 @@ def _help(argv: Sequence[str]) -> int:
     name = argv[0].removeprefix("--config.") if argv else "--help"
     if name in COMMANDS:
         parser = COMMANDS[name].parser
-        say(f"{COMMANDS[name].does}." if parser is None else parser().format_help().rstrip("\n"))
+        answer(f"{COMMANDS[name].does}." if parser is None else parser().format_help().rstrip("\n"))
     else:
-        say(overview() if name in ("-h", "--help") else _explained(name))
+        answer(overview() if name in ("-h", "--help") else _explained(name))
     return 0
 
 
@@ -92,7 +94,7 @@ def _completion(argv: Sequence[str]) -> int:
     words = {name: _flags(command) for name, command in COMMANDS.items()}
     words |= {"help": [*COMMANDS, *described()], "completion": [*SHELLS]}
     does = {name: command.does for name, command in COMMANDS.items()}
-    print(completion.script(argv[0], does, words, [*described()]), end="")
+    answer(completion.script(argv[0], does, words, [*described()]).rstrip("\n"), verbatim=True)
     return 0
 
 

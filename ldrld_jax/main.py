@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_remote, expand_home, split_argument
+from ldrld_jax.record.console import Parser, ProgressBar, answer, counted, printable, say
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -42,7 +43,7 @@ def make_parser(mode: str | None = None) -> argparse.ArgumentParser:
     words = {None: " [IMAGE...]", "predict": " IMAGE..."}.get(mode, "")
     epilog = "Any config key is a flag as well: --config.seed=1 --config.optim.learning_rate=.1\n"
     epilog += "Explain a key: ldrld-jax help optim.learning_rate"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [FLAG...] [--config.KEY=VALUE...]{words}",
         allow_abbrev=False,
@@ -226,22 +227,20 @@ def _train(args: argparse.Namespace, config: "ConfigDict") -> None:
 
 
 def _check(args: argparse.Namespace, config: "ConfigDict") -> int:
-    from ldrld_jax.record.console import counted, say
     from ldrld_jax.train.trainer import Trainer
 
     if problems := Trainer.from_config(config, args.workdir).check():
-        say("\n".join(f"problem: {problem}" for problem in problems))
+        answer("\n".join(f"problem: {problem}" for problem in problems))
         return fail(f"{counted(len(problems), 'problem')} would stop this run, see above.", 1)
-    say("this run can start.")
+    answer("this run can start.")
     return 0
 
 
 def _eval(args: argparse.Namespace, config: "ConfigDict") -> None:
-    from ldrld_jax.record.console import say
     from ldrld_jax.train.trainer import Trainer
 
     for name, value in Trainer.from_config(config, args.workdir).evaluate().items():
-        say(f"{name} {value:.4f}")
+        answer(f"{name} {value:.4f}")
 
 
 def _predict(args: argparse.Namespace, config: "ConfigDict | None") -> int:
@@ -267,7 +266,6 @@ def _predict(args: argparse.Namespace, config: "ConfigDict | None") -> int:
 
 def _export(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.deploy import export, hub
-    from ldrld_jax.record.console import say
 
     say(hub.export(config, args.workdir, args.hub) if args.hub else str(export.export(config, args.workdir)))
 
@@ -280,21 +278,18 @@ def _compile(args: argparse.Namespace, config: "ConfigDict") -> None:
 
 def _bench(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.bench import step
-    from ldrld_jax.record.console import say
 
-    say(str(step.measure(config, profile=args.profile)))
+    answer(str(step.measure(config, profile=args.profile)))
 
 
 def _bench_data(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.data import speed
-    from ldrld_jax.record.console import say
 
-    say(speed.report(config.data, batch_size=config.batch_size))
+    answer(speed.report(config.data, batch_size=config.batch_size))
 
 
 def _decode(args: argparse.Namespace, config: "ConfigDict") -> None:
     from ldrld_jax.data.decoding import Decoding
-    from ldrld_jax.record.console import ProgressBar, say
 
     if args.decoded is None:
         raise UserError("decode needs a folder to write to: --decoded DIR.")
@@ -325,8 +320,6 @@ def leave(code: int) -> NoReturn:
 
 def fail(message: str, code: int, prog: str = "ldrld_jax") -> int:
     """Prints an error of a program as one line, and returns its exit status."""
-    from ldrld_jax.record.console import printable
-
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"{prog}: {printable(' '.join(message.split()))}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,16 @@ MEASURED = frozenset(
     | {"learning_rate", "skipped", "non_finite", "examples_per_second", "epoch", "step"}
 )
 """Names that each run measures or counts; the terms of a user's loss and a user's metrics have others."""
+
+
+def curve_of(name: str) -> str:
+    """Returns a metric's name as TensorBoard shows it; names that MLflow shows alike are alike here too.
+
+    Example:
+      >>> curve_of("of class 3/f-1")
+      'of_class_3/f-1'
+    """
+    return re.sub(r"[^\w\-./]", "_", name)
 
 
 def mean_of(values: jax.Array, where: jax.Array | None = None) -> Mean:

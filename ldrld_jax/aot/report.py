@@ -17,7 +17,7 @@ from ldrld_jax.aot.programs import programs_of
 from ldrld_jax.aot.targets import Target
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import replace_text
-from ldrld_jax.record.console import say
+from ldrld_jax.record.console import answer, say
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.train.plan import Run
 
@@ -41,12 +41,12 @@ def report(config: ConfigDict, target: str, json_file: str | None = None) -> Non
       DoesNotFitError: if a program needs more memory than a device has; the message names a change that fits.
     """
     found = Target.find(target)
-    say(_title(config, found))
+    answer(_title(config, found))
     costs: list[Cost] = []
     try:
         for cost in costs_of(config, found):
             costs.append(cost)
-            say(f"\n{table(cost)}")
+            answer(f"\n{table(cost)}")
     except TooLargeError as error:
         raise DoesNotFitError(_refusal(config, found, len(costs), error)) from None
     finally:

@@ -23,7 +23,7 @@ from ldrld_jax.deploy.export import Student
 from ldrld_jax.deploy.preprocessing import view_of
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import is_link, is_local, replacing
-from ldrld_jax.record.console import say, waiting
+from ldrld_jax.record.console import answer, say, waiting
 
 _BATCH = 64
 _ROWS_IN_A_GROUP = 2**16  # of a Parquet file
@@ -196,7 +196,7 @@ def output(file: str | None) -> Iterator[Callable[[str, Iterable[Guess]], None]]
       UserError: if the file has another ending, is a link or lies in no folder, or pyarrow is not installed.
     """
     if file is None:
-        yield lambda path, guesses: say(line(path, guesses))
+        yield lambda path, guesses: answer(line(path, guesses))
         return
     target = epath.Path(file)
     if target.suffix not in _WRITERS:

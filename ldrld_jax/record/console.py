@@ -1,6 +1,9 @@
 """Console output: the progress bar, a line per evaluation, the table at the end."""
 
+import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 import threading
@@ -46,17 +49,68 @@ def duration(seconds: float) -> str:
 def say(text: str) -> None:
     """Prints a line on standard output, above the progress bar if there is one.
 
-    It never raises: a run goes on when nobody reads its output any more.
+    An OSError is none of its caller's: a run goes on when nobody reads its output any more.
     """
-    if _muted or sys.stdout is None:
+    with contextlib.suppress(OSError):
+        answer(text)
+
+
+def answer(text: str, *, verbatim: bool = False) -> None:
+    """Prints what a command was asked for, as `say` does.
+
+    Args:
+      text: without its last newline.
+      verbatim: whether a shell reads it, which is to see each character as it is.
+
+    Raises:
+      OSError: if this text or an earlier one cannot be written; not if the reader of a pipe has gone, who has what it
+        wanted.
+    """
+    if _muted:
         return
+    if sys.stdout is None:  # closed before Python began
+        raise _unwritable(None)
     try:
-        tqdm.write(printable(text, getattr(sys.stdout, "encoding", None) or "utf-8"), file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        tqdm.write(text if verbatim else printable(text, encoding), file=sys.stdout)
         sys.stdout.flush()
     except UnicodeError:  # a ValueError as well, and no reason to print nothing more
         raise
-    except (OSError, ValueError):  # the reader of a pipe or the terminal has gone, or the stream is closed
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # nor does Python complain at its end
+    except (OSError, ValueError) as error:  # a full disk, a reader or terminal that has gone, or the stream is closed
+        sys.stdout = _Nowhere(error)
+    if isinstance(sys.stdout, _Nowhere) and not isinstance(sys.stdout.why, ConnectionError):
+        raise _unwritable(sys.stdout.why)
+
+
+class _Nowhere(io.TextIOWrapper):
+    """Standard output after a failure, so that neither another line nor the end of Python fails again.
+
+    Attributes:
+      why: the failure.
+    """
+
+    def __init__(self, why: Exception):
+        super().__init__(open(os.devnull, "wb"))  # noqa: PTH123, SIM115
+        self.why = why
+
+
+def _unwritable(why: Exception | None) -> OSError:
+    number = getattr(why, "errno", None) or errno.EBADF
+    return OSError(number, os.strerror(number), "standard output")
+
+
+def on_terminal() -> bool:
+    """Returns True if standard output is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help is an answer."""
+
+    def print_help(self, file: Any = None) -> None:
+        if file is not None:
+            return super().print_help(file)
+        return answer(self.format_help().rstrip("\n"))
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:

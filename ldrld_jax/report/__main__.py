@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from ldrld_jax.errors import UserError
+from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_remote, expand_home
-from ldrld_jax.record.console import printable, say
+from ldrld_jax.record.console import Parser, answer, printable
 from ldrld_jax.report import cache
 from ldrld_jax.report.collect import Report, collect
 from ldrld_jax.report.groups import Comparison, compare
@@ -21,7 +21,7 @@ _PROG = "python -m ldrld_jax.report"
 
 def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
     """Returns the parser of the flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description="Compares runs, finished or not, in a Markdown table and on one HTML page with pictures."
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="read the runs in and below this folder")
@@ -45,7 +45,14 @@ def _seconds(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
     """Prints the table and writes both files; returns 2 if there is no run, or no place to write."""
-    parser = make_parser(prog)
+    try:
+        return _run(make_parser(prog), argv)
+    except OSError as error:
+        print(os_error(error), file=sys.stderr)
+        return 2
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     try:
         args.out, args.data_dir = (path and expand_home(path) for path in (args.out, args.data_dir))
@@ -75,7 +82,7 @@ def _report(args: argparse.Namespace) -> int:
     cells = results(comparisons)
     if args.watch is None or not comparisons:
         if cells.rows:
-            say(fitting(cells))
+            answer(fitting(cells))
         for note in report.notes:
             print(printable(note), file=sys.stderr)
     if not comparisons:

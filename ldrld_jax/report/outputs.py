@@ -88,8 +88,7 @@ def _analyse(
             return
     print(f"analysing {found.folder}", file=sys.stderr)
     config = _config(found.folder, data_dir)
-    keep_compiled(config.compile_cache)
-    with precision_scope(config.precision, config.matmul_precision):
+    with keep_compiled(config.compile_cache), precision_scope(config.precision, config.matmul_precision):
         run = Run.plan(config, epath.Path(found.folder))
         network, variables = run.networks.restore(found.folder, config.student.model, config.data)
         student = outputs(run, network, run.placement.put_variables(variables), features=features)

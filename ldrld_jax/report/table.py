@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ldrld_jax.record.console import duration
+from ldrld_jax.record.console import duration, on_terminal
 from ldrld_jax.report.collect import FoundRun
 from ldrld_jax.report.groups import Comparison, Group, compare
 from ldrld_jax.report.published import published
@@ -119,7 +119,7 @@ def fitting(cells: Table, columns: int | None = None) -> str:
     """
     text = markdown(cells)
     if columns is None:
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        columns = shutil.get_terminal_size().columns if on_terminal() else sys.maxsize
     if all(len(line) <= columns for line in text.splitlines()):
         return text
     width = max(map(len, cells.header))

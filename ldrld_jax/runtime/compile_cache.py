@@ -1,10 +1,13 @@
 """Keeps compiled programs on disk, so that the second start of a run need not compile them again."""
 
+import contextlib
 import logging
 import tempfile
+from collections.abc import Iterator
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from ldrld_jax.errors import UserError, reason
 from ldrld_jax.files import check_remote, expand_home, is_local
@@ -12,17 +15,46 @@ from ldrld_jax.files import check_remote, expand_home, is_local
 logger = logging.getLogger("ldrld_jax")
 
 
-def keep_compiled(folder: str) -> None:
-    """Caches programs that take more than a second to compile in `folder`, and reuses those already there.
+_ours = set[str]()  # folders that JAX has had from here
+
+
+@contextlib.contextmanager
+def keep_compiled(folder: str) -> Iterator[None]:
+    """Caches programs that take more than a second to compile inside the block in `folder`, and reuses those there.
 
     JAX identifies a program by its code, its options, the device and the version of jaxlib. A cache that the user
-    has configured for JAX itself, for example with JAX_COMPILATION_CACHE_DIR, takes precedence.
+    has configured for JAX itself, for example with JAX_COMPILATION_CACHE_DIR, takes precedence. A run within a callback
+    of another has its own.
 
     Args:
       folder: created if missing; "" caches nothing. If it cannot be written, a warning is logged.
     """
-    if not folder or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    before = _folder()
+    if before and before not in _ours:
+        yield
         return
+    _set(_opened(folder))
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _folder() -> str | None:
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
+def _set(folder: str | None) -> None:
+    if folder != _folder():
+        _ours.update({folder} if folder else ())
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX would keep the one that it has opened
+
+
+def _opened(folder: str) -> str | None:
+    """Returns the folder, which can be written; None if there is none."""
+    if not folder:
+        return None
     path = epath.Path(expand_home(folder))
     try:
         check_remote(path)
@@ -33,5 +65,5 @@ def keep_compiled(folder: str) -> None:
     except (OSError, UserError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         logger.warning("compiled programs are not kept, %s: %s. Set compile_cache.", why, path)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(path))
+        return None
+    return str(path)

@@ -167,10 +167,12 @@ def exit_with(code: int) -> None:
 def catch_signals_of_all() -> Iterator[Signals]:
     """Ends all processes after the same step if any receives SIGTERM, SIGINT or a notice of preemption."""
     before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # JAX handles SIGTERM
+    signals = _SignalsOfAll()
     try:
-        yield _SignalsOfAll()
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
+    signals.end()
 
 
 class _SignalsOfAll(Signals):

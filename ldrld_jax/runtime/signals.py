@@ -18,12 +18,13 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
       signum: the signal's number.
-      step: the last saved step, 0 if there is none.
+      step: the last saved step; 0 if there is none, None if the run was complete.
     """
 
-    def __init__(self, signum: int, step: int):
+    def __init__(self, signum: int, step: int | None):
         saved = f"the state after step {step} is saved; the same command resumes."
-        super().__init__(f"{_name(signum)}: {saved if step else 'there was nothing to save yet.'}")
+        done = "everything was done." if step is None else "there was nothing to save yet."
+        super().__init__(f"{_name(signum)}: {saved if step else done}")
         self.exit_code = 128 + signum
 
 
@@ -32,7 +33,7 @@ class Signals:
 
     Attributes:
       received: the number of the first signal, or None.
-      in_time: True once the step in flight has ended; saving then has no time limit.
+      in_time: True once the step in flight has ended; saving, and what follows the last step, has no time limit.
     """
 
     received: int | None = None
@@ -48,6 +49,12 @@ class Signals:
         if self.received is not None:
             raise Interrupted(self.received, 0)
 
+    def end(self) -> None:
+        """Raises Interrupted if a signal was received during a run that is complete now."""
+        if self.received is not None:
+            raise Interrupted(self.received, None)
+        self.in_time = False
+
     def _handle(self, signum: int, frame: object) -> None:
         del frame
         if self.received is not None:  # the second signal: do not wait for the step
@@ -58,6 +65,8 @@ class Signals:
 @contextlib.contextmanager
 def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
     """Catches the signals inside the block, except a SIGHUP that is ignored already, as under `nohup`.
+
+    A signal that the block took no notice of raises Interrupted at its end: the caller may have more to do.
 
     Outside the main thread this is impossible, and it does nothing.
 
@@ -79,6 +88,7 @@ def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    signals.end()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line of a sweep."""
 
 import argparse
+import contextlib
 import pathlib
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from etils import epath
 from ldrld_jax.errors import UserError, os_error
 from ldrld_jax.files import check_remote, check_writable, expand_home, is_local, split_argument
 from ldrld_jax.main import check_all_known, fail, split_overrides
-from ldrld_jax.record.console import say
+from ldrld_jax.record.console import Parser, answer, on_terminal, say
 from ldrld_jax.report import collect
 from ldrld_jax.report.groups import compare
 from ldrld_jax.report.table import fitting, results
@@ -32,15 +33,16 @@ class _Screen:
         self._height = 0
 
     def __call__(self, jobs: Iterable[Job]) -> None:
-        if sys.stdout.isatty():
+        if on_terminal():
             lines = _fitting(list(jobs), *shutil.get_terminal_size())
-            print(f"\x1b[{self._height}F\x1b[J" * bool(self._height) + "\n".join(lines), flush=True)
+            with contextlib.suppress(OSError):  # the terminal has gone
+                print(f"\x1b[{self._height}F\x1b[J" * bool(self._height) + "\n".join(lines), flush=True)
             self._height = len(lines)
             return
         for job in jobs:
             if self._states.get(job.name) != job.state:
                 self._states[job.name] = job.state
-                print(job.line(), flush=True)
+                say(job.line())
 
 
 def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
@@ -55,7 +57,7 @@ def _fitting(jobs: list[Job], columns: int, rows: int) -> list[str]:
 
 def make_parser(prog: str = _PROG) -> argparse.ArgumentParser:
     """Returns the parser of the flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [FILE[:ARG]] [FLAG...] [--config.KEY=VALUE...]",
         allow_abbrev=False,
@@ -173,13 +175,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         job.look()
     if args.dry_run:
         for job in jobs:
-            print(f"{job.state:9}  {shlex.join(job.command)}")
+            answer(f"{job.state:9}  {shlex.join(job.command)}", verbatim=True)
         return 0
     logs = (workdir if is_local(workdir) else epath.Path("runs") / workdir.name) / "logs"
     check_writable(logs, "workdir")
     logs.mkdir(parents=True, exist_ok=True)
     if args.launcher == "slurm":
-        print(script(jobs, _again(args, overrides), pathlib.Path(logs).absolute(), args.jobs), end="")
+        text = script(jobs, _again(args, overrides), pathlib.Path(logs).absolute(), args.jobs)
+        answer(text.rstrip("\n"), verbatim=True)
         return 0
     gpus = args.gpus.split(",") if args.gpus else []
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}] * args.jobs

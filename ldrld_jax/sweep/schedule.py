@@ -45,7 +45,7 @@ class Sweep:
         except (KeyboardInterrupt, SystemExit) as stop:
             self._stop(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
             raise
-        except BaseException:  # a full disk, a closed pipe: no run goes on without its sweep
+        except BaseException:  # such as a full disk: no run goes on without its sweep
             self._stop(signal.SIGTERM)
             raise
         finally:

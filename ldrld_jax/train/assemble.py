@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,13 @@ from ldrld_jax.files import expand_home, given_path, is_folder
 from ldrld_jax.identity import is_object
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.losses import METHODS, Method, MethodConfig, as_method
-from ldrld_jax.metrics import MEASURED
+from ldrld_jax.metrics import MEASURED, curve_of
 from ldrld_jax.models import MODELS
 from ldrld_jax.record.reader import read_config
 from ldrld_jax.train.given import Callback, Given, LineWriter, check_num_classes, check_writer
 from ldrld_jax.train.step import Metric
 
+_MOST_CHARACTERS = 250 - len("train/")  # of a metric's name: MLflow takes 250 with the split's
 _FOLDER_SPLITS, _LOGITS = {"train_split": "train", "eval_split": "val"}, (".npy", ".zarr")
 
 
@@ -299,13 +301,27 @@ def check_observers(
             raise UserError(f"{what} must be a list, got {type(given).__name__}. Give [{type(given).__name__}(...)].")
     if not isinstance(metrics, Mapping):
         raise UserError(f"metrics must be a dict from names to functions, got {type(metrics).__name__}.")
+    curves: dict[str, str] = {}
     for name, metric in metrics.items():
         if not isinstance(name, str):
             raise UserError(f"the name of a metric must be text, got {name!r}.")
         if not callable(metric):
             raise UserError(f"the metric {name!r} must be a function of (logits, labels, where), got {metric!r}.")
-        if name in MEASURED:
+        # MLflow refuses a line with such a name, all of it.
+        if posixpath.normpath(f"train/{name}") != f"train/{name}":
+            raise UserError(
+                f"the metric {name!r} must have a name without empty parts, '.' and '..' between slashes, as in 'a/b'."
+            )
+        if len(name) > _MOST_CHARACTERS:
+            raise UserError(
+                f"the name of a metric has {len(name)} characters, and at most {_MOST_CHARACTERS} are allowed. Shorten "
+                f"{name[:40]!r}..."
+            )
+        curve = curve_of(name)
+        if curve in MEASURED:
             raise UserError(f"the metric {name!r} has the name of one that each run measures. Choose another name.")
+        if (other := curves.setdefault(curve, name)) != name:
+            raise UserError(f"the metrics {other!r} and {name!r} would be one curve, {curve!r}. Rename one of them.")
     for callback in callbacks:
         if type(callback) is not Callback:  # a subclass too: the fields would hide its methods
             raise UserError(

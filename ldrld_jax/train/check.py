@@ -86,9 +86,9 @@ def check(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTHING
       Interrupted: on SIGTERM or SIGINT.
     """
     config = config_lib.resolve(config, given.methods)
-    keep_compiled(config.compile_cache)
     problems = _Lines()
-    with precision_scope(config.precision, config.matmul_precision), workers.scope(), catch_signals() as signals:
+    scope = precision_scope(config.precision, config.matmul_precision)
+    with keep_compiled(config.compile_cache), scope, workers.scope(), catch_signals() as signals:
         place = epath.Path(workdir)
         run = problems.from_(lambda: Run.plan(pinned(config, place), place, given=given))
         if run is None:

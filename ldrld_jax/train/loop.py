@@ -154,7 +154,7 @@ class _Pause:
         ended = step == self.run.steps and top1 is not None
         if self.signals.received is not None and not ended:
             raise Interrupted(self.signals.received, step)
-        self.signals.in_time = False
+        self.signals.in_time = ended  # what is left then is to write the record
         self.recorder.go_on()
 
     def _call_back(self, step: int, state: TrainState, *, rated: bool) -> None:

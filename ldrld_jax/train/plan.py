@@ -22,6 +22,7 @@ from ldrld_jax.data.stream import Readable, TrainBatches
 from ldrld_jax.errors import UserError, reason
 from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.logit_store import store as logit_store
+from ldrld_jax.metrics import curve_of
 from ldrld_jax.models import MODELS
 from ldrld_jax.models.purify import check_finite, last_matrix_path
 from ldrld_jax.record.reader import read_config
@@ -81,7 +82,7 @@ class Run:
         mesh = make_mesh(config.mesh.data, config.mesh.model, devices=absent)
         objective = make_objective(config, given.methods)
         for metric in given.metrics:
-            if metric.partition("/")[0] in {*objective.methods, "schedule"}:  # as in "ldrld/pairs"
+            if curve_of(metric).partition("/")[0] in {*objective.methods, "schedule"}:  # as in "ldrld/pairs"
                 raise UserError(f"the metric {metric!r} has the name of a term of the loss. Choose another name.")
         logit_store.check(
             config,

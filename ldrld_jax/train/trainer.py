@@ -319,10 +319,9 @@ def train(
     remarks = config_lib.remarks(config, file, given.methods, on_host=on_host)
     config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
     check_same({key: value for key, value in flat(config).items() if not key.startswith(OF_A_PROCESS)})
-    keep_compiled(config.compile_cache)
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     scope = precision_scope(config.precision, config.matmul_precision)
-    with _alone(), scope, workers.scope(), catching as signals:
+    with _alone(), keep_compiled(config.compile_cache), scope, workers.scope(), catching as signals:
         return _train(config, epath.Path(workdir), signals, "student", given, profile, remarks)
 
 
@@ -354,8 +353,8 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
       UserError: if there is no such run, or it trained another model.
     """
     config = config_lib.resolve(config, given.methods)
-    keep_compiled(config.compile_cache)
-    with precision_scope(config.precision, config.matmul_precision), workers.scope():
+    scope = precision_scope(config.precision, config.matmul_precision)
+    with keep_compiled(config.compile_cache), scope, workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)
         best = open_best(config, workdir, given)
         check_metrics(given.metrics, config.eval_batch_size, best.source, config.precision)
@@ -397,6 +396,7 @@ def _train(
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
+    signals.end()
     return summary
 
 

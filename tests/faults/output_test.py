@@ -1,17 +1,27 @@
 """Output that nobody reads ends no run, and names do not command a terminal."""
 
 import contextlib
+import errno
 import io
 import os
+import pathlib
 import signal
+import subprocess
 import sys
+import types
 
 import pytest
 
 from ldrld_jax import cli
+from ldrld_jax.aot import report as aot
+from ldrld_jax.bench import step
+from ldrld_jax.data import speed
+from ldrld_jax.deploy import export, predict
 from ldrld_jax.record import console
 from ldrld_jax.report import __main__ as report
 from ldrld_jax.runtime.signals import Interrupted
+from ldrld_jax.sweep import __main__ as sweep
+from ldrld_jax.train import trainer
 from tests.conftest import ROOT
 
 
@@ -49,7 +59,100 @@ def test_a_report_says_what_an_encoding_lacks_by_its_code(monkeypatch, tmp_path)
     assert b"\\xb1" in stream.buffer.getvalue()  # the sign between mean and deviation
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")], ids=str)
+DIGITS = ["--config", "configs/digits.py"]
+GRID = [*DIGITS, "--grid", "seed=1,2"]
+ANSWERS = {
+    "no command": [],
+    "help of a key": ["help", "data"],
+    "help of a command": ["help", "predict"],
+    "the flag for help": ["train", "--help"],
+    "the sweep's flag for help": ["sweep", "--help"],
+    "the report's flag for help": ["report", "--help"],
+    "completion": ["completion", "zsh"],
+    "report": ["report", "experiments/digits/method=ce,seed=0", "--out", "{}/report"],
+    "dry run": ["sweep", *GRID, "--workdir", "{}/sweep", "--dry_run"],
+    "script": ["sweep", *GRID, "--workdir", "{}/sweep", "--launcher", "slurm"],
+    "check": ["check", *DIGITS],
+    "eval": ["eval", *DIGITS],
+    "predict": ["predict", *DIGITS, "{}/a.png"],
+    "compile": ["compile", *DIGITS, "--target", "cpu:8"],
+    "bench": ["bench", *DIGITS],
+    "bench_data": ["bench_data", *DIGITS],
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Commands whose work is done already; `check` has said a line before its answer."""
+    monkeypatch.setattr(trainer.Trainer, "check", lambda self: console.say("data  fine") or [])
+    monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: {"top1": 50.0})
+    monkeypatch.setattr(export, "student_of", lambda *given: [None])
+    monkeypatch.setattr(predict, "find", lambda paths: paths)
+    monkeypatch.setattr(predict, "predict", lambda student, paths, top_k: [(path, []) for path in paths])
+    monkeypatch.setattr(aot, "costs_of", lambda config, target: [])
+    monkeypatch.setattr(step, "measure", lambda config, profile: "a step takes 3 ms")
+    monkeypatch.setattr(speed, "report", lambda data, batch_size: "1,000 images/s")
+
+
+def ended(argv) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    ("stdout", "status", "line"),
+    [
+        (lambda: Gone(OSError(errno.ENOSPC, "No space left")), 2, "No space left on device: standard output"),
+        (lambda: Gone(OSError(errno.EIO, "gone")), 2, "Input/output error: standard output"),
+        (lambda: None, 2, "Bad file descriptor: standard output"),
+        (Gone, 0, ""),
+        (lambda: Gone(ConnectionResetError(104, "Connection reset by peer")), 0, ""),
+    ],
+    ids=["full", "terminal", "closed", "pipe", "socket"],
+)
+def test_a_command_whose_answer_is_lost_fails_in_one_line_unless_its_reader_has_left(
+    name, stdout, status, line, at_once, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stdout", stdout())
+    assert ended([word.format(tmp_path) for word in ANSWERS[name]]) == status
+    if sys.stdout is not None:
+        sys.stdout.close()
+    error = capsys.readouterr().err
+    assert error.endswith(f"{line}\n") and error.count("\n") == 1 if line else "Error" not in error
+
+
+@pytest.mark.parametrize("argv", [["completion", "bash"], ["train", "--help"]], ids=" ".join)
+def test_nor_does_the_end_of_python_add_a_line(argv):
+    with pathlib.Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ldrld_jax.cli", *argv]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "ldrld_jax: No space left on device: standard output\n")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_full_disk_or_a_reader_that_has_gone_ends_no_sweep(monkeypatch, terminal):
+    job = types.SimpleNamespace(name="seed=1", state="running", line=lambda: "running  seed=1")
+    stdout = Gone(OSError(errno.ENOSPC, "No space left"))
+    monkeypatch.setattr(stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    sweep._Screen()([job])
+    sys.stdout.close()
+
+
+def test_what_a_shell_reads_is_as_it_is(capsys):
+    console.answer("a\tb", verbatim=True)
+    console.answer("a\tb")
+    assert capsys.readouterr().out == "a\tb\na\\tb\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), OSError(28, "No space left on device")],
+    ids=str,
+)
 def test_a_reader_that_has_gone_ends_no_run(monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", Gone(error))
     console.say("nobody hears this")
@@ -77,11 +180,10 @@ def test_sighup_saves_as_sigterm_does_unless_it_is_ignored():
 
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
     try:
-        with catch_signals() as signals:
+        with pytest.raises(Interrupted, match="SIGHUP: there was"), catch_signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.received == signal.SIGHUP
-            with pytest.raises(Interrupted, match="SIGHUP"):
-                signals.check()
+            signals.check()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with catch_signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)

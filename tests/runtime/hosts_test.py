@@ -14,6 +14,7 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax import main as main_lib
 from ldrld_jax.runtime import hosts
+from ldrld_jax.runtime.signals import Interrupted
 from ldrld_jax.train import trainer
 from tests.conftest import ROOT, comparable_lines, tiny_overrides
 from tests.train.trainer_test import values
@@ -196,7 +197,7 @@ def test_flags_that_do_not_say_who_this_is_are_refused(flags, expected, capsys):
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it():
     code = """
-import os, signal, socket, time, jax
+import contextlib, os, signal, socket, time, jax
 from ldrld_jax.runtime.hosts import catch_signals_of_all
 with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -205,7 +206,7 @@ with catch_signals_of_all() as signals:
     assert not any(signals.stop_at(step) for step in range(1, 4))  # of a teacher
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)  # JAX agrees on the number at which all stop
-with catch_signals_of_all() as signals:
+with contextlib.suppress(KeyboardInterrupt), catch_signals_of_all() as signals:
     end, step = time.monotonic() + 20, 500
     while not signals.stop_at(step := step + 1) and time.monotonic() < end:
         time.sleep(0.1)
@@ -213,6 +214,12 @@ with catch_signals_of_all() as signals:
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=120)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_signal_for_all_after_the_last_step_ends_the_caller_too(monkeypatch):
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda number: True)
+    with pytest.raises(Interrupted, match=r"^SIGTERM: everything was done\.$"), hosts.catch_signals_of_all() as signals:
+        assert signals.stop_at(6)
 
 
 @pytest.mark.parametrize(

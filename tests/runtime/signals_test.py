@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_noted_and_the_second_interrupts(signum):
     before = signal.getsignal(signum)
-    with catch_signals() as signals:
+    with pytest.raises(Interrupted, match="everything was done"), catch_signals() as signals:
         assert not signals.stop_at(1)
         os.kill(os.getpid(), signum)
         assert (signals.received, signals.stop_at(1)) == (signum, True)
@@ -24,6 +24,20 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(signum):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_that_nobody_asked_for_is_raised_at_the_end(signum, code):
+    before = signal.signal(signum, signal.SIG_DFL)  # the suite itself may run under nohup
+    try:
+        with pytest.raises(Interrupted, match=f"^{signum.name}: everything was done") as raised, catch_signals():
+            os.kill(os.getpid(), signum)
+        assert raised.value.exit_code == code
+        with pytest.raises(ValueError, match="first"), catch_signals():
+            os.kill(os.getpid(), signum)
+            raise ValueError("an error comes first")
+    finally:
+        signal.signal(signum, before)
 
 
 def test_an_interruption_says_what_is_saved_and_how_to_exit():
@@ -48,10 +62,10 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_caught():
 
 # Inside one long call of C, as a compilation is: no handler of Python's can run.
 STUCK = """
-import hashlib, os, signal, sys, threading
+import contextlib, hashlib, os, signal, sys, threading
 sys.path.insert(0, "ldrld_jax/runtime")  # the file alone: importing the package takes seconds
 from signals import catch_signals
-with catch_signals(leave_within=float(sys.argv[1])) as signals:
+with contextlib.suppress(KeyboardInterrupt), catch_signals(leave_within=float(sys.argv[1])) as signals:
     signals.in_time = sys.argv[2] == "saving"
     for n in range(int(sys.argv[3])):
         threading.Timer(0.1 + n / 5, os.kill, [os.getpid(), signal.SIGTERM]).start()

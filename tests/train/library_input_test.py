@@ -19,6 +19,11 @@ from tests.train.conftest import linear
 from tests.train.library_test import Drop, Linen
 
 
+def nothing_at_all(teacher, student, labels):
+    """Returns a user's loss of nothing."""
+    return 0 * student[:, 0]
+
+
 class Printer:
     """A user's writer."""
 
@@ -74,6 +79,19 @@ WRONG = {
         r"fails on images \(2, 65\) float32",
     ),
     "a metric of the run's own": (dict(metrics={"top1": print}), "'top1' has the name of one that each run measures"),
+    "metrics of one curve": (
+        dict(metrics={"a b": print, "a+b": print}),
+        r"metrics 'a b' and 'a\+b' would be one curve, 'a_b'\. Rename one of them\.$",
+    ),
+    "a metric of the run's own curve": (dict(metrics={"ce term": print}), "'ce term' has the name of one that each"),
+    **{
+        f"the name {name!r} of a metric": (dict(metrics={name: print}), rf"metric '{name}' must have a name without")
+        for name in ("", "/a", "a/", "a//b", "a/../b", "./a", "..")
+    },
+    "a metric's long name": (
+        dict(metrics={"x" * 245: print}),
+        rf"^the name of a metric has 245 characters, and at most 244 are allowed\. Shorten '{'x' * 40}'\.\.\.$",
+    ),
     "a metric with the name of a term": (
         dict(metrics={"kd": lambda logits, labels, where: labels}),
         "'kd' has the name of a term of the loss",
@@ -81,6 +99,10 @@ WRONG = {
     "a metric with the name of a part": (
         dict(method="ldrld", metrics={"ldrld/pairs": lambda logits, labels, where: labels}),
         "'ldrld/pairs' has the name of a term of the loss",
+    ),
+    "a metric of the curve of a part": (
+        dict(method=nothing_at_all, metrics={"nothing at all/part": print}),
+        "'nothing at all/part' has the name of a term of the loss",
     ),
     "no metric": (dict(metrics={"share": 3}), r"'share' must be a function of \(logits, labels, where\), got 3"),
     "an argument and another key": (dict(config={"epochs": 240}), r"has epochs=240.* is 2\. .* Trainer\(epochs=240\)"),

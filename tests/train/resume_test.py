@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -95,6 +96,51 @@ def test_a_signal_while_a_split_in_memory_is_evaluated_saves_first(tiny, tmp_pat
             trainer.train(tiny(*flags), tmp_path / "run")
     trainer.train(tiny(*flags), tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (loop._Pause, "_save", 4),  # after steps 2, 3, 4 and 6
+        (loop, "_summary", 1),
+        (trainer, "summary_table", 1),
+    ],
+    ids=["saving", "closing", "showing"],
+)
+def test_a_signal_after_the_last_evaluation_ends_the_caller_with_the_run_complete(
+    tiny, tmp_path, monkeypatch, straight, owner, name, call
+):
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, call, terminate)
+        with pytest.raises(Interrupted, match=r"^SIGTERM: everything was done\.$"):
+            trainer.train(tiny(*FLAGS), tmp_path / "run", leave_within=60.0)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["last_epoch"] == 2
+    assert_same(tmp_path / "run", straight)
+    with monkeypatch.context() as patch:  # nor is it lost while a complete run is looked up
+        at_call(patch, trainer, "counted", 1, terminate)
+        with pytest.raises(Interrupted, match="everything was done"):
+            trainer.train(tiny(*FLAGS), tmp_path / "run")
+    assert trainer.train(tiny(*FLAGS), tmp_path / "run") == summary
+
+
+def test_a_signal_when_the_teacher_is_complete_begins_no_student(tiny, tmp_path, monkeypatch):
+    config = tiny("method=kd", "teacher.model=tiny_net", "teacher.epochs=1", *FLAGS)
+    with monkeypatch.context() as patch:
+        at_call(patch, loop, "_summary", 1, terminate)
+        with pytest.raises(Interrupted, match="everything was done"):
+            trainer.train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["teacher"]
+    assert (tmp_path / "run" / "teacher" / "summary.json").exists()
+
+
+def test_a_signal_has_no_deadline_once_the_last_step_is_saved(tiny, tmp_path, monkeypatch):
+    seen = []
+    signals = Signals()
+    monkeypatch.setattr(trainer, "catch_signals", lambda _: contextlib.nullcontext(signals))
+    at_call(monkeypatch, loop, "_summary", 1, lambda: seen.append(signals.in_time))
+    trainer.train(tiny(*FLAGS), tmp_path)
+    assert (seen, signals.in_time) == ([True], False)  # a teacher's signals are the student's
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, teacher_dir, tmp_path, monkeypatch):
