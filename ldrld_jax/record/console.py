@@ -49,22 +49,21 @@ def duration(seconds: float) -> str:
 def say(text: str) -> None:
     """Prints a line on standard output, above the progress bar if there is one.
 
-    An OSError is none of its caller's: a run goes on when nobody reads its output any more.
+    It raises no OSError: a run goes on when nobody reads its output any more.
     """
     with contextlib.suppress(OSError):
         answer(text)
 
 
 def answer(text: str, *, verbatim: bool = False) -> None:
-    """Prints what a command was asked for, as `say` does.
+    """Prints the result of a command, as `say` does, and raises an error if that fails.
 
     Args:
       text: without its last newline.
-      verbatim: whether a shell reads it, which is to see each character as it is.
+      verbatim: True for text that a shell reads, whose control characters are kept.
 
     Raises:
-      OSError: if this text or an earlier one cannot be written; not if the reader of a pipe has gone, who has what it
-        wanted.
+      OSError: if this text or an earlier one cannot be written. A pipe whose reader has left is no error.
     """
     if _muted:
         return
@@ -105,7 +104,7 @@ def on_terminal() -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help is an answer."""
+    """Parser whose help is an answer."""
 
     def print_help(self, file: Any = None) -> None:
         if file is not None:

@@ -15,7 +15,7 @@ from ldrld_jax.files import check_remote, expand_home, is_local
 logger = logging.getLogger("ldrld_jax")
 
 
-_ours = set[str]()  # folders that JAX has had from here
+_ours: set[str] = set()  # folders that JAX was given here, not by the user
 
 
 @contextlib.contextmanager
