@@ -84,7 +84,8 @@ def _unread(config: ConfigDict, given: Methods = NONE, *, on_host: bool = False)
 def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
     """Returns for each key that depends on another one whether a run reads it, and the reason if it does not."""
     data, optim, augment = config.data, config.optim, f"data.augment={config.data.augment}"
-    stored = config.logits.dir is not None, "logits.dir is not set"
+    from_file, of_file = teaches_from_file(config), "the teacher's logits are read from a file"
+    stored = (False, of_file) if from_file else (config.logits.dir is not None, "logits.dir is not set")
     rest = [key for key in optim if key != "name"] if is_object(optim.name) else []
     stepped = optim.schedule == "step", f"optim.schedule={optim.schedule}"
     return {
@@ -99,10 +100,11 @@ def _conditions(config: ConfigDict) -> dict[str, tuple[bool, str]]:
         "optim.decay_rate": stepped,
         "optim.warmup_epochs": (optim.warmup != "none", "optim.warmup=none"),
         **{f"optim.{key}": (False, "the optimizer is an object") for key in rest},
+        "logits.dir": (not from_file, of_file),
         "logits.dtype": stored,
         "logits.top_k": stored,
         "logits.spread_rest": stored,
-        "logits.views": (stored[0] or teaches_from_file(config), stored[1]),
+        "logits.views": (stored[0] or from_file, stored[1]),
         "teacher.ensemble": ("," in (config.teacher.model or ""), "teacher.model is one model"),
         **dict.fromkeys(("kd_weight", "kd_warmup_epochs", "standardize"), (config.method != "ce", "method=ce")),
         "student.checkpoint_head": (config.student.checkpoint is not None, "student.checkpoint is not set"),

@@ -96,10 +96,10 @@ def resolve(config: ConfigDict, given: Methods = NONE) -> ConfigDict:
     _resolve_published(config.teacher)
     if config.teacher.batch_size is None:
         config.teacher.batch_size = config.batch_size
-    if not names or config.logits.dir is None:
-        # The file of a teacher's logits may have several views as well.
-        views = config.logits.views if names and teaches_from_file(config) else None
-        config.logits = ConfigDict() if views is None else ConfigDict({"views": views})
+    if names and teaches_from_file(config):  # the file may have several views
+        config.logits = ConfigDict() if config.logits.views is None else ConfigDict({"views": config.logits.views})
+    elif not names or config.logits.dir is None:
+        config.logits = ConfigDict()
     if not names:
         config.teacher = ConfigDict()
         return config

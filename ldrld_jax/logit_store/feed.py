@@ -60,7 +60,8 @@ class LogitFeed:
       batches: the run's training batches.
       mesh: the run's devices.
       epochs: number of epochs of the run.
-      teach: maps images `[n, ...]` to logits as stored; None if the store has every epoch that the run needs.
+      teach: maps a batch, its `image` `[n, ...]` and the `mask` of examples that count, if it has one, to logits as
+        stored; None if the store has every epoch that the run needs.
       threads, workers: threads and processes that prepare the batches that no step of this process trained on; None to
         choose.
     """
@@ -71,7 +72,7 @@ class LogitFeed:
         batches: Batches,
         mesh: Mesh,
         epochs: int,
-        teach: Callable[[jax.Array], Any] | None = None,
+        teach: Callable[[DeviceBatch], Any] | None = None,
         *,
         threads: int | None = None,
         workers: int | None = None,
@@ -151,7 +152,7 @@ class LogitFeed:
         assert self._sheet is not None and self._teach is not None
         tell("running the teacher" if self._has_taught else "compiling the teacher")
         self._has_taught = True
-        logits = self._teach(batch["image"])
+        logits = self._teach(batch)
         self._sheet.add(position, logits)
         if position == self._batches.steps_per_epoch - 1:
             self._complete(self._epoch, self._sheet, self._teach, tell)
@@ -159,14 +160,14 @@ class LogitFeed:
             self._store.write(self._batches.shown(self._epoch), self._sheet.finished())
         return logits
 
-    def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[jax.Array], Any], tell: Tell) -> None:
+    def _complete(self, epoch: int, sheet: "_Sheet", teach: Callable[[DeviceBatch], Any], tell: Tell) -> None:
         """Computes the batches that no step of this process saw: those before a resume, and the dropped remainder."""
         places = -(-len(self._batches.source) // self._batches.batch_size)
         missing = [position for position in range(places) if position not in sheet.positions]
-        images = ({"image": part["image"]} for part in self._batches.parts(epoch, missing, **self._made_by))
-        for position, batch in zip(missing, to_devices(images, self._mesh), strict=True):
+        parts = self._batches.parts(epoch, missing, **self._made_by)
+        for position, batch in zip(missing, to_devices(parts, self._mesh), strict=True):
             tell(f"running the teacher on batch {position} of epoch {epoch}, which this process has not trained on")
-            sheet.add(position, teach(batch["image"]))
+            sheet.add(position, teach(batch))
 
 
 def teacher_program(network: Callable[..., Any], dtype: Any, mesh: Mesh, top_k: int | None = None) -> Any:

@@ -14,7 +14,7 @@ from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.stream import eval_batches
 from ldrld_jax.errors import NonFiniteError, UserError
 from ldrld_jax.interop.host_teacher import HostTeacher, LogitsFile
-from ldrld_jax.logit_store.feed import LogitFeed, missing_epochs, teacher_program
+from ldrld_jax.logit_store.feed import DeviceBatch, LogitFeed, missing_epochs, teacher_program
 from ldrld_jax.logit_store.store import LogitStore, check_new, make_key
 from ldrld_jax.record.console import say, waiting
 from ldrld_jax.record.reader import check_class_names
@@ -147,7 +147,7 @@ def obtain_teacher(
     if store is None:
         return dataclasses.replace(teacher, top1=top1)
     program = teacher_program(teacher.network, store.dtype, run.mesh, store.top_k)
-    return _stored(run, store, top1, (lambda images: program(teacher.variables, images)) if missing else None)
+    return _stored(run, store, top1, (lambda batch: program(teacher.variables, batch["image"])) if missing else None)
 
 
 def recipes(run: Run) -> list[tuple[ConfigDict, epath.Path]]:
@@ -178,8 +178,9 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
         return OnHost(function, top1)
     program = teacher_program(lambda _, logits, train: (logits, ()), store.dtype, run.mesh, store.top_k)
 
-    def teach(images: jax.Array) -> Any:
-        logits = function.of_batch({"image": np.asarray(images)}, **shape)
+    def teach(batch: DeviceBatch) -> Any:
+        looked_at = {key: np.asarray(batch[key]) for key in ("image", "mask") if key in batch}
+        logits = function.of_batch(looked_at, **shape)
         return program(None, jax.device_put(logits, batch_sharding(run.mesh)))
 
     return _stored(run, store, top1, teach if missing else None)
@@ -259,7 +260,7 @@ def to_check(run: Run) -> str:
     return "its checkpoint" if fed else "its checkpoint and teacher.data.mean and std"
 
 
-def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[jax.Array], Any] | None) -> StoredTeacher:
+def _stored(run: Run, store: LogitStore, top1: float, teach: Callable[[DeviceBatch], Any] | None) -> StoredTeacher:
     """Returns the teacher in a store; `teach` computes the logits that it lacks."""
     store.create(teacher_top1=top1, evaluated=_evaluated(run))
     feed = LogitFeed(store, run.batches, run.mesh, run.config.epochs, teach, **made_by(run.config.data))

@@ -273,7 +273,7 @@ class Trainer:
     def _check_trained(self) -> None:
         """Raises a UserError if there is no checkpoint yet."""
         if not Checkpoints(self.workdir / "checkpoints").steps:
-            raise UserError(f"{self.workdir} has no checkpoint yet. Call fit() first.")
+            raise UserError(f"{self.workdir} has no checkpoint yet. Train the run first.")
 
     @contextlib.contextmanager
     def _best(self) -> Iterator[Best]:

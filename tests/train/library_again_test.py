@@ -302,3 +302,34 @@ def test_a_file_of_logits_in_another_order_is_said(make, digits, tmp_path):
     np.save(tmp_path / "logits.npy", np.eye(10, dtype=np.float32)[(labels + 1) % 10])
     said = make(epochs=1, teacher=str(tmp_path / "logits.npy")).fit().summary["warnings"]
     assert any(text.startswith("the teacher's top-1 is 0.00 %, and guessing gives 10.00 %") for text in said)
+    keys = ("dir", "dtype", "top_k")
+    config = {"logits.dir": str(tmp_path / "store"), "logits.dtype": "float32", "logits.top_k": 20}
+    unused = make(epochs=1, teacher=str(tmp_path / "logits.npy"), config=config, workdir=tmp_path / "unused").fit()
+    because = "set but has no effect, because the teacher's logits are read from a file"
+    assert {f"logits.{key} is {because}" for key in keys} <= set(unused.summary["warnings"])
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
+def test_a_teacher_on_the_host_is_given_examples_alone_also_for_a_store(make, digits, tmp_path, remainder):
+    """The teacher depends on the whole batch, and has no logits for an image that is all black, as padding is."""
+    weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    seen = []
+
+    def function(images):
+        seen.append(len(images))
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        return (flat / flat.max(axis=1, keepdims=True) - flat.mean(axis=0) / 255) @ weights
+
+    def run(name, **config):
+        seen.clear()
+        keys = {"data.remainder": remainder, **config}
+        teacher = ldrld_jax.HostTeacher(function, name="batch")
+        result = make(epochs=1, teacher=teacher, config=keys, workdir=tmp_path / name).fit()
+        return [line["values"]["kd"] for line in result.metrics if line["split"] == "train"], [*seen]
+
+    beside, sizes = run("beside")
+    stored, sizes_stored = run("stored", **{"logits.dir": str(tmp_path / "store"), "logits.dtype": "float32"})
+    assert stored == pytest.approx(beside, rel=1e-6)
+    assert sizes_stored == [*sizes, *([10] if remainder == "drop" else [])]  # a store has logits of every image
+    assert sizes[-2:] == [40, 40] if remainder == "drop" else sizes[-3:] == [40, 40, 10]

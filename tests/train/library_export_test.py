@@ -104,7 +104,7 @@ def test_weights_that_would_have_one_name_keep_their_own():
 
 
 def test_what_cannot_be_exported_is_one_line(make, tmp_path):
-    with pytest.raises(UserError, match=r"run has no checkpoint yet\. Call fit\(\) first\.$"):
+    with pytest.raises(UserError, match=r"run has no checkpoint yet\. Train the run first\.$"):
         make().export()
     trainer = make(student=(linear, weights(0, 64, 10)), epochs=1)
     trainer.fit()

@@ -270,7 +270,7 @@ def test_an_image_that_is_not_as_the_training_data_is_not_predicted(make, images
 @pytest.mark.parametrize("call", ["predict", "evaluate", "student", "export"])
 def test_nothing_is_asked_of_a_run_before_it_is_trained(make, digits, tmp_path, call):
     arguments = [digits["evaluation"][0]] if call == "predict" else []
-    with pytest.raises(UserError, match=r"run has no checkpoint yet\. Call fit\(\) first\."):
+    with pytest.raises(UserError, match=r"run has no checkpoint yet\. Train the run first\."):
         getattr(make(), call)(*arguments)
     assert not (tmp_path / "run").exists()
 
