@@ -179,7 +179,7 @@ def _on_host(run: Run, function: HostTeacher, signals: Signals) -> OnHost | Stor
     program = teacher_program(lambda _, logits, train: (logits, ()), store.dtype, run.mesh, store.top_k)
 
     def teach(batch: DeviceBatch) -> Any:
-        looked_at = {key: np.asarray(batch[key]) for key in ("image", "mask") if key in batch}
+        looked_at = {key: np.asarray(value) for key, value in batch.items() if key in ("image", "mask")}
         logits = function.of_batch(looked_at, **shape)
         return program(None, jax.device_put(logits, batch_sharding(run.mesh)))
 
