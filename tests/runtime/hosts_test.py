@@ -144,9 +144,9 @@ def test_processes_that_differ_train_nothing(last, expected, data_dir, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["eval", "bench"])
-def test_other_commands_in_processes_that_differ_are_refused_before_they_wait_for_each_other(mode, data_dir, tmp_path):
+def test_other_commands_in_processes_that_differ_are_refused_before_they_compute_anything(mode, data_dir, teacher_dir):
     overrides, of_last = overrides_of(data_dir), ["eval_batch_size=8"]
-    finished = finish(start(2, 1, tmp_path / "run", overrides, of_last, mode=mode))
+    finished = finish(start(2, 1, teacher_dir, overrides, of_last, mode=mode))
     for status, error in finished:
         assert (status, error.splitlines()[-1]) == (
             2,
