@@ -18,6 +18,11 @@ OF_A_PROCESS = (
 NOT_IDENTITY = (*OF_A_PROCESS, "remat", "steps_per_dispatch", "mesh.", "checkpoint.")
 
 
+def of_all(config: Any) -> dict[str, Any]:
+    """Returns the flat keys of a resolved config in which all processes of a run agree."""
+    return {key: value for key, value in flat(config).items() if not key.startswith(OF_A_PROCESS)}
+
+
 def identity(config: Any) -> dict[str, Any]:
     """Returns the flat keys that identify a run, from a resolved config: a ConfigDict, or a dict as in config.json.
 

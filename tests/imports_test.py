@@ -33,7 +33,7 @@ ALLOWED = {
         *("metrics", "models", "record", "runtime"),
     },
     "aot": {"config", "data", "errors", "files", "logit_store", "metrics", "record", "runtime", "train"},
-    "bench": {"config", "data", "metrics", "runtime", "train"},
+    "bench": {"config", "data", "identity", "metrics", "runtime", "train"},
     "deploy": {"code", "config", "data", "errors", "files", "interop", "models", "record", "runtime", "train"},
     "report": {
         *("checkpoint", "code", "config", "data", "errors", "files", "identity", "losses", "record", "runtime"),

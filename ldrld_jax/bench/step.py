@@ -19,9 +19,11 @@ from ldrld_jax import config as config_lib
 from ldrld_jax.bench.result import PARTS, Bench
 from ldrld_jax.data.pipeline import made_by
 from ldrld_jax.data.speed import warm_up
+from ldrld_jax.identity import of_all
 from ldrld_jax.metrics import by_step
 from ldrld_jax.runtime.devices import peak_flops
 from ldrld_jax.runtime.flops import count_flops
+from ldrld_jax.runtime.hosts import check_same
 from ldrld_jax.runtime.mesh import replicated, to_devices
 from ldrld_jax.runtime.precision import precision_scope
 from ldrld_jax.runtime.profiling import Profile
@@ -46,8 +48,10 @@ def measure(config: ConfigDict, *, seconds: float = 5.0, profile: str | None = N
     Raises:
       UserError: if the config is invalid.
     """
+    config = config_lib.resolve(config)
+    check_same(of_all(config))
     with precision_scope(config.precision, config.matmul_precision):
-        run = Run.plan(config_lib.resolve(config), epath.Path(""))
+        run = Run.plan(config, epath.Path(""))
         return _Measurement(run, seconds).all(profile)
 
 

@@ -22,8 +22,8 @@ from ldrld_jax.data.digits import Digits
 from ldrld_jax.errors import UserError, reason, unknown
 from ldrld_jax.files import is_local
 
-# A slice as TFDS has them, in images or in percent.
-_SLICE = re.compile(r"(?P<split>[^\[]+)\[(-?\d+(\.\d+)?%?)?:(-?\d+(\.\d+)?%?)?\]")
+# What follows the [ of a slice, in images or percent.
+_SLICE = re.compile(r"(?!:\])(-?\d+|-?\d+(\.\d+)?%)?:(-?\d+|-?\d+(\.\d+)?%)?\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,18 +164,30 @@ def ranges_of(split: str, shards: Mapping[str, Sequence[int]]) -> list[tuple[str
 
 
 def _check_split(name: str, split: str, shards: Mapping[str, Sequence[int]]) -> None:
-    """Raises a UserError if a split is unknown, leaves the images that there are, or has none."""
+    """Raises a UserError if a split is unknown, leaves the images or shards that there are, or has none."""
     count = 0
     for part in map(str.strip, split.split("+")):
+        whole, _, cut = part.partition("[")
+        number, one = len(shards.get(whole, ())), ":" not in cut
+        # TFDS takes the shards that there are.
+        if whole in shards and any(not -number <= int(at) <= number - one for at in re.findall(r"(-?\d+)shard", cut)):
+            raise UserError(
+                f"the split {part} of {name} leaves the {number:,} shard{'s' * (number > 1)} of {whole}. Choose a "
+                "smaller one."
+            )
         try:
             sizes = [end - start for _, start, end in ranges_of(part, shards)]
         except ValueError:
-            cut = _SLICE.fullmatch(part)
-            if cut is None or cut["split"] not in shards:
+            if whole not in shards:
                 raise unknown(f"split of {name}", split, shards) from None
+            if _SLICE.fullmatch(cut) is None:
+                raise UserError(
+                    f"the split {part} of {name} is no slice from one image to another. Write {whole}[:90%], "
+                    f"{whole}[100:200] or {whole}[:2shard]."
+                ) from None
             raise UserError(
-                f"the split {part} of {name} leaves the {sum(shards[cut['split']]):,} images of {cut['split']}. Choose "
-                "a slice within them."
+                f"the split {part} of {name} leaves the {sum(shards[whole]):,} images of {whole}. Choose a slice "
+                "within them."
             ) from None
         if min(sizes, default=0) < 0:  # TFDS takes an end before the start off the other parts
             raise UserError(f"the split {part} of {name} has no images. Choose another slice.")

@@ -21,13 +21,14 @@ Tell = Callable[[str], None]
 Batches = Any  # a `data.stream.TrainBatches`, not imported: the store does not depend on data
 
 
-def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int]:
+def missing_epochs(store: LogitStore, batches: Batches, epochs: int, *, quiet: bool = False) -> list[int]:
     """Returns the augmentation epochs that a run needs and its store lacks; prints the size of the store.
 
     Args:
       store: the store, which need not exist yet.
       batches: the run's training batches.
       epochs: number of epochs of the run.
+      quiet: True prints nothing.
 
     Raises:
       UserError: if the missing epochs do not fit on the disk, or several hosts would write them.
@@ -35,15 +36,17 @@ def missing_epochs(store: LogitStore, batches: Batches, epochs: int) -> list[int
     needed = sorted({batches.shown(epoch) for epoch in range(epochs)})
     missing = [epoch for epoch in needed if epoch not in store]
     if not missing:
-        say(f"the logit store {store.directory} has all {store.describe(len(needed))}: the teacher is not run")
+        if not quiet:
+            say(f"the logit store {store.directory} has all {store.describe(len(needed))}: the teacher is not run")
         return []
     if batches.hosts > 1:
         raise UserError(
             f"the logit store {store.directory} lacks {len(missing)} of {len(needed)} epochs, and only one host can "
             "write them. Run this config on one host first, or unset logits.dir."
         )
-    there = f", of which it has {len(needed) - len(missing):,}" if len(missing) < len(needed) else ""
-    say(f"the logit store {store.directory} will take {store.describe(len(needed))}{there}")
+    if not quiet:
+        there = f", of which it has {len(needed) - len(missing):,}" if len(missing) < len(needed) else ""
+        say(f"the logit store {store.directory} will take {store.describe(len(needed))}{there}")
     store.check_space(len(missing))
     return missing
 

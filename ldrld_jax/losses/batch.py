@@ -163,7 +163,7 @@ def luminet_parts(
 
     with the population variance. The statistics span the batch, so the loss is not a mean over examples. A
     single row gives 0. A class that is constant over the batch is divided by .003, so its gradients are large.
-    Above 1.8e19 in float32 the variance overflows, and the class counts as constant.
+    In float32, logits beyond 2.3e18 count as that, so that no variance overflows.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.
@@ -196,6 +196,8 @@ def luminet_parts(
 
 def _standardized_classes(z: jax.Array, weights: jax.Array, count: jax.Array) -> jax.Array:
     """Returns logits `[N, C]` with mean 0 and variance 1 in each class over the rows that count."""
-    mean = lambda x: jnp.sum(weights[:, None] * x, axis=0, keepdims=True) / jnp.maximum(count, 1.0)  # noqa: E731
+    share, limit = weights[:, None] / jnp.maximum(count, 1.0), 2.0 ** (jnp.finfo(z.dtype).maxexp // 2 - 3)
+    mean = lambda x: jnp.sum(share * x, axis=0, keepdims=True)  # noqa: E731
+    z = jnp.clip(z, -limit, limit)
     centred = z - mean(z)
     return centred * jax.lax.rsqrt(mean(centred**2) + 1e-5)

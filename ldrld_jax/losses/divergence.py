@@ -84,15 +84,15 @@ def masked_kl(
       A scalar in nats, not times T^2.
     """
     p, _, p_sum, q_sum = _exponentials(teacher, student, kept, teacher_max, student_max, temperature, class_axis_name)
-    # p is 0 outside the mask, where RULED_OUT keeps the difference finite. The expression shares no array
+    # p is 0 outside the mask, where RULED_OUT and the halves keep the difference finite. The expression shares no array
     # with _exponentials, not even a broadcast maximum: XLA fuses unshared arrays into the sum and writes
     # shared ones to memory (3.4 arrays instead of 1.4 on CPU).
     shifted = [
-        jnp.maximum(z + minus_max, RULED_OUT + minus_max)
+        0.5 * jnp.maximum(z + minus_max, RULED_OUT + minus_max)
         for z, minus_max in ((teacher, -teacher_max), (student, -student_max))
     ]
     difference = shifted[0] - shifted[1]
-    mean_difference = _sum(p * difference, class_axis_name) / (p_sum * temperature)
+    mean_difference = _sum(p * difference, class_axis_name) / (0.5 * p_sum * temperature)
     return mean_difference - jnp.log(p_sum) + jnp.log(q_sum)
 
 

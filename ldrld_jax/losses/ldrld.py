@@ -40,6 +40,8 @@ def _pairs_and_slopes(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) 
     The ranks are the first axis because the pairs are then computed row by row; on CPU the last axis takes
     twice as long.
     """
+    # Beyond half of the dtype's range a pair's difference of the two sides would be infinite.
+    teacher, student = (jnp.maximum(z, jnp.finfo(z.dtype).min / 2) for z in (teacher, student))
     cpu, default = (functools.partial(compute, cfg=cfg) for compute in (_each_pair, _pairs_of_each_rank))
     return platform_dependent(teacher, student, cpu=cpu, default=default)
 

@@ -105,7 +105,10 @@ def _add_to_rest(rest: _Rest, teacher: jax.Array, student: jax.Array, kept: jax.
     teacher_max, teacher_moved, shrink, p, p_sum = exponentials(teacher, rest.teacher_max, rest.teacher_sum)
     student_max, student_moved, _, _, q_sum = exponentials(student, rest.student_max, rest.student_sum)
     before = shrink * (rest.difference + rest.teacher_sum * (teacher_moved - student_moved))
-    difference = before + _rowwise_sum(p * ((teacher - teacher_max) - (student - student_max)))
+    before = jnp.where(shrink == 0, jnp.zeros_like(before), before)  # of logits near float32's ends 0 times infinity
+    # p is 0 where a class is not kept, which alone may be above the maximum.
+    shifted = [jnp.minimum(z - z_max, 0.0) for z, z_max in ((teacher, teacher_max), (student, student_max))]
+    difference = before + _rowwise_sum(p * (shifted[0] - shifted[1]))
     return _Rest(teacher_max, student_max, p_sum, q_sum, difference)
 
 
@@ -218,8 +221,10 @@ def local_terms(teacher: Entries, student: Entries, cfg: LDRLDConfig) -> tuple[j
     """
     # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
     # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
+    lowest = float(jnp.finfo(jnp.float32).min) / 2  # beyond it the difference of the two sides would be infinite
     teachers, students = (
-        [(z - functools.reduce(jnp.maximum, side)) / cfg.temperature for z in side] for side in (teacher, student)
+        [jnp.maximum((z - functools.reduce(jnp.maximum, side)) / cfg.temperature, lowest) for z in side]
+        for side in (teacher, student)
     )
     t, s = _stack(teachers), _stack(students)
     rank = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)

@@ -24,7 +24,6 @@ from ldrld_jax.data.stream import Readable
 from ldrld_jax.errors import NonFiniteError, UserError, one_line
 from ldrld_jax.files import free_bytes, human_bytes, is_local
 from ldrld_jax.logit_store.feed import missing_epochs
-from ldrld_jax.logit_store.store import check_new
 from ldrld_jax.metrics import by_step
 from ldrld_jax.record.console import ProgressBar, counted, duration, say
 from ldrld_jax.record.recorder import check_finite
@@ -48,6 +47,7 @@ from ldrld_jax.train.step import Network
 from ldrld_jax.train.teacher import (
     NetworkTeacher,
     Teacher,
+    check_store,
     check_top1,
     checkpoints_of,
     obtain_teacher,
@@ -250,8 +250,7 @@ class _Check:
                 untrained.append(_Check(planned, "teacher", self._problems, self._signals))
         if untrained:
             seconds = sum(check.all(self._data) for check in untrained)
-            if (store := self._run.config.logits.get("dir")) is not None:  # its teacher's logits are not there yet
-                self._problems.from_(lambda: check_new(store))
+            self._problems.from_(lambda: check_store(self._run))  # its teacher's logits are not there yet
             say(f"teacher {config.teacher.model} is not trained yet: random weights stand in for its own")
             return teacher_at_hand(run, student), seconds
         teacher = obtain_teacher(run, student, self._signals, lambda recipe, place: None)

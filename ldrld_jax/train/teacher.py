@@ -123,8 +123,7 @@ def obtain_teacher(
         return _from_file(run)
     if (function := run.given.host_teacher(run.config)) is not None:
         return _on_host(run, function, signals)
-    if (folder := run.config.logits.get("dir")) and not (epath.Path(folder) / "key.json").exists():
-        check_new(folder)  # before a teacher is trained; a whole store may be read-only
+    check_store(run)  # before a teacher is trained
     for recipe, place in recipes(run):
         train(recipe, place)
     teacher, origin = restored(run, checkpoints_of(run)), _origin(run)
@@ -248,6 +247,14 @@ def _opened_store(
     return store, store.teacher_top1(_evaluated(run)), missing_epochs(store, run.batches, run.config.epochs)
 
 
+def check_store(run: Run) -> None:
+    """Raises a UserError if a run's logit store cannot have the epochs that it lacks, whatever its teacher is."""
+    if folder := run.config.logits.get("dir"):
+        if not (epath.Path(folder) / "key.json").exists():
+            check_new(folder)
+        missing_epochs(open_store(run), run.batches, run.config.epochs, quiet=True)
+
+
 def to_check(run: Run) -> str:
     """Names what may be wrong with a weak teacher."""
     if config_lib.teaches_from_file(run.config):
@@ -347,14 +354,18 @@ def _each(teacher: NetworkTeacher, change: Callable[[Variables], Variables]) -> 
     return dataclasses.replace(teacher, variables=changed)
 
 
-def open_store(run: Run, teacher: NetworkTeacher | HostTeacher) -> LogitStore:
-    """Returns the store of a run's teacher in `logits.dir`, which may not exist yet."""
+def open_store(run: Run, teacher: NetworkTeacher | HostTeacher | None = None) -> LogitStore:
+    """Returns the store of a run's teacher in `logits.dir`, which may not exist yet.
+
+    Without the teacher its key is not that of any store, but its size is known.
+    """
     source = run.batches.source.uncached
+    parts: dict[str, Any] = {}
     if isinstance(teacher, HostTeacher):
-        parts: dict[str, Any] = {"name": teacher.name, "fed": {"mean": teacher.mean, "std": teacher.std}}
-    elif isinstance(teacher.network, Ensemble):
+        parts = {"name": teacher.name, "fed": {"mean": teacher.mean, "std": teacher.std}}
+    elif teacher is not None and isinstance(teacher.network, Ensemble):
         parts = {"networks": teacher.network.networks, "weights": teacher.variables}
-    else:
+    elif teacher is not None:
         parts = {"networks": [teacher.network], "weights": [teacher.variables]}
     key = make_key(
         run.config,

@@ -20,7 +20,7 @@ from ldrld_jax.checkpoint.folder import Checkpoints
 from ldrld_jax.data import workers
 from ldrld_jax.errors import UserError
 from ldrld_jax.files import LockedError, given_path, is_locked
-from ldrld_jax.identity import OF_A_PROCESS, flat
+from ldrld_jax.identity import of_all
 from ldrld_jax.record.console import counted, say, summary_table, waiting
 from ldrld_jax.record.reader import read_metrics
 from ldrld_jax.runtime.compile_cache import keep_compiled
@@ -318,7 +318,7 @@ def train(
     on_host = given.host_teacher(config) is not None
     remarks = config_lib.remarks(config, file, given.methods, on_host=on_host)
     config = pinned(config_lib.resolve(config, given.methods), epath.Path(workdir))
-    check_same({key: value for key, value in flat(config).items() if not key.startswith(OF_A_PROCESS)})
+    check_same(of_all(config))
     catching = catch_signals_of_all() if jax.distributed.is_initialized() else catch_signals(leave_within)
     scope = precision_scope(config.precision, config.matmul_precision)
     with _alone(), keep_compiled(config.compile_cache), scope, workers.scope(), catching as signals:
@@ -353,6 +353,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, *, given: Given = NOTH
       UserError: if there is no such run, or it trained another model.
     """
     config = config_lib.resolve(config, given.methods)
+    check_same(of_all(config))
     scope = precision_scope(config.precision, config.matmul_precision)
     with keep_compiled(config.compile_cache), scope, workers.scope():
         mesh = make_mesh(config.mesh.data, config.mesh.model)

@@ -179,6 +179,26 @@ def test_a_slice_beyond_the_end_is_told_how_many_images_there_are(data_dir, part
             open_source("digits", split, data_dir)
 
 
+@pytest.mark.parametrize(
+    "part", ["train[3]", "train[::2]", "train[-1]", "train[1:9:2]", "train[1.5:9]", "train[:9", "train[:]"]
+)
+def test_what_is_no_slice_is_told_how_to_write_one(data_dir, part):
+    message = f"the split {part} of digits is no slice from one image to another. Write train[:90%], train[100:200] or"
+    with pytest.raises(UserError, match=f"^{re.escape(message)} "):
+        open_source("digits", f"test+{part}", data_dir)
+
+
+@pytest.mark.parametrize(
+    "part", ["train[:2shard]", "train[5shard:]", "train[-2shard:]", "train[:-2shard]", "train[1shard]"]
+)
+def test_a_slice_beyond_the_shards_is_told_how_many_there_are(data_dir, part):
+    message = f"the split {part} of digits leaves the 1 shard of train. Choose a smaller one."
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        open_source("digits", part, data_dir)
+    for whole in ("train[:1shard]", "train[-1shard:]", "train[0shard]", "train[-1shard]"):
+        assert len(open_source("digits", whole, data_dir)) == 1438
+
+
 def test_a_builder_that_is_not_prepared_or_has_no_images_is_one_line(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     with pytest.raises(UserError, match=r"^dataset cifar10 is not prepared in \S+\. Set data\.data_dir"):

@@ -12,6 +12,7 @@ import pytest
 from ldrld_jax import config as config_lib
 from ldrld_jax.errors import UserError
 from ldrld_jax.logit_store import feed as logit_feed
+from ldrld_jax.logit_store import store as logit_store
 from ldrld_jax.logit_store.feed import missing_epochs
 from ldrld_jax.logit_store.store import LogitStore
 from ldrld_jax.train import teacher as teachers
@@ -199,6 +200,19 @@ def test_several_hosts_read_but_do_not_write(stored, tmp_path):
     for epoch in (0, 1):
         store.write(epoch, np.zeros((90, 10), np.float16))
     assert missing_epochs(store, run.batches, run.config.epochs) == []
+
+
+def test_what_a_store_cannot_take_is_refused_before_a_teacher_is_trained(stored, tmp_path, monkeypatch):
+    run = Run.plan(config_lib.resolve(stored()), tmp_path / "run")
+    (tmp_path / "logits/00001").mkdir(parents=True)
+    (tmp_path / "logits/00001/whole").touch()
+    (tmp_path / "logits/key.json").touch()
+    several = dataclasses.replace(run, batches=dataclasses.replace(run.batches, hosts=2))
+    with pytest.raises(UserError, match="lacks 1 of 2 epochs, and only one host can write them"):
+        teachers.obtain_teacher(several, None, None, pytest.fail)
+    monkeypatch.setattr(logit_store, "free_bytes", lambda path: 1799)
+    with pytest.raises(UserError, match=r"logits needs 1\.8 kB more, and 1\.8 kB are free there"):
+        teachers.obtain_teacher(run, None, None, pytest.fail)
 
 
 def test_a_logit_that_the_dtype_cannot_hold_names_one_that_can(stored, tmp_path, monkeypatch):

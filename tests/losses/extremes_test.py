@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldrld_jax.losses import METHODS, BiLDConfig, CRLDConfig, LDRLDConfig, MethodConfig, as_method, ldrld_loss
+from ldrld_jax.losses import (
+    METHODS,
+    BiLDConfig,
+    CRLDConfig,
+    LDRLDConfig,
+    MethodConfig,
+    as_method,
+    ldrld_loss,
+    ldrld_terms,
+)
 from ldrld_jax.losses.common import Positive, mean_over_rows
 from ldrld_jax.losses.schedule import with_values
 from ldrld_jax.losses.top import ranks_of, top_classes
@@ -174,6 +183,49 @@ def test_rows_whose_spread_no_float32_holds_are_no_nan_and_have_gradients_where_
         else:
             assert np.isfinite(loss) and np.all(np.isfinite(gradient))
         assert not np.isnan(loss_and_gradient(student, same[:, ::-1], labels)[0])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("classes", [6, 1100], ids=["one block", "two blocks"])
+def test_ldrlds_remainder_of_logits_near_float32s_limit_is_that_of_float64(implementation, classes):
+    """Both sides have a class that the other one's maximum lies twice the range of float32 away from."""
+    cfg, between = LDRLDConfig(depth=3), [0.0] * (classes - 6)
+    teacher = np.array([[1e30, 0, 0, *between, 0.5, 0.5, 3.3e38]], np.float32)
+    student = np.array([[3.3e38, 3, 3, *between, 0, 0, 1]], np.float32)
+    with jax.enable_x64(True):
+        expected = jax.jit(jax.value_and_grad(functools.partial(ldrld_loss, cfg=cfg), 1))(
+            *(row.astype(np.float64) for row in (teacher, student))
+        )
+    ours = functools.partial(ldrld_loss, cfg=cfg, implementation=implementation)
+    loss, gradient = jax.jit(jax.value_and_grad(ours, 1))(teacher, student)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_ldrld_of_any_float32_is_a_number_and_has_a_gradient_where_it_is_finite(implementation, temperature, rng):
+    values = np.array([0, 1, -1, 1e4, 1e30, -1e30, 3.3e38, -3.3e38, -np.inf], np.float32)
+    teacher, student = rng.choice(values, size=(2, 500, 6))
+    terms = functools.partial(
+        ldrld_terms, cfg=LDRLDConfig(depth=3, temperature=temperature), implementation=implementation
+    )
+    loss, pull = jax.vjp(jax.jit(lambda z: sum(terms(teacher, z))), student)
+    assert not np.isnan(loss).any()
+    assert np.isfinite(pull(jnp.ones(500))[0][np.isfinite(loss)]).all()
+
+
+def test_luminet_of_classes_near_float32s_limit_is_that_of_float64(rng):
+    """A class of any size is standardised; its mean, its variance and their slopes do not overflow."""
+    rows = rng.normal(size=(2, 40, 5)).astype(np.float32)
+    rows[0, :, 0], rows[1, :, 0] = (rng.choice(np.float32([3.3e38, -3.3e38]), size=40) for _ in range(2))
+    rows[:, :, 1] *= np.float32(1e17)
+    with jax.enable_x64(True):
+        program = jax.jit(jax.value_and_grad(METHODS["luminet"].loss, 1))
+        expected = program(*rows.astype(np.float64), np.arange(40) % 5, METHODS["luminet"].config())
+    found = program(*rows, np.arange(40) % 5, METHODS["luminet"].config())
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-4 * np.abs(expected[1]).max())
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "mlkd", "wsld"])

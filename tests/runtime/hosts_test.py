@@ -49,8 +49,10 @@ def free_address() -> str:
         return f"localhost:{server.getsockname()[1]}"
 
 
-def start(processes: int, devices: int, workdir, overrides, of_last=(), devices_of_last=None) -> list[subprocess.Popen]:
-    flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator={free_address()}"]
+def start(
+    processes: int, devices: int, workdir, overrides, of_last=(), devices_of_last=None, mode="train"
+) -> list[subprocess.Popen]:
+    flags = [f"--mode={mode}", f"--config={CONFIG}", f"--workdir={workdir}", f"--coordinator={free_address()}"]
     flags += [f"--processes={processes}", *(f"--config.{override}" for override in overrides)]
     pipes = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     started = []
@@ -140,6 +142,17 @@ def test_processes_that_differ_train_nothing(last, expected, data_dir, tmp_path)
     finished = finish(start(2, 1, tmp_path / "run", overrides_of(data_dir, "epochs=2"), **last))
     assert [(status, error.splitlines()[-1]) for status, error in finished] == [(2, f"ldrld_jax: {expected}")] * 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["eval", "bench"])
+def test_other_commands_in_processes_that_differ_are_refused_before_they_compute_anything(mode, data_dir, teacher_dir):
+    overrides, of_last = overrides_of(data_dir), ["eval_batch_size=8"]
+    finished = finish(start(2, 1, teacher_dir, overrides, of_last, mode=mode))
+    for status, error in finished:
+        assert (status, error.splitlines()[-1]) == (
+            2,
+            "ldrld_jax: processes 0 and 1 have different configs: eval_batch_size (24 and 8). Give all the same.",
+        )
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,15 @@ def test_a_function_that_returns_no_writer_is_named_before_the_first_step(own, c
         assert not (own / "run" / "metrics.jsonl").exists()
 
 
+def test_a_writer_that_cannot_be_made_is_named_before_the_teacher_is_trained(own, capsys):
+    """The teacher's run has the same writers."""
+    (own / "own.py").write_text(OWN + "\ndef fails(workdir):\n    raise ConnectionError('no server at 8080')\n")
+    flags = {"teacher.model": "own:make_net", "teacher.epochs": 2, "teacher.min_top1": 0, "method": "kd"}
+    assert command(**flags, **{"log.writers": "own:fails"}) == 2
+    assert "own:fails failed: ConnectionError: no server at 8080" in capsys.readouterr().err
+    assert not list(own.glob("run/**/metrics.jsonl"))
+
+
 def test_names_of_objects_are_refused_where_there_are_none(own):
     for flags, what in (
         ({"student.model": "<Net>"}, "the model <Net> was given as a Python object"),
