@@ -40,8 +40,6 @@ def _pairs_and_slopes(teacher: jax.Array, student: jax.Array, cfg: LDRLDConfig) 
     The ranks are the first axis because the pairs are then computed row by row; on CPU the last axis takes
     twice as long.
     """
-    # Beyond half of the dtype's range a pair's difference of the two sides would be infinite.
-    teacher, student = (jnp.maximum(z, jnp.finfo(z.dtype).min / 2) for z in (teacher, student))
     cpu, default = (functools.partial(compute, cfg=cfg) for compute in (_each_pair, _pairs_of_each_rank))
     return platform_dependent(teacher, student, cpu=cpu, default=default)
 
@@ -128,7 +126,10 @@ def _terms_of_rows(
     chosen = jnp.maximum(chosen, RULED_OUT)
     # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
     # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
-    local = (chosen - jax.lax.stop_gradient(jnp.max(chosen, axis=1, keepdims=True))) / cfg.temperature
+    local = chosen - jax.lax.stop_gradient(jnp.max(chosen, axis=1, keepdims=True))
+    # Cut off, but with their slope, where a pair's difference of the two sides would be infinite.
+    lowest = min(cfg.temperature / 4, 1.0) * float(jnp.finfo(local.dtype).min)
+    local = (local + jax.lax.stop_gradient(jnp.maximum(local, lowest) - local)) / cfg.temperature
     pairs, integrity = _pairs(*local, cfg), _integrity(*local)
     if classes - cfg.depth > 1:
         remainder = jax.vmap(lambda t, s, top: _remainder(t, s, top, cfg, class_axis_name))(teacher, student, top)
