@@ -57,8 +57,8 @@ def make_mesh(data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] |
 def _device_count() -> int:
     try:
         return jax.device_count()
-    except (RuntimeError, AssertionError) as error:  # the latter if the platform's plugin is not installed
-        chosen, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "its plugin is not installed"
+    except (RuntimeError, AssertionError) as error:  # the latter without the platform's plugin
+        chosen, why = os.environ.get("JAX_PLATFORMS", ""), str(error) or "its plugin is missing or does not start"
         raise UserError(
             f"JAX finds no device for JAX_PLATFORMS={chosen!r} ({why}). Unset it, or install the extra cuda or tpu."
         ) from None
