@@ -347,7 +347,7 @@ IN_A_PROCESS = {
 
 @pytest.mark.parametrize("case", IN_A_PROCESS)
 def test_wrong_input_to_a_process_of_its_own(case, data_dir, tmp_path):
-    if case == "plugin" and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    if case == "plugin" and importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("with its plugin installed, JAX prints the reason why it does not start")
     wrong, environment, expected = IN_A_PROCESS[case]
     right = [] if case == "checkpoint" else [f"--config.{override}" for override in tiny_overrides(data_dir)]
