@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import io
 import json
 import logging
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -240,9 +242,8 @@ def _read_list(root: epath.Path, split: str) -> list[tuple[str, str]]:
             f"there is no {root / split}.csv or .jsonl. Write one line per image: `path,label` below a header with "
             'these names, or {"path": ..., "label": ...}.'
         )
-    lines = _lines(found[0])
     try:
-        rows = list(csv.DictReader(lines)) if found[0].suffix == ".csv" else [json.loads(line) for line in lines]
+        rows = _csv_rows(found[0]) if found[0].suffix == ".csv" else [json.loads(line) for line in _lines(found[0])]
         for number, row in enumerate(rows, 1):
             if any(row[key] is None or not str(row[key]).strip() for key in ("path", "label")):
                 raise ValueError(f"in image {number}, which has no path or no label")
@@ -255,12 +256,29 @@ def _read_list(root: epath.Path, split: str) -> list[tuple[str, str]]:
                     f"in image {number}, whose label {row['label']!r} is neither a name nor a whole number: write 1 "
                     "for 1.0, or a name such as id1"
                 )
+            if any(not _can_name_a_file(str(row[key])) for key in ("path", "label")):
+                raise ValueError(f"in image {number}, whose path or label has characters that no file's name can have")
         return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"{found[0]} is not a valid list of images: {type(error).__name__} {error}. Each line needs `path` and "
             "`label`."
         ) from error
+
+
+def _csv_rows(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a CSV file that are not blank; a quoted field may have several lines."""
+    reader = csv.DictReader(io.StringIO(_text(path).lstrip(), newline=""), skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    return [row for row in reader if None not in row.values() or any(map(str.strip, filter(None, row.values())))]
+
+
+def _can_name_a_file(text: str) -> bool:
+    """Returns whether a file's name may have all characters of a text: no NUL, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_fraction(label: str | int) -> bool:
@@ -275,14 +293,18 @@ FOLDERS: dict[str, Callable[[epath.Path, str, str], tuple[list[tuple[str, int]],
 }
 
 
-def _lines(path: epath.Path) -> list[str]:
-    """Returns the lines of a text file that are not blank; what is no UTF-8 is Latin-1."""
+def _text(path: epath.Path) -> str:
+    """Returns the text of a file; what is no UTF-8 is Latin-1."""
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")  # Excel writes a mark of the byte order first
+        return data.decode("utf-8-sig")  # Excel writes a mark of the byte order first
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    return [line for line in map(str.strip, text.split("\n")) if line]
+        return data.decode("latin-1")
+
+
+def _lines(path: epath.Path) -> list[str]:
+    """Returns the lines of a text file that are not blank."""
+    return [line for line in map(str.strip, _text(path).split("\n")) if line]
 
 
 def _pairs(path: epath.Path, second: str) -> Iterator[tuple[str, str]]:

@@ -74,8 +74,9 @@ class CentreCrop:
         width, height = image.size
         short = min(width, height)
         scaled = scaled_size(width, height, shorter=self.resize)
-        # The crop's corner is rounded to the nearest even number, as in torchvision.
-        left, top = (round((side - self.size) / 2) for side in scaled)
+        # As in torchvision: the corner is rounded to an even number, and the rest of odd padding goes right and below.
+        over = [side - self.size for side in scaled]
+        left, top = (round(more / 2) if more > 0 else -(-more // 2) for more in over)
         if max(scaled) > _LONGEST * self.size:  # a thin image, whose resized form would take gigabytes
             side = self.size * short / self.resize
             x, y = max(left * short / self.resize, 0), max(top * short / self.resize, 0)

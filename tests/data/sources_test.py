@@ -1,5 +1,6 @@
 """Sources of images: TFDS, Tiny-ImageNet and plain folders, and the errors for missing ones."""
 
+import json
 import re
 
 import numpy as np
@@ -234,6 +235,25 @@ def test_an_odd_number_among_whole_ones_is_named(tmp_path, odd):
     ) as raised:
         open_source("file_list", "train", str(tmp_path))
     assert len(str(raised.value)) < 400
+
+
+def test_a_list_is_read_as_csv_has_it(tmp_path):
+    """Blank lines, spaces around names and fields, quoted commas and line ends, and Windows' ends of lines."""
+    text = '\n \npath , label\r\n\r\n "a,b.png", cat\r\n \t\r\n"c\nd.png",dog \r\n e.png ,"big ""cat"""\n'
+    (tmp_path / "train.csv").write_text(text, newline="")
+    source = open_source("file_list", "train", str(tmp_path))
+    assert source.class_names == ('big "cat"', "cat", "dog")
+    assert [path.removeprefix(f"{tmp_path}/") for path in source.records.paths] == ["a,b.png", "c\nd.png", "e.png"]
+    assert source.records.labels().tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("key", ["path", "label"])
+@pytest.mark.parametrize("wrong", ["a\0b", "a\ud800", "\udfff\ud800"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, key, wrong):
+    rows = [{"path": "a.png", "label": "x"}, {"path": "b.png", "label": "y"} | {key: wrong}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"jsonl is not a valid list of images: .* in image 2, whose path or label has"):
+        open_source("file_list", "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("labels", [["-1", "1", "background"], ["098", "099", "100"], ["1e1", "2e1"], ["12", "1_0"]])

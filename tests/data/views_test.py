@@ -33,6 +33,18 @@ def test_evaluation_is_pillows_resize_and_centre_crop(size, rng):
     np.testing.assert_array_equal(CentreCrop(256, 224)(data), np.asarray(expected))
 
 
+@pytest.mark.parametrize("resize", range(17, 25))
+def test_an_image_below_the_crop_lies_where_torchvisions_padding_puts_it(resize, rng):
+    """torchvision pads (crop - side) // 2 pixels left and above, and the rest right and below."""
+    data = jpeg(rng, 57, 40)
+    scaled = np.asarray(decoded(data).resize((resize * 57 // 40, resize), BILINEAR))
+    height, width = scaled.shape[:2]
+    pads = [((32 - side) // 2, (33 - side) // 2) if side < 32 else (0, 0) for side in (height, width)]
+    padded = np.pad(scaled, [*pads, (0, 0)])
+    top, left = (round((side - 32) / 2.0) for side in padded.shape[:2])
+    np.testing.assert_array_equal(CentreCrop(resize, 32)(data), padded[top : top + 32, left : left + 32])
+
+
 def test_a_fitted_image_is_its_middle_and_one_that_fits_is_untouched(rng):
     data = jpeg(rng, 200, 90)
     middle = decoded(data).resize((32, 32), BILINEAR, box=(55, 0, 145, 90))
