@@ -80,8 +80,10 @@ def _on_standard_input() -> list[str]:
         raise UserError(
             "- reads the paths of images from standard input, which is closed. Pipe them, or name the images."
         )
-    lines = map(os.fsdecode, sys.stdin.buffer)  # a path need not be UTF-8
-    return [path for path in (line.rstrip("\r\n") for line in lines) if path]
+    text = os.fsdecode(sys.stdin.buffer.read())  # a path need not be UTF-8
+    if "\0" in text:
+        raise UserError("- reads a path a line, and got NUL characters. Use find's -print instead of -print0.")
+    return [path for path in (line.rstrip("\r") for line in text.split("\n")) if path]
 
 
 def _matches(pattern: epath.Path) -> Iterator[str]:

@@ -110,6 +110,9 @@ def test_standard_input_names_a_path_a_line_as_it_is(monkeypatch):
     assert find(["-"]) == ["b c.png", "/a/[0]*.png", os.fsdecode(b"caf\xe9.png"), "last"]
     with pytest.raises(UserError, match=r"standard input names no image\."):
         find(["-"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\0b.png\0")))
+    with pytest.raises(UserError, match=r"^- reads a path a line, and got NUL characters\. Use find's -print"):
+        find(["-"])
 
 
 GUESSES = [Guess(2, "light, or white", 0.75), Guess(0, 'the "dark"\nside', 0.25)]
