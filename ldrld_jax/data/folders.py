@@ -256,6 +256,8 @@ def _read_list(root: epath.Path, split: str) -> list[tuple[str, str]]:
                     f"in image {number}, whose label {row['label']!r} is neither a name nor a whole number: write 1 "
                     "for 1.0, or a name such as id1"
                 )
+            if "\n" in str(row["label"]).strip():
+                raise ValueError(f"in image {number}, whose label has several lines: close its quotation mark")
             if any(not _can_name_a_file(str(row[key])) for key in ("path", "label")):
                 raise ValueError(f"in image {number}, whose path or label has characters that no file's name can have")
         return [(str(root / row["path"].strip()), str(row["label"]).strip()) for row in rows]

@@ -168,12 +168,12 @@ def _check_split(name: str, split: str, shards: Mapping[str, Sequence[int]]) -> 
     count = 0
     for part in map(str.strip, split.split("+")):
         whole, _, cut = part.partition("[")
-        number, one = len(shards.get(whole, ())), ":" not in cut
+        number, last = len(shards.get(whole, ())), 0 if ":" in cut else 1
         # TFDS takes the shards that there are.
-        if whole in shards and any(not -number <= int(at) <= number - one for at in re.findall(r"(-?\d+)shard", cut)):
+        if whole in shards and any(not -number <= int(at) <= number - last for at in re.findall(r"(-?\d+)shard", cut)):
             raise UserError(
-                f"the split {part} of {name} leaves the {number:,} shard{'s' * (number > 1)} of {whole}. Choose a "
-                "smaller one."
+                f"the split {part} of {name} goes beyond the {number:,} shard{'s' * (number > 1)} of {whole}. Choose a "
+                "slice within them."
             )
         try:
             sizes = [end - start for _, start, end in ranges_of(part, shards)]
@@ -182,11 +182,11 @@ def _check_split(name: str, split: str, shards: Mapping[str, Sequence[int]]) -> 
                 raise unknown(f"split of {name}", split, shards) from None
             if _SLICE.fullmatch(cut) is None:
                 raise UserError(
-                    f"the split {part} of {name} is no slice from one image to another. Write {whole}[:90%], "
+                    f"the split {part} of {name} is not a valid slice. Write {whole}[:90%], "
                     f"{whole}[100:200] or {whole}[:2shard]."
                 ) from None
             raise UserError(
-                f"the split {part} of {name} leaves the {sum(shards[whole]):,} images of {whole}. Choose a slice "
+                f"the split {part} of {name} goes beyond the {sum(shards[whole]):,} images of {whole}. Choose a slice "
                 "within them."
             ) from None
         if min(sizes, default=0) < 0:  # TFDS takes an end before the start off the other parts

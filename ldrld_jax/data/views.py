@@ -74,7 +74,7 @@ class CentreCrop:
         width, height = image.size
         short = min(width, height)
         scaled = scaled_size(width, height, shorter=self.resize)
-        # As in torchvision: the corner is rounded to an even number, and the rest of odd padding goes right and below.
+        # As in torchvision: halves are rounded to even, and the extra pixel of odd padding goes right and below.
         over = [side - self.size for side in scaled]
         left, top = (round(more / 2) if more > 0 else -(-more // 2) for more in over)
         if max(scaled) > _LONGEST * self.size:  # a thin image, whose resized form would take gigabytes

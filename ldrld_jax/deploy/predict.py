@@ -82,7 +82,7 @@ def _on_standard_input() -> list[str]:
         )
     text = os.fsdecode(sys.stdin.buffer.read())  # a path need not be UTF-8
     if "\0" in text:
-        raise UserError("- reads a path a line, and got NUL characters. Use find's -print instead of -print0.")
+        raise UserError("- reads one path per line, but got NUL characters. Use find -print, not -print0.")
     return [path for path in (line.rstrip("\r") for line in text.split("\n")) if path]
 
 

@@ -163,7 +163,7 @@ def luminet_parts(
 
     with the population variance. The statistics span the batch, so the loss is not a mean over examples. A
     single row gives 0. A class that is constant over the batch is divided by .003, so its gradients are large.
-    In float32, logits beyond 2.3e18 count as that, so that no variance overflows.
+    In float32, logits are clipped to +-2.3e18, so that no variance overflows.
 
     Args:
       teacher_logits: `[..., C]`, any float dtype; no gradient flows into it.

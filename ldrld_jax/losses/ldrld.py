@@ -127,7 +127,7 @@ def _terms_of_rows(
     # Only differences matter. Taken before the division by T, they are exact for close logits. They are to the
     # largest, since the first may be ruled out on this side, and nothing is left of differences to -1e30.
     local = chosen - jax.lax.stop_gradient(jnp.max(chosen, axis=1, keepdims=True))
-    # Cut off, but with their slope, where a pair's difference of the two sides would be infinite.
+    # Clipped, with the gradient passed through, where the difference of the two sides would overflow.
     lowest = min(cfg.temperature / 4, 1.0) * float(jnp.finfo(local.dtype).min)
     local = (local + jax.lax.stop_gradient(jnp.maximum(local, lowest) - local)) / cfg.temperature
     pairs, integrity = _pairs(*local, cfg), _integrity(*local)

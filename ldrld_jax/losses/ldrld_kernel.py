@@ -105,7 +105,7 @@ def _add_to_rest(rest: _Rest, teacher: jax.Array, student: jax.Array, kept: jax.
     teacher_max, teacher_moved, shrink, p, p_sum = exponentials(teacher, rest.teacher_max, rest.teacher_sum)
     student_max, student_moved, _, _, q_sum = exponentials(student, rest.student_max, rest.student_sum)
     before = shrink * (rest.difference + rest.teacher_sum * (teacher_moved - student_moved))
-    before = jnp.where(shrink == 0, jnp.zeros_like(before), before)  # of logits near float32's ends 0 times infinity
+    before = jnp.where(shrink == 0, jnp.zeros_like(before), before)  # else 0 * inf near float32's limit
     # p is 0 where a class is not kept, which alone may be above the maximum.
     shifted = [jnp.minimum(z - z_max, 0.0) for z, z_max in ((teacher, teacher_max), (student, student_max))]
     difference = before + _rowwise_sum(p * (shifted[0] - shifted[1]))

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ldrld_jax.errors import UserError
+
 _muted = False
 _NARROW = 60  # columns
 _TICK_SECONDS = 1.0
@@ -64,6 +66,7 @@ def answer(text: str, *, verbatim: bool = False) -> None:
 
     Raises:
       OSError: if this text or an earlier one cannot be written. A pipe whose reader has left is no error.
+      UserError: if a verbatim text has a character that the output's encoding lacks.
     """
     if _muted:
         return
@@ -73,8 +76,11 @@ def answer(text: str, *, verbatim: bool = False) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         tqdm.write(text if verbatim else printable(text, encoding), file=sys.stdout)
         sys.stdout.flush()
-    except UnicodeError:  # a ValueError as well, and no reason to print nothing more
-        raise
+    except UnicodeEncodeError as error:  # a ValueError as well, and no reason to print nothing more
+        raise UserError(
+            f"standard output is {encoding}, which has no {error.object[error.start]!r}. Set "
+            "PYTHONIOENCODING=utf-8:surrogateescape."
+        ) from error
     except (OSError, ValueError) as error:  # a full disk, a reader or terminal that has gone, or the stream is closed
         sys.stdout = _Nowhere(error)
     if isinstance(sys.stdout, _Nowhere) and not isinstance(sys.stdout.why, ConnectionError):
@@ -104,7 +110,7 @@ def on_terminal() -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose help is an answer."""
+    """Parser that prints its help by `answer`."""
 
     def print_help(self, file: Any = None) -> None:
         if file is not None:

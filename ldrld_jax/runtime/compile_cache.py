@@ -15,7 +15,7 @@ from ldrld_jax.files import check_remote, expand_home, is_local
 logger = logging.getLogger("ldrld_jax")
 
 
-_ours: set[str] = set()  # folders that JAX was given here, not by the user
+_given: str | None = None  # the folder that JAX has from here; any other is the user's
 
 
 @contextlib.contextmanager
@@ -30,14 +30,16 @@ def keep_compiled(folder: str) -> Iterator[None]:
       folder: created if missing; "" caches nothing. If it cannot be written, a warning is logged.
     """
     before = _folder()
-    if before and before not in _ours:
+    if before and before != _given:
         yield
         return
-    _set(_opened(folder))
+    own = _opened(folder)
+    _set(own)
     try:
         yield
     finally:
-        _set(before)
+        if _folder() == own:  # else the user has set another one meanwhile
+            _set(before)
 
 
 def _folder() -> str | None:
@@ -45,8 +47,9 @@ def _folder() -> str | None:
 
 
 def _set(folder: str | None) -> None:
+    global _given
+    _given = folder
     if folder != _folder():
-        _ours.update({folder} if folder else ())
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # JAX would keep the one that it has opened
 

@@ -1,5 +1,6 @@
 """Runs several processes as one: connects them, and ends all of them when one dies."""
 
+import atexit
 import collections
 import contextlib
 import itertools
@@ -92,6 +93,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         if isinstance(error, jax.errors.JaxRuntimeError):  # probably a dead peer:
             time.sleep(2 * _GRACE_SECONDS)  # the lifeline reports it better, and ends this process
         lifeline.cut()
+        atexit.register(exit_with, 1)  # after Python's stack trace: JAX's own end would wait for the others
         raise
     _leave(lifeline)
 
@@ -115,7 +117,7 @@ def _check_devices() -> None:
 
 
 def check_same(config: Mapping[str, Any]) -> None:
-    """Raises a UserError, an _ErrorOfAll, unless all processes have the same keys and values of JSON.
+    """Raises an _ErrorOfAll unless all processes have the same keys and values of JSON.
 
     With another seed they would train different weights, and with another number of epochs wait for each other for
     ever.
@@ -244,10 +246,8 @@ class _Lifeline:
     def _watch(self, peer: int, end: socket.socket) -> None:
         end.settimeout(None)
         said = _message(end)
-        if said == _GOODBYE:
-            return
         dead = peer if said is None else said
-        if self._reporting.acquire(blocking=False):
+        if said != _GOODBYE and self._reporting.acquire(blocking=False):
             self._send(dead)
             if said is not None:
                 time.sleep(_GRACE_SECONDS)  # lets this process report an error common to all

@@ -18,12 +18,12 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
       signum: the signal's number.
-      step: the last saved step; 0 if there is none, None if the run was complete.
+      step: the last saved step; 0 if there is none, None if nothing is left to resume.
     """
 
     def __init__(self, signum: int, step: int | None):
         saved = f"the state after step {step} is saved; the same command resumes."
-        done = "everything was done." if step is None else "there was nothing to save yet."
+        done = "the work in hand was completed." if step is None else "there was nothing to save yet."
         super().__init__(f"{_name(signum)}: {saved if step else done}")
         self.exit_code = 128 + signum
 
@@ -50,7 +50,7 @@ class Signals:
             raise Interrupted(self.received, 0)
 
     def end(self) -> None:
-        """Raises Interrupted if a signal was received during a run that is complete now."""
+        """Raises Interrupted if a signal was received during work that is complete now."""
         if self.received is not None:
             raise Interrupted(self.received, None)
         self.in_time = False
@@ -66,7 +66,7 @@ class Signals:
 def catch_signals(leave_within: float | None = None) -> Iterator[Signals]:
     """Catches the signals inside the block, except a SIGHUP that is ignored already, as under `nohup`.
 
-    A signal that the block took no notice of raises Interrupted at its end: the caller may have more to do.
+    If the block ends without acting on a signal, Interrupted is raised then, so that its caller stops too.
 
     Outside the main thread this is impossible, and it does nothing.
 

@@ -397,7 +397,6 @@ def _train(
         summary = fit(run, student, teacher, signals, role, profile)
     if role == "student":
         say(f"\n{summary_table(summary, str(workdir))}")
-    signals.end()
     return summary
 
 
@@ -419,6 +418,7 @@ def _train_teacher(recipe: ConfigDict, workdir: epath.Path, *, signals: Signals,
     while True:
         try:
             _train(config_lib.resolve(recipe), workdir, signals, "teacher", given)
+            signals.end()
             return
         except LockedError:
             if jax.process_count() > 1:

@@ -174,7 +174,7 @@ def test_a_split_without_images_is_told_from_one_that_is_not_there(data_dir):
 
 @pytest.mark.parametrize("part", ["train[1430:1440]", "train[2000:]", "train[-1500:]", "train[:150%]"])
 def test_a_slice_beyond_the_end_is_told_how_many_images_there_are(data_dir, part):
-    message = f"the split {part} of digits leaves the 1,438 images of train. Choose a slice within them."
+    message = f"the split {part} of digits goes beyond the 1,438 images of train. Choose a slice within them."
     for split in (part, f"test+{part}"):
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
             open_source("digits", split, data_dir)
@@ -184,7 +184,7 @@ def test_a_slice_beyond_the_end_is_told_how_many_images_there_are(data_dir, part
     "part", ["train[3]", "train[::2]", "train[-1]", "train[1:9:2]", "train[1.5:9]", "train[:9", "train[:]"]
 )
 def test_what_is_no_slice_is_told_how_to_write_one(data_dir, part):
-    message = f"the split {part} of digits is no slice from one image to another. Write train[:90%], train[100:200] or"
+    message = f"the split {part} of digits is not a valid slice. Write train[:90%], train[100:200] or"
     with pytest.raises(UserError, match=f"^{re.escape(message)} "):
         open_source("digits", f"test+{part}", data_dir)
 
@@ -193,7 +193,7 @@ def test_what_is_no_slice_is_told_how_to_write_one(data_dir, part):
     "part", ["train[:2shard]", "train[5shard:]", "train[-2shard:]", "train[:-2shard]", "train[1shard]"]
 )
 def test_a_slice_beyond_the_shards_is_told_how_many_there_are(data_dir, part):
-    message = f"the split {part} of digits leaves the 1 shard of train. Choose a smaller one."
+    message = f"the split {part} of digits goes beyond the 1 shard of train. Choose a slice within them."
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         open_source("digits", part, data_dir)
     for whole in ("train[:1shard]", "train[-1shard:]", "train[0shard]", "train[-1shard]"):
@@ -245,6 +245,13 @@ def test_a_list_is_read_as_csv_has_it(tmp_path):
     assert source.class_names == ('big "cat"', "cat", "dog")
     assert [path.removeprefix(f"{tmp_path}/") for path in source.records.paths] == ["a,b.png", "c\nd.png", "e.png"]
     assert source.records.labels().tolist() == [1, 2, 0]
+
+
+def test_a_quotation_mark_that_is_not_closed_loses_no_image(tmp_path):
+    for row in ('"b.png,dog', 'b.png,"dog', 'b.png,"dog""'):
+        (tmp_path / "train.csv").write_text(f"path,label\na.png,cat\n{row}\nc.png,cat\n")
+        with pytest.raises(UserError, match=r"in image 2, (which has no path|whose label has several lines)"):
+            open_source("file_list", "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("key", ["path", "label"])

@@ -111,7 +111,7 @@ def test_standard_input_names_a_path_a_line_as_it_is(monkeypatch):
     with pytest.raises(UserError, match=r"standard input names no image\."):
         find(["-"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.png\0b.png\0")))
-    with pytest.raises(UserError, match=r"^- reads a path a line, and got NUL characters\. Use find's -print"):
+    with pytest.raises(UserError, match=r"^- reads one path per line, but got NUL characters\. Use find -print, not"):
         find(["-"])
 
 

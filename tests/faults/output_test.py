@@ -17,6 +17,7 @@ from ldrld_jax.aot import report as aot
 from ldrld_jax.bench import step
 from ldrld_jax.data import speed
 from ldrld_jax.deploy import export, predict
+from ldrld_jax.errors import UserError
 from ldrld_jax.record import console
 from ldrld_jax.report import __main__ as report
 from ldrld_jax.runtime.signals import Interrupted
@@ -146,6 +147,13 @@ def test_what_a_shell_reads_is_as_it_is(capsys):
     console.answer("a\tb", verbatim=True)
     console.answer("a\tb")
     assert capsys.readouterr().out == "a\tb\na\\tb\n"
+
+
+def test_what_a_shell_reads_is_refused_where_the_encoding_lacks_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    console.answer("caf\xe9")  # shown as escaped
+    with pytest.raises(UserError, match=r"^standard output is ascii, which has no 'é'\. Set PYTHONIOENCODING="):
+        console.answer("caf\xe9", verbatim=True)
 
 
 @pytest.mark.parametrize(

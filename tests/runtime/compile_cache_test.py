@@ -79,6 +79,21 @@ def test_a_run_within_another_has_its_own_and_gives_the_other_one_back(nowhere, 
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_folder_that_a_run_had_may_be_the_users_afterwards(nowhere, tmp_path):
+    with keep_compiled(str(tmp_path / "a")):
+        pass
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "a"))
+    for folder in (str(tmp_path / "b"), ""):
+        with keep_compiled(folder):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a")
+
+
+def test_what_the_user_chooses_during_a_run_stays(nowhere, tmp_path):
+    with keep_compiled(str(tmp_path / "a")):
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
 class Seen(BaseException):
     """The folder that a run had for its programs."""
 

@@ -156,14 +156,16 @@ def test_other_commands_in_processes_that_differ_are_refused_before_they_compute
 
 
 @pytest.mark.parametrize(
-    ("ending", "end", "status"),
+    ("ending", "end", "status", "others"),
     [
-        (0, "raise UserError('mine alone.')", 2),
-        (1, "raise UserError('mine alone.')", 2),
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        (0, "raise UserError('mine alone.')", 2, "hosts.together('a collective that one of them misses')"),
+        (0, "raise UserError('mine alone.')", 2, "pass"),  # they are done, and wait for process 0 alone
+        (0, "raise RuntimeError('mine alone.')", 1, "time.sleep(60)"),
+        (1, "raise UserError('mine alone.')", 2, "time.sleep(60)"),
+        (1, "os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, "time.sleep(60)"),
     ],
 )
-def test_the_end_of_one_process_is_one_line_of_each_other(ending, end, status):
+def test_the_end_of_one_process_is_one_line_of_each_other(ending, end, status, others):
     code = f"""
 import os, signal, sys, time
 from ldrld_jax.errors import UserError
@@ -174,7 +176,7 @@ try:
         if me == {ending}:
             time.sleep(0.5)
             {end}
-        hosts.together("a collective that one of them misses")
+        {others}
 except UserError as error:
     print(f"ldrld_jax: {{error}}", file=sys.stderr)
     hosts.exit_with(2)
@@ -231,7 +233,10 @@ with contextlib.suppress(KeyboardInterrupt), catch_signals_of_all() as signals:
 
 def test_a_signal_for_all_after_the_last_step_ends_the_caller_too(monkeypatch):
     monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda number: True)
-    with pytest.raises(Interrupted, match=r"^SIGTERM: everything was done\.$"), hosts.catch_signals_of_all() as signals:
+    with (
+        pytest.raises(Interrupted, match=r"^SIGTERM: the work in hand was completed\.$"),
+        hosts.catch_signals_of_all() as signals,
+    ):
         assert signals.stop_at(6)
 
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_noted_and_the_second_interrupts(signum):
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted, match="everything was done"), catch_signals() as signals:
+    with pytest.raises(Interrupted, match="the work in hand was completed"), catch_signals() as signals:
         assert not signals.stop_at(1)
         os.kill(os.getpid(), signum)
         assert (signals.received, signals.stop_at(1)) == (signum, True)
@@ -30,7 +30,10 @@ def test_the_first_signal_is_noted_and_the_second_interrupts(signum):
 def test_a_signal_that_nobody_asked_for_is_raised_at_the_end(signum, code):
     before = signal.signal(signum, signal.SIG_DFL)  # the suite itself may run under nohup
     try:
-        with pytest.raises(Interrupted, match=f"^{signum.name}: everything was done") as raised, catch_signals():
+        with (
+            pytest.raises(Interrupted, match=f"^{signum.name}: the work in hand was completed") as raised,
+            catch_signals(),
+        ):
             os.kill(os.getpid(), signum)
         assert raised.value.exit_code == code
         with pytest.raises(ValueError, match="first"), catch_signals():

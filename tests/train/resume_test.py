@@ -112,14 +112,14 @@ def test_a_signal_after_the_last_evaluation_ends_the_caller_with_the_run_complet
 ):
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, call, terminate)
-        with pytest.raises(Interrupted, match=r"^SIGTERM: everything was done\.$"):
+        with pytest.raises(Interrupted, match=r"^SIGTERM: the work in hand was completed\.$"):
             trainer.train(tiny(*FLAGS), tmp_path / "run", leave_within=60.0)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last_epoch"] == 2
     assert_same(tmp_path / "run", straight)
     with monkeypatch.context() as patch:  # nor is it lost while a complete run is looked up
         at_call(patch, trainer, "counted", 1, terminate)
-        with pytest.raises(Interrupted, match="everything was done"):
+        with pytest.raises(Interrupted, match="the work in hand was completed"):
             trainer.train(tiny(*FLAGS), tmp_path / "run")
     assert trainer.train(tiny(*FLAGS), tmp_path / "run") == summary
 
@@ -128,7 +128,7 @@ def test_a_signal_when_the_teacher_is_complete_begins_no_student(tiny, tmp_path,
     config = tiny("method=kd", "teacher.model=tiny_net", "teacher.epochs=1", *FLAGS)
     with monkeypatch.context() as patch:
         at_call(patch, loop, "_summary", 1, terminate)
-        with pytest.raises(Interrupted, match="everything was done"):
+        with pytest.raises(Interrupted, match="the work in hand was completed"):
             trainer.train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["teacher"]
     assert (tmp_path / "run" / "teacher" / "summary.json").exists()
@@ -138,9 +138,10 @@ def test_a_signal_has_no_deadline_once_the_last_step_is_saved(tiny, tmp_path, mo
     seen = []
     signals = Signals()
     monkeypatch.setattr(trainer, "catch_signals", lambda _: contextlib.nullcontext(signals))
-    at_call(monkeypatch, loop, "_summary", 1, lambda: seen.append(signals.in_time))
-    trainer.train(tiny(*FLAGS), tmp_path)
-    assert (seen, signals.in_time) == ([True], False)  # a teacher's signals are the student's
+    at_call(monkeypatch, loop, "_summary", 1, lambda: seen.append(signals.in_time))  # of the teacher
+    at_call(monkeypatch, loop, "make_step", 2, lambda: seen.append(signals.in_time))  # of the student, whose signals
+    trainer.train(tiny("method=kd", "teacher.model=tiny_net", "teacher.epochs=1", *FLAGS), tmp_path)  # are the same
+    assert seen == [True, False]
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tiny, teacher_dir, tmp_path, monkeypatch):
