@@ -283,9 +283,10 @@ def _bench(args: argparse.Namespace, config: "ConfigDict") -> None:
 
 
 def _bench_data(args: argparse.Namespace, config: "ConfigDict") -> None:
+    from ldrld_jax import config as config_lib
     from ldrld_jax.data import speed
 
-    answer(speed.report(config.data, batch_size=config.batch_size))
+    answer(speed.report(config.data, batch_size=config.batch_size, views=config_lib.views(config)))
 
 
 def _decode(args: argparse.Namespace, config: "ConfigDict") -> None:

@@ -135,7 +135,9 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _logits(run: Run) -> jax.ShapeDtypeStruct | TopLogits:
     """Returns a batch of the teacher's logits as stored, or as a teacher outside of JAX gives them."""
-    shape = (*_batch(run)["label"].shape, len(run.batches.source.class_names))
+    rows, *labels = _batch(run)["label"].shape
+    views = [run.batches.views] if run.batches.views > 1 else []
+    shape = (rows, *views, *labels, len(run.batches.source.class_names))
     dtype, top_k = jnp.dtype(run.config.logits.get("dtype", "float32")), run.config.logits.get("top_k")
     if top_k is None:
         return _struct(shape, dtype, run, "data")

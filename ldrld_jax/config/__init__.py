@@ -18,6 +18,7 @@ from ldrld_jax.config.resolve import (
     teacher_runs,
     teaches_from_file,
     teaches_itself,
+    views,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "teacher_runs",
     "teaches_from_file",
     "teaches_itself",
+    "views",
 ]

@@ -194,6 +194,16 @@ def method_config(config: ConfigDict, name: str) -> Any:
         raise UserError(f"loss.{name}: {error}") from error
 
 
+def views(config: ConfigDict, given: Methods = NONE) -> int:
+    """Returns the number of views of an image that the methods of a config compare; it need not be resolved."""
+
+    def of(name: str) -> int:
+        method = method_of(name, given)
+        return method.views(method_config(config, name) if name in METHODS else method.config())
+
+    return max(map(of, method_names(config, given)), default=1)
+
+
 def teaches_from_file(config: Mapping[str, Any]) -> bool:
     """Returns whether the teacher of a resolved config is a file of logits."""
     return config["teacher"].get("model") == _FILE

@@ -70,15 +70,15 @@ def measure(data: ConfigDict, batches: TrainBatches, seconds: float = _SECONDS) 
     return rates
 
 
-def report(data: ConfigDict, *, batch_size: int) -> str:
-    """Formats the result of `measure` as a readable table."""
-    batches = make_train_batches(data, batch_size=batch_size, seed=0)
+def report(data: ConfigDict, *, batch_size: int, views: int = 1) -> str:
+    """Formats the result of `measure` as a readable table; a batch has `views` views of each image."""
+    batches = make_train_batches(data, batch_size=batch_size, seed=0, views=views)
     rates = measure(data, batches)
     how = {
         "read": "encoded images from the disk, one thread",
         "decode": "read and fully decoded, one thread",
         "augment": "read, cropped, resized, flipped, one thread",
-        "pipeline": f"batches of {batch_size}, loader {data.loader}"
+        "pipeline": f"batches of {batch_size}{f', {views} views each' * (views > 1)}, loader {data.loader}"
         + (
             f", {makers(batches.source, **made_by(data), size=batch_bytes(batches))}" if data.loader == "stream" else ""
         ),

@@ -174,9 +174,12 @@ def row_weights(
     if where is not None:
         kept = jnp.where(check_rows("where", where, shape), kept, jnp.zeros((), dtype))
     if weights is not None and not isinstance(kept, jax.core.Tracer):
-        wrong = ~((kept >= 0) & (kept < jnp.inf))
-        if wrong.any():
-            raise ValueError(f"weights must be finite and not negative, got {kept[wrong][0]}. Leave rows out by where.")
+        with jax.ensure_compile_time_eval():  # the values are known, perhaps as constants of a function that is traced
+            wrong = ~((kept >= 0) & (kept < jnp.inf))
+            if wrong.any():
+                raise ValueError(
+                    f"weights must be finite and not negative, got {kept[wrong][0]}. Leave rows out by where."
+                )
     return kept
 
 

@@ -126,7 +126,8 @@ def _check_parts(config: ConfigDict, given: Given, problems: _Lines) -> None:
     problems.from_(lambda: make_mesh(config.mesh.data, config.mesh.model))
     problems.from_(lambda: make_objective(config, given.methods))
     problems.from_(lambda: given.optimizer or make_optimizer(config.optim, jnp.zeros_like))
-    batches = problems.from_(lambda: make_train_batches(config.data, **data))  # type: ignore[arg-type]
+    views = problems.from_(lambda: config_lib.views(config, given.methods)) or 1
+    batches = problems.from_(lambda: make_train_batches(config.data, views=views, **data))  # type: ignore[arg-type]
     evaluated = problems.from_(lambda: open_evaluation(config, given))
     source = batches.source if batches is not None else evaluated
     if source is None:
@@ -134,7 +135,8 @@ def _check_parts(config: ConfigDict, given: Given, problems: _Lines) -> None:
     networks = Networks.of(source, config.precision, given.models)
     student, teacher = config.student, config.teacher
     models = [(student.model, student.checkpoint, config.data)]
-    if teacher and not config_lib.teaches_itself(config) and not config_lib.teaches_from_file(config):
+    outside = config_lib.teaches_from_file(config) or given.host_teacher(config) is not None
+    if teacher and not config_lib.teaches_itself(config) and not outside:
         names = config_lib.teacher_models(config)
         paths: list[Any] = config_lib.teacher_checkpoints(config) or [None] * len(names)
         models += [(name, path, teacher.data) for name, path in zip(names, paths, strict=False)]

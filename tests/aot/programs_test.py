@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ldrld_jax import config as config_lib
 from ldrld_jax.aot import cost
 from ldrld_jax.aot.programs import programs_of
+from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.train.plan import Run
 
 
@@ -28,6 +30,17 @@ def test_the_step_takes_logits_in_the_form_in_which_the_teacher_stores_them(tiny
     step = programs["train step" if together == 1 else "2 train steps"]
     state, _ = jax.eval_shape(step.jitted, *step.arguments.values())
     assert shapes(state) == shapes(step.arguments["state"])
+
+
+HOST = HostTeacher(lambda images: np.zeros((len(images), 10), np.float32), name="host")
+
+
+@pytest.mark.parametrize(("method", "views"), [("kd", ()), ("sld", (2,)), ("kd+sld", (2,))])
+def test_the_step_takes_a_host_teachers_logits_of_each_view(tiny, tmp_path, method, views):
+    config = config_lib.resolve(tiny(f"method={method}", f"teacher.model={__name__}:HOST"))
+    step = next(p for p in programs_of(Run.plan(config, tmp_path / "run")) if p.name == "train step")
+    assert step.arguments["batch"]["teacher_logits"].shape == (40, *views, 10)
+    jax.eval_shape(step.jitted, *step.arguments.values())
 
 
 def test_what_a_store_leaves_in_memory_beside_a_program_is_counted_once(tiny, tmp_path):

@@ -37,6 +37,17 @@ def test_the_command_line_prints_a_table(data_dir, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_the_table_is_of_the_views_that_the_method_compares(data_dir, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ldrld_jax.data.speed.rate", lambda work, seconds: seen.append(work()) or 1.0)
+    common = ["--mode=bench_data", f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path / 'run'}"]
+    assert main_lib.main([*common, "--config.method=kd+sld"]) == 0
+    assert seen[-1]["image"].shape == (64, 2, 8, 8, 1)
+    assert "batches of 64, 2 views each, loader stream" in capsys.readouterr().out
+    assert main_lib.main([*common, "--config.method=sld", "--config.data.loader=resident"]) == 2
+    assert "data.loader=resident makes one view of an image, not 2" in capsys.readouterr().err
+
+
 class Clock:
     """Time that passes only where it is told to."""
 

@@ -115,6 +115,24 @@ def test_weights_are_real_and_masks_have_the_shape_of_the_rows():
     assert mean_over_rows(jnp.arange(3.0), where=[True, False, True]) == 1.0
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_weights_may_be_constants_of_a_jitted_function_and_are_checked_there(name):
+    method = METHODS[name]
+    cfg, rng = method.config(), np.random.default_rng(0)
+    shape = lead(method, cfg, 4)
+    rows = rng.normal(size=(2, *shape, 12)).astype(np.float32)
+    labels, params = np.broadcast_to(np.arange(4), shape), given(method, cfg, 12)
+
+    def loss(weights):
+        return jax.jit(lambda student: method.loss(rows[0], student, labels, cfg, params=params, weights=weights))
+
+    np.testing.assert_allclose(
+        loss(jnp.ones(shape))(rows[1]), method.loss(*rows, labels, cfg, params=params), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"^weights must be finite and not negative, got -1\.0\."):
+        loss(-jnp.ones(shape))(rows[1])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_users_loss_is_computed_and_averaged_in_float32(dtype, strict_dtypes):
     method = as_method(lambda teacher, student, labels: jnp.sum((teacher - student) ** 2, axis=-1))

@@ -9,6 +9,7 @@ import pytest
 from ldrld_jax import main as main_lib
 from ldrld_jax.data.folders import FolderRecords
 from ldrld_jax.errors import UserError
+from ldrld_jax.interop.host_teacher import HostTeacher
 from ldrld_jax.train import check as check_lib
 from ldrld_jax.train import trainer
 from ldrld_jax.train.check import check
@@ -85,6 +86,16 @@ def test_beside_what_the_plan_stops_at_each_part_is_looked_at(tiny, tmp_path):
     first, second = check(tiny(*wrong), tmp_path / "run")
     assert first.startswith("there is no model 'resnet9'")
     assert second.startswith("there is no model 'resnet8x5'")
+
+
+HOST = HostTeacher(lambda images: np.zeros((len(images), 10), np.float32), name="host")
+
+
+def test_a_teacher_on_the_host_is_no_model_whatever_else_is_wrong(tiny, tmp_path):
+    config = tiny("method=kd", f"teacher.model={__name__}:HOST", "data.mixup=.2", "optim.name=nosuch")
+    mixup, optimizer = check(config, tmp_path / "run")
+    assert mixup.startswith("the teacher host runs on the host, and data.mixup blends")
+    assert optimizer.startswith("there is no optim.name 'nosuch'")
 
 
 @pytest.mark.parametrize(("on_error", "count"), [("raise", 12), ("skip", 12), ("skip", 1)])
