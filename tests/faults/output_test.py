@@ -92,7 +92,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(predict, "predict", lambda student, paths, top_k: [(path, []) for path in paths])
     monkeypatch.setattr(aot, "costs_of", lambda config, target: [])
     monkeypatch.setattr(step, "measure", lambda config, profile: "a step takes 3 ms")
-    monkeypatch.setattr(speed, "report", lambda data, batch_size: "1,000 images/s")
+    monkeypatch.setattr(speed, "report", lambda data, batch_size, views: "1,000 images/s")
 
 
 def ended(argv) -> int:

@@ -44,7 +44,7 @@ def overrides_of(data_dir: str, *more: str) -> list[str]:
 
 
 def free_address() -> str:
-    """A `host:port` on which nothing listens."""
+    """Returns a `host:port` on which nothing listens."""
     with socket.create_server(("localhost", 0)) as server:
         return f"localhost:{server.getsockname()[1]}"
 
