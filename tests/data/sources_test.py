@@ -238,7 +238,7 @@ def test_an_odd_number_among_whole_ones_is_named(tmp_path, odd):
 
 
 def test_a_list_is_read_as_csv_has_it(tmp_path):
-    """Blank lines, spaces around names and fields, quoted commas and line ends, and Windows' ends of lines."""
+    """Reads blank lines, spaces around names and fields, quoted commas and line ends, and Windows' ends of lines."""
     text = '\n \npath , label\r\n\r\n "a,b.png", cat\r\n \t\r\n"c\nd.png",dog \r\n e.png ,"big ""cat"""\n'
     (tmp_path / "train.csv").write_text(text, newline="")
     source = open_source("file_list", "train", str(tmp_path))

@@ -35,7 +35,7 @@ def test_evaluation_is_pillows_resize_and_centre_crop(size, rng):
 
 @pytest.mark.parametrize("resize", range(17, 25))
 def test_an_image_below_the_crop_lies_where_torchvisions_padding_puts_it(resize, rng):
-    """torchvision pads (crop - side) // 2 pixels left and above, and the rest right and below."""
+    """Expects torchvision's padding: (crop - side) // 2 pixels left and above, the rest right and below."""
     data = jpeg(rng, 57, 40)
     scaled = np.asarray(decoded(data).resize((resize * 57 // 40, resize), BILINEAR))
     height, width = scaled.shape[:2]

@@ -84,7 +84,7 @@ ANSWERS = {
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Commands whose work is done already; `check` has said a line before its answer."""
+    """Makes commands whose work is done at once; `check` says a line before its answer."""
     monkeypatch.setattr(trainer.Trainer, "check", lambda self: console.say("data  fine") or [])
     monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: {"top1": 50.0})
     monkeypatch.setattr(export, "student_of", lambda *given: [None])

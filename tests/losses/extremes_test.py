@@ -206,7 +206,7 @@ def test_rows_whose_spread_no_float32_holds_are_no_nan_and_have_gradients_where_
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("classes", [6, 1100], ids=["one block", "two blocks"])
 def test_ldrlds_remainder_of_logits_near_float32s_limit_is_that_of_float64(implementation, classes):
-    """Both sides have a class that the other one's maximum lies twice the range of float32 away from."""
+    """Compares rows in which each side has a class that is twice float32's range away from the other's maximum."""
     cfg, between = LDRLDConfig(depth=3), [0.0] * (classes - 6)
     teacher = np.array([[1e30, 0, 0, *between, 0.5, 0.5, 3.3e38]], np.float32)
     student = np.array([[3.3e38, 3, 3, *between, 0, 0, 1]], np.float32)
@@ -234,7 +234,7 @@ def test_ldrld_of_any_float32_is_a_number_and_has_a_gradient_where_it_is_finite(
 
 
 def test_luminet_of_classes_near_float32s_limit_is_that_of_float64(rng):
-    """A class of any size is standardised; its mean, its variance and their slopes do not overflow."""
+    """Standardises classes of any size: mean, variance and their slopes do not overflow."""
     rows = rng.normal(size=(2, 40, 5)).astype(np.float32)
     rows[0, :, 0], rows[1, :, 0] = (rng.choice(np.float32([3.3e38, -3.3e38]), size=40) for _ in range(2))
     rows[:, :, 1] *= np.float32(1e17)

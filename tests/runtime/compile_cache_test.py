@@ -95,7 +95,7 @@ def test_what_the_user_chooses_during_a_run_stays(nowhere, tmp_path):
 
 
 class Seen(BaseException):
-    """The folder that a run had for its programs."""
+    """Folder that a run had for its programs."""
 
 
 def seen(*args, **options):

@@ -312,7 +312,7 @@ def test_a_file_of_logits_in_another_order_is_said(make, digits, tmp_path):
 
 @pytest.mark.parametrize("remainder", ["keep", "drop"])
 def test_a_teacher_on_the_host_is_given_examples_alone_also_for_a_store(make, digits, tmp_path, remainder):
-    """The teacher depends on the whole batch, and has no logits for an image that is all black, as padding is."""
+    """Uses a teacher that depends on the whole batch and has no logits for a black image, as padding is."""
     weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
     seen = []
 

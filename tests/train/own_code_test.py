@@ -233,7 +233,7 @@ def test_a_function_that_returns_no_writer_is_named_before_the_first_step(own, c
 
 
 def test_a_writer_that_cannot_be_made_is_named_before_the_teacher_is_trained(own, capsys):
-    """The teacher's run has the same writers."""
+    """Fails before the teacher trains, whose run has the same writers."""
     (own / "own.py").write_text(OWN + "\ndef fails(workdir):\n    raise ConnectionError('no server at 8080')\n")
     flags = {"teacher.model": "own:make_net", "teacher.epochs": 2, "teacher.min_top1": 0, "method": "kd"}
     assert command(**flags, **{"log.writers": "own:fails"}) == 2
