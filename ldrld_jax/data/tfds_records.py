@@ -164,13 +164,14 @@ def ranges_of(split: str, shards: Mapping[str, Sequence[int]]) -> list[tuple[str
 
 
 def _check_split(name: str, split: str, shards: Mapping[str, Sequence[int]]) -> None:
-    """Raises a UserError if a split is unknown, leaves the images or shards that there are, or has none."""
+    """Raises a UserError if a split is unknown, goes beyond its images or shards, or has no images."""
     count = 0
     for part in map(str.strip, split.split("+")):
         whole, _, cut = part.partition("[")
-        number, last = len(shards.get(whole, ())), 0 if ":" in cut else 1
-        # TFDS takes the shards that there are.
-        if whole in shards and any(not -number <= int(at) <= number - last for at in re.findall(r"(-?\d+)shard", cut)):
+        number = len(shards.get(whole, ()))
+        highest = number if ":" in cut else number - 1  # the end of a slice, or a shard's own index
+        # TFDS would silently take the shards that there are.
+        if whole in shards and any(not -number <= int(at) <= highest for at in re.findall(r"(-?\d+)shard", cut)):
             raise UserError(
                 f"the split {part} of {name} goes beyond the {number:,} shard{'s' * (number > 1)} of {whole}. Choose a "
                 "slice within them."

@@ -55,7 +55,7 @@ def _set(folder: str | None) -> None:
 
 
 def _opened(folder: str) -> str | None:
-    """Returns the folder, which can be written; None if there is none."""
+    """Returns the path of the folder, made if missing; None if `folder` is empty or cannot be written."""
     if not folder:
         return None
     path = epath.Path(expand_home(folder))
