@@ -212,8 +212,8 @@ def _is_whole(label: str) -> bool:
 def _odd_number(labels: Iterable[str]) -> str | None:
     """Returns a label by which whole numbers would become names, in the order of text; None if there is none.
 
-    Where a label is no number all are names. So are identifiers that are padded to one width, of which the largest need
-    no zero.
+    All labels are names if one of them is not a number, or if they are identifiers padded to one width, such as 007 and
+    100.
 
     Example:
       >>> _odd_number(["0", "1", "-1"]), _odd_number(["9", "010"]), _odd_number(["007", "100"])
